@@ -1,0 +1,81 @@
+"""Small files, written whole or not at all: write beside, fsync, rename."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from erv_min.errors import DataError
+
+
+def atomic_write(path: str | Path, content: bytes | str) -> None:
+    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Writes `value` as indented JSON, whole or not at all."""
+    atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path):
+    """Reads a JSON file. Raises DataError naming the file and the place that does not parse."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: not a JSON file ({error})") from None
+
+
+def append_jsonl(path: str | Path, value) -> None:
+    """Appends one JSON object as one line; a line is one write, so that a stop leaves at most a last partial line."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: str | Path) -> list:
+    """Reads one JSON object a line. A partial last line (an interrupted write) is left out; any other raises DataError."""
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline at its end: the write was cut
+                break
+            raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
+    return rows
