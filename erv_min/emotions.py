@@ -1,0 +1,92 @@
+"""Emotion names: label lists of the data sets, the verifier's 11, GoEmotions' 28, and one table of aliases.
+
+Divergences 4 (the verifier's labels) and 18 (aliases). Left out: synonyms (`joy`, `furious`): an answer in another word
+than the data set's is another answer, in the release as here, so that figures stay comparable.
+"""
+
+from erv_min.errors import DataError, SettingsError
+
+LABELS: dict[str, tuple[str, ...]] = {
+    "dfew": ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"),  # label ids 1..7
+    "mafw": ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
+             "helplessness", "disappointment"),  # label ids 1..11
+    "emer": ("angry", "happy", "sad", "surprise", "worried"),
+    "merr": ("angry", "happy", "sad", "surprise", "fear", "neutral", "contempt", "worried", "doubt"),
+    "ravdess": ("happy", "surprised", "neutral", "angry", "disgust", "sad", "fearful", "calm"),
+}
+SAME_LABELS = {"merrfine": "merr", "toy": "dfew"}  # other names that a data set goes by
+
+ERV_LABELS = LABELS["mafw"]  # order of the 11-way head
+
+GOEMOTIONS = (
+    "admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire",
+    "disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief", "joy",
+    "love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise", "neutral")
+GOEMOTIONS_INDEX = {  # ERV label -> class of the released verifier (released-code.md, section 5)
+    "anger": 2, "disgust": 11, "fear": 14, "happiness": 17, "neutral": 27, "sadness": 25, "surprise": 26,
+    "contempt": 10, "anxiety": 19, "helplessness": 16, "disappointment": 9}
+
+# Word -> one of ERV_LABELS: the 11 names and the word forms that the release knows, here for every data set alike.
+ALIASES = {name: name for name in ERV_LABELS} | {
+    "angry": "anger", "happy": "happiness", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
+    "disappointed": "disappointment", "contemptuous": "contempt"}
+# Labels of single data sets. `doubt` (MERR) has no counterpart: table 5 leaves it out.
+DATASET_WORDS = {"worried": "anxiety", "surprised": "surprise", "fearful": "fear", "calm": "neutral"}
+
+
+def labels(dataset: str) -> tuple[str, ...]:
+    """The label list of a data set, whose name may be in any case (`DFEW`, `MERR-fine`). Raises DataError."""
+    return LABELS[_key(dataset)]
+
+
+def _key(dataset: str) -> str:
+    name = "".join(c for c in dataset.lower() if c.isalnum())
+    name = SAME_LABELS.get(name, name)
+    if name not in LABELS:
+        raise DataError(f"data set {dataset!r} is unknown; there are {', '.join(LABELS)}")
+    return name
+
+
+def to_erv(label: str) -> str:
+    """A label of any data set -> its name among ERV_LABELS. Raises DataError where it has none."""
+    word = label.strip().lower()
+    name = ALIASES.get(word) or DATASET_WORDS.get(word)
+    if name is None:
+        raise DataError(f"label {label!r} has no counterpart among the verifier's {', '.join(ERV_LABELS)}")
+    return name
+
+
+def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
+    """An answer as it was written -> the data set's label.
+
+    "paper": the whole answer, white space and punctuation around it apart, is a label or one of ALIASES (divergence
+    18); None where it is neither, so `unhappy`, `a bit of anger` and `sad or angry` are no emotion of DFEW.
+    "released": lower case, no newlines, then the release's rules, which look for substrings on DFEW and MAFW; what no
+    rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule).
+    """
+    if rule == "released":
+        return _released(text.lower().replace("\n", ""), dataset.lower())
+    if rule != "paper":
+        raise SettingsError(f"answer rule {rule!r} is unknown; there are 'paper' and 'released'")
+    names = labels(dataset)
+    text = text.strip().lower()
+    ends = [i for i, c in enumerate(text) if c.isalnum()]
+    word = text[ends[0] : ends[-1] + 1] if ends else ""
+    if word in names:
+        return word
+    emotion = ALIASES.get(word)
+    return next((name for name in names if emotion and (ALIASES | DATASET_WORDS).get(name) == emotion), None)
+
+
+def _released(text: str, dataset: str) -> str:
+    if dataset == "dfew":
+        if text == "sadness":
+            return "sad"
+        return "happy" if "happiness" in text else "angry" if "anger" in text else text
+    if dataset == "mafw":
+        exact = {"angry": "anger", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
+                 "disappointed": "disappointment"}
+        if text in exact:
+            return exact[text]
+        return "happiness" if "happy" in text else "contempt" if "contemptuous" in text else text
+    return text

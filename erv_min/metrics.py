@@ -1,0 +1,217 @@
+"""EEA, FCR, EPC, WAR and UAR (section 4.2) of judged predictions, in percent, with intervals and comparisons.
+
+    row: {"video_id", "output", "ground_truth"[, "judged_emotion", "judge_status"]}  ->  Scored arrays  ->  metrics
+
+EEA: judged = truth. EPC: judged = predicted. FCR: all three agree. WAR: accuracy. UAR: mean recall. Each row is read
+once into arrays of label numbers; a metric is then a weighted count of rows, so that a bootstrap draw is another vector
+of weights. Divergences 14-16 and 18 are what separates rule "paper" from "released". The judge is judge.py's.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from erv_min.emotions import labels, normalize
+from erv_min.errors import DataError, SettingsError
+
+COLUMNS = ("EEA", "FCR", "EPC", "WAR", "UAR")  # table 1's order
+METRICS = (*COLUMNS, "EEA_answered", "FCR/WAR")
+
+
+@dataclass
+class Scored:
+    """A prediction file as label numbers, int64 [N]; C, the number of labels, means "none of them"."""
+
+    labels: tuple[str, ...]
+    truth: np.ndarray
+    predicted: np.ndarray  # for WAR and UAR, tags or not
+    answered: np.ndarray  # for EPC and FCR: what stands in <answer>; C where there is none
+    judged: np.ndarray | None  # None where no row has a judged_emotion
+    outside: int  # judge answers outside the label list
+    errors: int  # rows that the judge could not answer
+
+
+def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str | None, str | None]:
+    """(predicted, answered): the label for WAR and UAR, and the one in the first <answer>, closed or not, for the rest.
+
+    The first counts an answer without tags too: all that follows the last </think>. "released" reads it so even where
+    there are tags, which turns `so <answer>sad</answer>` into an unknown label; "paper" only where there is none."""
+    said = output.rpartition("</think>")[2].replace("<answer>", "").replace("</answer>", "").strip()
+    _, opened, rest = output.partition("<answer>")
+    answer = rest.partition("</answer>")[0].strip() if opened else ""
+    answered = normalize(answer, dataset, rule)
+    return answered if opened and rule == "paper" else normalize(said, dataset, rule), answered
+
+
+def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
+    """Prediction rows -> Scored. Raises DataError (no rows, a missing field, a truth that is no label of `dataset`)
+    and SettingsError (unknown rule).
+
+    "paper": a judge's answer outside the list, or none, is no emotion (divergence 14); "released": it is neutral."""
+    names = labels(dataset)
+    number = {name: i for i, name in enumerate(names)}
+    unknown = len(names)
+    if not rows:
+        raise DataError("no prediction to score: the file is empty")
+    was_judged = any("judged_emotion" in row for row in rows)
+    numbers, outside, errors = [], 0, 0
+    for i, row in enumerate(rows):
+        where = f"prediction {i + 1} (video_id {row.get('video_id')!r})"
+        if not isinstance(row.get("output"), str) or not isinstance(row.get("ground_truth"), str):
+            raise DataError(f"{where}: fields 'output' and 'ground_truth' must be text")
+        truth = normalize(row["ground_truth"], dataset, rule)
+        if truth not in number:
+            raise DataError(f"{where}: ground_truth {row['ground_truth']!r} is not a label of {dataset}: {names}")
+        judged, status = row.get("judged_emotion"), row.get("judge_status", "ok")
+        word = normalize(judged.strip(), dataset, rule) if isinstance(judged, str) and status == "ok" else None
+        if word not in number:
+            failed = status == "error" or (not isinstance(judged, str) and status != "outside")
+            errors, outside = errors + failed, outside + (not failed)
+            word = "neutral" if rule == "released" else None
+        predicted, answered = read_prediction(row["output"], dataset, rule)
+        numbers.append([number.get(x, unknown) for x in (truth, predicted, answered, word)])
+    truth, predicted, answered, judged = np.array(numbers).T
+    if not was_judged:
+        judged, outside, errors = None, 0, 0
+    return Scored(names, truth, predicted, answered, judged, outside, errors)
+
+
+def weighted(s: Scored, weights: np.ndarray, leave_out: bool = False, empty_is_zero: bool = False) -> dict:
+    """The metrics in percent under `weights` [n, N], how often each row counts: name -> float [n].
+
+    leave_out: an unknown prediction leaves its class's recall; empty_is_zero: a class without rows counts 0 in UAR
+    instead of leaving the mean (both: the release, divergence 16)."""
+    C, total = len(s.labels), weights.sum(1)
+
+    def percent(hits: np.ndarray) -> np.ndarray:  # bool [N] -> [n]
+        return 100 * (weights @ hits) / total
+
+    right, of_class = s.predicted == s.truth, np.eye(C)[s.truth]  # [N], [N, C]
+    there = weights @ (of_class * (s.predicted < C)[:, None] if leave_out else of_class)  # [n, C]
+    recall = 100 * (weights @ (of_class * right[:, None])) / np.maximum(there, 1)
+    counted = C if empty_is_zero else np.maximum((there > 0).sum(1), 1)
+    values = {"WAR": percent(right), "UAR": recall.sum(1) / counted}
+    if s.judged is not None:
+        eea = s.judged == s.truth
+        values["EEA"] = percent(eea)
+        values["EEA_answered"] = percent(eea & (s.answered < C))
+        values["EPC"] = percent((s.judged < C) & (s.judged == s.answered))
+        values["FCR"] = percent(eea & (s.answered == s.truth))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values["FCR/WAR"] = 100 * values["FCR"] / values["WAR"]  # section 6: coherence among the right ones
+    return values
+
+
+def _rule(rule: str, dataset: str) -> dict:
+    if rule not in ("paper", "released"):
+        raise SettingsError(f"scoring rule {rule!r} is unknown; there are 'paper' and 'released'")
+    released = rule == "released"
+    return {"leave_out": released and labels(dataset) == labels("mafw"), "empty_is_zero": released}
+
+
+def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
+    """Table 1's five metrics of prediction rows, and what stands behind them.
+
+    -> {"EEA", "FCR", "EPC", "WAR", "UAR"} in percent over all rows; "EEA_answered" (a row without a readable answer is
+    wrong: divergence 15's other way, and the released EEA); "FCR/WAR" (section 6; None where WAR is 0); "n"; "unparsed"
+    (no known label in <answer>); "unknown_labels" (no known prediction for WAR); "judge_outside", "judge_errors";
+    "labels"; "confusion" (a row a true label, a column a prediction, the last one unknown); "recall" (label -> percent,
+    None for an absent class); "per_class" ([right, counted] for UAR). The judged metrics are None where no row has
+    "judged_emotion". Raises as read_rows.
+    """
+    how, s = _rule(rule, dataset), read_rows(rows, dataset, rule)
+    n, C = len(rows), len(s.labels)
+    values = {name: value[0].item() for name, value in weighted(s, np.ones((1, n)), **how).items()}
+    if rule == "released" and s.judged is not None:
+        values["EEA"] = values["EEA_answered"]
+    confusion = np.zeros((C, C + 1), dtype=int)
+    np.add.at(confusion, (s.truth, s.predicted), 1)
+    counted = confusion[:, :C].sum(1) if how["leave_out"] else confusion.sum(1)
+    right = confusion.diagonal()
+    return {**{name: values[name] if np.isfinite(values.get(name, np.nan)) else None for name in METRICS}, "n": n,
+            "unparsed": int((s.answered == C).sum()), "unknown_labels": int((s.predicted == C).sum()),
+            "judge_outside": s.outside, "judge_errors": s.errors, "labels": list(s.labels),
+            "confusion": confusion.tolist(), "per_class": np.stack([right, counted], 1).tolist(),
+            "recall": {name: 100 * float(r) / float(c) if c else None for name, r, c in zip(s.labels, right, counted)}}
+
+
+# ---- how sure --------------------------------------------------------------------------------------------------------
+
+
+def _draws(rows: int, n: int, seed: int):
+    """Bootstrap weights [<=256, rows] at a time, n in all: how often each row was drawn, with replacement."""
+    rng = np.random.default_rng(seed)
+    for at in range(0, n, 256):
+        yield rng.multinomial(rows, np.full(rows, 1 / rows), size=min(256, n - at)).astype(float)
+
+
+def _resampled(s: Scored, n: int, seed: int, how: dict, released: bool) -> dict[str, np.ndarray]:
+    parts = [weighted(s, w, **how) for w in _draws(len(s.truth), n, seed)]
+    drawn = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return drawn | {"EEA": drawn["EEA_answered"]} if released and "EEA" in drawn else drawn
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return low.item(), high.item()
+
+
+def bootstrap(rows: list[dict], dataset: str, n: int = 1000, seed: int = 0, rule: str = "paper",
+              level: float = 0.95) -> dict[str, tuple[float, float]]:
+    """metric -> (low, high), percent: the percentile interval over n resamples of the clips. Raises as score."""
+    how = _rule(rule, dataset)
+    drawn = _resampled(read_rows(rows, dataset, rule), n, seed, how, rule == "released")
+    return {name: _interval(drawn[name], level) for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
+
+
+def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, seed: int = 0, rule: str = "paper",
+           level: float = 0.95) -> dict[str, tuple[float, float, float]]:
+    """metric -> (b - a, low, high), in points: two systems on the same clips, matched by video_id and resampled
+    together, which leaves out the spread that both share. Raises DataError where the clips or their labels differ."""
+    how = _rule(rule, dataset)
+    by_id = [{row["video_id"]: row for row in rows} for rows in (rows_a, rows_b)]
+    if len(by_id[0]) != len(rows_a) or len(by_id[1]) != len(rows_b) or by_id[0].keys() != by_id[1].keys():
+        alone = sorted(map(str, by_id[0].keys() ^ by_id[1].keys()))[:3]
+        raise DataError("the two prediction files must hold the same clips, each once"
+                        + (f"; only one holds {', '.join(alone)}" if alone else "; a video_id is there twice"))
+    a, b = (read_rows([rows[i] for i in by_id[0]], dataset, rule) for rows in by_id)
+    if (a.truth != b.truth).any():
+        raise DataError("the two prediction files disagree about ground_truth; were they made from one split?")
+    out, ones = {}, np.ones((1, len(a.truth)))
+    both = [_resampled(s, n, seed, how, rule == "released") for s in (a, b)]
+    point = [weighted(s, ones, **how) for s in (a, b)]
+    for name in METRICS:
+        if name in both[0] and name in both[1]:
+            source = "EEA_answered" if name == "EEA" and rule == "released" else name
+            difference = both[1][name] - both[0][name]
+            if np.isfinite(difference).any():
+                out[name] = ((point[1][source] - point[0][source])[0].item(), *_interval(difference, level))
+    return out
+
+
+def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
+    """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa", "per_class"}; shares, not percent.
+
+    Rows where either gave no emotion (None) are left out and counted. Cohen's kappa = (p_o - p_e) / (1 - p_e), None
+    where p_e = 1 (both always say the same one word). per_class: of the rows where either said it, the share where both
+    did. Raises DataError where nothing is left."""
+    pairs = [(a, b) for a, b in zip(judged_a, judged_b, strict=True) if a is not None and b is not None]
+    if not pairs:
+        raise DataError("no explanation has an emotion from both judges")
+    n, names = len(pairs), sorted({x for pair in pairs for x in pair})
+    p_o = sum(a == b for a, b in pairs) / n
+    p_e = sum(sum(a == x for a, _ in pairs) * sum(b == x for _, b in pairs) for x in names) / n**2
+    per_class = {x: sum(a == b == x for a, b in pairs) / sum(x in pair for pair in pairs) for x in names}
+    return {"n": n, "left_out": len(judged_a) - n, "accuracy": p_o,
+            "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e), "per_class": per_class}
+
+
+def table(named_scores: dict[str, dict]) -> str:
+    """Systems and their `score`s as plain text in table 1's columns, percent."""
+    def cell(x: float | None) -> str:
+        return f"{x:8.2f}" if x is not None else f"{'-':>8}"
+
+    width = max([6, *map(len, named_scores)])
+    head = f"{'System':{width}}" + "".join(f"{name:>8}" for name in COLUMNS)
+    return "\n".join([head, *(f"{name:{width}}" + "".join(cell(s.get(x)) for x in COLUMNS)
+                              for name, s in named_scores.items())])

@@ -1,0 +1,97 @@
+"""What the models are asked: the question, its ChatML form in each stage, and the prompts of figures 3, 6 and 7.
+
+The project renders the inference form in every stage (divergence 10); "sft" and "grpo" are the released forms.
+`<video>` and `<audio>` are where Eq. 1 puts the modality tokens (tokenizer.py turns them into -201 and -202).
+"""
+
+import re
+
+from erv_min.errors import SettingsError
+
+SYSTEM = "You are a helpful assistant."  # the default turn of Qwen2's template; Tokenizer.system reads a folder's own
+QUESTION = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters is the "
+            "most obvious to you?")
+REASONING_SUFFIX = "Output the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
+VIDEO, AUDIO = "<vi_start><video><vi_end>\n", "<au_start><audio><au_end>\n"
+QWEN2_VL = "<|vision_start|><|video_pad|><|vision_end|>"  # what Qwen2-VL's template puts before the turn in GRPO
+MODALITIES = {"video_audio": VIDEO + AUDIO, "video": VIDEO, "audio": AUDIO, "text": "\n"}
+PLACEHOLDER = re.compile(r"<(?:video|audio|image)>|<\|[^<>|]*\|>")  # also the template's own marks
+
+
+def user_turn(question: str, modality: str = "video_audio", stage: str = "inference") -> str:
+    """The user's turn in the released form of a stage. Released SFT writes both tags whatever the modality."""
+    if modality not in MODALITIES:
+        raise SettingsError(f"modality {modality!r} is unknown; there are {', '.join(MODALITIES)}")
+    if PLACEHOLDER.search(question):
+        raise SettingsError(f"the question holds {PLACEHOLDER.search(question)[0]!r}, which the prompt itself places; "
+                            "clean it with prompts.human_question or question_with_subtitle")
+    if stage == "inference":
+        return MODALITIES[modality] + question
+    if stage == "sft":
+        return VIDEO + AUDIO + "\n\n" + question
+    if stage == "grpo":
+        return QWEN2_VL + MODALITIES[modality] + question
+    raise SettingsError(f"prompt stage {stage!r} is unknown; there are inference, sft, grpo")
+
+
+def render(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio", stage: str = "inference",
+           system: str = SYSTEM) -> str:
+    """The whole prompt P in ChatML, up to where the assistant's turn begins (released-code.md, section 2).
+
+    modality: video_audio, video, audio or text; stage: inference, sft or grpo. Raises SettingsError on another name and
+    on a question that holds a placeholder.
+    """
+    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user_turn(question, modality, stage)}"
+            "<|im_end|>\n<|im_start|>assistant\n")
+
+
+def gate_text(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio",
+              stage: str = "inference") -> str:
+    """What the text gate's BERT reads: the bare question; released SFT leaves it the wrapped turn, video tag apart."""
+    if stage != "sft":
+        return question
+    return user_turn(question, modality, stage).replace("<video>", "").replace("\n", "")
+
+
+def human_question(value: str) -> str:
+    """The question inside a human turn of the released training JSON (`<video>\\n<audio>\\n...`)."""
+    return value.replace("<video>", "").replace("<audio>", "").strip()
+
+
+def question_with_subtitle(question: str, subtitle: str) -> str:
+    """The question with what is said in the clip; the question alone where nothing is.
+
+    Our wording: EMER and MERR have subtitles and the paper's explanations quote them, but it gives no prompt for them.
+    A subtitle cannot place a clip or end a turn."""
+    subtitle = " ".join(PLACEHOLDER.sub(" ", subtitle).split())
+    return f'{question} The subtitle of the video is: "{subtitle}"' if subtitle else question
+
+
+def sft_target(explanation: str, answer: str) -> str:
+    """The assistant's turn that SFT teaches (section 3.1)."""
+    return f"<think>{explanation}</think>\n<answer>{answer}</answer>"
+
+
+def judge_prompt(explanation: str, labels) -> str:
+    """Figure 3. labels: a permutation of the data set's (the caller permutes)."""
+    return (f"Read the reasoning content and respond with the appropriate emotion in {', '.join(labels)}.\n"
+            f"Reply with only the emotion word.\nReason: {explanation} Answer Emotion:")
+
+
+def label_prompt(explanation: str, labels) -> str:
+    """Figure 6: up to two emotions for a description, to train the verifier on. labels: a permutation of MAFW's."""
+    return (f"Read the reasoning content and respond with the appropriate emotion in {', '.join(labels)}. Primarily "
+            "output a single dominant emotion. If necessary, output up to 2 dominant emotions, separated by commas. "
+            f"Reply with only the emotion word.\nReason: {explanation} Answer Emotion:")
+
+
+def complement_prompt(emotion: str, examples) -> str:
+    """Figure 7: a new description for an under-represented emotion, after two examples of it from the pseudo-labelled
+    set. Raises SettingsError where there are not two."""
+    if len(examples) != 2:
+        raise SettingsError(f"figure 7 shows two examples of {emotion!r}; {len(examples)} were given")
+    shots = "".join(f"Example {i} (Target Emotion: {emotion}):\n{text}\n\n" for i, text in enumerate(examples, 1))
+    return ("You are an expert in audiovisual analysis with a talent for describing emotions. Goal: Carefully "
+            "interpret the video's visual, auditory, and contextual elements, then portray the Target Emotion in vivid "
+            f"language.\n\n{shots}Now, based on the examples and the guidelines above, generate a new description that "
+            f"effectively conveys the following target emotion:\n\nTarget Emotion: {emotion}")

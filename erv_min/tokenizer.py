@@ -1,0 +1,162 @@
+"""Text with placeholders -> ids and back, from a folder's own files; left out: any template engine.
+
+`Tokenizer` is the language model's byte-level BPE, `EncoderTokenizer` that of the text gate (BERT) and of the verifier
+(RoBERTa). Both read tokenizer.json; the first also opens Qwen2's older pair of vocab.json and merges.txt.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from erv_min.errors import CheckpointError
+from erv_min.prompts import SYSTEM
+
+VIDEO_ID, AUDIO_ID = -201, -202  # stand for the modality tokens of Eq. 1 until the model splices them in
+PLACEHOLDERS = {"<video>": VIDEO_ID, "<audio>": AUDIO_ID}
+QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
+DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\n|\\n)((?:\\'|[^'"{}<])*)<\|im_end\|>""")
+
+
+class Tokenizer:
+    """Qwen2's tokenizer with -201 and -202 for `<video>` and `<audio>`; adds no special tokens of its own.
+
+    `.system`: the default system turn of the folder's chat template (SYSTEM where it names none). `.eos_id` is
+    <|im_end|>, `.turn_end` the ids of "<|im_end|>\\n", which close a turn and count in the SFT loss.
+    Raises CheckpointError naming the file.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        settings = self.folder / "tokenizer_config.json"
+        config = _json(settings) if settings.exists() else {}
+        if (self.folder / "tokenizer.json").exists():
+            self.backend = _open(self.folder / "tokenizer.json")
+        elif (self.folder / "vocab.json").exists() and (self.folder / "merges.txt").exists():
+            self.backend = _from_vocabulary(self.folder, config)
+        else:
+            raise CheckpointError(f"{self.folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from "
+                                  "the repository that the checkpoint came from")
+        self.eos_id = self._id("<|im_end|>")
+        pad = config.get("pad_token") or "<|endoftext|>"
+        self.pad_id = self._id(pad["content"] if isinstance(pad, dict) else pad)
+        self.vocab_size = self.backend.get_vocab_size()
+        self.system = _default_system(self.folder, config)
+        self.turn_end = self.encode("<|im_end|>\n")
+
+    def _id(self, token: str) -> int:
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: the tokenizer has no {token}; is it Qwen2's?")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids; the text on each side of a placeholder is tokenized by itself (Eq. 1)."""
+        ids = []
+        for part in re.split("(<video>|<audio>)", text):
+            if part in PLACEHOLDERS:
+                ids.append(PLACEHOLDERS[part])
+            elif part:
+                ids += self.backend.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids, skip_special: bool = False) -> str:
+        """Ids (a list or tensor) -> text; placeholders come back as their tags, or not at all with `skip_special`."""
+        text, part = "", []
+        tags = {v: "" if skip_special else k for k, v in PLACEHOLDERS.items()}
+        for i in [*map(int, ids), None]:
+            if i is None or i in tags:
+                text += self.backend.decode(part, skip_special_tokens=skip_special) + tags.get(i, "")
+                part = []
+            else:
+                part.append(i)
+        return text
+
+
+def sft_ids(tokenizer: Tokenizer, prompt_text: str, target_text: str) -> tuple[list[int], list[int]]:
+    """Eq. 2's x and y: (input_ids, labels) of a prompt (`render`) and its assistant turn; labels are -100 on the
+    prompt, the loss covers the turn with its <|im_end|> and newline."""
+    prompt = tokenizer.encode(prompt_text)
+    target = tokenizer.encode(target_text) + tokenizer.turn_end
+    return prompt + target, [-100] * len(prompt) + target
+
+
+class EncoderTokenizer:
+    """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ where it has one, else in the folder itself."""
+
+    def __init__(self, folder: str | Path, max_length: int = 512):
+        gate = Path(folder) / "text_gate" / "tokenizer.json"
+        path = gate if gate.exists() else Path(folder) / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file; a text gate needs google-bert/bert-base-uncased's "
+                                  "tokenizer.json, a verifier that of its RoBERTa")
+        self.backend = _open(path)
+        self.backend.enable_truncation(max_length)
+        pad = [self.backend.token_to_id(token) for token in ("<pad>", "[PAD]")]
+        if pad == [None, None]:
+            raise CheckpointError(f"{path}: neither <pad> nor [PAD] is in its vocabulary; is it RoBERTa's or BERT's?")
+        self.pad_id = next(p for p in pad if p is not None)
+        self.vocab_size = self.backend.get_vocab_size()
+
+    def encode_batch(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> (ids [S, L], mask [S, L]), int64, with the file's special tokens, cut and padded on the right."""
+        rows = [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+        ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)  # [S, L]
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = 1
+        return ids, mask
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a JSON file ({error}); fetch it again") from None
+
+
+def _open(path: Path) -> Backend:
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception, whatever the reason
+        raise CheckpointError(f"{path}: not a tokenizer file ({error}); fetch it again") from None
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _from_vocabulary(folder: Path, config: dict) -> Backend:
+    """Qwen2's byte-level BPE from vocab.json and merges.txt, its special tokens from tokenizer_config.json."""
+    try:
+        backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as error:  # as in _open
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not form a BPE ({error})") from None
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    added = sorted((int(i), token) for i, token in (config.get("added_tokens_decoder") or {}).items())
+    for i, token in added:
+        backend.add_special_tokens([AddedToken(token["content"], normalized=False)])
+        if backend.token_to_id(token["content"]) != i:
+            raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {token['content']} the "
+                                  f"id {i}, but vocab.json makes it {backend.token_to_id(token['content'])}")
+    return backend
+
+
+def _default_system(folder: Path, config: dict) -> str:
+    """The text of the template's own system turn, found as text: templates are not run."""
+    template = config.get("chat_template") or ""
+    if not template and (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(template, list):  # several named templates
+        template = next((x["template"] for x in template if x["name"] == "default"), "")
+    found = DEFAULT_SYSTEM.search(template)
+    return found[1].replace("\\n", "\n").replace("\\'", "'") if found else SYSTEM

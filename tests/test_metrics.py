@@ -1,0 +1,185 @@
+"""EEA, FCR, EPC, WAR, UAR: the recorded scores exactly, one hand-worked case a metric, intervals and agreement."""
+
+import pytest
+
+from conftest import GOLDEN
+from erv_min.errors import DataError, SettingsError
+from erv_min.files import read_json
+from erv_min.metrics import COLUMNS, agreement, bootstrap, paired, read_prediction, score, table
+
+RECORDED = read_json(GOLDEN / "text/metrics.json")
+
+
+def row(truth, predicted, judged, number=0):
+    return {"video_id": number, "output": f"<think>x</think>\n<answer>{predicted}</answer>", "ground_truth": truth,
+            "judged_emotion": judged}
+
+
+# Eight clips of DFEW. truth, predicted, judged:       right?  judged = truth?  judged = predicted?  all three?
+EIGHT = [row(*x, number) for number, x in enumerate([
+    ("happy", "happy", "happy"),                          # yes     yes              yes                 yes
+    ("happy", "happy", "sad"),                            # yes     no               no                  no
+    ("happy", "sad", "sad"),                              # no      no               yes                 no
+    ("happy", "happy", "happy"),                          # yes     yes              yes                 yes
+    ("sad", "sad", "happy"),                              # yes     no               no                  no
+    ("sad", "angry", "sad"),                              # no      yes              no                  no
+    ("angry", "smug", "angry"),                           # unknown yes              no                  no
+    ("angry", "angry", "angry")])]                        # yes     yes              yes                 yes
+
+
+@pytest.mark.parametrize("dataset", ["DFEW", "MAFW"])
+def test_recorded_scores(dataset):
+    golden, ours = RECORDED[dataset]["released"], score(RECORDED[dataset]["rows"], dataset, "released")
+    for name in COLUMNS:
+        assert ours[name] == pytest.approx(golden[name], abs=1e-9)
+    for name in ("unparsed", "unknown_labels", "per_class"):
+        assert ours[name] == golden[name]
+    last = -1 if dataset == "MAFW" else None  # the release books MAFW's unknown ones elsewhere (golden/README.md)
+    assert [r[:last] for r in ours["confusion"]] == [r[:last] for r in golden["confusion"]]
+
+
+def test_the_papers_rule_on_the_recorded_rows():
+    mafw, dfew = (score(RECORDED[d]["rows"], d) for d in ("MAFW", "DFEW"))
+    assert round(mafw["UAR"], 2) == 57.18  # divergence 16: unknown predictions stay in the denominator
+    assert dfew["UAR"] == pytest.approx(47.57560086027182 * 7 / 6)  # no disgust clip: the mean of the six others
+    for s, d in ((mafw, "MAFW"), (dfew, "DFEW")):
+        released = RECORDED[d]["released"]
+        assert s["EEA"] > released["EEA"] and s["EEA_answered"] == pytest.approx(released["EEA"])  # divergence 15
+        assert (s["FCR"], s["EPC"], s["WAR"]) == pytest.approx([released[x] for x in ("FCR", "EPC", "WAR")])
+
+
+def test_by_hand():
+    s = score(EIGHT, "DFEW")
+    assert s["WAR"] == 100 * 5 / 8
+    assert s["UAR"] == pytest.approx(100 * (3 / 4 + 1 / 2 + 1 / 2) / 3)  # happy, sad, angry; the absent four left out
+    assert s["EEA"] == 100 * 5 / 8
+    assert s["EPC"] == 100 * 4 / 8
+    assert s["FCR"] == 100 * 3 / 8
+    assert s["EEA_answered"] == 100 * 4 / 8  # `smug` is no readable answer
+    assert s["FCR/WAR"] == pytest.approx(100 * 3 / 5)
+    assert (s["n"], s["unparsed"], s["unknown_labels"]) == (8, 1, 1)
+    # columns happy, sad, neutral, angry, surprise, disgust, fear, unknown
+    assert s["confusion"][:4] == [[3, 1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0, 0], [0] * 8, [0, 0, 0, 1, 0, 0, 0, 1]]
+    assert s["recall"] == {"happy": 75, "sad": 50, "neutral": None, "angry": 50, "surprise": None, "disgust": None,
+                           "fear": None}
+    assert s["per_class"][0] == [3, 4] and s["labels"][0] == "happy"
+
+
+def test_by_hand_released():
+    s = score(EIGHT, "DFEW", "released")
+    assert s["UAR"] == pytest.approx(100 * (3 / 4 + 1 / 2 + 1 / 2) / 7)  # an empty class counts 0
+    assert s["EEA"] == s["EEA_answered"] == 50
+    mafw = score([row("anger", "anger", "anger"), row("anger", "smug", "anger")], "MAFW", "released")
+    assert mafw["UAR"] == pytest.approx(100 / 11) and mafw["per_class"][0] == [1, 1]  # the unknown one leaves its class
+    assert score([row("anger", "anger", "x"), row("anger", "smug", "x")], "MAFW")["UAR"] == 50
+
+
+def test_judge_failures_are_never_an_emotion():
+    rows = [row("neutral", "neutral", None) | {"judge_status": "error"},  # the API failed
+            row("neutral", "neutral", "melancholy"),  # outside the list
+            row("neutral", "neutral", None) | {"judge_status": "outside"},
+            row("neutral", "neutral", "neutral")]
+    s = score(rows, "DFEW")
+    assert (s["EEA"], s["EPC"], s["FCR"], s["judge_errors"], s["judge_outside"]) == (25, 25, 25, 1, 2)
+    s = score(rows, "DFEW", "released")  # counted as neutral, here to the model's profit
+    assert (s["EEA"], s["EPC"], s["FCR"], s["judge_errors"], s["judge_outside"]) == (100, 100, 100, 1, 2)
+    smug = score([row("happy", "smug", None)], "DFEW")  # two unknowns do not agree
+    assert (smug["EPC"], smug["FCR"], smug["EEA"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("output, paper, released", [
+    ("<think>x</think><answer>Sadness</answer>", ("sad", "sad"), ("sad", "sad")),
+    ("<think>x</think><answer>sad", ("sad", "sad"), ("sad", "sad")),  # not closed
+    ("<think>x</think>\nsad\n", ("sad", None), ("sad", "")),  # no tags: for WAR only
+    ("sad", ("sad", None), ("sad", "")),
+    ("<think>x</think> so <answer>sad</answer>", ("sad", "sad"), ("so sad", "sad")),
+    ("<think>x</think><answer>sad</answer><answer>x</answer>", ("sad", "sad"), ("sadx", "sad")),
+    ("<think>sad", (None, None), ("<think>sad", "")),
+    ("", (None, None), ("", "")),
+])
+def test_what_is_read(output, paper, released):
+    assert read_prediction(output, "DFEW") == paper
+    assert read_prediction(output, "DFEW", "released") == released
+
+
+def test_eea_without_an_answer():
+    s = score([row("sad", "", "sad") | {"output": "<think>He cries.</think>"}], "DFEW")
+    assert (s["EEA"], s["EEA_answered"], s["FCR"], s["EPC"], s["WAR"]) == (100, 0, 0, 0, 0)  # divergence 15
+    assert s["FCR/WAR"] is None
+
+
+def test_section_6_follows_from_table_1():
+    """55.13% of R1-Omni's right predictions on MAFW are supported: FCR 31.80 over WAR 57.68; and so on."""
+    for fcr, war, ratio in ((3180, 5768, 55.13), (2809, 6544, 42.92), (4357, 5749, 75.79), (4021, 6728, 59.77)):
+        rows = ([row("sad", "sad", "sad")] * fcr + [row("sad", "sad", "fear")] * (war - fcr)
+                + [row("sad", "fear", "happy")] * (10000 - war))
+        s = score(rows, "DFEW")
+        assert (round(s["FCR"], 2), round(s["WAR"], 2), round(s["FCR/WAR"], 2)) == (fcr / 100, war / 100, ratio)
+
+
+def test_rows_that_were_not_judged():
+    rows = [{k: v for k, v in r.items() if k != "judged_emotion"} for r in EIGHT]
+    s = score(rows, "DFEW")
+    assert s["WAR"] == 62.5 and all(s[x] is None for x in ("EEA", "FCR", "EPC", "EEA_answered", "FCR/WAR"))
+    assert set(bootstrap(rows, "DFEW", n=10)) == {"WAR", "UAR"}
+
+
+def test_bad_rows_are_named():
+    with pytest.raises(DataError, match="empty"):
+        score([], "DFEW")
+    with pytest.raises(DataError, match="video_id 7.*smug"):
+        score([row("smug", "sad", "sad", 7)], "DFEW")
+    with pytest.raises(DataError, match="output"):
+        score([{"video_id": 1, "ground_truth": "sad"}], "DFEW")
+    with pytest.raises(SettingsError, match="strict"):
+        score(EIGHT, "DFEW", "strict")
+    with pytest.raises(DataError, match="imagenet"):
+        score(EIGHT, "imagenet")
+
+
+def test_bootstrap_interval():
+    """400 clips, 100 right: the standard error of WAR is sqrt(0.25 * 0.75 / 400) = 2.165 points, so 25 -+ 4.24."""
+    rows = [row("sad", "sad", "sad")] * 100 + [row("sad", "fear", "fear")] * 300
+    low, high = bootstrap(rows, "DFEW", n=4000, seed=1)["WAR"]
+    assert low == pytest.approx(25 - 4.24, abs=0.6) and high == pytest.approx(25 + 4.24, abs=0.6)
+    assert bootstrap(rows, "DFEW", n=50, seed=3) == bootstrap(rows, "DFEW", n=50, seed=3)
+    assert bootstrap(rows, "DFEW", n=50, seed=3) != bootstrap(rows, "DFEW", n=50, seed=4)
+    assert bootstrap([row("sad", "sad", "sad")] * 5, "DFEW", n=20)["UAR"] == (100, 100)
+    released = bootstrap(EIGHT, "DFEW", n=200, rule="released")
+    assert released["EEA"] == released["EEA_answered"] != bootstrap(EIGHT, "DFEW", n=200)["EEA"]
+
+
+def test_paired_difference():
+    """b is right where a is, and on 10 of 100 clips more: exactly 10 points, and far surer than two lone intervals."""
+    a = [row("sad", "sad" if i < 50 else "fear", "sad", i) for i in range(100)]
+    b = [row("sad", "sad" if i < 60 else "fear", "sad", i) for i in range(100)][::-1]  # the order does not matter
+    difference, low, high = paired(a, b, "DFEW", n=2000)["WAR"]
+    assert difference == pytest.approx(10)
+    assert 3 < low < 6 and 14 < high < 18  # standard error sqrt(0.1 * 0.9 / 100) = 3 points
+    assert paired(a, b, "DFEW", n=50)["EEA"] == (0, 0, 0)
+    assert paired(a, a, "DFEW", n=50, rule="released")["UAR"] == (0, 0, 0)
+    relabelled = [r | {"ground_truth": "fear"} for r in b]
+    for other, why in ((b[1:], "99"), (b + b[:1], "twice"), (relabelled, "ground_truth")):
+        with pytest.raises(DataError, match=why):
+            paired(a, other, "DFEW")
+
+
+def test_agreement_by_hand():
+    """p_o = 3/4; a says sad 2, happy 2; b says sad 3, happy 1: p_e = (2*3 + 2*1)/16 = 1/2; kappa = (1/4)/(1/2)."""
+    a = ["sad", "sad", "happy", "happy", None]
+    b = ["sad", "sad", "sad", "happy", "sad"]
+    found = agreement(a, b)
+    assert (found["n"], found["left_out"], found["accuracy"], found["kappa"]) == (4, 1, 0.75, 0.5)
+    assert found["per_class"] == {"sad": 2 / 3, "happy": 1 / 2}
+    assert agreement(["sad"], ["sad"])["kappa"] is None
+    with pytest.raises(DataError, match="both"):
+        agreement([None], ["sad"])
+
+
+def test_table():
+    text = table({"Baseline": {"EEA": 32.41, "FCR": 27.27, "EPC": 40.98, "WAR": 56.83, "UAR": 38.66},
+                  "HumanOmni": {"EEA": None, "FCR": None, "EPC": None, "WAR": 20.18, "UAR": 13.52}})
+    assert [line.split() for line in text.split("\n")] == [
+        ["System", "EEA", "FCR", "EPC", "WAR", "UAR"], ["Baseline", "32.41", "27.27", "40.98", "56.83", "38.66"],
+        ["HumanOmni", "-", "-", "-", "20.18", "13.52"]]
+    assert len({len(line) for line in text.split("\n")}) == 1
