@@ -1,0 +1,537 @@
+"""media.py: the recorded vectors of the release, every container and every odd clip, written here as real files."""
+
+import json
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file
+
+from erv_min import media
+from erv_min.errors import ClipError, SettingsError
+from erv_min.media import (has_audio, load_clip, load_frames, load_waveform, log_mel, pixel_values,
+                           sample_frame_indices)
+
+MEDIA = GOLDEN / "media"
+
+
+def grey(i: int) -> int:
+    """The grey level that frame i of a written clip is filled with, apart from its bright upper left corner."""
+    return 10 + (i * 7) % 200
+
+
+def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="medium", sound="aac", seconds=1.0,
+               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0):
+    """A clip of n grey frames (n = 0: none) and a 440 Hz tone of amplitude 0.5 (sound None: none)."""
+    with av.open(str(path), "w", options=container or {}) as out:
+        out.metadata.update(tags or {})
+        if n:
+            video = out.add_stream(codec, rate=fps, options={"preset": preset} if codec == "libx264" else {})
+            video.width, video.height, video.pix_fmt = *size, pixels
+            if gop:
+                video.gop_size = gop
+        if sound:
+            audio = out.add_stream(sound, rate=rate, layout=layout)
+        image = np.empty((size[1], size[0], 3), np.uint8)
+        for i in range(n):
+            image[:] = grey(i)
+            image[: size[1] // 4, : size[0] // 4] = 250
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts = times[i] if times else i
+            packets = video.encode(frame)
+            out.mux(shifted(packets, start, fps))
+        if n:
+            out.mux(shifted(video.encode(None), start, fps))
+        if sound:
+            tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
+            step = 48000 if sound.startswith("pcm") else 960
+            for at in range(0, len(tone), step):
+                x = np.repeat(tone[None, at:at + step], len(audio.layout.channels), 0).astype(np.float32)
+                frame = av.AudioFrame.from_ndarray(x, format="fltp", layout=layout)
+                frame.sample_rate, frame.pts = rate, at
+                out.mux(audio.encode(frame))
+            out.mux(audio.encode(None))
+    return path
+
+
+def shifted(packets, start, fps):
+    for packet in packets:
+        ticks = round(start / fps / float(packet.time_base))
+        packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+    return packets
+
+
+def levels(frames) -> list[int]:
+    """The grey level in the lower right of each frame."""
+    return [round(f[-10:, -10:].float().mean().item()) for f in frames]
+
+
+def near(frames, indices, tolerance=4) -> bool:
+    return len(frames) == len(indices) and all(abs(a - grey(i)) <= tolerance for a, i in zip(levels(frames), indices))
+
+
+def pitch(waveform) -> float:
+    """The loudest frequency in Hz."""
+    return torch.fft.rfft(waveform).abs()[1:].argmax().add(1).item() * 16000 / len(waveform)
+
+
+# ---- the release's recorded vectors ---------------------------------------------------------------------------------
+
+def test_frame_indices_match_the_release():
+    for n_frames, by_k in json.loads((MEDIA / "frame_sample.json").read_text()).items():
+        for k, expected in by_k.items():
+            assert sample_frame_indices(int(n_frames), int(k)) == expected
+    # by hand: 9 frames, 4 wanted: segments of 2, middles 1, 3, 5, 7
+    assert sample_frame_indices(9, 4) == [1, 3, 5, 7]
+    with pytest.raises(ValueError):
+        sample_frame_indices(0, 4)
+
+
+PREPROCESS = load_file(MEDIA / "preprocess.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(k for k in PREPROCESS if k.startswith("pixel_values")))
+def test_pixel_values_match_the_release(name):
+    _, geometry, size, i = name.split(".")
+    expected = PREPROCESS[name]
+    got = pixel_values(PREPROCESS[f"frames.{i}"][: len(expected)], int(size), geometry)
+    difference = (got - expected).abs()
+    assert difference.max() <= 2 / 255 + 1e-3  # one level of 8 bits
+    # stretch.56.1 (120 x 80) fits exactly with the vertical pass first, as Pillow 13 has it for frames that shrink more
+    # in height; we start horizontally, as Pillow did in the release's time. All others fit.
+    assert difference.mean() * 127.5 < (0.25 if name == "pixel_values.stretch.56.1" else 0.001)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_log_mel_matches_the_release(i):
+    mel = log_mel(PREPROCESS[f"waveform.{i}"])
+    assert mel.shape == (128, 3000) and mel.dtype == torch.float32
+    torch.testing.assert_close(mel[:, :220], PREPROCESS[f"log_mel.{i}"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(mel[:, -1], PREPROCESS[f"log_mel_tail.{i}"], atol=2e-5, rtol=0)
+
+
+def test_log_mel_of_silence_matches_the_release():
+    torch.testing.assert_close(log_mel(torch.zeros(160000))[:, :4], PREPROCESS["log_mel_silence"], atol=2e-5, rtol=0)
+
+
+def test_a_real_clip_matches_the_release():
+    expected = load_file(MEDIA / "clip.safetensors")
+    frames = load_frames(MEDIA / "clip.mp4", 8)
+    assert frames.dtype == torch.uint8 and torch.equal(frames, expected["frames"])
+    difference = (pixel_values(frames, 56, "pad") - expected["pixel_values"]).abs()
+    assert difference.max() <= 2 / 255 + 1e-3 and difference.mean() * 127.5 < 0.001
+    waveform, recorded = load_waveform(MEDIA / "clip.mp4"), expected["waveform"]
+    assert waveform.dtype == torch.float32 and abs(len(waveform) - len(recorded)) <= 0.02 * len(recorded)
+    # decord loses 17 samples after the first sound packet; up to there the samples are equal, and after it shifted
+    torch.testing.assert_close(waveform[:360], recorded[:360], atol=2e-5, rtol=0)
+    assert torch.corrcoef(torch.stack([waveform[500:-17], recorded[517:]]))[0, 1] > 0.99
+    torch.testing.assert_close(log_mel(recorded)[:, :240], expected["log_mel"], atol=2e-5, rtol=0)
+
+
+# ---- pixel values and log-mel ---------------------------------------------------------------------------------------
+
+def test_bicubic_weights_by_hand():
+    # 4 -> 2: scale 2, first output centred at 1.0; distances of the inputs in output pixels 0.25, 0.25, 0.75, 1.25;
+    # 1.5x^3 - 2.5x^2 + 1 gives 0.8671875, 0.8671875, 0.2265625; -0.5x^3 + 2.5x^2 - 4x + 2 gives -0.0703125; sum 1.89
+    weights = torch.tensor([0.8671875, 0.8671875, 0.2265625, -0.0703125]) / 1.890625
+    torch.testing.assert_close(media._bicubic(4, 2), torch.stack([weights, weights.flip(0)]))
+    assert torch.equal(media._bicubic(5, 5), torch.eye(5))  # nothing to resize: nothing changes
+
+
+def test_padding_is_grey_and_centred_and_stretching_fills():
+    frames = torch.full((1, 20, 40, 3), 255, dtype=torch.uint8)
+    padded = pixel_values(frames, 40, "pad")[0, 0]
+    assert padded.shape == (40, 40) and padded[10:30].eq(1).all()
+    torch.testing.assert_close(padded[:10], torch.full((10, 40), 127 / 255 * 2 - 1))
+    torch.testing.assert_close(padded[30:], padded[:10])
+    assert pixel_values(frames, 40, "stretch").eq(1).all()
+    # an odd gap: floor((S - h) / 2) above, the rest below
+    assert pixel_values(frames[:, :19], 40, "pad")[0, 0].eq(1).all(1).nonzero()[[0, -1], 0].tolist() == [10, 28]
+    with pytest.raises(SettingsError, match="crop"):
+        pixel_values(frames, 40, "crop")
+
+
+def test_large_frames_go_through_one_by_one():
+    frames = torch.randint(0, 256, (3, 1200, 2000, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pixel_values(frames, 24), torch.cat([pixel_values(f[None], 24) for f in frames]))
+
+
+def test_log_mel_of_another_length():
+    noise = torch.randn(20000, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert log_mel(noise, 32, 100).shape == (32, 100)
+    assert torch.equal(log_mel(noise, 32, 100), log_mel(noise[:16000], 32, 100))  # cut at 1 s
+    # windows over padding are not computed; the same with the padding given, where they are
+    assert torch.equal(log_mel(noise, 80, 300), log_mel(torch.nn.functional.pad(noise, (0, 28000)), 80, 300))
+    assert log_mel(torch.zeros(0), 32, 100).eq(-1.5).all()  # log10(1e-10) = -10, (-10 + 4) / 4
+
+
+def test_nan_becomes_minus_one_and_a_half(tmp_path):
+    assert log_mel(torch.full((400,), float("nan")), 32, 100).eq(-1.5).all()
+    sound = np.zeros(16000, np.float32)
+    sound[100] = np.nan
+    soundfile.write(tmp_path / "nan.wav", sound, 16000, subtype="FLOAT")
+    waveform = load_waveform(tmp_path / "nan.wav")
+    assert waveform[100] == -1.5 and waveform[:100].eq(0).all() and waveform[101:].eq(0).all()
+
+
+# ---- containers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, options", [
+    ("a.mp4", {}),
+    ("a.mov", {"codec": "mjpeg", "pixels": "yuvj420p", "sound": "pcm_s16le"}),
+    ("a.avi", {"codec": "mpeg4", "sound": "mp3"}),
+    ("a.mkv", {"sound": "flac"}),
+    ("a.webm", {"codec": "libvpx-vp9", "sound": "libopus", "rate": 48000}),
+    ("a.gif", {"codec": "gif", "pixels": "rgb8", "sound": None}),
+])
+def test_containers(tmp_path, name, options):
+    clip = write_clip(tmp_path / name, **options)
+    frames = load_frames(clip, 4)
+    assert frames.shape == (4, 48, 64, 3)
+    assert near(frames, [1, 4, 7, 10], 20 if name == "a.gif" else 4)  # GIF has few colours
+    if name == "a.gif":
+        assert not has_audio(clip)
+    else:
+        assert has_audio(clip)
+        waveform = load_waveform(clip)
+        assert abs(len(waveform) - 16000) < 1700  # encoders pad by up to a packet or two
+        assert abs(pitch(waveform) - 440) < 2 and 0.45 < waveform[4000:12000].abs().max() < 0.55
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.FLAC"])
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_sound_files(tmp_path, name, rate):
+    tone = 0.25 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)
+    soundfile.write(tmp_path / name, np.stack([tone, tone], 1), rate)
+    waveform = load_waveform(tmp_path / name)
+    assert waveform.dtype == torch.float32 and abs(len(waveform) - 32000) <= 1 and abs(pitch(waveform) - 440) < 1
+    assert abs(waveform[8000:24000].abs().max() - 0.25 * 2 * 0.7071) < 2e-3  # (L + R) * 0.7071, louder than the mean
+    soundfile.write(tmp_path / name, tone, rate)
+    assert abs(load_waveform(tmp_path / name)[8000:24000].abs().max() - 0.25) < 2e-3
+    soundfile.write(tmp_path / f"5{name}", np.stack([tone] * 5, 1), rate)  # more channels mix too
+    assert abs(pitch(load_waveform(tmp_path / f"5{name}")) - 440) < 1
+    assert has_audio(tmp_path / name)
+    assert load_clip(tmp_path / name, "audio", n_mels=32, n_frames=100).audio.shape == (32, 100)
+    with pytest.raises(ClipError, match="has no video"):
+        load_frames(tmp_path / name, 4)
+
+
+def test_stereo_in_a_clip_mixes_the_same_way(tmp_path):
+    waveform = load_waveform(write_clip(tmp_path / "a.mkv", sound="flac", layout="stereo", rate=44100))
+    assert abs(waveform[4000:12000].abs().max() - 0.7071) < 2e-3
+
+
+def test_max_seconds_gives_the_same_samples(tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", n=30, seconds=2.5, rate=44100)
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).uniform(-1, 1, 100000), 44100)
+    for path in (clip, tmp_path / "a.wav"):
+        whole, first = load_waveform(path), load_waveform(path, max_seconds=1.0)
+        assert len(first) == 16000 and torch.equal(first, whole[:16000])
+        assert torch.equal(load_clip(path, "audio", n_frames=100).audio, log_mel(whole, n_frames=100))
+
+
+# ---- odd clips ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_odd_sizes(tmp_path, name):
+    clip = write_clip(tmp_path / name, size=(63, 47), pixels="yuv444p")
+    assert load_frames(clip, 4).shape == (4, 47, 63, 3)
+    assert load_clip(clip, "video", 4, 48).video.shape == (4, 3, 48, 48)
+
+
+def test_a_rotated_clip_stands_upright(tmp_path):
+    clip = write_clip(tmp_path / "a.mp4")
+    data = bytearray(clip.read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, version 0's times and id, layer and volume
+    turns = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise, as phones write them
+    corners = {90: (0, -1), 180: (-1, -1), 270: (-1, 0)}  # where the upper left corner belongs
+    for angle, (a, b, c, d) in turns.items():
+        data[matrix:matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+        clip.write_bytes(data)
+        frames = load_frames(clip, 4)
+        assert frames.shape[1:3] == ((48, 64) if angle == 180 else (64, 48))
+        bright = frames[0, :, :, 0] > 200
+        assert bright[corners[angle]] and bright.sum() < 0.1 * bright.numel()
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.gif", "gif")])
+def test_one_frame(tmp_path, name, codec):
+    options = {"pixels": "rgb8", "sound": None} if codec == "gif" else {}
+    assert near(load_frames(write_clip(tmp_path / name, n=1, codec=codec, **options), 8), [0] * 8, 20)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_variable_frame_rate_counts_frames(tmp_path, name):
+    times = [0, 1, 2, 3, 10, 11, 12, 30, 31, 60, 61, 62]
+    assert near(load_frames(write_clip(tmp_path / name, times=times), 4), [1, 4, 7, 10])
+
+
+def test_frames_hidden_by_an_edit_list(tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "a.mp4", n=15, start=-6, sound=None)  # times before 0: kept in the file, never shown
+    with av.open(str(clip)) as container:
+        assert container.streams.video[0].frames == 15 and len(list(container.decode(video=0))) == 9
+    assert near(load_frames(clip, 4), [7, 9, 11, 13])  # of 9 frames, from the 6th on: 1, 3, 5, 7
+    clip = write_clip(tmp_path / "b.mp4", n=60, start=-1, sound=None)
+    for limit in (1000, 5):  # in order, by seeking: of 59 frames, from the second on: 7, 22, 36, 51
+        monkeypatch.setattr(media, "LONG_CLIP", limit)
+        assert near(load_frames(clip, 4), [8, 23, 37, 52], 2)
+
+
+def test_sound_longer_and_shorter_than_the_picture(tmp_path):
+    for i, (n, seconds) in enumerate([(12, 4.0), (48, 1.0)]):
+        for name in (f"{i}.mp4", f"{i}.mkv", f"{i}.avi"):
+            clip = write_clip(tmp_path / name, n=n, seconds=seconds, codec="mpeg4", sound="mp3")
+            assert near(load_frames(clip, 4), sample_frame_indices(n, 4))
+            assert abs(len(load_waveform(clip)) - 16000 * seconds) < 2500
+            assert load_clip(clip, num_frames=4, n_frames=200).audio.shape == (128, 200)
+
+
+def test_sound_beyond_the_log_mel_is_not_decoded(tmp_path, monkeypatch):
+    clip, decoded, real = write_clip(tmp_path / "a.mp4", n=24, seconds=20), [], media._resample
+    monkeypatch.setattr(media, "_resample", lambda *a: [real(*a), decoded.append(1)][0])
+    load_clip(clip, "video_audio", 4, n_frames=100)
+    assert len(decoded) <= 16000 / 1024 + 2  # packets of 1024 samples, and the resampler's rest
+
+
+def test_a_size_that_changes_midway_is_scaled_to_the_first(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        video = out.add_stream("mjpeg", rate=4)
+        other = av.CodecContext.create("mjpeg", "w")
+        other.time_base = Fraction(1, 4)
+        for codec, size, at in ((video, (64, 48), 0), (other, (32, 24), 4)):
+            codec.width, codec.height, codec.pix_fmt = *size, "yuvj420p"
+            for i in range(at, at + 4):
+                frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), grey(i), np.uint8), format="rgb24")
+                frame.pts = i
+                for packet in codec.encode(frame):
+                    packet.stream = video
+                    out.mux(packet)
+    frames = load_frames(tmp_path / "a.mkv", 8)
+    assert frames.shape == (8, 48, 64, 3) and near(frames, range(8))
+
+
+def test_no_sound(tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", sound=None)
+    assert not has_audio(clip)
+    with pytest.raises(ClipError, match="a.mp4: has no sound"):
+        load_waveform(clip)
+    with pytest.raises(ClipError, match="a.mp4: has no sound"):
+        load_clip(clip, "video_audio")
+    assert load_clip(clip, "video", 4).audio is None
+    assert torch.equal(load_waveform(clip, silence=True), torch.zeros(160000))
+    assert load_clip(clip, "video_audio", 4, silence=True).audio.eq(-1.5).all()
+
+
+def test_cover_art_is_no_video(tmp_path):
+    from av.stream import Disposition
+    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as out:
+        cover = out.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 64, "yuvj420p", Disposition.attached_pic
+        audio = out.add_stream("aac", rate=16000, layout="mono")
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        out.mux(cover.encode(None))
+        for at in range(0, 16000, 1000):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, at
+            out.mux(audio.encode(frame))
+        out.mux(audio.encode(None))
+    with av.open(str(tmp_path / "a.m4a")) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(ClipError, match="has no video"):
+        load_frames(tmp_path / "a.m4a", 4)
+    assert abs(len(load_waveform(tmp_path / "a.m4a")) - 16000) < 1700
+
+
+def test_tags_in_another_encoding_and_names_like_protocols(tmp_path, monkeypatch):
+    clip = write_clip(tmp_path / "http:a b%20.mp4", tags={"title": "cafXXX"})
+    data = clip.read_bytes()
+    assert b"cafXXX" in data
+    clip.write_bytes(data.replace(b"cafXXX", b"caf\xe9\xff\xfe"))
+    assert near(load_frames(clip, 4), [1, 4, 7, 10])
+    monkeypatch.chdir(tmp_path)
+    assert near(load_frames("http:a b%20.mp4", 4), [1, 4, 7, 10])
+
+
+# ---- load_clip ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])  # with and without a declared number of frames
+def test_load_clip_is_its_parts(tmp_path, name):
+    path = write_clip(tmp_path / name, n=20, seconds=1.5)
+    frames, waveform = load_frames(path, 4), load_waveform(path)
+    clip = load_clip(str(path), "video_audio", 4, 48, 32, 100, "stretch")
+    assert clip.path == path and clip.video.shape == (4, 3, 48, 48) and clip.audio.shape == (32, 100)
+    assert torch.equal(clip.video, pixel_values(frames, 48, "stretch"))
+    assert torch.equal(clip.audio, log_mel(waveform, 32, 100))
+    assert load_clip(path, "video", 4, 48).audio is None and load_clip(path, "audio").video is None
+    assert torch.equal(load_clip(path, "video", 4, 48).video, pixel_values(frames, 48, "pad"))
+    assert load_clip(path, "text") == media.Clip(path, None, None)
+    with pytest.raises(SettingsError, match="smell"):
+        load_clip(path, "smell")
+
+
+def test_a_toy_clip_is_opened_once(tmp_path, monkeypatch):
+    path, opened, real = write_clip(tmp_path / "a.mp4"), [], av.open
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or real(*a, **k))
+    load_clip(path, "video_audio", 4, 48, 32, 100)
+    assert len(opened) == 1
+
+
+# ---- long clips -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, codec, gop", [("a.mp4", "libx264", 30), ("a.mkv", "libx264", 250),
+                                              ("a.webm", "libvpx-vp9", 50), ("a.mp4", "mpeg4", 12)])
+def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path, monkeypatch, name, codec, gop):
+    sound = "libopus" if name == "a.webm" else "aac"
+    path = write_clip(tmp_path / name, n=300, codec=codec, gop=gop, sound=sound, rate=48000)
+    in_order, many = load_frames(path, 7), load_frames(path, 90)
+    assert near(in_order, sample_frame_indices(300, 7))
+    sought, real = [], media._frames_by_seeking
+    monkeypatch.setattr(media, "_frames_by_seeking", lambda *a: sought.append(real(*a)) or sought[-1])
+    monkeypatch.setattr(media, "LONG_CLIP", 100)
+    clip = load_clip(path, "video_audio", 7, 48, 32, 100)
+    assert len(sought) == 1 and (sought[0] is None) == (codec == "mpeg4")  # mpeg4: falls back to decoding in order
+    assert torch.equal(load_frames(path, 7), in_order) and torch.equal(clip.video, pixel_values(in_order, 48))
+    assert torch.equal(clip.audio, log_mel(load_waveform(path), 32, 100))
+    assert torch.equal(load_frames(path, 90), many)  # several wanted frames after one keyframe
+
+
+def test_seeking_gives_up_where_a_time_is_not_found(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", n=60, gop=12)
+    with media._opened(path) as container:
+        video = media._video_stream(container, path)
+        times, keys = media._count(container, path, video)
+        assert len(media._frames_by_seeking(container, video, times, keys, [5, 30])) == 2
+        times[30] += 1
+        assert media._frames_by_seeking(container, video, times, keys, [5, 30]) is None
+        times[30] = times[31]
+        assert media._frames_by_seeking(container, video, times, keys, [5]) is None
+
+
+def test_a_clip_of_an_hour_in_bounded_memory(tmp_path):
+    # All frames would be 207 MB, all the sound 230 MB. At 1 frame a second, so that writing it takes a moment.
+    path = write_clip(tmp_path / "hour.mov", n=3600, fps=1, size=(160, 120), preset="ultrafast", gop=60,
+                      sound="pcm_s16le", seconds=3600, rate=8000)
+    code = (f"import resource, sys; from erv_min.media import load_clip; import av, torch\n"
+            f"load_clip({str(tmp_path / 'warm.mp4')!r}, num_frames=8)\n"
+            f"before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"clip = load_clip({str(path)!r}, num_frames=8)\n"
+            f"assert clip.video.shape == (8, 3, 224, 224) and clip.audio.shape == (128, 3000)\n"
+            f"print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+    write_clip(tmp_path / "warm.mp4", n=30, size=(160, 120), seconds=40)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 60, f"{result.stdout.strip()} MB more than for a clip of 30 frames"
+    assert near(load_frames(path, 8), sample_frame_indices(3600, 8))
+
+
+def test_only_the_wanted_frames_are_kept(tmp_path, monkeypatch):
+    path, converted, real = write_clip(tmp_path / "a.mp4", n=400, sound=None), [], media._rgb_converter
+
+    def counting():
+        to_rgb = real()
+        return lambda frame: [converted.append(1), to_rgb(frame)][1]
+    monkeypatch.setattr(media, "_rgb_converter", counting)
+    load_frames(path, 8)
+    assert len(converted) == 8
+
+
+# ---- files that cannot be decoded -----------------------------------------------------------------------------------
+
+def fails(path, match=None) -> str:
+    """Every entry point raises ClipError naming the file."""
+    for call in (lambda: load_clip(path, num_frames=4), lambda: load_frames(path, 4)):
+        with pytest.raises(ClipError, match=match) as error:
+            call()
+        assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_no_clip(tmp_path):
+    fails(tmp_path / "missing.mp4", "no such file")
+    fails(tmp_path, "not a file")
+    for name in ("a.mp4", "a.avi", "a.mkv", "a.gif"):
+        for content in (b"", b"\0" * 5000, b"not a clip\n" * 500, np.random.default_rng(0).bytes(5000)):
+            (tmp_path / name).write_bytes(content)
+            fails(tmp_path / name)
+            with pytest.raises(ClipError):
+                has_audio(tmp_path / name)
+    for name in ("a.wav", "a.flac"):
+        for content in (b"", b"not a sound" * 100):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ClipError, match=name):
+                load_waveform(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("a.mp4", {}), ("a.mp4", {"container": {"movflags": "faststart"}}), ("a.mkv", {}),
+    ("a.webm", {"codec": "libvpx-vp9", "sound": "libopus", "rate": 48000}),
+    ("a.avi", {"codec": "mpeg4", "sound": "mp3"}), ("a.avi", {"sound": "pcm_s16le", "layout": "stereo"})])
+def test_a_cut_clip_is_not_silently_shortened(tmp_path, name, options):
+    path = write_clip(tmp_path / name, n=48, seconds=4, **options)
+    data = path.read_bytes()
+    for part in (0.1, 0.3, 0.5, 0.7, 0.85):
+        path.write_bytes(data[:int(part * len(data))])
+        fails(path)
+    with av.open(str(write_clip(tmp_path / name, n=48, seconds=4, **options))) as container:
+        ends = [p.pos + p.size for p in container.demux() if p.pos]
+    path.write_bytes(data[:sorted(ends)[len(ends) // 2]])  # exactly between two packets
+    fails(path)
+
+
+def test_half_a_last_frame_is_not_used(tmp_path):
+    path = write_clip(tmp_path / "a.mov", codec="mjpeg", pixels="yuvj420p", sound=None,
+                      container={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[:-100])
+    fails(path, "damaged or cut off")
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_a_sound_file_cut_off(tmp_path, name):
+    path = tmp_path / name
+    soundfile.write(path, np.random.default_rng(0).uniform(-1, 1, 64000), 16000)
+    data = path.read_bytes()
+    path.write_bytes(data[:len(data) // 2])
+    with pytest.raises(ClipError, match=name):
+        load_waveform(path)
+
+
+def test_a_wav_from_a_pipe_has_no_length_to_hold_it_to(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(64000), 16000)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[4:8] = data[data.find(b"data") + 4:data.find(b"data") + 8] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(data)
+    assert len(load_waveform(tmp_path / "a.wav")) == 64000
+
+
+def test_damage_in_the_middle(tmp_path):
+    path = write_clip(tmp_path / "a.mp4", n=60, sound=None, container={"movflags": "faststart"})
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux() if p.size]
+    position, size = packets[0]
+    data[position:position + size] = bytes(size)
+    path.write_bytes(data)
+    fails(path)
+
+
+def test_huge_declared_frames_are_refused(tmp_path):
+    header = struct.pack("<6sHHBBB", b"GIF89a", 16000, 16000, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    image = b"," + struct.pack("<HHHHB", 0, 0, 16000, 16000, 0) + b"\x02\x02D\x01\x00;"
+    (tmp_path / "a.gif").write_bytes(header + image)
+    fails(tmp_path / "a.gif", "pixels")
+
+
+def test_libraries_errors_become_clip_errors(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mp4")
+    for error in (MemoryError(), OSError(5, "Input/output error"), av.error.InvalidDataError(1, "bad data")):
+        def broken(*_, error=error):
+            raise error
+        monkeypatch.setattr(media, "_rgb_converter", lambda: broken)
+        fails(path, "cannot be decoded")
