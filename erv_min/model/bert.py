@@ -1,0 +1,132 @@
+"""BERT and RoBERTa: one encoder that serves the text gate (section 3.1) and the ERV (section 3.2).
+
+What differs between the two is in the embeddings and the head. BERT numbers positions 0, 1, 2, ... and has token types;
+RoBERTa counts positions over non-padding tokens only, starting after pad_token_id. Both are post-norm with exact GELU.
+Module names follow the released checkpoints, so that a state dict loads without a translation table.
+Dropout is off until `set_dropout` turns it on (ERV fine-tuning). Left out: cross attention, decoding, LM heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erv_min.config import BertConfig
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.roberta, self.pad_id = config.roberta, config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        if self.roberta:
+            real = (input_ids != self.pad_id).long()
+            positions = real.cumsum(1) * real + self.pad_id  # [B, L]; padding sits at pad_id
+        else:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, L]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(x + self.position_embeddings(positions)))  # [B, L, D]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(0.0)  # its rate only: scaled_dot_product_attention applies it
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, L, D = x.shape
+        q, k, v = (f(x).view(B, L, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        dropout = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B, H, L, D / H]
+        return out.transpose(1, 2).reshape(B, L, D)
+
+
+class AddNorm(nn.Module):
+    """Linear, dropout, residual, layer norm: the end of both halves of a layer (post-norm)."""
+
+    def __init__(self, width: int, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": AddNorm(config.hidden_size, config)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = AddNorm(config.intermediate_size, config)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, mask), x)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+
+
+class BertEncoder(nn.Module):
+    """BERT or, with `config.roberta`, RoBERTa, without a head."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        if not config.roberta:  # no forward pass uses it: kept so that checkpoints go through unchanged
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
+                token_type_ids: Tensor | None = None) -> Tensor:
+        """input_ids [B, L] int64, attention_mask [B, L] (1 = real; None = all real) -> last hidden state [B, L, D]."""
+        mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()  # [B, 1, 1, L]
+        x = self.embeddings(input_ids, token_type_ids)
+        for layer in self.encoder["layer"]:
+            x = layer(x, mask)
+        return x
+
+
+class RobertaClassifier(nn.Module):
+    """RoBERTa with a sentence classifier on its first token ([CLS], written <s>): the ERV's network (section 3.2)."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.roberta = BertEncoder(config)
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size),
+                                         "out_proj": nn.Linear(config.hidden_size, config.num_labels)})
+        self.classifier.apply(BertEncoder._init)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids, attention_mask [S, L] -> logits [S, labels]; the sigmoid is the caller's."""
+        cls = self.roberta(input_ids, attention_mask)[:, 0]  # [S, D]
+        hidden = torch.tanh(self.classifier["dense"](self.dropout(cls)))
+        return self.classifier["out_proj"](self.dropout(hidden))  # [S, labels]
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """Sets every dropout of `model`, attention's included. It acts in train mode only; RoBERTa's own rate is 0.1."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate

@@ -1,0 +1,219 @@
+"""The language model psi of Eq. 1: a Qwen2 decoder (arXiv 2407.10671) under its released tensor names.
+
+Grouped-query attention with bias on q, k, v and none on o; rotary positions in the half-split form; RMSNorm; SwiGLU.
+It runs in two ways:
+
+* `forward`: whole sequences, causal. With `past` it continues G completions a prompt on the prompt's keys and values,
+  so that a shared prompt is computed once and autograd sums the G gradients (the shared-prefix forward of Prefix
+  Grouper, arXiv 2506.05433). Right-padded rows need no mask: a causal query never meets the padding behind it.
+* `decode`: one token for each of G completions a prompt, on a `GroupCache` that holds the prompt's keys once.
+
+What it leaves out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from erv_min.config import Qwen2Config
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, L, head_dim] for positions [B, L] (RoPE, arXiv 2104.09864), computed in float32."""
+    inverse = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
+    angles = position_ids[:, None, :, None].float() * inverse  # [B, 1, L, head_dim / 2]
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates [B, H, L, head_dim] in the half-split form: dimension i pairs with i + head_dim / 2."""
+    cos, sin = rope
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+@dataclass
+class GroupCache:
+    """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times."""
+
+    prefix: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, head_dim]
+    prefix_mask: Tensor | None  # [B, P] bool, False at padding; None where no row is padded
+    own: list[tuple[Tensor, Tensor]]  # per layer k, v: [B * G, KV, N, head_dim], filled up to `length`
+    length: int = 0
+
+    @classmethod
+    def start(cls, prefix, prefix_mask: Tensor | None, group_size: int, max_new_tokens: int) -> "GroupCache":
+        """An empty cache for `max_new_tokens` on the keys and values of a prefill."""
+        batch, heads, _, width = prefix[0][0].shape
+        shape = (batch * group_size, heads, max_new_tokens, width)
+        own = [(k.new_empty(shape), v.new_empty(shape)) for k, v in prefix]
+        if prefix_mask is not None and bool(prefix_mask.all()):
+            prefix_mask = None
+        return cls(prefix, prefix_mask, own)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One query a row, q [R, H, 1, d] with R = B * G, against prompt and own keys: one softmax over both parts.
+
+        The G * H / KV queries that share a key head stand together, so that the prompt's keys are read once a group.
+        """
+        own_k, own_v = self.own[layer]
+        own_k[:, :, self.length], own_v[:, :, self.length] = k[:, :, 0], v[:, :, 0]
+        own_k, own_v = own_k[:, :, : self.length + 1], own_v[:, :, : self.length + 1]
+        prefix_k, prefix_v = self.prefix[layer]
+        batch, kv_heads, prefix_length, width = prefix_k.shape
+        rows, heads = q.shape[:2]
+        group, fold = rows // batch, heads // kv_heads
+        q = (q * width**-0.5).view(batch, group, kv_heads, fold, width)
+        by_prompt = q.transpose(1, 2).reshape(batch, kv_heads, group * fold, width)
+        scores = by_prompt @ prefix_k.transpose(2, 3)  # [B, KV, G * fold, P]
+        if self.prefix_mask is not None:
+            scores = scores.masked_fill(~self.prefix_mask[:, None, None], float("-inf"))
+        own_scores = q.reshape(rows, kv_heads, fold, width) @ own_k.transpose(2, 3)  # [R, KV, fold, length + 1]
+        scores = scores.view(batch, kv_heads, group, fold, prefix_length).transpose(1, 2).flatten(0, 1)
+        weights = torch.cat([scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        on_prefix, on_own = weights.split([prefix_length, self.length + 1], -1)
+        on_prefix = on_prefix.reshape(batch, group, kv_heads, fold, prefix_length).transpose(1, 2)
+        out = on_prefix.reshape(batch, kv_heads, group * fold, prefix_length) @ prefix_v  # [B, KV, G * fold, d]
+        out = out.view(batch, kv_heads, group, fold, width).transpose(1, 2).reshape(rows, kv_heads, fold, width)
+        return (out + on_own @ own_v).reshape(rows, heads, 1, width)
+
+
+def attend_past(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    """q [R, H, T, d] against the prompt's keys `past` [B, KV, P, d] (R = B * G) and the completion's own [R, KV, T, d].
+
+    `mask` [1 or R, 1, T, P + T] is True where a query may look. The H / KV query heads of a key head are folded into
+    the query's length, so that no key is repeated for grouped-query attention.
+    """
+    (rows, heads, length, width), kv_heads = q.shape, k.shape[1]
+    k, v = (torch.cat([p.repeat_interleave(rows // p.shape[0], 0), own], 2) for p, own in zip(past, (k, v)))
+    fold = heads // kv_heads
+    q = q.reshape(rows, kv_heads, fold * length, width)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, fold, 1))
+    return out.reshape(rows, heads, length, width)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245)."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.hidden_size // self.heads
+        width, kv_width = config.hidden_size, self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, kv_width)
+        self.v_proj = nn.Linear(width, kv_width)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def qkv(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        return rotate(q, rope), rotate(k, rope), v  # [B, heads, L, d], [B, KV, L, d] twice
+
+    def forward(self, x: Tensor, rope, past, mask) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x, rope)
+        if past is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        else:
+            out = attend_past(q, k, v, past, mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
+
+    def decode(self, x: Tensor, rope, cache: GroupCache, layer: int) -> Tensor:
+        out = cache.attend(layer, *self.qkv(x, rope))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block: attention, then MLP, each on a residual."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope, past=None, mask=None) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(self.input_layernorm(x), rope, past, mask)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+    def decode(self, x: Tensor, rope, cache: GroupCache, layer: int) -> Tensor:
+        x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """Embeddings, decoder layers and the final norm; the head belongs to the model around it."""
+
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.rope_theta = config.rope_theta
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = False  # recompute each layer in the backward pass in place of keeping its activations
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past=None, mask: Tensor | None = None,
+                keep_kv: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """[B, L, D] -> hidden states after the final norm [B, L, D], and per layer (k, v) [B, KV, L, d] if `keep_kv`.
+
+        position_ids [B, L] default to 0..L-1. `past` (the kv of an earlier call on the prompts) needs `mask`, see
+        `attend_past`.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
+        x, kv = inputs_embeds, []
+        for i, layer in enumerate(self.layers):
+            arguments = (x, rope, None if past is None else past[i], mask)
+            if self.recompute and torch.is_grad_enabled():
+                x, k, v = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x, k, v = layer(*arguments)
+            if keep_kv:
+                kv.append((k, v))
+        return self.norm(x), kv
+
+    def decode(self, inputs_embeds: Tensor, position_ids: Tensor, cache: GroupCache) -> Tensor:
+        """One step: embeddings [R, 1, D] at positions [R, 1] -> hidden [R, 1, D]; the cache grows by one."""
+        rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
+        x = inputs_embeds
+        for i, layer in enumerate(self.layers):
+            x = layer.decode(x, rope, cache, i)
+        cache.length += 1
+        return self.norm(x)

@@ -1,0 +1,363 @@
+"""Model folders: released layout in and out, bit for bit; towers from elsewhere; damaged and misfitting files."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import GOLDEN
+from erv_min import weights
+from erv_min.checkpoint import (load_erv, load_humanomni, resolve, save_erv, save_humanomni, text_gate_folder,
+                                tower_place, ALL_TOWERS)
+from erv_min.config import BERT_BASE, SIGLIP_SO400M, WHISPER_LARGE_V3, humanomni, roberta
+from erv_min.errors import CheckpointError
+from erv_min.model.bert import RobertaClassifier
+from erv_min.model.humanomni import random_humanomni
+
+SMALL = GOLDEN / "humanomni_small"
+VISION, AUDIO, TEXT = (tower.prefix for tower in ALL_TOWERS)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the small golden checkpoint to spoil."""
+    for name in ("config.json", "towers.json", "model.safetensors"):
+        shutil.copy(SMALL / name, tmp_path / name)
+    return tmp_path
+
+
+def tensors():
+    return load_file(SMALL / "model.safetensors")
+
+
+def change_json(path, **values):
+    raw = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+# ---- out and in again -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["humanomni_small", "humanomni_large"])
+@pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32])
+def test_released_weights_round_trip_byte_for_byte(layout, loaded, tmp_path):
+    model = load_humanomni(GOLDEN / layout, dtype=loaded)
+    assert {p.dtype for p in model.parameters()} == {loaded} and not model.training
+    save_humanomni(model, tmp_path, dtype=torch.bfloat16)
+    saved, released = load_file(tmp_path / "model.safetensors"), load_file(GOLDEN / layout / "model.safetensors")
+    assert saved.keys() == released.keys()
+    for name, tensor in released.items():
+        assert saved[name].dtype == tensor.dtype == torch.bfloat16
+        assert torch.equal(saved[name].view(torch.int16), tensor.view(torch.int16)), name
+    config, original = (json.loads((f / "config.json").read_text()) for f in (tmp_path, GOLDEN / layout))
+    assert config == original
+    assert same(load_humanomni(tmp_path, dtype=loaded), model)
+
+
+def test_default_keeps_the_models_dtype_and_unknown_config_keys(folder, tmp_path):
+    change_json(folder / "config.json", somebodys_key={"x": 1})
+    model = load_humanomni(folder)
+    with torch.no_grad():
+        model.model.norm.weight += 1e-6  # not a bfloat16 number
+    out = tmp_path / "out"
+    save_humanomni(model, out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["somebodys_key"] == {"x": 1} and config["torch_dtype"] == "float32"
+    assert same(load_humanomni(out), model)
+
+
+def test_toy_round_trip_and_tokenizer_files(tmp_path):
+    model = random_humanomni(humanomni("toy"), 2)
+    (tmp_path / "a" / "text_gate").mkdir(parents=True)
+    (tmp_path / "a" / "tokenizer.json").write_text("lm")
+    (tmp_path / "a" / "text_gate" / "tokenizer.json").write_text("gate")
+    save_humanomni(model, tmp_path / "a")
+    again = load_humanomni(tmp_path / "a")
+    assert again.config == model.config and same(again, model)
+    save_humanomni(again, tmp_path / "b")
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "lm"
+    assert (tmp_path / "b" / "text_gate" / "tokenizer.json").read_text() == "gate"
+    assert text_gate_folder(tmp_path / "b") == tmp_path / "b" / "text_gate"
+    save_humanomni(again, tmp_path / "a")  # over itself
+    assert same(load_humanomni(tmp_path / "a"), model)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "config.json", "model.safetensors", "text_gate", "tokenizer.json", "towers.json"]  # no temporary file left
+
+
+def test_tied_head_is_one_parameter(folder):
+    model = load_humanomni(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" in model.state_dict() and "lm_head.weight" not in tensors()
+    save_file(tensors() | {"lm_head.weight": tensors()["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
+    assert same(load_humanomni(folder), model)  # written twice, as older checkpoints do
+
+
+def test_a_write_that_fails_leaves_the_old_file(folder, monkeypatch):
+    model, before = load_humanomni(folder), (folder / "model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(weights.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save_humanomni(model, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_loaded_weights_are_no_view_of_the_file(folder):
+    model = load_humanomni(folder, dtype=torch.bfloat16)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    with open(folder / "model.safetensors", "rb+") as f:  # overwritten in place, not replaced
+        f.seek(200_000)
+        f.write(b"\x55" * 500_000)
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+# ---- the other layouts ------------------------------------------------------------------------------------------------
+
+
+def shards(folder, suffix, save):
+    """Splits the golden weights over three files with an index."""
+    (folder / "model.safetensors").unlink()
+    stem, index = ("model", "model.safetensors") if suffix == "safetensors" else ("pytorch_model", "pytorch_model.bin")
+    names, where = sorted(tensors()), {}
+    for i in range(3):
+        file = f"{stem}-{i + 1:05}-of-00003.{suffix}"
+        save({k: tensors()[k] for k in names[i::3]}, folder / file)
+        where |= dict.fromkeys(names[i::3], file)
+    (folder / f"{index}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+@pytest.mark.parametrize("layout", ["bin", "old bin", "safetensors shards", "bin shards"])
+def test_other_weight_layouts(folder, layout):
+    if layout == "safetensors shards":
+        shards(folder, "safetensors", save_file)
+    elif layout == "bin shards":
+        shards(folder, "bin", torch.save)
+    else:
+        (folder / "model.safetensors").unlink()
+        buffer = {"model.bert_model.embeddings.position_ids": torch.arange(64)}  # older transformers saved it
+        torch.save(tensors() | buffer, folder / "pytorch_model.bin", _use_new_zipfile_serialization=layout == "bin")
+    assert same(load_humanomni(folder), load_humanomni(SMALL))
+
+
+def test_missing_shard(folder):
+    shards(folder, "safetensors", save_file)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 shards are missing: model-00002-of-00003.safetensors"):
+        load_humanomni(folder)
+
+
+# ---- towers -----------------------------------------------------------------------------------------------------------
+
+
+def tower_folder(path, part, scale=1.0):
+    """A tower's own repository made of the golden weights, under Hugging Face's names."""
+    path.mkdir()
+    sizes = json.loads((SMALL / "towers.json").read_text())[part]
+    prefix, rename, other = {
+        "vision": (VISION, "{}", {"text_model.x": torch.zeros(2), "logit_scale": torch.zeros(1)}),
+        "audio": (AUDIO, "model.{}", {"model.decoder.x": torch.zeros(2)}),
+        "text": (TEXT, "bert.{}", {"cls.predictions.bias": torch.zeros(2)})}[part]
+    own = {k.removeprefix(prefix): v * scale for k, v in tensors().items() if k.startswith(prefix)}
+    own = {k: v for k, v in own.items() if not k.startswith(("projector.", "classifier."))}
+    if part == "text":
+        own = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+               for k, v in own.items()}
+    save_file({rename.format(k): v for k, v in own.items()} | other, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"vision_config": sizes} if part == "vision" else sizes))
+    return path
+
+
+def test_towers_from_their_own_repositories(folder, tmp_path):
+    places = {part: str(tower_folder(tmp_path / part, part)) for part in ("vision", "audio", "text")}
+    kept = {k: v for k, v in tensors().items() if not k.startswith((VISION, AUDIO, TEXT))}
+    save_file(kept, folder / "model.safetensors")
+    (folder / "towers.json").unlink()
+    change_json(folder / "config.json", mm_vision_tower=places["vision"], mm_audio_tower=places["audio"])
+    model, released = load_humanomni(folder, text_tower=places["text"]), load_humanomni(SMALL)
+    a, b = model.state_dict(), released.state_dict()
+    read = [k for k in b if ".audio_tower.audio_tower.projector" not in k and ".audio_tower.audio_tower.classifier" not in k]
+    assert all(torch.equal(a[k], b[k]) for k in read) and len(b) - len(read) == 4
+    assert not a[AUDIO + "projector.weight"].any()
+    source = model.tower_source
+    assert source["vision"] == f"repository {places['vision']}" and source["text"] == f"override {places['text']}"
+    assert source["leftovers"].startswith("zeros (4 absent in model.audio_tower")
+
+
+def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
+    other = tower_folder(tmp_path / "vision", "vision", scale=2.0)
+    change_json(folder / "config.json", mm_vision_tower=str(other))
+    name = VISION + "vision_model.encoder.layers.0.mlp.fc1.weight"
+    own = load_humanomni(folder)
+    assert torch.equal(own.state_dict()[name], tensors()[name].float())
+    assert own.tower_source["vision"] == f"checkpoint {folder}"
+    replaced = load_humanomni(folder, vision_tower=other)
+    assert torch.equal(replaced.state_dict()[name], 2 * tensors()[name].float())
+    assert replaced.tower_source["vision"] == f"override {other}"
+
+
+@pytest.mark.parametrize("name, repository, sizes", [
+    ("/mnt/data/jiaxing/models/siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384", SIGLIP_SO400M),
+    ("/root/hub/models--openai--whisper-large-v3/snapshots/06f233fe", "openai/whisper-large-v3", WHISPER_LARGE_V3),
+    (None, "google-bert/bert-base-uncased", BERT_BASE)])
+def test_paths_of_the_authors_machines(name, repository, sizes):
+    tower = ALL_TOWERS[["google", "openai", "google-bert"].index(repository.split("/")[0])]
+    assert tower_place(name, tower, SMALL) == (repository, sizes)
+
+
+def test_a_tower_that_nobody_knows(folder):
+    (folder / "towers.json").unlink()
+    change_json(folder / "config.json", mm_vision_tower="/data/secret/tower")
+    with pytest.raises(CheckpointError, match="config.json: mm_vision_tower is '/data/secret/tower'.*vision_tower="):
+        load_humanomni(folder)
+
+
+# ---- what does not fit ------------------------------------------------------------------------------------------------
+
+
+def test_misfits_are_counted_by_part(folder):
+    t = tensors()
+    del t["model.layers.1.mlp.up_proj.weight"], t["model.layers.2.mlp.up_proj.weight"], t["model.bert_gate.2.bias"]
+    t["model.norm.weight"] = torch.ones(47)
+    t["model.mystery.weight"] = torch.ones(3)
+    save_file(t, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_humanomni(folder)
+    lines = str(caught.value).splitlines()
+    assert "  missing: 2 in language_model, such as model.layers.1.mlp.up_proj.weight" in lines
+    assert "  missing: 1 in gate_mlp, such as model.bert_gate.2.bias" in lines
+    assert "  unknown: 1 in model.mystery, such as model.mystery.weight" in lines
+    assert "  of another shape: 1 in language_model, such as model.norm.weight [47], not [48]" in lines
+    assert len(lines) == 5
+
+
+def test_absent_leftovers_are_zeros_and_told(folder):
+    t = {k: v for k, v in tensors().items() if ".head." not in k and "pooler" not in k}
+    save_file(t, folder / "model.safetensors")
+    model = load_humanomni(folder)
+    assert model.tower_source["leftovers"] == "zeros (11 absent in vision_tower, 2 absent in text_encoder; never read)"
+    assert not model.siglip.head.probe.any()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/erv_min_pwned",)
+
+
+def test_damaged_files_are_named(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"not a tensor file at all"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+            load_humanomni(folder)
+    save_file(tensors() | {"model.norm.weight": torch.ones(48, dtype=torch.int32)}, file)
+    with pytest.raises(CheckpointError, match="model.safetensors: tensor model.norm.weight is I32"):
+        load_humanomni(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no weights"):
+        load_humanomni(folder)
+
+
+def test_pickled_code_is_refused(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds code"):
+        load_humanomni(folder)
+    torch.save({"model.norm.weight": Payload()}, file)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds code"):
+        load_humanomni(folder)
+    assert not os.path.exists("/tmp/erv_min_pwned")
+    torch.save([1, 2], file)
+    with pytest.raises(CheckpointError, match="expected a dictionary"):
+        load_humanomni(folder)
+    torch.save({"model.norm.weight": torch.ones(48, dtype=torch.long)}, file)
+    with pytest.raises(CheckpointError, match="model.norm.weight is torch.int64"):
+        load_humanomni(folder)
+
+
+@pytest.mark.parametrize("file, values, message", [
+    ("config.json", dict(hidden_size=None), "config.json: field 'hidden_size' is missing"),
+    ("config.json", dict(hidden_size="48"), "config.json: field 'hidden_size' must be int, is '48'"),
+    ("config.json", dict(num_attention_heads=5), "do not divide"),
+    ("config.json", dict(hidden_act="relu"), "hidden_act is 'relu'"),
+    ("config.json", dict(mm_projector_type="stc"), "mm_projector_type 'stc'"),
+    ("config.json", dict(mm_hidden_size=99), "mm_hidden_size is 99.*32"),
+    ("config.json", dict(num_frames="8"), "num_frames must be an integer"),
+    ("config.json", dict(mm_projector_type="all_in_one"), "odd patch grid"),
+    ("towers.json", dict(vision={"hidden_act": "quick_gelu"}), "towers.json, vision: hidden_act is 'quick_gelu'"),
+    ("towers.json", dict(audio={}), "towers.json, audio: field 'd_model' is missing"),
+])
+def test_configs_that_cannot_be_right(folder, file, values, message):
+    change_json(folder / file, **values)
+    with pytest.raises(CheckpointError, match=message):
+        load_humanomni(folder)
+    (folder / file).write_text("{")
+    with pytest.raises(CheckpointError, match=f"{file}: not a JSON"):
+        load_humanomni(folder)
+
+
+def test_offline_hub_says_what_to_do(monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("offline mode is enabled")
+
+    monkeypatch.setattr("erv_min.checkpoint.snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="StarJiaxing/HumanOmni-0.5B at abc.*offline mode.*hf download StarJiaxing"):
+        resolve("StarJiaxing/HumanOmni-0.5B", "abc")
+    with pytest.raises(CheckpointError, match="/no/such/folder: no such folder"):
+        resolve("/no/such/folder")
+
+
+def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
+    """safetensors first; pytorch_model.bin only where the repository has none; never whisper's float32 twins."""
+    asked = []
+
+    def snapshot(name, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("erv_min.checkpoint.snapshot_download", snapshot)
+    assert resolve("a/b") == tmp_path
+    assert [any(p.endswith(".bin") for p in a) for a in asked] == [False, True]
+    (tmp_path / "model.safetensors").touch()
+    asked.clear()
+    resolve("a/b")
+    assert len(asked) == 1 and "model.safetensors" in asked[0] and "*.safetensors" not in asked[0]
+
+
+# ---- the verifier -----------------------------------------------------------------------------------------------------
+
+
+def test_verifier_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = RobertaClassifier(roberta("toy", 3)).eval()
+    save_erv(model, tmp_path, ["anger", "joy", "neutral"])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "anger", "1": "joy", "2": "neutral"} and config["model_type"] == "roberta"
+    again = load_erv(tmp_path)
+    assert again.config == model.config and same(again, model) and not again.training
+    change_json(tmp_path / "config.json", model_type="bert")
+    with pytest.raises(CheckpointError, match="model_type is 'bert'"):
+        load_erv(tmp_path)
+    with pytest.raises(CheckpointError, match="2 labels for a verifier of 3 outputs"):
+        save_erv(model, tmp_path, ["a", "b"])
+
+
+def test_verifier_without_its_head(tmp_path):
+    save_erv(RobertaClassifier(roberta("toy", 3)), tmp_path, "abc")
+    t = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in t.items() if "out_proj" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="missing: 2 in classifier"):
+        load_erv(tmp_path)

@@ -1,0 +1,222 @@
+"""HumanOmni (Eq. 1) against the released code's golden vectors, and what the vectors do not show: mixed batches."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import GOLDEN
+from erv_min.checkpoint import load_humanomni
+from erv_min.config import humanomni
+from erv_min.errors import DataError, SettingsError
+from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
+
+LAYOUTS = ["humanomni_small", "humanomni_large"]
+
+
+def golden(layout):
+    return load_humanomni(GOLDEN / layout), load_file(GOLDEN / layout / "expected.safetensors")
+
+
+def close(got, expected, tolerance):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max().item() <= tolerance
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return random_humanomni(humanomni("toy"), seed=1)
+
+
+def clips(n, seed=0):
+    """n random clips for the toy model: video [n, 4, 3, 48, 48], audio [n, 32, 100]."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, 3, 48, 48, generator=g), torch.randn(n, 32, 100, generator=g)
+
+
+# ---- the released code's numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_and_gradients(layout):
+    model, e = golden(layout)
+    out = model(e["input_ids"], video=e["images"], audio=e["audios"], gate_ids=e["prompts.input_ids"],
+                gate_mask=e["prompts.attention_mask"], labels=e["labels"])
+    close(out.logits, e["logits"], 2e-5)
+    assert abs(out.loss.item() - e["loss"].item()) <= 1e-6 * e["loss"].item()
+    out.loss.backward()
+    parameters = dict(model.named_parameters())
+    names = [k for k in e if k.startswith("grad.")]
+    assert len(names) == 7
+    for name in names:
+        close(parameters[name.removeprefix("grad.")].grad, e[name], 1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_what_lies_between(layout):
+    model, e = golden(layout)
+    gate = e["prompts.input_ids"], e["prompts.attention_mask"]
+    close(model.model.bert_model(*gate)[:, 0], e["bert_cls"], 3e-6)
+    close(model.gate_weights(*gate), e["gate"], 1e-6)
+    close(model.encode_audio(e["audios"]), e["audio_embeds"], 3e-6)
+    features = model.vision_features(e["images"])
+    close(features[0], e["vision_features"], 3e-6)
+    grid = model.config.vision.grid
+    maps, projector = features.unflatten(2, (grid, grid)), model.model.mm_projector
+    close(projector.convolve("video", maps).flatten(1, 3), e["branch_video"], 3e-6)
+    close(projector.convolve("body", maps).flatten(1, 3), e["branch_body"], 3e-6)
+    close(projector.mlp_2xgelu_face(features).flatten(0, 1), e["branch_face"], 3e-6)
+    close(model.encode_video(e["images"], *gate), e["visual_embeds"], 3e-6)
+    assert e["visual_embeds"].shape[1] == model.config.video_tokens
+    assert e["audio_embeds"].shape[1] == model.config.audio_tokens
+
+
+@pytest.mark.parametrize("name, millions", [("0.5b", 1373.2), ("7b", 9581.6)])
+def test_full_size_names_and_shapes(name, millions):
+    with torch.device("meta"):
+        model = HumanOmni(humanomni(name))
+    expected = json.loads((GOLDEN / f"manifest_{name}.json").read_text())
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == expected
+    assert not list(model.buffers())  # nothing that loading on the meta device would leave unfilled
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+# ---- Eq. 1: the splice ------------------------------------------------------------------------------------------------
+
+
+def test_splice_by_hand(toy):
+    # Row 0: 5 <video> 6, 2 video tokens: 5 v v 6. Row 1: <audio> 7 8 (8 masked out), 1 audio token: a 7, then padding.
+    words = toy.model.embed_tokens.weight
+    video, audio = torch.randn(1, 2, 96), torch.randn(1, 1, 96)
+    ids = torch.tensor([[5, VIDEO, 6], [AUDIO, 7, 8]])
+    labels = torch.tensor([[5, IGNORE, 6], [IGNORE, 7, 8]])
+    keep = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    embeds, targets, mask = toy.splice(ids, video, audio, labels, keep)
+    zero = torch.zeros(96)
+    expected = torch.stack([torch.stack([words[5], video[0, 0], video[0, 1], words[6]]),
+                            torch.stack([audio[0, 0], words[7], zero, zero])])
+    assert torch.equal(embeds, expected)
+    assert targets.tolist() == [[5, IGNORE, IGNORE, 6], [IGNORE, 7, IGNORE, IGNORE]]
+    assert mask.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+@torch.no_grad()
+def test_rows_of_any_modality_in_one_batch(toy):
+    """Both, video alone, audio alone, text alone and two videos, with questions of their own: each as if by itself."""
+    video, audio = clips(4), clips(2, 1)
+    video, audio = video[0], audio[1]
+    rows = [[3, VIDEO, 4, AUDIO, 5], [VIDEO, 6], [7, 8, AUDIO], [9, 10, 11, 12], [VIDEO, 13, VIDEO]]
+    gate_ids = torch.randint(5, 250, (5, 6), generator=torch.Generator().manual_seed(2))
+    gate_mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 6, [1] * 6, [1] * 3 + [0] * 3])
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])  # padded on the left
+    keep = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    logits = toy(ids, video, audio, gate_ids, gate_mask, attention_mask=keep).logits
+    mine = [(video[:1], audio[:1]), (video[1:2], None), (None, audio[1:]), (None, None), (video[2:], None)]
+    for b, (row, (v, a)) in enumerate(zip(rows, mine)):
+        real = gate_mask[b : b + 1].bool()
+        alone = toy(torch.tensor([row]), v, a, gate_ids[b : b + 1][real][None]).logits[0]
+        close(logits[b, : len(alone)], alone, 2e-6)
+    assert len(alone) == 1 + 2 * toy.config.video_tokens == 33
+
+
+@torch.no_grad()
+def test_features_stand_for_their_clips(toy):
+    video, audio = clips(2)
+    ids, gate = torch.tensor([[1, VIDEO, AUDIO, 2]] * 2), torch.tensor([[7, 8, 9]])
+    raw, mask = toy.prompt_embeds(ids, video, audio, gate)
+    features = dict(video_features=toy.vision_features(video), audio_features=toy.audio_features(audio))
+    assert torch.equal(toy.prompt_embeds(ids, gate_ids=gate.expand(2, -1), **features)[0], raw)
+    assert raw.shape == (2, 2 + 16 + 16, 96) and mask.all()
+    one = toy.prompt_embeds(ids[:1], video[0], audio[0], gate)[0]  # a clip without its batch dimension
+    close(one, raw[:1], 2e-6)
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_label_tokens(toy):
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    labels = torch.tensor([[IGNORE, IGNORE, 3, 4], [IGNORE, 6, IGNORE, IGNORE]])
+    out = toy(ids, labels=labels)
+    logps = out.logits.log_softmax(-1)
+    expected = -(logps[0, 1, 3] + logps[0, 2, 4] + logps[1, 0, 6]) / 3
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(video=torch.zeros(1, 4, 3, 50, 50)), r"video has shape \[1, 4, 3, 50, 50\].*48"),
+    (dict(video=torch.zeros(1, 4, 48, 48, 3)), "video has shape"),
+    (dict(audio=torch.zeros(1, 128, 100)), r"audio has shape \[1, 128, 100\].*32 mels"),
+    (dict(audio=torch.zeros(1, 32, 101)), "up to 100 frames"),
+    (dict(video=torch.zeros(2, 4, 3, 48, 48)), r"holds 1 <video> \(-201\), but video holds 2"),
+    (dict(video=None), r"holds 1 <video> \(-201\), but video holds 0"),
+    (dict(audio=None), r"holds 1 <audio> \(-202\), but audio holds 0"),
+    (dict(gate_ids=None), "needs gate_ids"),
+    (dict(gate_ids=torch.zeros(1, 161, dtype=torch.long)), r"gate_ids has shape \[1, 161\].*160"),
+    (dict(gate_ids=torch.zeros(3, 5, dtype=torch.long)), "3 rows for 1 videos"),
+    (dict(gate_mask=torch.ones(1, 4)), "gate_mask has shape"),
+    (dict(input_ids=torch.tensor([1, VIDEO])), r"input_ids has shape \[2\]"),
+    (dict(input_ids=torch.tensor([[512, VIDEO, AUDIO]])), "holds 512"),
+    (dict(input_ids=torch.tensor([[-200, VIDEO, AUDIO]])), "holds -200"),
+    (dict(labels=torch.full((1, 3), IGNORE)), "no target"),
+    (dict(labels=torch.zeros(1, 4, dtype=torch.long)), "labels has shape"),
+    (dict(video_features=torch.zeros(1, 4, 16, 48)), "give one"),
+    (dict(video=None, video_features=torch.zeros(1, 4, 9, 48)), "video_features has shape"),
+])
+def test_wrong_inputs_name_field_and_shape(toy, change, message):
+    inputs = dict(input_ids=torch.tensor([[1, VIDEO, AUDIO]]), video=clips(1)[0], audio=clips(1)[1],
+                  gate_ids=torch.tensor([[5, 6, 7]]))
+    toy(**inputs)
+    with pytest.raises(DataError, match=message):
+        toy(**{**inputs, **change})
+
+
+def test_grid_that_the_projector_cannot_halve():
+    config = replace(humanomni("toy"), projector="all_in_one")
+    with pytest.raises(SettingsError, match="odd patch grid.*gives 4"):
+        HumanOmni(config)
+
+
+# ---- what trains, and from where it starts ----------------------------------------------------------------------------
+
+
+def test_leftovers_are_exactly_what_gets_no_gradient(toy):
+    toy.requires_grad_(True)
+    video, audio = clips(1)
+    ids = torch.tensor([[1, VIDEO, AUDIO, 2, 3]])
+    toy(ids, video, audio, torch.tensor([[5, 6, 7]]), labels=ids.clamp(min=0)).loss.backward()
+    untouched = {name for name, p in toy.named_parameters() if p.grad is None}
+    toy.zero_grad()
+    assert untouched == toy.leftovers() and len(untouched) > 20
+
+
+def test_trainable_parts():
+    model = HumanOmni(humanomni("toy"))
+    chosen = trainable(model, ["language_model", "text_encoder"])
+    names = {name for name, _ in chosen}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == names
+    assert all(n.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "model.bert_model.")) for n in names)
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names  # tied: listed once
+    assert not any("pooler" in n for n in names) and any("bert_model.encoder" in n for n in names)
+    everything = {name for name, _ in trainable(model, PARTS)}
+    frozen = {n for n, _ in model.named_parameters()} - everything
+    assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | model.leftovers()
+    assert any("vision_tower" in n for n in everything)
+    with pytest.raises(SettingsError, match="audio_tower.*choose from language_model"):
+        trainable(model, ["audio_tower"])
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    config = humanomni("toy")
+    torch.manual_seed(5)
+    model = HumanOmni(config)
+    init_weights(model, 3)
+    filled = random_humanomni(config, 3)
+    for (name, a), b in zip(model.state_dict().items(), filled.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert filled.lm_head.weight is filled.model.embed_tokens.weight
+    assert not torch.equal(random_humanomni(config, 4).head_weight, filled.head_weight)
+    assert filled.head_weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert random_humanomni(config, 3, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
