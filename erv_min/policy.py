@@ -1,0 +1,109 @@
+"""log pi_theta(y_t | x, y_<t) of G completions on a shared prompt: what Eq. 2 and Eq. 3 are made of.
+
+Three things that the released step repeats are done once here, with the same gradient:
+* the prompt is prefilled once a group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433);
+* only positions that predict a completion token meet the head, in chunks that are recomputed in the backward pass, so
+  that no [B, T, V] tensor exists;
+* log-softmax, temperature and entropy come out of the same pass, in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from erv_min.model.humanomni import HumanOmni
+
+CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
+
+
+@dataclass
+class Prompts:
+    """B prompts as embeddings, right-padded: `embeds` [B, P, D] and `mask` [B, P] bool (True at real positions)."""
+
+    embeds: Tensor
+    mask: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(1)  # [B]
+
+
+@dataclass
+class Completions:
+    """R = B * G completions, G a prompt in order: `ids` [R, T] int64 and `mask` [R, T] bool, True up to and with EOS."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def completion_mask(prompt_mask: Tensor, group_size: int, length: int) -> Tensor:
+    """Where `length` completion inputs may look: all of their prompt, and themselves causally.
+
+    Returns bool [1 or B * G, 1, T, P + T]; one row serves all where no prompt is padded.
+    """
+    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_mask.device).tril()
+    if bool(prompt_mask.all()):
+        prompt_mask = prompt_mask[:1]
+    else:
+        prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
+    rows = prompt_mask.shape[0]
+    on_prompt = prompt_mask[:, None, None].expand(rows, 1, length, -1)
+    return torch.cat([on_prompt, causal.expand(rows, 1, length, length)], -1)
+
+
+def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor) -> Tensor:
+    """Hidden states that predict each completion token: [R, T, D] for ids [R, T], each prompt computed once.
+
+    Position t = 0 is predicted by the prompt's last token, t >= 1 by completion token t - 1.
+    """
+    batch, rows, length = prompts.embeds.shape[0], *ids.shape
+    group = rows // batch
+    last = prompts.lengths - 1  # [B]
+    hidden, kv = model.model(prompts.embeds, keep_kv=True)
+    first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(group, 0)[:, None]  # [R, 1, D]
+    if length == 1:
+        return first
+    steps = torch.arange(1, length, device=ids.device)
+    position_ids = last.repeat_interleave(group)[:, None] + steps  # [R, T - 1]
+    mask = completion_mask(prompts.mask, group, length - 1)
+    rest, _ = model.model(model.model.embed_tokens(ids[:, :-1]), position_ids, past=kv, mask=mask)
+    return torch.cat([first, rest], 1)
+
+
+def _chunk_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, with_entropy: bool):
+    logits = (hidden @ weight.T).float() / temperature  # [n, V]
+    normaliser = logits.logsumexp(-1)
+    entropy = None
+    if with_entropy:
+        with torch.no_grad():
+            entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
+    return logits.gather(-1, ids[:, None])[:, 0] - normaliser, entropy
+
+
+def token_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0,
+                with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    """log softmax(hidden @ weight.T / temperature)[ids] and the entropy in nats, float32 [N], without [N, V] kept.
+
+    hidden [N, D], weight [V, D], ids [N]. The entropy is computed where asked for, and carries no gradient.
+    """
+    size = max(1, CHUNK_LOGITS // weight.shape[0])
+    recompute = torch.is_grad_enabled() and len(hidden) > size
+    logps, entropy = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
+    for chunk, chunk_ids in zip(hidden.split(size), ids.split(size)):
+        arguments = (chunk, weight, chunk_ids, temperature, with_entropy)
+        parts = checkpoint(_chunk_logps, *arguments, use_reentrant=False) if recompute else _chunk_logps(*arguments)
+        logps.append(parts[0])
+        entropy.append(parts[1])
+    return torch.cat(logps), torch.cat(entropy) if with_entropy else None
+
+
+def completion_logps(model: HumanOmni, prompts: Prompts, completions: Completions, temperature: float = 1.0,
+                     with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    """log pi(o_t | x, o_<t) at each completion token, and the entropy where asked for: float32 [R, T], 0 outside the mask."""
+    ids, mask = completions.ids, completions.mask
+    hidden = shared_prefix_hidden(model, prompts, ids)
+    logps, entropy = token_logps(hidden[mask], model.head_weight, ids[mask], temperature, with_entropy)
+    empty = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    return empty.masked_scatter(mask, logps), empty.masked_scatter(mask, entropy) if with_entropy else None

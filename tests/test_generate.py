@@ -1,0 +1,106 @@
+"""Sampling: the released greedy tokens, the cache, the noise that depends on nothing but its key."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import GOLDEN
+from erv_min.checkpoint import load_humanomni
+from erv_min.errors import SettingsError
+from erv_min.generate import generate, rollout, sample_token, sampling_noise
+from erv_min.policy import Prompts, completion_logps
+from tiny import tiny_model, tiny_prompts
+
+
+@pytest.mark.parametrize("layout", ["humanomni_small", "humanomni_large"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_released_greedy_tokens(layout, use_cache):
+    model = load_humanomni(GOLDEN / layout)
+    expected = load_file(GOLDEN / layout / "expected.safetensors")
+    eos = json.loads((GOLDEN / layout / "config.json").read_text())["eos_token_id"]
+    ids = generate(model, expected["input_ids"][0], video=expected["images"][0], audio=expected["audios"][0],
+                   gate_ids=expected["prompts.input_ids"][:1], gate_mask=expected["prompts.attention_mask"][:1],
+                   group_size=2, max_new_tokens=16, temperature=0, eos_token_id=eos, use_cache=use_cache)
+    for row in ids:
+        assert row.tolist() == expected["greedy_tokens"][0].tolist()
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (3, 7)])
+def test_cache_on_and_off_sample_the_same(lengths):
+    model = tiny_model(3)
+    noise = sampling_noise(5, 0, [4, 9], 3, 12)
+    on, off = (rollout(model, tiny_prompts(model, lengths), 3, 12, eos_token_id=17, noise=noise, use_cache=c)
+               for c in (True, False))
+    assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
+    assert len({tuple(row.tolist()) for row in on.ids}) > 3  # it did sample, and rows differ
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    model = tiny_model(3)
+    prompts = tiny_prompts(model, (7, 7, 7))
+    together = rollout(model, prompts, 2, 10, 17, sampling_noise(5, 2, [10, 11, 12], 2, 10))
+    for i, number in enumerate((10, 11, 12)):
+        alone = rollout(model, Prompts(prompts.embeds[i : i + 1], prompts.mask[i : i + 1]), 2, 10, 17,
+                        sampling_noise(5, 2, [number], 2, 10))
+        width = alone.ids.shape[1]
+        assert torch.equal(together.ids[2 * i : 2 * i + 2, :width], alone.ids)
+        assert torch.equal(together.mask[2 * i : 2 * i + 2, :width], alone.mask)
+
+
+def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
+    """Sampled at noise u, the token is the first whose cumulative probability passes u, by the training pass's numbers."""
+    model = tiny_model(3)
+    prompts = tiny_prompts(model)
+    noise = sampling_noise(0, 0, [0, 1], 4, 6)
+    completions = rollout(model, prompts, 4, 6, 17, noise)
+    from erv_min.policy import shared_prefix_hidden
+    probs = (shared_prefix_hidden(model, prompts, completions.ids) @ model.head_weight.T).softmax(-1)
+    cumulative = probs.double().cumsum(-1)
+    upper = cumulative.gather(-1, completions.ids[..., None])[..., 0]
+    lower = upper - probs.gather(-1, completions.ids[..., None])[..., 0]
+    u = noise[:, : completions.ids.shape[1]]
+    assert ((u <= upper + 1e-5) & (u >= lower - 1e-5))[completions.mask].all()
+    logps, _ = completion_logps(model, prompts, completions)
+    torch.testing.assert_close(logps[completions.mask].double(), (upper - lower)[completions.mask].log(), atol=1e-3, rtol=1e-3)
+
+
+def test_sample_token_by_hand():
+    # Probabilities 0.2, 0.3, 0.5: cumulative 0.2, 0.5, 1.
+    logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(5, 3)
+    noise = torch.tensor([0.0, 0.19, 0.21, 0.51, 0.999], dtype=torch.float64)
+    assert sample_token(logits, noise, 1.0).tolist() == [0, 0, 1, 2, 2]
+    # top-k 2 leaves 0.3 and 0.5: cumulative 0, 0.375, 1 of what is left.
+    assert sample_token(logits, torch.tensor([0.0, 0.37, 0.38, 0.9, 0.99], dtype=torch.float64), 1.0, top_k=2).tolist() == [1, 1, 2, 2, 2]
+    # top-p 0.6: 0.5 does not reach it, 0.5 + 0.3 does: the same two are left. top-p 0.5 leaves the best alone.
+    assert sample_token(logits, torch.tensor([0.0, 0.37, 0.38, 0.9, 0.99], dtype=torch.float64), 1.0, top_p=0.6).tolist() == [1, 1, 2, 2, 2]
+    assert sample_token(logits, noise, 1.0, top_p=0.5).tolist() == [2] * 5
+    assert sample_token(logits, None, 0).tolist() == [2] * 5
+
+
+def test_noise_is_a_function_of_its_key():
+    a = sampling_noise(1, 2, [3, 4], 2, 5)
+    assert torch.equal(a[2:], sampling_noise(1, 2, [4], 2, 5)) and torch.equal(a[0], sampling_noise(1, 2, [3], 1, 9)[0, :5])
+    others = [sampling_noise(*key, 1, 5) for key in ((1, 2, [5]), (1, 3, [3]), (2, 2, [3]))]
+    assert all(not torch.equal(a[0], other[0]) for other in others)
+    big = sampling_noise(0, 0, [0], 200, 100)
+    assert 0 <= big.min() and big.max() < 1 and abs(big.mean() - 0.5) < 0.01
+
+
+def test_stops_when_all_rows_are_done_and_masks_what_follows():
+    model = tiny_model()
+    prompts = tiny_prompts(model)
+    first = rollout(model, prompts, 1, 1, eos_token_id=-1, temperature=0).ids  # greedy first token of each prompt
+    eos = first[0, 0].item()
+    completions = rollout(model, prompts, 1, 8, eos_token_id=eos, temperature=0)
+    assert completions.mask[0].tolist() == [True] + [False] * (completions.mask.shape[1] - 1)  # its EOS counts
+    assert (completions.ids[0] == eos).all()
+    alone = rollout(model, Prompts(prompts.embeds[:1], prompts.mask[:1]), 3, 8, eos_token_id=eos, temperature=0)
+    assert alone.ids.shape == (3, 1)
+
+
+def test_sampling_without_noise_is_refused():
+    model = tiny_model()
+    with pytest.raises(SettingsError, match="sampling_noise"):
+        rollout(model, tiny_prompts(model), 2, 4, 0, temperature=1.0)

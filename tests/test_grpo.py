@@ -1,0 +1,98 @@
+"""Eq. 3: advantages, KL, clipping, the objective; each worked by hand, then against the released code's numbers."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import GOLDEN
+from erv_min.errors import SettingsError
+from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3, masked_mean
+
+
+def test_group_advantages_by_hand():
+    # Group 1: rewards 1, 3: mean 2, unbiased std sqrt(((-1)^2 + 1^2) / 1) = sqrt 2. Group 2: 0, 0: no spread.
+    advantages = group_advantages(torch.tensor([1.0, 3.0, 0.0, 0.0]), 2)
+    a = 1 / (math.sqrt(2) + 1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([-a, a, 0.0, 0.0]))
+
+
+def test_group_of_one_and_uneven_groups():
+    assert group_advantages(torch.tensor([1.0, 2.0]), 1).tolist() == [0, 0]
+    with pytest.raises(SettingsError, match="3 rewards do not divide into groups of 2"):
+        group_advantages(torch.ones(3), 2)
+
+
+def test_kl_k3_by_hand():
+    # d = ln 2 - 0 = ln 2: exp(d) - d - 1 = 2 - 0.6931 - 1; equal policies: 0.
+    kl = kl_k3(torch.tensor([0.0, -1.0]), torch.tensor([math.log(2), -1.0]))
+    torch.testing.assert_close(kl, torch.tensor([1 - math.log(2), 0.0]))
+
+
+def test_masked_mean_is_over_tokens_then_completions():
+    # Completion 1: mean(1, 3) = 2; completion 2: 5 alone; completion 3 is empty and counts 0: (2 + 5 + 0) / 3.
+    values = torch.tensor([[1.0, 3.0], [5.0, 100.0], [7.0, 7.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
+    assert masked_mean(values, mask).item() == pytest.approx(7 / 3)
+
+
+def test_objective_by_hand():
+    # One token each, epsilon 0.2, beta 0.1. Ratios 1.5 and 0.5; reference equal to the policy in row 1, d = ln 2 in row 2.
+    # Row 1, A = +1: min(1.5, 1.2) = 1.2, held back by the clip.   loss -1.2
+    # Row 2, A = -1: min(-0.5, -0.8) = -0.8, held back too.        loss  0.8 + 0.1 * (1 - ln 2)
+    logps = torch.tensor([[math.log(1.5)], [math.log(0.5)]], requires_grad=True)
+    old = torch.zeros(2, 1)
+    ref = torch.tensor([[math.log(1.5)], [0.0]])
+    advantages = torch.tensor([1.0, -1.0])
+    loss = grpo_loss(logps, old, ref, advantages, torch.ones(2, 1), beta=0.1, epsilon=0.2)
+    assert loss.item() == pytest.approx((-1.2 + 0.8 + 0.1 * (1 - math.log(2))) / 2, abs=1e-6)
+    # Both ratios are clipped, so only the KL moves: d/dlogp of exp(d) - d - 1 = 1 - exp(d) = -1 in row 2, 0 in row 1.
+    loss.backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[0.0], [0.1 * -1 / 2]]))
+    assert clip_fraction(logps.detach(), old, advantages, torch.ones(2, 1)).item() == 1
+
+
+def test_the_clip_holds_back_only_what_goes_too_far():
+    # Ratio 1.5 with A = -1: the update would lower the ratio, back towards 1, so min(-1.5, -1.2) = -1.5 is not clipped.
+    logps = torch.tensor([[math.log(1.5)]], requires_grad=True)
+    loss = grpo_loss(logps, torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), beta=0)
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5) and logps.grad.item() == pytest.approx(1.5)
+    assert clip_fraction(logps.detach(), torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1)).item() == 0
+
+
+def test_first_update_has_loss_beta_kl_and_the_policy_gradient():
+    # Ratio 1: the surrogate of a group sums to the mean advantage = 0, which is why the loss starts at 0; its gradient
+    # is -A / T a token, not 0.
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -0.5]], requires_grad=True)
+    advantages = torch.tensor([0.7, -0.7])
+    loss = grpo_loss(logps, logps.detach(), logps.detach(), advantages, torch.ones(2, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-7)
+    torch.testing.assert_close(logps.grad, torch.tensor([[-0.175, -0.175], [0.175, 0.175]]))
+
+
+def test_padding_takes_no_part_whatever_stands_there():
+    mask = torch.tensor([[1, 1, 0]])
+    for rubbish in (1e4, -1e4, float("inf")):
+        logps = torch.tensor([[-1.0, -2.0, rubbish]], requires_grad=True)
+        loss = grpo_loss(logps, torch.full((1, 3), -1.5), torch.full((1, 3), -1.2), torch.tensor([1.0]), mask)
+        loss.backward()
+        assert math.isfinite(loss.item()) and torch.isfinite(logps.grad).all() and logps.grad[0, 2] == 0
+
+
+def test_released_step():
+    """Advantages, per-token KL, loss and gradient of the released trainer at mu = 1."""
+    golden = load_file(GOLDEN / "text" / "grpo_on_policy.safetensors")
+    group_size = next(g for g in (2, 3, 4, 6, 12) if torch.allclose(
+        group_advantages(golden["rewards"], g), golden["advantages"], atol=1e-6))
+    advantages = group_advantages(golden["rewards"], group_size)
+    torch.testing.assert_close(advantages, golden["advantages"], atol=1e-6, rtol=0)
+    logps = golden["policy_logps"].clone().requires_grad_()
+    kl = kl_k3(logps.detach(), golden["ref_logps"]) * golden["mask"]
+    torch.testing.assert_close(kl, golden["per_token_kl"] * golden["mask"], atol=1e-6, rtol=0)
+    loss = grpo_loss(logps, logps.detach(), golden["ref_logps"], advantages, golden["mask"])
+    torch.testing.assert_close(loss.detach(), golden["loss"][0], atol=1e-6, rtol=0)
+    loss.backward()
+    torch.testing.assert_close(logps.grad, golden["grad"], atol=1e-6, rtol=0)

@@ -1,0 +1,128 @@
+"""Log-probs of completions on a shared prompt: equal to the repeated form, in value and gradient (Eq. 2, Eq. 3)."""
+
+import pytest
+import torch
+
+import erv_min.policy as policy
+from erv_min.policy import Completions, Prompts, completion_logps, token_logps
+from erv_min.sft import group_targets, sft_loss
+from erv_min.data import Example
+from tiny import tiny_model, tiny_prompts
+
+
+def repeated_logps(model, prompts, completions):
+    """The plain form: every completion behind a prompt of its own, full logits, one row at a time."""
+    group = len(completions.ids) // len(prompts.embeds)
+    rows = []
+    for r, ids in enumerate(completions.ids):
+        prompt = prompts.embeds[r // group][prompts.mask[r // group]]
+        x = torch.cat([prompt, model.model.embed_tokens(ids[:-1])])[None]
+        hidden, _ = model.model(x)
+        logps = (hidden[0, len(prompt) - 1 :] @ model.head_weight.T).log_softmax(-1)
+        rows.append(logps.gather(1, ids[:, None])[:, 0] * completions.mask[r])
+    return torch.stack(rows)
+
+
+def completions_of(lengths, vocab=512, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (len(lengths), max(lengths)), generator=generator)
+    return Completions(ids, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None])
+
+
+@pytest.mark.parametrize("prompt_lengths", [(7, 7), (3, 7)])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_shared_prompt_equals_repeated_prompt(prompt_lengths, recompute, tied):
+    model = tiny_model(dtype=torch.float64, tie_word_embeddings=tied)
+    completions = completions_of((5, 1, 4, 2, 5, 3))
+    gradients, values = [], []
+    for form in (repeated_logps, lambda *a: completion_logps(*a)[0].double()):
+        model.zero_grad()
+        model.model.recompute = recompute
+        prompts = tiny_prompts(model, prompt_lengths)
+        prompts.embeds.requires_grad_()
+        logps = form(model, prompts, completions)
+        (logps * torch.arange(1, 6)).sum().backward()
+        values.append(logps.detach())
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        gradients[-1]["prompt"] = prompts.embeds.grad * prompts.mask[..., None]
+    torch.testing.assert_close(values[1], values[0], atol=1e-5, rtol=1e-5)  # log-softmax itself is float32
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 30
+    for name, g in gradients[0].items():
+        assert (g - gradients[1][name]).norm() <= 1e-5 * g.norm() + 1e-9, name
+
+
+def test_padding_of_prompts_gets_no_gradient():
+    model = tiny_model()
+    prompts = tiny_prompts(model, (3, 7))
+    prompts.embeds.requires_grad_()
+    completion_logps(model, prompts, completions_of((3, 2)))[0].sum().backward()
+    assert torch.isfinite(prompts.embeds.grad).all()
+    assert prompts.embeds.grad[0, 3:].abs().max() == 0 and prompts.embeds.grad[0, :3].abs().max() > 0
+
+
+def test_token_logps_by_hand():
+    # Two words with logits 0 and ln 3 at temperature 1: probabilities 1/4, 3/4. At temperature 1/2 the logits double:
+    # 0 and 2 ln 3: 1/10, 9/10. Entropy at temperature 1: -(1/4 ln 1/4 + 3/4 ln 3/4) = 0.562335.
+    weight = torch.tensor([[0.0], [1.0]])
+    hidden = torch.tensor([[3.0]]).log()
+    logps, entropy = token_logps(hidden, weight, torch.tensor([1]), with_entropy=True)
+    torch.testing.assert_close(logps.exp(), torch.tensor([0.75]))
+    assert entropy.item() == pytest.approx(0.562335, abs=1e-5)
+    torch.testing.assert_close(token_logps(hidden, weight, torch.tensor([0]), 0.5)[0].exp(), torch.tensor([0.1]))
+
+
+def test_chunks_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(50, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    ids = torch.randint(0, 40, (50,), generator=generator)
+    results = []
+    for chunk in (2**24, 40 * 7):
+        monkeypatch.setattr(policy, "CHUNK_LOGITS", chunk)
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps, entropy = token_logps(h, w, ids, with_entropy=True)
+        logps.pow(2).sum().backward()
+        results.append((logps.detach(), entropy, h.grad, w.grad))
+    full = (hidden @ weight.T).log_softmax(-1)
+    torch.testing.assert_close(results[0][0], full.gather(1, ids[:, None])[:, 0])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_empty_completions_have_a_defined_result():
+    model = tiny_model()
+    completions = Completions(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
+    logps, entropy = completion_logps(model, tiny_prompts(model), completions, with_entropy=True)
+    assert logps.abs().sum() == 0 and entropy.abs().sum() == 0
+
+
+def test_sft_loss_by_hand():
+    # Eq. 2: label tokens with log-probs -1, -2 and -4; the 9s are padding. Mean 7/3; sum over tokens, mean over two
+    # targets 7/2.
+    logps = torch.tensor([[-1.0, -2.0], [-4.0, 9.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    assert sft_loss(logps, mask).item() == pytest.approx(7 / 3)
+    assert sft_loss(logps, mask, denominator=2).item() == pytest.approx(3.5)
+
+
+def test_sft_on_a_shared_prompt_equals_the_models_own_loss():
+    """Eq. 2 through completion_logps and through the model's forward with labels (the released form) agree."""
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.randint(0, 512, (1, 6), generator=generator)
+    target = torch.randint(0, 512, (1, 5), generator=generator)
+    input_ids = torch.cat([prompt, target], 1)
+    labels = torch.cat([torch.full_like(prompt, -100), target], 1)
+    embeds = model.model.embed_tokens(prompt)
+    logps, _ = completion_logps(model, Prompts(embeds, torch.ones(1, 6, dtype=torch.bool)),
+                                Completions(target, torch.ones(1, 5, dtype=torch.bool)))
+    torch.testing.assert_close(sft_loss(logps, torch.ones(1, 5)), model(input_ids, labels=labels).loss)
+
+
+def test_group_targets_gives_every_target_a_unit(tmp_path):
+    def example(clip, text):
+        return Example(video_id=clip, path=tmp_path / clip, label="happy", dataset="dfew", explanation=text)
+
+    examples = [example("a", "1"), example("b", "2"), example("a", "3"), example("a", "4")]
+    assert [[e.explanation for e in unit] for unit in group_targets(examples, 1)] == [["1"], ["3"], ["4"], ["2"]]
+    assert [[e.explanation for e in unit] for unit in group_targets(examples, 2)] == [["1", "3"], ["4", "1"], ["2", "2"]]
