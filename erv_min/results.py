@@ -1,0 +1,176 @@
+"""Predictions as files: what a model answered for each clip, in the forms in which systems keep it.
+
+Ours: JSONL rows {"video_id", "output", "ground_truth", "dataset"}. The release's: text `<clip>|<output>`, where an
+output may run over lines, and judged results, a JSON list of {clip: {"reason", "gpt_response"}}. The last two name
+neither label nor data set: they are joined with the data's examples by clip.
+"""
+
+import json
+import re
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from erv_min.checkpoint import load_humanomni, resolve, text_gate_folder
+from erv_min.data import Example
+from erv_min.emotions import labels
+from erv_min.errors import DataError, SettingsError
+from erv_min.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from erv_min.inputs import PromptBuilder
+from erv_min.judge import read_answer
+from erv_min.predict import predict
+from erv_min.prompts import QUESTION, REASONING_SUFFIX
+from erv_min.readers import check_label, read_text
+from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.train import gather_lists
+
+
+def clip_key(name: str) -> str:
+    """A clip's name however a system writes it: without folders, suffix and leading zeros."""
+    stem = PurePosixPath(str(name).strip().replace("\\", "/")).name
+    stem = re.sub(r"\.(mp4|avi|mkv|webm|mov|wav|flac)$", "", stem, flags=re.IGNORECASE)
+    return str(int(stem)) if stem.isdecimal() else stem
+
+
+def by_clip(examples: list[Example]) -> dict[str, Example]:
+    """clip_key -> example. Raises DataError where two data sets share a name: released files do not say which is meant."""
+    found: dict[str, Example] = {}
+    for example in examples:
+        other = found.setdefault(clip_key(example.video_id), example)
+        if other.path != example.path:
+            raise DataError(f"{other.path} and {example.path} have one name: give --data one data set at a time")
+    return found
+
+
+def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], dict]:
+    """Rows from one or several (comma-separated) files, joined by clip: outputs from one, judgements from another.
+
+    examples: the evaluated split; may be empty for JSONL rows that carry their ground truth. Returns the rows in the
+    order of the examples, and {"missing": [...], "unknown": [...]} clips. A released judged file alone gives rows whose
+    output is its reason, without an answer. Raises DataError naming file, line and field.
+    """
+    truth, rows, unknown = None, {}, []
+    for name in files.split(","):
+        path = Path(name.strip())
+        text = read_text(path)
+        first = text.lstrip()[:1]
+        if first == "{":
+            found = [_jsonl_row(row, f"{path}, row {n}") for n, row in enumerate(read_jsonl(path), 1)]
+        else:
+            truth = by_clip(examples) if truth is None else truth
+            if not truth:
+                raise DataError(f"{path}: a released results file holds no labels; give --data, too")
+            found = _judged_rows(text, path) if first == "[" else _text_rows(text, path, truth)
+        if truth is None and examples:
+            truth = by_clip(examples)
+        for row in found:
+            key = clip_key(row["video_id"])
+            if truth is not None:
+                if key not in truth:
+                    unknown.append(row["video_id"])
+                    continue
+                example = truth[key]
+                row |= {"video_id": example.video_id, "ground_truth": example.label, "dataset": example.dataset}
+            elif not row.get("ground_truth") or not row.get("dataset"):
+                raise DataError(f"{path}: clip {row['video_id']} has no ground_truth and dataset; give --data, too")
+            if "gpt_response" in row:
+                judgement = read_answer(row.pop("gpt_response"), labels(row["dataset"]))
+                row["judged_emotion"], row["judge_status"] = judgement.emotion, judgement.status
+                reason = row.pop("reason")
+                if not rows.get(key, {}).get("output"):
+                    row["output"] = reason if "<think>" in reason else f"<think>{reason}</think>"
+            row["ground_truth"] = check_label(row["ground_truth"], row["dataset"], f"{path}, clip {row['video_id']}")
+            rows[key] = rows.get(key, {}) | row
+    if not rows:
+        raise DataError(f"{files}: no prediction for a clip of --data; the first there: {', '.join(unknown[:3]) or 'none'}")
+    order = list(truth) if truth is not None else list(rows)
+    missing = [truth[key].video_id for key in order if key not in rows] if truth is not None else []
+    return [rows[key] for key in order if key in rows], {"missing": missing, "unknown": unknown}
+
+
+def _jsonl_row(row, where: str) -> dict:
+    if not isinstance(row, dict) or "video_id" not in row or not isinstance(row.get("output"), str):
+        raise DataError(f"{where}: expected fields video_id and output (text), found {str(row)[:80]}")
+    return {**row, "video_id": str(row["video_id"])}
+
+
+def _judged_rows(text: str, path: Path) -> list[dict]:
+    try:
+        entries = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    rows, seen = [], set()
+    for number, entry in enumerate(entries):
+        for clip, judged in entry.items() if isinstance(entry, dict) else (("?", None),):
+            if not isinstance(judged, dict) or not all(isinstance(judged.get(k), str) for k in ("reason", "gpt_response")):
+                raise DataError(f'{path}, entry {number}: expected {{clip: {{"reason": ..., "gpt_response": ...}}}}')
+            if clip_key(clip) in seen:
+                raise DataError(f"{path}, entry {number}: clip {clip} is there twice")
+            seen.add(clip_key(clip))
+            rows.append({"video_id": clip, "reason": judged["reason"], "gpt_response": judged["gpt_response"]})
+    return rows
+
+
+def _text_rows(text: str, path: Path, truth: dict[str, Example]) -> list[dict]:
+    """A record begins where a line starts with a clip and `|`: a clip of the data, or a name with a clip's suffix."""
+    rows, seen = [], {}
+    for line, content in enumerate(text.splitlines(), 1):
+        clip, bar, rest = content.partition("|")
+        if bar and (clip_key(clip) in truth or re.fullmatch(r"\S+\.(mp4|avi|mkv|webm)", clip.strip(), re.IGNORECASE)):
+            if clip_key(clip) in seen:
+                raise DataError(f"{path}, line {line}: clip {clip} was already on line {seen[clip_key(clip)]}")
+            seen[clip_key(clip)] = line
+            rows.append({"video_id": clip.strip(), "output": rest})
+        elif rows:
+            rows[-1]["output"] += "\n" + content
+        elif content.strip():
+            raise DataError(f"{path}, line {line}: expected `clip|output`, found {content[:80]!r}; "
+                            "are these results of the clips in --data?")
+    return rows
+
+
+def predict_to_file(builder, examples: list[Example], world, out: Path, settings: dict, resume: bool,
+                    chunk: int = 256, **options) -> tuple[list[dict], list[str]]:
+    """predict.predict over `examples`, kept in out/predictions.jsonl a chunk at a time, so that a stop loses one chunk.
+
+    settings: what made the predictions, kept in out/predictions.json; a resume with others is refused. Returns the rows
+    and the messages of the clips that could not be decoded, on every process. The result depends on neither the number
+    of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
+    """
+    file, about, failures = out / "predictions.jsonl", out / "predictions.json", out / "failed_clips.jsonl"
+    there = file.exists()
+    if there and not resume:
+        raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
+    chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
+    rows, failed = [], []
+    if there:
+        if read_json(about) != json.loads(json.dumps(settings)):
+            raise SettingsError(f"{about}: these predictions were made with other settings; give another --out")
+        rows, failed = read_jsonl(file), read_jsonl(failures) if failures.exists() else []
+    whole = {n for n in range(len(chunks)) if sum(row["chunk"] == n for row in rows)
+             + sum(row["chunk"] == n for row in failed) == len(chunks[n])}
+    rows, failed = ([row for row in part if row["chunk"] in whole] for part in (rows, failed))
+    gather_lists([], world)  # every process has read the files before the first changes them
+    if world.main:
+        write_json(about, settings)
+        for path, part in ((file, rows), (failures, failed)):
+            atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+    seed = options.pop("seed", 0)
+    for n in (n for n in range(len(chunks)) if n not in whole):
+        new, errors = predict(builder, chunks[n], world, seed=seed * 100_003 + n,
+                              progress=f"clips {n * chunk + 1} to {n * chunk + len(chunks[n])} of {len(examples)}", **options)
+        new, errors = [{**row, "chunk": n} for row in new], [{"error": str(error), "chunk": n} for error in errors]
+        rows, failed = rows + new, failed + errors
+        if world.main:
+            for path, part in ((failures, errors), (file, new)):
+                for row in part:
+                    append_jsonl(path, row)
+    return rows, [row["error"] for row in failed]
+
+
+def load_policy(name: str, device="cpu", dtype: str = "float32", modality: str = "video_audio",
+                stage: str = "inference", question: str = "") -> PromptBuilder:
+    """A checkpoint (folder or hub repository) with its tokenizers, in eval mode, ready to be asked; `.model` is it."""
+    model = load_humanomni(name, getattr(torch, dtype), device).eval().requires_grad_(False)
+    return PromptBuilder(model, Tokenizer(resolve(name)), EncoderTokenizer(text_gate_folder(name)), None, modality, stage,
+                         question or f"{QUESTION} {REASONING_SUFFIX}")

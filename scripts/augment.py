@@ -1,0 +1,243 @@
+"""The verifier's training data (section 3.2, appendix B): `scripts/augment.py STEP ...`
+
+  annotated   EMER and MERR-fine as they are:   augment.py annotated --data emer:/path,merr:/path --out human.jsonl
+  describe    a policy explains training clips: augment.py describe --model FOLDER --data dfew:/path,mafw:/path --out raw/
+  label       figure 6, up to two emotions:     augment.py label --input raw/descriptions.jsonl --ask openai:gpt-4.1 --out pseudo.jsonl
+  complement  figure 7, for rare classes:       augment.py complement --input human.jsonl,pseudo.jsonl --ask openai:gpt-4.1-mini --out more.jsonl
+  stats       table 5:                          augment.py stats --input human.jsonl,pseudo.jsonl,more.jsonl
+
+Rows are JSONL of {"text", "labels", "source", "clip", ...}, what `scripts/erv.py --data` reads, with the raw answer, the
+prompt's figure, model and seed beside. A stopped step goes on where it was (hosted answers lie in OUT.cache.jsonl). What
+has no usable answer goes to OUT.rejected.jsonl. Texts are kept once; clips of a test split are refused.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from erv_min.data import check_clips, check_disjoint, load_examples, summary
+from erv_min.emotions import ERV_LABELS, to_erv
+from erv_min.errors import DataError, ErvMinError
+from erv_min.erv import counts_table, read_rows
+from erv_min.files import atomic_write, read_jsonl
+from erv_min.judge import ChatClient, permuted, read_answer
+from erv_min.prompts import complement_prompt, label_prompt
+from erv_min.results import load_policy, predict_to_file
+from erv_min.rewards import extract_explanation
+from erv_min.train import start_world
+
+
+def write_rows(path: str | Path, rows: list[dict]) -> None:
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def without_repeats(rows: list[dict]) -> list[dict]:
+    """The first row of each text, case and white space apart."""
+    return list({" ".join(row["text"].lower().split()): row for row in reversed(rows)}.values())[::-1]
+
+
+def training_only(rows: list[dict], where: str) -> None:
+    """Raises DataError on a row that comes from a test split."""
+    bad = [row for row in rows if row.get("split") == "test"]
+    if bad:
+        raise DataError(f"{where}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
+                        "the verifier must not see test clips")
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+def annotated(examples) -> tuple[list[dict], Counter]:
+    """Human descriptions -> rows, and how many of each label have no counterpart among the 11 (MERR's doubt)."""
+    rows, left = [], Counter()
+    for example in examples:
+        if not example.explanation:
+            left["without a description"] += 1
+            continue
+        try:
+            label = to_erv(example.label)
+        except DataError:
+            left[example.label] += 1
+            continue
+        rows.append({"text": example.explanation, "labels": [label], "source": example.dataset,
+                     "clip": f"{example.dataset}/{example.video_id}", "split": example.split})
+    return without_repeats(rows), left
+
+
+def described(rows: list[dict], model: str, seed: int) -> tuple[list[dict], list[dict]]:
+    """A policy's outputs -> descriptions, and the rows whose output has no explanation."""
+    found = [{"text": extract_explanation(row["output"]).strip(), "source": row["dataset"], "split": "train",
+              "clip": f"{row['dataset']}/{row['video_id']}", "ground_truth": row["ground_truth"], "raw": row["output"],
+              "model": model, "seed": seed} for row in rows]
+    return without_repeats([row for row in found if row["text"]]), [row for row in found if not row["text"]]
+
+
+def read_labels(raw: str) -> list[str]:
+    """Figure 6's answer -> one or two of the 11 emotions; [] where it is anything else (three labels, another word)."""
+    said = [read_answer(part, ERV_LABELS).emotion for part in re.split(r",|\band\b|\n", raw.strip()) if part.strip()]
+    names = list(dict.fromkeys(said))
+    return names if 1 <= len(names) <= 2 and None not in names else []
+
+
+def labelled(rows: list[dict], client: ChatClient, seed: int = 0, show=print) -> tuple[list[dict], list[dict]]:
+    """Descriptions -> (rows with labels, rejected rows); figure 6 with the 11 labels permuted for each description."""
+    rows = without_repeats(rows)
+    prompts = [label_prompt(row["text"], permuted(ERV_LABELS, row["text"], seed)) for row in rows]
+    show(client.estimate(prompts, output_tokens=6))
+    good, rejected = [], []
+    for row, reply in zip(rows, client.ask(prompts, max_tokens=24, on_reply=_progress(client.name, show))):
+        names = [] if reply.error else read_labels(reply.text)
+        row = {**row, "labels": names, "raw": reply.text or reply.error, "description_raw": row.get("raw", ""),
+               "described_by": row.get("model", ""), "model": client.name, "prompt": "figure 6", "seed": seed}
+        (good if names else rejected).append(row)
+    return good, rejected
+
+
+def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...], seed: int) -> list[tuple[str, list[str], int]]:
+    """(emotion, two examples, seed of the draw) for each description that is missing to `target` a class.
+
+    The two examples are drawn at random from the pseudo-labelled rows of the class (all rows where there are fewer than
+    two); the draw depends on seed, class and number alone. Raises DataError where a class has less than two examples.
+    """
+    plan = []
+    counts = Counter(label for row in rows for label in row["labels"])
+    for emotion in classes:
+        pool = [row["text"] for row in rows if emotion in row["labels"] and row.get("prompt") == "figure 6"]
+        pool = pool if len(pool) > 1 else [row["text"] for row in rows if emotion in row["labels"]]
+        missing = max(0, target - counts[emotion])
+        if missing and len(pool) < 2:
+            raise DataError(f"--input holds {len(pool)} descriptions of {emotion}: figure 7 shows two; give more data, "
+                            "or name other --classes")
+        for number in range(missing):
+            key = int.from_bytes(hashlib.sha256(f"{seed}:{emotion}:{number}".encode()).digest()[:4], "big")
+            plan.append((emotion, random.Random(key).sample(sorted(pool), 2), key % 2**31))
+    return plan
+
+
+def complemented(rows: list[dict], client: ChatClient, target: int, classes: tuple[str, ...], seed: int = 0,
+                 temperature: float = 1.0, show=print) -> tuple[list[dict], list[dict]]:
+    """New descriptions (figure 7) that bring each class to about `target`; those that repeat a text are rejected."""
+    plan = complement_plan(rows, target, classes, seed)
+    prompts = [complement_prompt(emotion, examples) for emotion, examples, _ in plan]
+    seeds = [draw for *_, draw in plan]
+    show(client.estimate(prompts, 150, temperature, seeds))
+    replies = client.ask(prompts, temperature, seeds, max_tokens=400, on_reply=_progress(client.name, show))
+    good, rejected, seen = [], [], {" ".join(row["text"].lower().split()) for row in rows}
+    for (emotion, examples, draw), reply in zip(plan, replies):
+        text = re.sub(r"^\W*target emotion:\s*\w+\W*", "", reply.text.strip(), flags=re.IGNORECASE).strip()
+        row = {"text": text, "labels": [emotion], "source": "complement", "raw": reply.text or reply.error,
+               "examples": examples, "model": client.name, "prompt": "figure 7", "seed": draw}
+        key = " ".join(text.lower().split())
+        (rejected if not text or key in seen else good).append(row)
+        seen.add(key)
+    return good, rejected
+
+
+def _progress(name: str, show):
+    return lambda done, total: show(f"{name}: {done}/{total} answered") if done % 100 == 0 or done == total else None
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
+    one = {name: steps.add_parser(name, help=text) for name, text in (
+        ("annotated", "EMER and MERR-fine as training rows"), ("describe", "explanations of training clips by a policy"),
+        ("label", "figure 6: up to two emotions a description"), ("complement", "figure 7: descriptions of rare classes"),
+        ("stats", "table 5"))}
+    for name in ("annotated", "describe"):
+        one[name].add_argument("--data", required=True, help="data sets, 'dfew:/path,mafw:/path'; their training splits")
+    for name in ("label", "complement", "stats"):
+        one[name].add_argument("--input", required=True, help="JSONL files, separated by commas")
+    for name in ("label", "complement"):
+        one[name].add_argument("--ask", required=True, help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for "
+                                                            "label, gpt-4.1-mini for complement)")
+        one[name].add_argument("--concurrency", type=int, default=8, help="requests at once")
+    for name in ("annotated", "describe", "label", "complement"):
+        one[name].add_argument("--out", required=True, help="JSONL file" + (" folder" if name == "describe" else ""))
+        one[name].add_argument("--seed", type=int, default=0, help="seed of permutations, draws and sampling")
+    extra = one["complement"].add_argument
+    extra("--per-class", type=int, default=1000, help="descriptions a class in the end (section 3.2: about 1K)")
+    extra("--classes", default="disgust,fear,contempt,disappointment,neutral,helplessness", help="the rare ones (section 3.2)")
+    extra("--temperature", type=float, default=1.0, help="of the new descriptions (the paper does not say)")
+    extra = one["describe"].add_argument
+    extra("--model", required=True, help="folder or hub repository (paper: R1-Omni)")
+    extra("--temperature", type=float, default=0.3, help="sampling temperature (section 4.3)")
+    extra("--max-new-tokens", type=int, default=512)
+    extra("--batch-size", type=int, default=8, help="clips at once on one process")
+    extra("--num-frames", type=int, default=0, help="frames a clip; 0: as the checkpoint says")
+    extra("--geometry", choices=("pad", "stretch"), default="pad", help="divergence 11; stretch for released checkpoints")
+    extra("--allow-missing", type=float, default=0.01, help="share of clips that may be missing")
+    extra("--limit", type=int, default=0, help="the first so many clips only")
+    extra("--resume", action="store_true", help="go on with what OUT holds")
+    extra("--device", default="")
+    extra("--dtype", choices=("float32", "bfloat16"), default="float32")
+    extra("--workers", type=int, default=2, help="processes that decode clips ahead of the model")
+    return top
+
+
+def describe(args) -> None:
+    examples = load_examples(args.data, "train")
+    for part in re.split(r",(?=\w+:)", args.data):
+        if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
+            check_disjoint(examples, load_examples(part, "test"))
+    world, out = start_world(args.device), Path(args.out)
+    examples = check_clips([replace(e, split="train") for e in examples], args.allow_missing, out / "missing_clips.txt")
+    examples = list({e.path: e for e in examples}.values())[: args.limit or None]  # a clip once, however many explanations
+    if world.main:
+        print(summary(examples), flush=True)
+    builder = load_policy(args.model, world.device, args.dtype)
+    about = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers", "batch_size", "step")}
+    rows, failed = predict_to_file(
+        builder, examples, world, out, about, args.resume, seed=args.seed, max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, batch_size=args.batch_size, workers=args.workers, geometry=args.geometry,
+        num_frames=args.num_frames or builder.model.config.num_frames)
+    if world.main:
+        good, empty = described(rows, args.model, args.seed)
+        write_rows(out / "descriptions.jsonl", good)
+        write_rows(out / "descriptions.rejected.jsonl", empty)
+        print(f"{out}/descriptions.jsonl: {len(good)} different descriptions; {len(empty)} outputs without one, "
+              f"{len(failed)} clips that could not be decoded")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    if args.step == "describe":
+        return describe(args)
+    if args.step == "annotated":
+        rows, left = annotated(load_examples(args.data, "train"))
+        write_rows(args.out, rows)
+        return print(f"{args.out}: {len(rows)} rows; left out: " + (", ".join(f"{n} {x}" for x, n in left.items()) or "none"))
+    files = args.input.split(",")
+    if args.step == "stats":
+        return print(counts_table(read_rows(files)))
+    rows = [row for file in files for row in read_jsonl(file)]
+    training_only(rows, args.input)
+    client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency)
+    if args.step == "label":
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or not str(row.get("text") or "").strip():
+                raise DataError(f"{args.input}, row {number}: no text in field text; `describe` writes such rows")
+        good, rejected = labelled(rows, client, args.seed)
+    else:
+        read_rows(files)  # checks every field
+        good, rejected = complemented(rows, client, args.per_class, tuple(map(to_erv, args.classes.split(","))), args.seed,
+                                      args.temperature)
+    write_rows(args.out, good)
+    write_rows(f"{args.out}.rejected.jsonl", rejected)
+    print(f"{args.out}: {len(good)} rows, {len(rejected)} rejected ({args.out}.rejected.jsonl)")
+    if good:
+        print(counts_table(read_rows([args.out])))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ErvMinError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

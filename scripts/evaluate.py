@@ -1,0 +1,180 @@
+"""Predictions -> judge -> EEA, FCR, EPC, WAR, UAR (section 4.2, tables 1 and 4): `scripts/evaluate.py --out DIR ...`
+
+  a model             --model FOLDER_OR_REPO --data dfew:/path --judge openai:gpt-4.1-mini     (torchrun shares the clips)
+  another system      --predictions FILE[,FILE] --data dfew:/path --judge ...
+                      our JSONL, the released `clip|output` text, the released judged JSON, or the last two together
+  table 4             give --judge twice: each judge's figures and their agreement
+
+Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% bootstrap intervals, recall per class and
+confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their key from
+OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+
+from erv_min.data import check_clips, load_examples, summary
+from erv_min.errors import DataError, ErvMinError, SettingsError
+from erv_min.files import atomic_write, write_json
+from erv_min.judge import judge_rows, make_judge
+from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
+from erv_min.results import load_policy, predict_to_file, read_predictions
+from erv_min.settings import parser_for, setting
+from erv_min.train import start_world
+
+
+@dataclass
+class EvaluateSettings:
+    out: str = setting("runs/evaluate", "folder of the results")
+    data: str = setting("", "clips with labels, 'dfew:/path', 'mafw:/path', 'toy:/world', ... (their test split)")
+    model: str = setting("", "checkpoint to evaluate: a folder or a hub repository")
+    predictions: str = setting("", "evaluate these predictions instead of a model's")
+    name: str = setting("", "the system's name in the table (default: the model's or file's)")
+    split: str = setting("test", "which split of --data", ("test", "train"))
+    limit: int = setting(0, "the first so many clips only; 0: all")
+    allow_missing: float = setting(0.01, "share of clips, or of predictions, that may be missing")
+    rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)", ("paper", "released"))
+    bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none")
+    temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3, divergence 9)")
+    top_p: float = setting(1.0, "nucleus of the sampling (release: 0.9, divergence 9)")
+    max_new_tokens: int = setting(512, "longest output in tokens")
+    batch_size: int = setting(8, "clips at once on one process")
+    num_frames: int = setting(0, "frames a clip; 0: as the checkpoint says")
+    geometry: str = setting("pad", "frames to a square (divergence 11; stretch for released checkpoints)", ("pad", "stretch"))
+    modality: str = setting("video_audio", "what the model is given", ("video_audio", "video", "audio"))
+    prompt_stage: str = setting("inference", "which released prompt to render (divergence 10)", ("inference", "sft", "grpo"))
+    seed: int = setting(0, "seed of the sampling and of the bootstrap")
+    resume: bool = setting(False, "go on with the predictions that OUT holds")
+    judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
+    concurrency: int = setting(8, "requests to a hosted judge at once")
+    device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
+    dtype: str = setting("float32", "type of weights and compute", ("float32", "bfloat16"))
+    workers: int = setting(2, "processes that decode clips ahead of the model")
+
+
+def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]:
+    """Rows to judge, and the clips that did not get that far: {"missing": [...], "unknown": [...], "failed": [...]}."""
+    examples = load_examples(settings.data, settings.split)[: settings.limit or None] if settings.data else []
+    if settings.predictions:
+        rows, lost = read_predictions(settings.predictions, examples)
+        if len(lost["missing"]) > settings.allow_missing * len(examples):
+            raise DataError(f"{settings.predictions}: no prediction for {len(lost['missing'])} of {len(examples)} clips, the "
+                            f"first: {lost['missing'][0]}; give the same split, or allow it (--allow-missing)")
+        return rows, lost | {"failed": []}
+    if world.main:
+        print(summary(examples), flush=True)
+    out = Path(settings.out)
+    found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if world.main else None)
+    builder = load_policy(settings.model, world.device, settings.dtype, settings.modality, settings.prompt_stage)
+    about = {k: v for k, v in asdict(settings).items() if k in (
+        "data", "model", "split", "limit", "temperature", "top_p", "max_new_tokens", "num_frames", "geometry", "modality",
+        "prompt_stage", "seed", "dtype")}
+    rows, failed = predict_to_file(
+        builder, found, world, out, about, settings.resume, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature, top_p=settings.top_p, batch_size=settings.batch_size, workers=settings.workers,
+        num_frames=settings.num_frames or builder.model.config.num_frames, geometry=settings.geometry)
+    there = {example.path for example in found}
+    return rows, {"missing": [e.video_id for e in examples if e.path not in there], "unknown": [], "failed": failed}
+
+
+def figures(rows: list[dict], rule: str = "paper", resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
+    """Data set -> score, with "intervals" beside it."""
+    results = {}
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        part = [row for row in rows if row["dataset"] == dataset]
+        results[dataset] = score(part, dataset, rule)
+        if resamples:
+            results[dataset]["intervals"] = bootstrap(part, dataset, resamples, seed, rule)
+    return results
+
+
+def judged_by(judges: list[str], rows: list[dict], settings: EvaluateSettings, device="cpu") -> dict[str, list[dict]]:
+    """Judge -> rows with its emotions. Without a judge: the emotions that the predictions bring, or none."""
+    if not judges:
+        return {"as in the file" if any("judged_emotion" in row for row in rows) else "no judge": rows}
+    cache = settings.judge_cache or Path(settings.out) / "judge-cache.jsonl"
+    result = {}
+    for spec in judges:
+        hosted = {"concurrency": settings.concurrency} if spec.partition(":")[0] in ("openai", "gemini", "hf") else {}
+        result[spec] = [{k: v for k, v in row.items() if k not in ("judged_emotion", "judge_status")} for row in rows]
+        judge_rows(result[spec], make_judge(spec, cache, device, **hosted))
+    return result
+
+
+def confusion_text(result: dict) -> str:
+    """The confusion matrix, a row a true label, a column a prediction; recall in percent at the end of a row."""
+    names = [*result["labels"], "unknown"]
+    width = max(map(len, names)) + 1
+    lines = [" " * width + "".join(f"{name[:7]:>8}" for name in names) + f"{'recall':>8}"]
+    for name, row in zip(result["labels"], result["confusion"]):
+        recall = result["recall"][name]
+        lines.append(f"{name:{width}}" + "".join(f"{count:8d}" for count in row)
+                     + (f"{recall:8.2f}" if recall is not None else f"{'-':>8}"))
+    return "\n".join(lines)
+
+
+def report(name: str, results: dict[str, dict], agreements: dict) -> str:
+    """What is printed and kept as table.txt."""
+    several = len(results) > 1
+    parts = []
+    for dataset in next(iter(results.values())):
+        scores = {f"{name}, {judge}" if several else name: result[dataset] for judge, result in results.items()}
+        first = next(iter(scores.values()))
+        parts.append(f"{dataset}, {first['n']} clips (percent; judged by {', '.join(results)})\n{table(scores)}")
+        for system, result in scores.items():
+            spans = ", ".join(f"{m} {low:.1f} to {high:.1f}" for m, (low, high) in result.get("intervals", {}).items()
+                              if m in COLUMNS)
+            parts.append(f"{system}: " + (f"95% intervals {spans}; " if spans else "")
+                         + f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged outside the "
+                           f"list, {result['judge_errors']} judge errors")
+        parts.append(confusion_text(first))
+        for pair, value in agreements.get(dataset, {}).items():
+            kappa = f"{value['kappa']:.3f}" if value["kappa"] is not None else "-"
+            parts.append(f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, kappa {kappa} "
+                         f"({value['left_out']} left out)")
+    return "\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = parser_for(EvaluateSettings, __doc__)
+    parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
+                        help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, lexicon2; may be repeated")
+    given = vars(parser.parse_args(argv))
+    judges = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
+    settings = EvaluateSettings(**given)
+    if bool(settings.model) == bool(settings.predictions):
+        raise SettingsError("give either --model (with --data) or --predictions")
+    if settings.model and not settings.data:
+        raise SettingsError("--model needs clips: --data dfew:/path or toy:/world")
+    if not judges and settings.data.startswith("toy:"):
+        judges = ["lexicon"]
+    world = start_world(settings.device)
+    rows, lost = predictions_of(settings, world)
+    if not world.main:
+        return
+    out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
+    judged = judged_by(judges, rows, settings, world.device)
+    results = {judge: figures(part, settings.rule, settings.bootstrap, settings.seed) for judge, part in judged.items()}
+    agreements = {}
+    for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):
+        for dataset in next(iter(results.values())):
+            said = ([r["judged_emotion"] for r in part if r["dataset"] == dataset] for part in (rows_a, rows_b))
+            agreements.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
+    for number, part in enumerate(judged.values(), 1):
+        atomic_write(out / f"judged-{number}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+    write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
+                                      "agreement": agreements, **lost})
+    text = report(name, results, agreements)
+    atomic_write(out / "table.txt", text)
+    print(text + "".join(f"{len(clips)} clips {kind}, e.g. {clips[0]}\n" for kind, clips in lost.items() if clips)
+          + f"files: {out}/metrics.json, table.txt, judged-*.jsonl")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ErvMinError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,163 @@
+"""The verifier's training data (section 3.2, appendix B) against a local server: figures 6 and 7, table 5."""
+
+import json
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import augment  # noqa: E402
+from test_judge import bad, good, reason, serve  # noqa: E402, F401  (serve is a fixture)
+
+from erv_min.data import Example  # noqa: E402
+from erv_min.errors import DataError  # noqa: E402
+from erv_min.files import read_jsonl  # noqa: E402
+from erv_min.judge import ChatClient  # noqa: E402
+
+MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety", "helplessness",
+        "disappointment")
+
+
+def client(cache, **options) -> ChatClient:
+    return ChatClient("openai:gpt-4.1", cache, **{"backoff": 0.01, **options})
+
+
+def rows_of(*texts: str, **fields) -> list[dict]:
+    return [{"text": text, "source": "dfew", "clip": f"dfew/{i}", "split": "train", **fields} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("raw, labels", [
+    ("anger", ["anger"]), ("Anger, Sadness.", ["anger", "sadness"]), ("anger and fear", ["anger", "fear"]),
+    ("happy", ["happiness"]), ("anger, anger", ["anger"]), ("anger, sadness, fear", []), ("anger, joyful", []), ("", []),
+    ("I cannot say.", []),
+])
+def test_answers_of_figure_6(raw, labels):
+    assert augment.read_labels(raw) == labels
+
+
+def test_label_keeps_raw_answers_rejects_and_removes_repeats(serve, tmp_path):  # noqa: F811
+    answers = {"He shouts.": "anger", "She weeps,  alone.": "sadness, helplessness", "A wall.": "none of these", "Oops.": None}
+    api = serve(lambda prompt, times: good(answers[reason(prompt)]) if answers[reason(prompt)] else bad(400))
+    rows = rows_of("He shouts.", "She weeps,  alone.", "she WEEPS, alone.", "A wall.", "Oops.", raw="<think>..", model="r1")
+    kept, rejected = augment.labelled(rows, client(tmp_path / "cache.jsonl"), seed=3, show=lambda text: None)
+    assert [(row["text"], row["labels"]) for row in kept] == [
+        ("He shouts.", ["anger"]), ("She weeps,  alone.", ["sadness", "helplessness"])]
+    assert kept[1] | {"raw": "sadness, helplessness", "description_raw": "<think>..", "described_by": "r1",
+                      "model": "openai:gpt-4.1", "prompt": "figure 6", "seed": 3, "clip": "dfew/1"} == kept[1]
+    assert [row["text"] for row in rejected] == ["A wall.", "Oops."] and rejected[0]["raw"] == "none of these"
+    prompt = next(iter(api.asked))
+    assert "If necessary, output up to 2 dominant emotions, separated by commas." in prompt
+    listed = [tuple(re.search(r"emotion in (.*?)\. Primarily", p).group(1).split(", ")) for p in api.asked]
+    assert all(sorted(order) == sorted(MAFW) for order in listed) and len(set(listed)) > 1  # permuted, item by item
+
+
+def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def behave(prompt, times):
+        time.sleep(0.005)
+        return good("fear")
+
+    api = serve(behave)
+    augment.write_rows(tmp_path / "raw.jsonl", rows_of(*(f"Text {i}." for i in range(150))))
+    command = ["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:gpt-4.1", "--out", str(tmp_path / "out.jsonl"),
+               "--concurrency", "4"]
+    real = augment._progress
+
+    def stopping(name, show):
+        def on_reply(done, total):
+            real(name, show)(done, total)
+            if done == 60:
+                raise KeyboardInterrupt
+        return on_reply
+
+    monkeypatch.setattr(augment, "_progress", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        augment.main(command)
+    assert not (tmp_path / "out.jsonl").exists() and 60 <= sum(api.asked.values()) < 150
+    monkeypatch.setattr(augment, "_progress", real)
+    augment.main(command)
+    assert set(api.asked.values()) == {1} and len(api.asked) == 150
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert len(rows) == 150 and {tuple(row["labels"]) for row in rows} == {("fear",)}
+    assert "150 rows, 0 rejected" in capsys.readouterr().out
+
+
+def test_test_clips_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    augment.write_rows(tmp_path / "raw.jsonl", rows_of("a", "b", split="test"))
+    for step in ("label", "complement"):
+        with pytest.raises(DataError, match="2 rows come from a test split, the first: clip dfew/0"):
+            augment.main([step, "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out", str(tmp_path / "o")])
+
+
+def pool() -> list[dict]:
+    rows = rows_of(*(f"Disgust {i}." for i in range(3)), labels=["disgust"], prompt="figure 6")
+    rows += rows_of("Fear 0.", "Fear 1.", labels=["fear", "anxiety"], prompt="figure 6")
+    return rows + rows_of("Human fear.", labels=["fear"])
+
+
+def test_complement_fills_up_to_the_target_with_two_random_examples():
+    plan = augment.complement_plan(pool(), 5, ("disgust", "fear"), seed=0)
+    assert Counter(emotion for emotion, *_ in plan) == {"disgust": 2, "fear": 2}  # 3 + 2 = 5 and 3 + 2 = 5
+    for emotion, examples, _ in plan:
+        assert len(set(examples)) == 2 and all(text.lower().startswith(emotion) for text in examples)  # none of the human one
+    assert len({seed for *_, seed in plan}) == 4
+    assert plan == augment.complement_plan(pool()[::-1], 5, ("disgust", "fear"), seed=0)
+    pairs = {tuple(examples) for _, examples, _ in augment.complement_plan(pool(), 60, ("disgust",), seed=0)}
+    assert len(pairs) == 6  # of 3 texts, in both orders
+    with pytest.raises(DataError, match="holds 0 descriptions of contempt"):
+        augment.complement_plan(pool(), 5, ("contempt",), seed=0)
+
+
+def test_complement_command(serve, tmp_path, capsys):  # noqa: F811
+    def behave(prompt, times):
+        emotion = prompt.rsplit("Target Emotion: ", 1)[1]
+        draw = api.bodies[-1]["seed"]
+        return good("Fear 1." if emotion == "fear" else f"Target Emotion: Disgust\nA new text, number {draw}.")
+
+    api = serve(behave)
+    augment.write_rows(tmp_path / "pool.jsonl", pool())
+    out = tmp_path / "more.jsonl"
+    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out", str(out),
+                  "--per-class", "5", "--classes", "disgust,fear", "--concurrency", "1"])
+    rows, rejected = read_jsonl(out), read_jsonl(f"{out}.rejected.jsonl")
+    assert [row["labels"] for row in rows] == [["disgust"]] * 2 and all(row["text"].startswith("A new text") for row in rows)
+    assert rows[0]["source"] == "complement" and rows[0]["prompt"] == "figure 7" and len(rows[0]["examples"]) == 2
+    assert rows[0]["raw"].startswith("Target Emotion: Disgust") and rows[0]["seed"] == api.bodies[0]["seed"]
+    assert [row["text"] for row in rejected] == ["Fear 1."] * 2  # already in the data
+    assert api.bodies[0]["temperature"] == 1.0
+    prompt = api.bodies[0]["messages"][0]["content"]
+    assert prompt.count("(Target Emotion: disgust)") == 2 and prompt.endswith("Target Emotion: disgust")
+    assert "2 rows, 2 rejected" in capsys.readouterr().out
+    asked = sum(api.asked.values())
+    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out", str(out),
+                  "--per-class", "5", "--classes", "disgust,fear"])
+    assert sum(api.asked.values()) == asked and read_jsonl(out) == rows
+    assert "0 requests (4 answered or repeated)" in capsys.readouterr().out
+
+
+def test_annotated_leaves_doubt_out_and_stats_count_labels(tmp_path, capsys):
+    examples = [Example("a", Path("a"), "worried", "emer", "Her voice shakes."), Example("b", Path("b"), "doubt", "merr", "Hm."),
+                Example("c", Path("c"), "angry", "merr", "He shouts."), Example("d", Path("d"), "angry", "merr")]
+    rows, left = augment.annotated(examples)
+    assert [(row["text"], row["labels"], row["source"], row["clip"]) for row in rows] == [
+        ("Her voice shakes.", ["anxiety"], "emer", "emer/a"), ("He shouts.", ["anger"], "merr", "merr/c")]
+    assert left == {"doubt": 1, "without a description": 1}
+    augment.write_rows(tmp_path / "rows.jsonl", rows + rows_of("x", labels=["anger", "fear"]))
+    augment.main(["stats", "--input", str(tmp_path / "rows.jsonl")])
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    column = lines["source"].index("anger")
+    assert (lines["merr"][column], lines["dfew"][column], lines["all"][column], lines["all"][1]) == ("1", "1", "2", "3")
+
+
+def test_described_takes_the_explanation_once(tmp_path):
+    rows = [{"video_id": "1", "dataset": "dfew", "ground_truth": "sad", "output": "<think>He weeps.</think><answer>sad</answer>"},
+            {"video_id": "2", "dataset": "dfew", "ground_truth": "sad", "output": "<think>He weeps.</think><answer>fear</answer>"},
+            {"video_id": "3", "dataset": "dfew", "ground_truth": "sad", "output": "sad"}]
+    kept, empty = augment.described(rows, "r1", 7)
+    assert [(row["text"], row["clip"], row["split"], row["model"], row["seed"]) for row in kept] == [
+        ("He weeps.", "dfew/1", "train", "r1", 7)]
+    assert [row["clip"] for row in empty] == ["dfew/3"] and json.dumps(kept)

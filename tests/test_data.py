@@ -1,0 +1,371 @@
+"""The data sets' own files, good and damaged, and clips decoded ahead: section 4.1, released-code section 7."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from erv_min.data import (Example, FeatureCache, check_clips, check_disjoint, clip_loader, load_examples, read_dfew,
+                          read_emer, read_mafw, read_merr, read_ravdess, read_training_json, summary)
+from erv_min.errors import ClipError, DataError
+
+
+def write(path: Path, text: str | bytes = b"clip") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def dfew(root: Path, train: str = "order,label\n1,1\n2,4\n00003,7\n", test: str = "order,label\n9,3\n") -> Path:
+    write(root / "single_trainset_5.csv", train)
+    write(root / "single_testset_5.csv", test)
+    for name in ("1", "2", "3", "9"):
+        write(root / "clip" / f"{name}.mp4")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------------- readers
+
+def test_dfew_ids_and_clips(tmp_path):
+    examples = read_dfew(dfew(tmp_path), "train")
+    assert [(e.video_id, e.label, e.path.name, e.dataset, e.split) for e in examples] == [
+        ("1", "happy", "1.mp4", "dfew", "train"), ("2", "angry", "2.mp4", "dfew", "train"),
+        ("00003", "fear", "3.mp4", "dfew", "train")]  # released-code section 6: ids 1, 4, 7
+
+
+def test_dfew_header_byte_order_mark_and_subfolder(tmp_path):
+    write(tmp_path / "EmoLabel_DataSplit" / "train" / "single_trainset_5.csv", "\ufeff1,2\r\n2,6\r\n\r\n")
+    assert [e.label for e in read_dfew(tmp_path, "train")] == ["sad", "disgust"]  # no header: its first row counts
+
+
+@pytest.mark.parametrize("text, message", [
+    ("order,label\n1,8\n", r"line 2: label id '8' is not in 1\.\.7"),
+    ("order,label\n1,happy\n", "line 2: label id 'happy'"),
+    ("order,label\n1,0\n", "line 2: label id '0'"),
+    ("order,label\n1\n", "line 2: expected `clip number,label id`"),
+    ("order,label\n../../x,1\n", "line 2: expected `clip number"),
+    ("order,label\n1,1\n2,1\n01,2\n", "line 4: clip 1 was already on line 2"),
+    ("order,label\n", "no example in it"),
+    (b"order,label\n\xff\xfe,1\n", r"not utf-8-sig text \(byte 12\)"),
+])
+def test_dfew_damaged(tmp_path, text, message):
+    write(tmp_path / "single_trainset_5.csv", text)
+    with pytest.raises(DataError, match=message) as error:
+        read_dfew(tmp_path, "train")
+    assert "single_trainset_5.csv" in str(error.value)
+
+
+def test_no_annotation_and_two_annotations(tmp_path):
+    with pytest.raises(DataError, match="no single_trainset_5.csv in it"):
+        read_dfew(tmp_path, "train")
+    with pytest.raises(DataError, match="no such folder"):
+        read_dfew(tmp_path / "nowhere", "train")
+    for folder in "ab":
+        write(tmp_path / folder / "single_trainset_5.csv", "1,1\n")
+    with pytest.raises(DataError, match="more than one annotation file"):
+        read_dfew(tmp_path, "train")
+
+
+def test_mafw_words_and_ids(tmp_path, caplog):
+    write(tmp_path / "set_5" / "train.txt", "00001.mp4 anger\n00002.mp4 11\n\n00003.mp4 Happiness\n")
+    write(tmp_path / "set_5" / "test.txt", "00009.mp4 8\n")
+    write(tmp_path / "clips" / "00001.mp4")
+    train = load_examples(f"mafw:{tmp_path}", "train")
+    assert [(e.video_id, e.label) for e in train] == [("00001", "anger"), ("00002", "disappointment"), ("00003", "happiness")]
+    assert train[0].path == tmp_path / "clips" / "00001.mp4" and train[0].path.is_file()
+    assert "mafw train: 3 examples, the paper has 7341 (section 4.1)" in caplog.text
+    assert [e.label for e in load_examples(f"mafw:{tmp_path}", "test")] == ["contempt"]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("00001.mp4", "line 1: expected `01234.mp4 label`"), ("00001.mp4 12", "line 1: label id '12'"),
+    ("00001.mp4 joyous", "line 1: label 'joyous' is not one of mafw's: anger"),
+    ("../../../etc/passwd anger", "lies outside the data root"),
+    ("00001.mp4 anger\n00001.avi fear", "line 2: clip '00001' was already on line 1"),
+])
+def test_mafw_damaged(tmp_path, line, message):
+    write(tmp_path / "set_5" / "train.txt", line + "\n")
+    with pytest.raises(DataError, match=message):
+        read_mafw(tmp_path, "train")
+
+
+EMER = ('names,emotions,subtitles,reasons\n'
+        'sample_0001,worried,"Wait, what?","In the video, she frowns. Her voice shakes."\n'
+        'sample_0002,happy,,"He smiles ""broadly"",\nthen laughs."\n')
+
+
+def test_emer_quotes_newlines_and_subtitles(tmp_path):
+    write(tmp_path / "EMER.csv", EMER)
+    write(tmp_path / "video" / "sample_0001.avi")
+    first, second = load_examples(f"emer:{tmp_path}", "sft")
+    assert (first.label, first.subtitle, first.explanation) == (
+        "worried", "Wait, what?", "In the video, she frowns. Her voice shakes.")
+    assert first.path == tmp_path / "video" / "sample_0001.avi"
+    assert second.explanation == 'He smiles "broadly",\nthen laughs.' and second.path.name == "sample_0002.avi"
+
+
+def test_emer_gb18030(tmp_path):
+    write(tmp_path / "EMER.csv", "names,emotions,subtitles,reasons\ns1,sad,你好,她哭了。\n".encode("gb18030"))
+    (example,) = read_emer(tmp_path)
+    assert (example.subtitle, example.explanation) == ("你好", "她哭了。")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("names,emotions,reasons\na,sad,b\n", "line 1: no column subtitles; found names, emotions, reasons"),
+    ("", "line 1: no column names, emotions, subtitles, reasons"),
+    ("names,emotions,subtitles,reasons\na,sad,x\n", "line 2: fewer fields"),
+    ("names,emotions,subtitles,reasons\na,sad,x,y,z\n", "line 2: more fields"),
+    ("names,emotions,subtitles,reasons\na,bored,x,y\n", "line 2, field emotions: label 'bored' is not one of emer's"),
+    ("names,emotions,subtitles,reasons\na,sad,x,y\na.avi,sad,x,y\n", "line 3: clip 'a' was already on line 2"),
+    ("names,emotions,subtitles,reasons\na,sad,x,\n", "empty field reasons"),
+    ("names,emotions,subtitles,reasons\n../../a,sad,x,y\n", "outside the data root"),
+])
+def test_emer_damaged(tmp_path, text, message):
+    write(tmp_path / "EMER.csv", text)
+    with pytest.raises(DataError, match=message):
+        read_emer(tmp_path)
+
+
+def test_merr_and_its_doubt(tmp_path):
+    entries = {"s1": {"pseu_emotion": "angry", "smp_reason_caption": "He shouts.", "text": "No!"},
+               "s2": {"pseu_emotion": "doubt"}, "s3": {"pseu_emotion": "worried"}}
+    write(tmp_path / "MERR_fine_grained.json", json.dumps(entries))
+    write(tmp_path / "other.json", "{}")  # the coarse file lies beside it
+    write(tmp_path / "s1.mp4")
+    examples = read_merr(tmp_path)
+    assert [(e.video_id, e.label, e.explanation, e.subtitle) for e in examples] == [
+        ("s1", "angry", "He shouts.", "No!"), ("s2", "doubt", "", ""), ("s3", "worried", "", "")]
+    assert examples[0].path.name == "s1.mp4"
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"s1": {"pseu_emotion": "angry"}, "s1": {"pseu_emotion": "sad"}}', "'s1' is there twice"),
+    ('{"s1": {"emotion": "angry"}}', "entry 's1': no text in field pseu_emotion"),
+    ('{"s1": {"pseu_emotion": "hungry"}}', "entry 's1', field pseu_emotion: label 'hungry'"),
+    ('[1]', "found a list"), ('{"s1": \n{]}', "line 2: not JSON"), ('{}', "no example"),
+])
+def test_merr_damaged(tmp_path, text, message):
+    write(tmp_path / "MERR_fine_grained.json", text)
+    with pytest.raises(DataError, match=message):
+        read_merr(tmp_path)
+
+
+def test_ravdess_names(tmp_path):
+    for code in range(1, 9):  # third field: the emotion
+        write(tmp_path / "Actor_12" / f"01-01-{code:02d}-01-02-01-12.mp4")
+    write(tmp_path / "Actor_12" / "02-01-06-01-02-01-12.mp4")  # video only: the same performance again
+    examples = load_examples(f"ravdess:{tmp_path}", "test")
+    assert [e.label for e in examples] == ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]
+    with pytest.raises(DataError, match="has no train split"):
+        load_examples(f"ravdess:{tmp_path}", "train")
+
+
+def test_ravdess_damaged(tmp_path):
+    write(tmp_path / "03-01-06-01-02-01-12.wav")
+    with pytest.raises(DataError, match="no clip of modality 01.*1 of modality 03"):
+        read_ravdess(tmp_path)
+    write(tmp_path / "01-01-09-01-02-01-12.mp4")
+    with pytest.raises(DataError, match="emotion '09'"):
+        read_ravdess(tmp_path)
+
+
+def entry(video: str, answer: str) -> dict:
+    return {"video": video, "conversations": [{"from": "human", "value": "<video>\n<audio>\nWhich?"},
+                                              {"from": "gpt", "value": answer}]}
+
+
+def test_training_json_tags_bare_labels_and_repeats(tmp_path):
+    path = write(tmp_path / "train.json", json.dumps([
+        entry("clip/1.mp4", "<think>A smile.\nA laugh.</think>\n<answer>happy</answer>"),
+        entry("clip/1.mp4", "<think>Other words.</think>\n<answer>happy</answer>"), entry("clip/2.mp4", "fear\n")]))
+    examples = read_training_json(path)
+    assert [(e.video_id, e.label, e.explanation, e.dataset) for e in examples] == [
+        ("1", "happy", "A smile.\nA laugh.", "dfew"), ("1", "happy", "Other words.", "dfew"), ("2", "fear", "", "dfew")]
+    assert read_training_json(path, tmp_path / "elsewhere")[0].path == tmp_path / "elsewhere" / "clip" / "1.mp4"
+    assert load_examples(f"json:{path}@{tmp_path}/a", "sft")[0].path == tmp_path / "a" / "clip" / "1.mp4"
+
+
+def test_training_json_data_set(tmp_path):
+    path = write(tmp_path / "rl.json", json.dumps([entry("DFEW/clip/1.mp4", "angry"), entry("MAFW/clips/1.mp4", "anger")]))
+    examples = read_training_json(path)  # by the folder's name; equal stems get the whole path as id
+    assert [(e.dataset, e.label, e.video_id) for e in examples] == [
+        ("dfew", "angry", "DFEW/clip/1"), ("mafw", "anger", "MAFW/clips/1")]
+    write(path, json.dumps([entry("x/1.mp4", "angry"), entry("x/2.mp4", "helplessness")]))
+    with pytest.raises(DataError, match="no data set's label list holds every label"):
+        read_training_json(path)
+    assert [e.label for e in load_examples(f"json:mafw:{path}", "train")] == ["anger", "helplessness"]  # aliases
+
+
+@pytest.mark.parametrize("value, message", [
+    ([entry("../x.mp4", "happy")], "entry 0, field video: '../x.mp4' lies outside the data root"),
+    ([entry("/etc/passwd", "happy")], "lies outside the data root"),
+    ([entry("", "happy")], "entry 0: no path in field video"),
+    ([{"video": "a.mp4"}], "entry 0: field conversations is not a list"),
+    ([{"video": "a.mp4", "conversations": [{"from": "human", "value": "x"}]}], "expected one gpt turn"),
+    ([entry("a.mp4", "<think>x</think> happy")], "neither <think>"),
+    ([entry("dfew/a.mp4", "furious delight")], "entry 0: label 'furious delight' is not one of dfew's"),
+    ({"video": "x"}, "expected .*found a dict"), ([], "no example in it"),
+])
+def test_training_json_damaged(tmp_path, value, message):
+    path = write(tmp_path / "train.json", json.dumps(value))
+    with pytest.raises(DataError, match=message):
+        read_training_json(path)
+
+
+# ---------------------------------------------------------------------------------------------------- mixtures
+
+def test_mixture_toy_and_unknown_names(tmp_path):
+    world = dfew(tmp_path / "a,b")
+    write(world / "train.json", json.dumps([entry("clip/1.mp4", "<think>x</think><answer>sad</answer>")]))
+    with pytest.raises(DataError, match="no finished toy world"):
+        load_examples(f"toy:{world}")
+    write(world / "world.json", "{}")
+    write(tmp_path / "m" / "set_5" / "test.txt", "1.mp4 fear\n")
+    mixed = load_examples(f"toy:{world},mafw:{tmp_path / 'm'}", "test")
+    assert [(e.dataset, e.label) for e in mixed] == [("dfew", "neutral"), ("mafw", "fear")]
+    assert [(e.label, e.explanation, e.path.is_file()) for e in load_examples(f"toy:{world}", "sft")] == [("sad", "x", True)]
+    for spec, split, message in ((f"fer:{world}", "test", "unknown data set 'fer'"), ("dfew", "test", "expected name:/path"),
+                                 (f"dfew:{world}", "valid", "split 'valid'"), (f"emer:{world}", "test", "no test split")):
+        with pytest.raises(DataError, match=message):
+            load_examples(spec, split)
+
+
+def test_missing_clips_are_listed_and_too_many_are_an_error(tmp_path):
+    examples = [Example(str(i), tmp_path / f"{i}.mp4", "sad", "dfew") for i in range(200)]
+    for example in examples[2:]:
+        write(example.path)
+    found = check_clips(examples, report=tmp_path / "missing.txt")  # 2 of 200 is 1%: allowed
+    assert found == examples[2:]
+    assert (tmp_path / "missing.txt").read_text() == f"{tmp_path}/0.mp4\n{tmp_path}/1.mp4\n"
+    examples[2].path.unlink()
+    with pytest.raises(DataError, match=r"3 of 200 clips are missing \(1.5%\), the first: .*0.mp4; all of them"):
+        check_clips(examples, report=tmp_path / "missing.txt")
+    assert len(check_clips(examples, allow_missing=0.02)) == 197
+    with pytest.raises(DataError, match="1 of 1"):
+        check_clips(examples[:1], allow_missing=1.0)
+
+
+def test_train_and_test_do_not_share_clips(tmp_path):
+    train, test = (load_examples(f"dfew:{dfew(tmp_path)}", split) for split in ("train", "test"))
+    check_disjoint(train, test)
+    with pytest.raises(DataError, match="1 clips are in training and test data.*9.mp4"):
+        check_disjoint([*train, replace(test[0], video_id="other")], test)  # the same file under another id
+
+
+def test_summary_counts_clips_not_entries(tmp_path):
+    examples = read_dfew(dfew(tmp_path), "train")
+    (tmp_path / "clip" / "2.mp4").unlink()
+    assert summary([*examples, examples[0]]) == (
+        "dfew train: 2 clips found, 1 missing, 4 examples (happy 2, sad 0, neutral 0, angry 1, surprise 0, disgust 0, fear 1)")
+
+
+# ---------------------------------------------------------------------------------------------------- decoding
+
+def examples_named(*names: str) -> list[Example]:
+    return [Example(name, Path(name), "sad", "dfew") for name in names]
+
+
+def decode(example: Example):
+    """Stands in for media.load_clip: what happens is in the clip's name."""
+    kind, _, rest = example.video_id.partition(":")
+    if kind == "slow":
+        time.sleep(0.2)
+    if kind == "bad":
+        raise ClipError(f"{example.path}: no video stream")
+    if kind == "odd":
+        raise ValueError("what a codec may throw")
+    if kind == "crash":
+        os._exit(139)
+    if kind == "once":  # breaks the first time only: the marker file remembers
+        if not Path(rest).exists():
+            Path(rest).touch()
+            raise ClipError("busy")
+    return torch.full((2, 3), float(len(example.video_id))), os.getpid(), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_keeps_order_retries_once_and_names_errors(tmp_path, workers):
+    examples = examples_named("slow", "a", "bad", f"once:{tmp_path / 'mark'}", "odd", "ccc")
+    results = list(clip_loader(examples, decode, workers=workers, prefetch=2))
+    assert [example for example, _ in results] == examples
+    kinds = [type(result).__name__ for _, result in results]
+    assert kinds == ["tuple", "tuple", "ClipError", "tuple", "ClipError", "tuple"]
+    assert str(results[2][1]) == "bad: no video stream" and "odd: ValueError: what a codec may throw" == str(results[4][1])
+    assert torch.equal(results[5][1][0], torch.full((2, 3), 3.0))
+    if workers:
+        assert os.getpid() not in {result[1] for _, result in results if isinstance(result, tuple)}
+        assert {result[2] for _, result in results if isinstance(result, tuple)} == {1}
+
+
+def test_loader_survives_a_dying_decoder():
+    examples = examples_named("a", "bb", "crash", "slow", "ccc", "bad", "crash", "dddd")
+    results = list(clip_loader(examples, decode, workers=2, prefetch=2))
+    assert [example for example, _ in results] == examples
+    assert [isinstance(result, ClipError) for _, result in results] == [False, False, True, False, False, True, True, False]
+    assert "the decoder process died" in str(results[2][1])
+
+
+def test_loader_is_bounded():
+    taken = []
+
+    def stream():
+        for example in examples_named(*"abcdefghijklmnop"):
+            taken.append(example)
+            yield example
+
+    loader = clip_loader(stream(), decode, workers=2, prefetch=2)
+    next(loader)
+    assert len(taken) <= 4  # workers * prefetch
+    loader.close()
+
+
+def test_workers_die_with_the_parent(tmp_path):
+    code = (f"import sys, os, signal; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "from test_data import *\n"
+            "loader = clip_loader(examples_named(*'abcdefgh'), decode, workers=1, prefetch=1)\n"
+            "print(next(loader)[1][1], flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n")
+    with open(tmp_path / "pid", "w") as pid:  # not a pipe: the worker would hold it open
+        assert subprocess.run([sys.executable, "-c", code], stdout=pid).returncode == -signal.SIGKILL
+    worker = int((tmp_path / "pid").read_text())
+    for _ in range(300):
+        if not Path(f"/proc/{worker}").exists() or "\nState:\tZ" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+# ---------------------------------------------------------------------------------------------------- features
+
+def test_feature_cache_keys_disk_and_damage(tmp_path, caplog):
+    clip = Example("1", write(tmp_path / "1.mp4"), "sad", "dfew")
+    vision, audio = torch.randn(2, 4, 3, dtype=torch.bfloat16), torch.randn(5, 3)
+    cache = FeatureCache(tmp_path / "cache", "towers-a")
+    assert cache.get(clip) is None
+    cache.put(clip, vision, audio)
+    for other in (cache, FeatureCache(tmp_path / "cache", "towers-a")):  # from memory, from disk
+        got = other.get(clip)
+        assert got[0].dtype == torch.bfloat16 and torch.equal(got[0], vision) and torch.equal(got[1], audio)
+    assert FeatureCache(tmp_path / "cache", "towers-b").get(clip) is None
+    (file,) = (tmp_path / "cache").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    assert FeatureCache(tmp_path / "cache", "towers-a").get(clip) is None and "damaged, made again" in caplog.text
+    write(clip.path, b"another clip")  # the file changed: its old features are not its features
+    assert cache.get(clip) is None
+
+
+def test_feature_cache_modalities_and_memory_limit(tmp_path):
+    clips = [Example(name, write(tmp_path / f"{name}.mp4"), "sad", "dfew") for name in "ab"]
+    cache = FeatureCache(None, "k", memory=4 * 6)
+    cache.put(clips[0], vision=torch.zeros(2, 3))
+    cache.put(clips[1], vision=torch.zeros(2, 3))  # over the limit and no folder: not kept
+    vision, audio = cache.get(clips[0])
+    assert vision.shape == (2, 3) and audio is None and cache.get(clips[1]) is None

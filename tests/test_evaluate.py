@@ -1,0 +1,298 @@
+"""Predictions in every form -> judge -> metrics.json, and one clip in, explanation out (section 4.2, tables 1 and 4)."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import augment  # noqa: E402
+import evaluate  # noqa: E402
+import infer  # noqa: E402
+from conftest import GOLDEN  # noqa: E402
+from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixture)
+
+from erv_min.checkpoint import save_humanomni  # noqa: E402
+from erv_min.config import humanomni  # noqa: E402
+from erv_min.data import Example, load_examples  # noqa: E402
+from erv_min.errors import DataError, SettingsError  # noqa: E402
+from erv_min.files import read_json, read_jsonl  # noqa: E402
+from erv_min.model.humanomni import HumanOmni, init_weights  # noqa: E402
+from erv_min.results import clip_key, read_predictions  # noqa: E402
+from erv_min.rewards import RewardSettings  # noqa: E402
+from erv_min.toy.world import WorldSettings, build_world  # noqa: E402
+
+
+def clips(*labels: str, dataset: str = "dfew") -> list[Example]:
+    return [Example(f"{i}", Path(f"/d/{i}.mp4"), label, dataset) for i, label in enumerate(labels, 1)]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------- files of predictions
+
+def test_clip_names():
+    assert [clip_key(x) for x in ("/a/00012.mp4", "12", "x\\012.AVI", "sample_0007.avi", "01-02.mp4")] == [
+        "12", "12", "12", "sample_0007", "01-02"]
+
+
+def test_released_text_with_outputs_over_several_lines(tmp_path):
+    path = write(tmp_path / "r1.txt", "00001.mp4|<think>He smiles.\n\nA | B\n3|</think>\n<answer>happy</answer>\n"
+                                      "/data/clip/2.mp4|sad\n9.mp4|of another split\n|x|\n")
+    rows, lost = read_predictions(path, clips("happy", "fear", "sad", "angry")[:2])
+    assert rows == [{"video_id": "1", "output": "<think>He smiles.\n\nA | B\n3|</think>\n<answer>happy</answer>",
+                     "ground_truth": "happy", "dataset": "dfew"},
+                    {"video_id": "2", "output": "sad", "ground_truth": "fear", "dataset": "dfew"}]
+    assert lost == {"missing": [], "unknown": ["9.mp4"]}
+
+
+def test_released_judged_json_alone_and_joined(tmp_path):
+    judged = write(tmp_path / "judged.json", json.dumps([{"1.mp4": {"reason": "He smiles.", "gpt_response": "Happy"}},
+                                                         {"2.mp4": {"reason": "Hm.", "gpt_response": "bored"}}]))
+    rows, lost = read_predictions(judged, clips("happy", "fear", "sad"))
+    assert [(r["output"], r["judged_emotion"], r["judge_status"]) for r in rows] == [
+        ("<think>He smiles.</think>", "happy", "ok"), ("<think>Hm.</think>", None, "outside")]
+    assert lost["missing"] == ["3"]
+    text = write(tmp_path / "r1.txt", "1.mp4|<think>He smiles.</think><answer>sad</answer>\n2.mp4|fear\n")
+    for files in (f"{text},{judged}", f"{judged},{text}"):
+        rows, _ = read_predictions(files, clips("happy", "fear"))
+        assert [(r["output"][-12:], r["judged_emotion"]) for r in rows] == [("sad</answer>", "happy"), ("fear", None)]
+
+
+def test_our_rows_with_and_without_data(tmp_path):
+    path = write(tmp_path / "p.jsonl", '{"video_id": 1, "output": "x", "ground_truth": "Happy", "dataset": "dfew"}\n')
+    assert read_predictions(path, [])[0] == [{"video_id": "1", "output": "x", "ground_truth": "happy", "dataset": "dfew"}]
+    assert read_predictions(path, clips("fear"))[0][0]["ground_truth"] == "fear"  # the data's own label
+
+
+@pytest.mark.parametrize("text, message", [
+    ("no record at all", "line 1: expected `clip|output`"), ("1.mp4|a\n1.mp4|b", "line 2: clip 1.mp4 was already on line 1"),
+    ("7.mp4|a", "no prediction for a clip of --data; the first there: 7.mp4"), ('[{"1": "happy"}]', "entry 0: expected"),
+    ('[{"1": {"reason": "a", "gpt_response": "b"}}, {"1": {"reason": "a", "gpt_response": "b"}}]', "entry 1: clip 1 is there twice"),
+    ("[{]", "not JSON"), ('{"video_id": "1"}', "row 1: expected fields video_id and output"),
+])
+def test_damaged_predictions(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        read_predictions(write(tmp_path / "p", text), clips("happy", "sad"))
+
+
+def test_predictions_need_labels_and_one_data_set(tmp_path):
+    text = write(tmp_path / "r1.txt", "1.mp4|a")
+    with pytest.raises(DataError, match="holds no labels; give --data"):
+        read_predictions(text, [])
+    with pytest.raises(DataError, match="one data set at a time"):
+        read_predictions(text, clips("happy") + [Example("00001", Path("/m/00001.mp4"), "fear", "mafw")])
+    with pytest.raises(DataError, match="ground_truth and dataset"):
+        read_predictions(write(tmp_path / "p.jsonl", '{"video_id": "1", "output": "x"}\n'), [])
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+def golden_files(folder: Path, dataset: str) -> dict:
+    """The golden rows as the release keeps them: a results text, a judged JSON, and the data set's own files."""
+    rows = json.loads((GOLDEN / "text" / "metrics.json").read_text())[dataset]
+    write(folder / "results.txt", "".join(f"{r['video_id']}.mp4|{r['output']}\n" for r in rows["rows"]))
+    write(folder / "judged.json", json.dumps([{f"{r['video_id']}.mp4": {"reason": "?", "gpt_response": r["judged_emotion"]}}
+                                              for r in rows["rows"]]))
+    ids = rows["label_ids"]
+    if dataset == "DFEW":
+        write(folder / "single_testset_5.csv", "order,label\n" + "".join(
+            f"{r['video_id']},{ids[r['ground_truth']]}\n" for r in rows["rows"]))
+    else:
+        (folder / "set_5").mkdir()
+        write(folder / "set_5" / "test.txt", "".join(f"{r['video_id']}.mp4 {r['ground_truth']}\n" for r in rows["rows"]))
+    return rows["released"]
+
+
+@pytest.mark.parametrize("dataset", ["DFEW", "MAFW"])
+def test_released_files_give_the_released_figures(tmp_path, dataset):
+    expected = golden_files(tmp_path, dataset)
+    evaluate.main(["--predictions", f"{tmp_path}/results.txt,{tmp_path}/judged.json", "--data", f"{dataset.lower()}:{tmp_path}",
+                   "--rule", "released", "--out", f"{tmp_path}/out", "--bootstrap", "50", "--name", "golden"])
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    result = metrics["judges"]["as in the file"][dataset.lower()]
+    for name in ("WAR", "UAR", "EEA", "FCR", "EPC"):
+        assert result[name] == pytest.approx(expected[name], abs=1e-9), name
+        low, high = result["intervals"][name]
+        assert low <= result[name] <= high
+    assert f"{expected['WAR']:.2f}" in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_two_judges_and_their_agreement(serve, tmp_path, capsys):  # noqa: F811
+    said = {"He smiles.": "happy", "She weeps.": "sad", "A wall.": "none"}
+    api = serve(lambda prompt, times: good(said[reason(prompt)]))
+    rows = [("1", "He smiles.", "happy", "happy"), ("2", "She weeps.", "sad", "fear"), ("3", "A wall.", "sad", "sad")]
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps({
+        "video_id": i, "output": f"<think>{text}</think><answer>{answer}</answer>", "ground_truth": truth,
+        "dataset": "dfew"}) + "\n" for i, text, answer, truth in rows))
+    command = ["--predictions", path, "--judge", "openai:gpt-4.1-mini", "--judge", "lexicon", "--out", f"{tmp_path}/out"]
+    evaluate.main(command)
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    hosted = metrics["judges"]["openai:gpt-4.1-mini"]["dfew"]
+    # by hand: EEA 1 of 3 (row 1), EPC rows 1 and 2, FCR row 1, WAR rows 1 and 3; "none" is outside, not neutral
+    assert [round(hosted[m], 2) for m in ("EEA", "FCR", "EPC", "WAR")] == [33.33, 33.33, 66.67, 66.67]
+    assert hosted["judge_outside"] == 1 and hosted["judge_errors"] == 0
+    agreed = metrics["agreement"]["dfew"]["openai:gpt-4.1-mini and lexicon"]
+    assert (agreed["n"], agreed["left_out"], agreed["accuracy"]) == (2, 1, 1.0)
+    assert [r["judge_status"] for r in read_jsonl(tmp_path / "out" / "judged-1.jsonl")] == ["ok", "ok", "outside"]
+    assert "the judges agree on 100.0% of 2 explanations" in capsys.readouterr().out
+    evaluate.main(command)  # again: everything is in the cache
+    assert set(api.asked.values()) == {1}
+
+
+def test_too_many_missing_predictions(tmp_path):
+    golden_files(tmp_path, "DFEW")
+    text = (tmp_path / "results.txt").read_text()
+    write(tmp_path / "results.txt", text[text.index("10100.mp4|"):])
+    command = ["--predictions", f"{tmp_path}/results.txt", "--data", f"dfew:{tmp_path}", "--out", f"{tmp_path}/out"]
+    with pytest.raises(DataError, match="no prediction for 100 of 300 clips, the first: 10000"):
+        evaluate.main(command)
+    evaluate.main([*command, "--allow-missing", "0.5"])
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert len(metrics["missing"]) == 100 and metrics["judges"]["no judge"]["dfew"]["EEA"] is None
+    for wrong in (["--out", "x"], ["--model", "m"], ["--model", "m", "--predictions", "p"]):
+        with pytest.raises(SettingsError):
+            evaluate.main(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------- a model
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A world of 16 clips, and a model of the toy's dimensions with random weights in `model/`."""
+    folder = tmp_path_factory.mktemp("world")
+    build_world(folder, WorldSettings(train=8, test=6, pretrain=2, sft_clips=4, resamples=1, erv_train=60, erv_valid=10),
+                workers=1, progress=False)
+    config = humanomni("toy")
+    lm = json.loads((folder / "tokenizers" / "lm" / "tokenizer.json").read_text())
+    size = len(lm["model"]["vocab"]) + len(lm["added_tokens"])
+    model = HumanOmni(replace(config, text=replace(config.text, vocab_size=size)))
+    init_weights(model, 0)
+    save_humanomni(model, folder / "model")
+    for path in (folder / "tokenizers" / "lm").iterdir():
+        shutil.copy(path, folder / "model")
+    shutil.copytree(folder / "tokenizers" / "text_gate", folder / "model" / "text_gate", dirs_exist_ok=True)
+    return folder
+
+
+def run_model(world: Path, out: Path, *options: str) -> list[dict]:
+    evaluate.main(["--model", str(world / "model"), "--data", f"toy:{world}", "--out", str(out), "--max-new-tokens", "12",
+                   "--device", "cpu", "--bootstrap", "0", *options])
+    return [{k: v for k, v in row.items() if k != "chunk"} for row in read_jsonl(out / "predictions.jsonl")]
+
+
+def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
+    rows = run_model(world, tmp_path / "whole")
+    metrics = read_json(tmp_path / "whole" / "metrics.json")
+    assert len(rows) == 6 and metrics["judges"]["lexicon"]["dfew"]["n"] == 6
+    assert {row["ground_truth"] for row in rows} <= set(metrics["judges"]["lexicon"]["dfew"]["labels"])
+    assert run_model(world, tmp_path / "batched", "--batch-size", "5", "--workers", "0") == rows
+    with pytest.raises(SettingsError, match="already exists: give --resume"):
+        run_model(world, tmp_path / "whole")
+    with pytest.raises(SettingsError, match="other settings"):
+        run_model(world, tmp_path / "whole", "--resume", "--temperature", "0")
+
+    from erv_min import results
+    chunked = evaluate.predict_to_file
+    monkeypatch.setattr(evaluate, "predict_to_file", lambda *args, **kwargs: chunked(*args, chunk=2, **kwargs))
+    rows = run_model(world, tmp_path / "chunks")
+    real, calls = results.predict, []
+
+    def stops_in_the_third_chunk(*args, **kwargs):
+        calls.append(args[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(results, "predict", stops_in_the_third_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        run_model(world, tmp_path / "stopped")
+    path = tmp_path / "stopped" / "predictions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))  # the second chunk is cut, too
+    assert run_model(world, tmp_path / "stopped", "--resume") == rows
+    assert [len(part) for part in calls] == [2, 2, 2, 2, 2]  # the first chunk was not computed again
+
+
+def test_undecodable_and_missing_clips_are_listed(world, tmp_path):
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    test = load_examples(f"toy:{copy}", "test")
+    test[1].path.write_bytes(b"not a clip")
+    test[2].path.unlink()
+    with pytest.raises(DataError, match="1 of 6 clips are missing"):
+        run_model(copy, tmp_path / "out")
+    rows = run_model(copy, tmp_path / "out", "--allow-missing", "0.2")
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert len(rows) == 4 and metrics["missing"] == [test[2].video_id] and test[1].path.name in metrics["failed"][0]
+    assert (tmp_path / "out" / "missing_clips.txt").read_text() == f"{test[2].path}\n"
+
+
+def test_augment_describes_training_clips(world, tmp_path, capsys):
+    command = ["describe", "--model", str(world / "model"), "--data", f"toy:{world}", "--out", str(tmp_path / "raw"),
+               "--max-new-tokens", "8", "--device", "cpu", "--workers", "0"]
+    augment.main(command)
+    assert len(read_jsonl(tmp_path / "raw" / "predictions.jsonl")) == 8
+    rejected = read_jsonl(tmp_path / "raw" / "descriptions.rejected.jsonl")  # random weights write no <think>
+    assert rejected[0]["split"] == "train" and rejected[0]["raw"] and "clips that could not be decoded" in capsys.readouterr().out
+    overlap = tmp_path / "overlap"
+    shutil.copytree(world, overlap)
+    shutil.copy(overlap / "single_testset_5.csv", overlap / "single_trainset_5.csv")
+    with pytest.raises(DataError, match="6 clips are in training and test data"):
+        augment.main(["describe", "--model", "m", "--data", f"dfew:{overlap}", "--out", str(tmp_path / "o")])
+
+
+# ---------------------------------------------------------------------------------------------------- one clip
+
+def test_infer_one_clip_a_folder_and_a_list(world, tmp_path, capsys):
+    clip = load_examples(f"toy:{world}", "test")[0].path
+    options = ["--model", str(world / "model"), "--max-new-tokens", "6", "--device", "cpu", "--json"]
+    infer.main([str(clip), *options])
+    first = json.loads(capsys.readouterr().out)
+    assert set(first) == {"clip", "emotion", "explanation", "output"} and first["clip"] == str(clip)
+    listed = write(tmp_path / "list.txt", f"{clip}\n")
+    for modality in ("video", "audio"):
+        infer.main([listed, *options, "--modality", modality, "--question", "What does the person feel?"])
+        assert json.loads(capsys.readouterr().out)["clip"] == str(clip)
+    (tmp_path / "bad.mp4").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="1 of 2 clips could not be decoded"):
+        infer.main([str(clip), str(tmp_path / "bad.mp4"), *options])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["output"] == first["output"] and "bad.mp4" in shown.err
+    assert [p.name for p in infer.find_clips([str(tmp_path)])] == ["bad.mp4"]
+    with pytest.raises(DataError, match="verifier"):
+        infer.main([str(clip), *options, "--explain-reward", "bored", "--erv", "x"])
+    with pytest.raises(SettingsError, match="go together"):
+        infer.main([str(clip), *options, "--explain-reward", "happy"])
+
+
+def test_explained_reward_by_hand():
+    class Verifier:
+        labels = ("happiness", "neutral", "fear")
+
+        def probabilities(self, sentences):
+            table = {"He smiles.": [.9, .1, .6], "A wall.": [.1, .8, .1], "She shakes.": [.1, .2, .3]}
+            return torch.tensor([table[s] for s in sentences])
+
+    result = infer.explain_reward("<think>He smiles. A wall. She shakes.</think><answer>happy</answer>", "happy", Verifier(),
+                                  RewardSettings())
+    # {happiness, fear}, {neutral}, {fear} (best, none over 0.5): c = 1, N = 3, N_neu = 1 -> 1 / 2
+    assert result["R_E"] == 0.5
+    assert [s["labels"] for s in result["sentences"]] == [{"happiness": .9, "fear": .6}, {"neutral": .8}, {"fear": .3}]
+
+
+def test_stream_prints_each_character_once(capsys):
+    class Bytes:  # a tokenizer whose tokens are bytes: a character may take two
+        def decode(self, ids, skip_special):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    stream = infer.Stream(Bytes(), sys.stdout)
+    for byte in "Größe, <think>".encode():
+        stream(torch.tensor([byte]))
+    assert capsys.readouterr().out == "Größe, <think>"

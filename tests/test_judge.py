@@ -1,0 +1,332 @@
+"""Figure 3's judge against a local server that behaves like the API, well and badly (divergence 14)."""
+
+import json
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from erv_min import judge as judge_module
+from erv_min.errors import DataError, JudgeError
+from erv_min.judge import ChatClient, ErvJudge, Judgement, make_judge, permuted, read_answer
+
+KEY = "sk-planted-0123456789"
+DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+
+
+class FakeApi:
+    """An OpenAI-compatible server on 127.0.0.1. `behave(prompt, times)` -> (status, headers, body | None to cut)."""
+
+    def __init__(self, behave):
+        self.asked, self.bodies, self.auth, self.most_at_once, self._now = Counter(), [], set(), 0, 0
+        lock = threading.Lock()
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][-1]["content"]
+                with lock:
+                    api._now += 1
+                    api.most_at_once = max(api.most_at_once, api._now)
+                    api.asked[prompt] += 1
+                    times = api.asked[prompt]
+                    api.bodies.append(body)
+                    api.auth.add(self.headers["Authorization"])
+                try:
+                    status, headers, content = behave(prompt, times)
+                finally:
+                    with lock:
+                        api._now -= 1
+                if content is None:  # the line goes dead in the middle of an answer
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices"')
+                    self.close_connection = True
+                    return
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def explanation_counts(self) -> dict[str, int]:
+        counts = Counter()
+        for prompt, times in self.asked.items():
+            counts[reason(prompt)] += times
+        return dict(counts)
+
+
+def reason(prompt: str) -> str:
+    return re.search(r"Reason:\s*(.*?)\s*Answer Emotion:", prompt, re.DOTALL).group(1)
+
+
+def good(text: str):
+    return 200, {}, json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}).encode()
+
+
+def bad(status: int, message: str = "no", **headers):
+    return status, headers, json.dumps({"error": {"message": message, "code": message}}).encode()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(behave) -> FakeApi, with the environment pointing at it; the hub's offline switch is lifted for the test."""
+    import huggingface_hub.constants as constants
+    servers = []
+
+    def start(behave):
+        api = FakeApi(behave)
+        servers.append(api.server)
+        monkeypatch.setenv("ERV_JUDGE_BASE_URL", api.url)
+        return api
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def client(cache=None, **options) -> ChatClient:
+    return ChatClient("openai:gpt-4.1-mini", cache, **{"backoff": 0.01, "timeout": 10, **options})
+
+
+def ask(texts, cache=None, labels=DFEW, **options):
+    shown = []
+    judge = judge_module.HostedJudge(client(cache, **options), shown.append)
+    return judge.judge(texts, labels), shown
+
+
+# ---------------------------------------------------------------------------------------------------- good answers
+
+def test_request_is_figure_3_at_temperature_0(serve):
+    api = serve(lambda prompt, times: good("happy"))
+    judgements, shown = ask(["He smiles."])
+    assert judgements == [Judgement("happy", "ok", "happy")]
+    (body,) = api.bodies
+    assert body["temperature"] == 0 and body["model"] == "gpt-4.1-mini" and len(body["messages"]) == 1
+    prompt = body["messages"][0]["content"]
+    assert prompt.startswith("Read the reasoning content and respond with the appropriate emotion in")
+    assert "Reply with only the emotion word." in prompt and reason(prompt) == "He smiles."
+    assert all(label in prompt for label in DFEW) and api.auth == {f"Bearer {KEY}"}
+    assert "1 requests (0 answered or repeated)" in shown[0] and "$0.00" in shown[0]
+
+
+def test_order_repeats_empty_and_outside(serve):
+    answers = {"a": "Happy.", "b": "**sad**", "c": "joyful", "d": "happy, sad", "e": "I cannot tell.", "f": "",
+               "g": "Answer Emotion: fear", "h": "Happiness", "i": "unhappy"}
+    api = serve(lambda prompt, times: good(answers[reason(prompt)]))
+    texts = [*answers, "a", "", "  "]
+    judgements, _ = ask(texts)
+    assert [j.emotion for j in judgements] == ["happy", "sad", None, None, None, None, "fear", "happy", None, "happy", None, None]
+    assert {j.status for j in judgements if j.emotion is None} == {"outside"}
+    assert judgements[3].raw == "happy, sad"
+    assert api.explanation_counts() == dict.fromkeys(answers, 1)  # "a" once, the empty ones never
+
+
+def test_labels_are_permuted_by_item_and_the_same_each_time():
+    orders = [permuted(DFEW, f"text {i}") for i in range(200)]
+    assert all(sorted(order) == sorted(DFEW) for order in orders)
+    assert orders == [permuted(DFEW, f"text {i}") for i in range(200)] and permuted(DFEW, "x", 1) != permuted(DFEW, "x", 2)
+    first = Counter(order[0] for order in orders)
+    assert len(first) == 7 and max(first.values()) < 60  # 200 / 7 = 29 each where no label is favoured
+
+
+def test_read_answer_knows_the_data_set_of_the_labels():
+    mafw = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
+            "helplessness", "disappointment")
+    assert read_answer("Anger!\n", mafw).emotion == "anger" and read_answer("happy", mafw).emotion == "happiness"
+    assert read_answer("contempt", DFEW).status == "outside"
+
+
+def test_bounded_and_concurrent(serve):
+    def slow(prompt, times):
+        time.sleep(0.05)
+        return good("sad")
+
+    api = serve(slow)
+    judgements, _ = ask([f"text {i}" for i in range(12)], concurrency=3)
+    assert {j.emotion for j in judgements} == {"sad"} and 2 <= api.most_at_once <= 3
+
+
+# ---------------------------------------------------------------------------------------------------- bad servers
+
+@pytest.mark.parametrize("first", [
+    lambda: bad(429), lambda: bad(500), lambda: bad(503), lambda: (200, {}, None), lambda: (200, {}, b"{not json"),
+    lambda: (200, {}, b"{}"), lambda: (200, {}, b'{"choices": []}'),
+], ids=["429", "500", "503", "cut", "malformed", "empty", "no-choices"])
+def test_one_failure_is_asked_again(serve, tmp_path, first):
+    api = serve(lambda prompt, times: first() if times == 1 else good("angry"))
+    judgements, _ = ask(["x"], tmp_path / "cache.jsonl")
+    assert judgements == [Judgement("angry", "ok", "angry")] and api.explanation_counts() == {"x": 2}
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 1
+
+
+def test_slow_answers_time_out_and_are_asked_again(serve):
+    def slow_once(prompt, times):
+        time.sleep(1.5 if times == 1 else 0)
+        return good("fear")
+
+    api = serve(slow_once)
+    judgements, _ = ask(["x"], timeout=0.4)
+    assert judgements[0].emotion == "fear" and api.explanation_counts() == {"x": 2}
+
+
+def test_retry_after_is_honoured(serve):
+    stamps = []
+
+    def behave(prompt, times):
+        stamps.append(time.monotonic())
+        return bad(429, **{"Retry-After": "1"}) if times == 1 else good("sad")
+
+    serve(behave)
+    assert ask(["x"])[0][0].emotion == "sad" and stamps[1] - stamps[0] >= 1
+    api = serve(lambda prompt, times: bad(429, **{"Retry-After": "3600"}))  # too long to wait: not asked before its time
+    assert ask(["x"])[0][0].status == "error" and api.explanation_counts() == {"x": 1}
+
+
+def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    api = serve(lambda prompt, times: bad(500) if reason(prompt) == "b" else bad(400, "content_filter")
+                if reason(prompt) == "c" else good("sad"))
+    judgements, _ = ask(["a", "b", "c"], cache, retries=2)
+    assert [(j.emotion, j.status) for j in judgements] == [("sad", "ok"), (None, "error"), (None, "error")]
+    assert api.explanation_counts() == {"a": 1, "b": 3, "c": 1}  # a 400 is not asked again
+    assert len(cache.read_text().splitlines()) == 1
+    api = serve(lambda prompt, times: good("fear"))
+    judgements, shown = ask(["a", "b", "c"], cache)
+    assert [j.emotion for j in judgements] == ["sad", "fear", "fear"] and api.explanation_counts() == {"b": 1, "c": 1}
+    assert "2 requests (1 answered or repeated)" in shown[0]
+
+
+@pytest.mark.parametrize("answer, message", [
+    (bad(401, f"Incorrect API key provided: {KEY}"), "the key is refused"), (bad(404, "model_not_found"), "no such model"),
+    (bad(429, "insufficient_quota"), "no credit left")])
+def test_hopeless_answers_end_the_run(serve, answer, message):
+    api = serve(lambda prompt, times: answer)
+    with pytest.raises(JudgeError, match=message):
+        ask([f"text {i}" for i in range(50)], concurrency=2)
+    assert len(api.asked) < 10
+
+
+def test_a_dead_server_ends_the_run(serve):
+    serve(lambda prompt, times: bad(500))
+    with pytest.raises(JudgeError, match="5 requests failed in a row"):
+        ask([f"text {i}" for i in range(50)], retries=0, give_up=5)
+
+
+# ---------------------------------------------------------------------------------------------------- stop and resume
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop):
+    def behave(prompt, times):
+        time.sleep(0.01)
+        return good("sad")
+
+    api, cache = serve(behave), tmp_path / "cache.jsonl"
+    prompts = [f"Reason: {i} Answer Emotion:" for i in range(40)]
+
+    def on_reply(done, total):
+        if done == 15:
+            raise stop("in the middle")
+
+    with pytest.raises(stop):
+        client(cache, concurrency=4).ask(prompts, on_reply=on_reply)
+    answered = len(cache.read_text().splitlines())
+    assert 15 <= answered < 40 and answered == sum(api.asked.values())  # what was under way is kept
+    with open(cache, "a") as f:
+        f.write('{"key": "cut in the mid')  # as a power cut would leave it
+    replies = client(cache).ask(prompts)
+    assert [reply.text for reply in replies] == ["sad"] * 40 and set(api.asked.values()) == {1}
+    assert len([json.loads(line) for line in cache.read_text().splitlines()]) == 40
+    assert client(cache).ask(prompts) == replies and set(api.asked.values()) == {1}
+
+
+def test_cache_is_keyed_by_model_and_prompt_and_damage_is_named(serve, tmp_path):
+    api, cache = serve(lambda prompt, times: good(f"{times}")), tmp_path / "cache.jsonl"
+    prompt = "Reason: x Answer Emotion:"
+    assert client(cache).ask([prompt])[0].text == "1"
+    assert ChatClient("openai:gpt-4.1", cache).ask([prompt])[0].text == "2"
+    drawn = client(cache).ask([prompt] * 2, temperature=1.0, seeds=[1, 2])  # drawn answers: one a seed
+    assert sorted(reply.text for reply in drawn) == ["3", "4"] and sum(api.asked.values()) == 4
+    cache.write_text("nonsense\n" + cache.read_text())
+    with pytest.raises(DataError, match="cache.jsonl, line 1"):
+        client(cache)
+
+
+# ---------------------------------------------------------------------------------------------------- keys
+
+def test_the_key_appears_nowhere(serve, tmp_path, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    echo = f"your key {KEY} is over its limit"
+    serve(lambda prompt, times: bad(500, echo) if reason(prompt) == "b" else bad(400, echo) if reason(prompt) == "c"
+          else good("sad"))
+    judgements, shown = ask(["a", "b", "c"], tmp_path / "cache.jsonl", retries=1)
+    assert "***" in judgements[2].raw
+    serve(lambda prompt, times: bad(401, echo))
+    with pytest.raises(JudgeError) as error:
+        ask(["z"])
+    seen = [str(judgements), str(shown), str(error.value), repr(error.getrepr(chain=True)), caplog.text, repr(client()),
+            *capfd.readouterr(), *(path.read_text() for path in tmp_path.iterdir())]
+    assert not any(KEY in text for text in seen)
+
+
+def test_no_hub_token_for_other_servers(serve, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    api = serve(lambda prompt, times: good("sad"))
+    ask(["x"])
+    assert api.auth == {"Bearer none"}
+
+
+def test_makers_errors(monkeypatch):
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "ERV_JUDGE_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for spec, message in (("openai:gpt-4.1-mini", "set OPENAI_API_KEY"), ("gemini:gemini-2.5-flash", "set GEMINI_API_KEY"),
+                          ("gpt-4.1-mini", "expected openai:MODEL"), ("openai:", "expected openai:MODEL"), ("erv:", "expected")):
+        with pytest.raises(JudgeError, match=message):
+            make_judge(spec)
+
+
+def test_offline_switch_is_named(serve, monkeypatch):
+    import huggingface_hub.constants as constants
+    serve(lambda prompt, times: good("sad"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(JudgeError, match="HF_HUB_OFFLINE is set"):
+        ask(["x"])
+
+
+def test_gemini_thinks_not_and_gets_its_own_address(monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+    made = ChatClient("gemini:gemini-2.5-flash")
+    assert made.extra == {"reasoning_effort": "none"}
+    assert made._client.model == "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions"
+
+
+# ---------------------------------------------------------------------------------------------------- local judges
+
+def test_erv_judge_takes_the_best_of_the_labels():
+    judge = ErvJudge.__new__(ErvJudge)
+    judge.name, judge.column = "erv", {"happiness": 0, "contempt": 1, "fear": 2, "sadness": 3}
+    judge.verifier = type("V", (), {"probabilities": lambda self, texts: torch.tensor([[.2, .9, .6, .1]] * len(texts))})()
+    judged = judge.judge(["x", " "], ("happy", "fear", "sad"))  # contempt is not on this list
+    assert judged == [Judgement("fear", "ok", "0.600"), Judgement(None, "outside", "")]
