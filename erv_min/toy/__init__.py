@@ -1,0 +1,1 @@
+"""The embedded default: a small world of seven emotions as real clips, text about them, and offline judges."""

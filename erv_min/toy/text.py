@@ -1,0 +1,185 @@
+"""What people and models write about clips of the small world: explanations, captions, the verifier's training pairs.
+
+An explanation has 4 or 5 short sentences: appearance and background (neutral), face, voice, conclusion, as in figures
+8 to 11. Each emotional sentence is a cue of one emotion alone, so that R_E cannot be gained by a cue true of two;
+`exploitable` mixes in cues that are, to show reward hacking. `pseudo_label` stands in for GPT-4.1 (section 3.2,
+figure 6): it reads the generator's own record of cues, not the words. The judges read words: `lexicon.py`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from erv_min.emotions import LABELS, to_erv
+from erv_min.toy.lexicon import LexiconJudge, SecondJudge  # noqa: F401  (the judges of this world's text)
+from erv_min.toy.render import FACE, VOICE, Look
+
+EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
+ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
+
+# {S} He/She, {s} he/she, {P} His/Her, {p} his/her
+FACE_CUES = {
+    "happy": ("{P} mouth curves in a smile.", "{S} grins and {p} cheeks lift.", "{P} face beams."),
+    "sad": ("{P} mouth droops.", "Tears fill {p} eyes.", "{S} looks down and weeps."),
+    "neutral": ("{P} face is at rest.", "{P} mouth is relaxed.", "{S} looks on, still and calm."),
+    "angry": ("{P} brows knot in a scowl.", "{S} glares with hard eyes.", "{S} clenches {p} teeth."),
+    "surprise": ("{P} mouth drops open.", "{P} brows jump up.", "{S} stares with round eyes."),
+    "disgust": ("{P} nose wrinkles.", "{P} lip curls in a sneer.", "{S} turns away with a squint."),
+    "fear": ("{P} lips tremble.", "{S} freezes in dread.", "{S} shrinks back and shakes."),
+}
+VOICE_CUES = {
+    "happy": ("The voice is bright and cheerful.", "{S} laughs as {s} talks."),
+    "sad": ("The voice is heavy and tired.", "{S} sobs as {s} talks."),
+    "neutral": ("The voice is calm and even.", "{S} talks in a plain tone."),
+    "angry": ("The voice is harsh and hard.", "{S} shouts as {s} talks."),
+    "surprise": ("The voice is sudden and jumps up.", "{S} gasps as {s} talks."),
+    "disgust": ("The voice is sour.", "{S} groans as {s} talks."),
+    "fear": ("The voice is thin and shaky.", "{S} whimpers as {s} talks."),
+}
+CONCLUSIONS = {
+    "happy": ("{S} is happy.", "{S} feels glad.", "This shows joy."),
+    "sad": ("{S} is sad.", "{S} feels grief.", "This shows sorrow."),
+    "neutral": ("{S} is neutral.", "{S} feels calm.", "This shows no strong feeling."),
+    "angry": ("{S} is angry.", "{S} feels mad.", "This shows rage."),
+    "surprise": ("{S} is surprised.", "{S} feels amazed.", "This shows shock."),
+    "disgust": ("{S} is disgusted.", "{S} feels sick.", "This shows distaste."),
+    "fear": ("{S} is afraid.", "{S} feels scared.", "This shows fear."),
+}
+SHARED_CUES = (  # true of two emotions: the exploitable world alone
+    (("surprise", "fear"), "{P} eyes are wide open."), (("angry", "surprise"), "The voice is very loud."),
+    (("happy", "surprise"), "The voice is very high."), (("angry", "disgust"), "{P} brows press low."),
+    (("sad", "disgust"), "{P} mouth corners hang."), (("sad", "fear"), "The voice fades."),
+)
+# Class shares of the human-annotated pairs: few of disgust, fear and neutral, as in table 5's EMER and MERR rows.
+HUMAN_SHARES = dict(zip(EMOTIONS, (0.24, 0.24, 0.05, 0.27, 0.13, 0.02, 0.05)))
+COMPLEMENT = ("disgust", "fear", "neutral")  # classes of section 3.2's complement set that this world has
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence and the generator's record of what it conveys: emotions of EMOTIONS, none for appearance."""
+
+    text: str
+    emotions: tuple[str, ...] = ()
+
+
+def pick(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def _fill(template: str, look: Look) -> str:
+    s, p = ("she", "her") if look.woman else ("he", "his")
+    return template.format(S=s.capitalize(), s=s, P=p.capitalize(), p=p)
+
+
+def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sentence]:
+    """One neutral sentence about the clip, with probability `second` two."""
+    who = "woman" if look.woman else "man"
+    first = (f"A {who} in a {look.shirt} shirt is in the {look.room}.",
+             f"A {who} with {look.hair} hair is in the {look.room}.",
+             f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}.")
+    more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}."]
+    if look.glasses:
+        more.append("{S} has glasses.")
+    sentences = [pick(rng, first)] + ([pick(rng, more)] if rng.random() < second else [])
+    return [Sentence(_fill(s, look)) for s in sentences]
+
+
+def cue(rng: np.random.Generator, table: dict, look: Look, emotion: str, exploitable: bool) -> Sentence:
+    """One sentence of `table` that conveys `emotion`; where exploitable, every second one conveys another too."""
+    if exploitable and table is not CONCLUSIONS:
+        shared = [(pair, text) for pair, text in SHARED_CUES
+                  if emotion in pair and ("voice" in text) == (table is VOICE_CUES)]
+        if shared and rng.random() < 0.5:
+            pair, text = pick(rng, shared)
+            return Sentence(_fill(text, look), pair)
+    return Sentence(_fill(pick(rng, table[emotion]), look), (emotion,))
+
+
+def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0,
+            exploitable: bool = False) -> list[Sentence]:
+    """An explanation of `emotion` (of EMOTIONS): each emotional sentence is about another one with `sentence_noise`."""
+    tables = [FACE_CUES] * (1 + (rng.random() < 0.4)) + [VOICE_CUES] + [CONCLUSIONS] * (rng.random() < 0.85)
+    sentences = appearance(rng, look, second=0.4)
+    for table in tables:
+        about = emotion
+        if rng.random() < sentence_noise:
+            about = pick(rng, [e for e in EMOTIONS if e != emotion])
+        sentence = cue(rng, table, look, about, exploitable)
+        while sentence in sentences:  # two face sentences, never the same
+            sentence = cue(rng, table, look, about, exploitable)
+        sentences.append(sentence)
+    return sentences
+
+
+def join(sentences: list[Sentence]) -> str:
+    return " ".join(s.text for s in sentences)
+
+
+# ------------------------------------------------------------------------------------------------------- captions
+
+def _bin(value: float, low: str, middle: str, high: str, at: float = 0.3) -> str:
+    return low if value < -at else high if value > at else middle
+
+
+def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
+    """What is seen and heard, without a word of emotion: attributes read off the clip's parameters (pre-training)."""
+    f, v = dict(zip(FACE, face)), dict(zip(VOICE, voice))
+    seen = [f"The mouth is {_bin(f['mouth_curve'], 'down', 'level', 'up')} and "
+            f"{_bin(f['mouth_open'], '', 'shut', 'open')}.",
+            f"The brows are {_bin(f['brow_height'], 'low', 'level', 'high')} and "
+            f"{_bin(f['brow_slant'], 'tilt out', 'straight', 'tilt in')}.",
+            f"The eyes are {_bin(f['eye_open'], 'small', 'level', 'wide')}."]
+    if f["lip_skew"] > 0.4:
+        seen.append("The lip is tilted.")
+    if f["tremble"] > 0.4:
+        seen.append("The mouth moves fast.")
+    heard = [f"The voice is {_bin(v['pitch'], 'low', 'level', 'high')} and "
+             f"{_bin(v['tempo'], 'slow', 'steady', 'fast')}.",
+             f"The voice is {_bin(v['loudness'], 'faint', 'level', 'loud')} and "
+             f"{_bin(v['glide'], 'falls', 'steady', 'rises')}."]
+    if v["tremolo"] > 0.4:
+        heard.append("The voice moves fast.")
+    if v["roughness"] > 0.4:
+        heard.append("The voice is rough.")
+    seen = [seen[i] for i in sorted(rng.permutation(len(seen))[:3])]
+    heard = [heard[i] for i in sorted(rng.permutation(len(heard))[:2])]
+    return " ".join([appearance(rng, look, 0.0)[0].text, *seen, *heard])
+
+
+# ----------------------------------------------------------------------------------- training pairs of the verifier
+
+def true_labels(sentences: list[Sentence]) -> list[str]:
+    """Up to two ERV labels, best first, from the record of cues: the second where it has half as many as the first.
+
+    Appearance alone is neutral. Of two equally frequent emotions the later mentioned one comes first.
+    """
+    counts: dict[str, float] = {}
+    for sentence in sentences:
+        for emotion in sentence.emotions:
+            weight = counts.pop(emotion, 0.0) + 1 / len(sentence.emotions)
+            counts[emotion] = weight  # re-inserted: the order is that of the last mention
+    ranked = sorted(reversed(counts), key=lambda e: -counts[e]) or ["neutral"]
+    return [ERV_NAMES[e] for e in ranked[:2] if counts.get(e, 1) >= counts.get(ranked[0], 1) / 2]
+
+
+def pseudo_label(rng: np.random.Generator, truth: list[str], noise: float) -> list[str]:
+    """The labels that an imperfect annotator gives: with probability `noise` another emotion instead of the first."""
+    if rng.random() >= noise:
+        return list(truth)
+    wrong = pick(rng, [name for name in ERV_NAMES.values() if name not in truth])
+    return [wrong, *truth[1:]]
+
+
+def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, clip: str, noise: float,
+            sentence_noise: float, exploitable: bool) -> dict:
+    """One training pair about a clip: a whole explanation, or a sentence (not "human": annotators describe clips).
+
+    Keys: text, labels, truth (ERV names), source ("human" | "pseudo" | "complement"), clip.
+    """
+    sentences = explain(rng, look, emotion, 0.0 if source == "complement" else sentence_noise, exploitable)
+    if source != "human" and rng.random() < 0.6:
+        sentences = [pick(rng, sentences)]
+    truth = true_labels(sentences)
+    return {"text": join(sentences), "labels": pseudo_label(rng, truth, noise), "truth": truth, "source": source,
+            "clip": clip}

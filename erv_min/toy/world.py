@@ -1,0 +1,252 @@
+"""The small world on disk: clips with an emotion, the annotation files of real data sets, tokenizers. Offline, by seed.
+
+`build_world(folder, WorldSettings(...))` draws each clip's face and voice around its emotion's prototype (weak in one
+modality in 30% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
+clip/<number>.mp4, DFEW's single_{train,test,tune}set_5.csv, train.json (the released training JSON for SFT, only
+loosely tied to the labels), pretrain.json (captions), erv_{train,valid,small}.jsonl, params.jsonl (the generator's
+truth), tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete world is reused.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from erv_min.errors import SettingsError
+from erv_min.files import atomic_write, read_json, write_json
+from erv_min.prompts import QUESTION, REASONING_SUFFIX
+from erv_min.toy import text
+from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, clamp, draw, encode, voice
+from erv_min.toy.text import EMOTIONS
+from erv_min.toy.vocab import write_tokenizers
+
+VERSION = 1  # of what a seed gives; raise it when rendering, grammar or files change
+FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
+
+# Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
+PROTOTYPES = {
+    "happy": ((0.9, 0.35, 0.0, 0.15, -0.3, 0.0, 0.0), (0.5, 0.5, 0.0, 0.4, 0.4, 0.0)),
+    "sad": ((-0.7, 0.0, -0.8, 0.0, -0.4, 0.0, 0.15), (-0.6, -0.7, 0.3, -0.6, -0.4, 0.0)),
+    "neutral": ((0.0,) * 7, (0.0,) * 6),
+    "angry": ((-0.45, 0.25, 0.9, -0.7, 0.15, 0.0, 0.1), (-0.2, 0.7, 0.0, 0.9, -0.2, 0.4)),
+    "surprise": ((0.0, 0.9, -0.1, 0.9, 0.8, 0.0, 0.0), (0.8, -0.1, 0.0, 0.5, 0.9, 0.0)),
+    "disgust": ((-0.5, 0.1, 0.4, -0.45, -0.6, 0.9, 0.0), (-0.7, -0.3, 0.0, 0.2, -0.7, 0.8)),
+    "fear": ((-0.3, 0.45, -0.7, 0.6, 0.7, 0.0, 0.8), (0.6, 0.6, 0.9, -0.5, 0.1, 0.0)),
+}
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """Sizes and difficulty of a world; the default is the one that the stage scripts run on."""
+
+    seed: int = 0
+    train: int = 2000  # clips with a label, for GRPO; the first `sft_clips` of them also have explanations
+    test: int = 400
+    tune: int = 0  # clips to tune settings on, apart from the test clips
+    pretrain: int = 2000  # clips with captions, for the towers and the language model
+    weak: float = 0.3  # share of clips with a weak face, and of clips with a weak voice
+    conflict: float = 0.08  # share of clips in which face or voice shows another emotion
+    noise: float = 0.22  # standard deviation of every parameter around its prototype
+    exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
+    sft_clips: int = 1000
+    resamples: int = 13  # explanations a clip in train.json
+    captions: int = 2  # captions a clip in pretrain.json
+    answer_noise: float = 0.25  # an answer in train.json is random, fixed for its clip
+    explanation_noise: float = 0.4  # an explanation's emotion is drawn anew, each time
+    sentence_noise: float = 0.1  # an emotional sentence is about another emotion
+    erv_train: int = 4000
+    erv_valid: int = 500
+    erv_noise: float = 0.12  # wrong first labels in the verifier's training pairs
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """One clip's truth: all that rendering needs, and what params.jsonl holds."""
+
+    number: int
+    split: str
+    label: str
+    face_shows: str  # differs from label in a conflicting clip
+    voice_shows: str
+    face: tuple[float, ...]  # in the order of FACE
+    voice: tuple[float, ...]  # in the order of VOICE
+    look: Look
+
+
+def sample_clip(settings: WorldSettings, split: str, index: int, number: int) -> ClipSpec:
+    """The clip `index` of `split`: a function of its arguments, whatever the sizes of the splits."""
+    rng = generator(settings, f"clip/{split}", index)
+    label = text.pick(rng, EMOTIONS)
+    shows = [label, label]  # face, voice
+    if rng.random() < settings.conflict:
+        shows[int(rng.integers(2))] = text.pick(rng, [e for e in EMOTIONS if e != label])
+    values = []
+    for modality, (names, emotion) in enumerate(zip((FACE, VOICE), shows)):
+        weak = rng.random() < settings.weak
+        strength = rng.uniform(0.0, 0.35) if weak else rng.uniform(0.6, 1.0)
+        center = strength * np.array(PROTOTYPES[emotion][modality])
+        noisy = clamp(names, center + settings.noise * rng.standard_normal(len(names)))
+        values.append(tuple(round(float(v), 4) for v in noisy))
+    woman = bool(rng.random() < 0.5)
+    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)),
+                bool(rng.random() < (0.8 if woman else 0.2)), bool(rng.random() < 0.25), text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
+    return ClipSpec(number, split, label, *shows, *values, look)
+
+
+def sample_clips(settings: WorldSettings) -> list[ClipSpec]:
+    """Every clip of the world, in the order of their numbers: train, test, tune, pretrain."""
+    sizes = {split: getattr(settings, split) for split in ("train", "test", "tune", "pretrain")}
+    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= 99_999 - FIRST_NUMBER:
+        raise SettingsError(f"a world holds 1 to {99_999 - FIRST_NUMBER} clips, not {sizes}")
+    places = [(split, index) for split, size in sizes.items() for index in range(size)]
+    return [sample_clip(settings, *place, number) for number, place in enumerate(places, FIRST_NUMBER)]
+
+
+def generator(settings: WorldSettings, purpose: str, index: int = 0) -> np.random.Generator:
+    """Random numbers of their own for each purpose and clip, so that a change of one leaves the others alone."""
+    stream = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")
+    return np.random.default_rng([settings.seed, stream, index])
+
+
+def render_clips(folder: Path, clips: list[ClipSpec], settings: WorldSettings) -> int:
+    """Renders each clip to clip/<number>.mp4, whole or not at all; returns how many."""
+    for clip in clips:
+        rng = generator(settings, f"render/{clip.split}", clip.number)
+        content = encode(draw(np.array(clip.face), clip.look, rng), voice(np.array(clip.voice), clip.look, rng))
+        part = folder / "clip" / f".{clip.number}.{os.getpid()}"  # no fsync: a clip that is lost is rendered again
+        part.write_bytes(content)
+        os.replace(part, folder / "clip" / f"{clip.number}.mp4")
+    return len(clips)
+
+
+def settings_key(settings: WorldSettings) -> dict:
+    return {"version": VERSION, "settings": asdict(settings)}
+
+
+def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), workers: int = 2,
+                progress: bool = True) -> Path:
+    """Renders the world into `folder` and returns it; reuses a complete one, finishes an interrupted one.
+
+    Raises SettingsError where the folder holds a world of other settings, or where the settings make no sense.
+    """
+    folder, key = Path(folder), settings_key(settings)
+    done, started = folder / "world.json", folder / "world.partial.json"
+    for marker in (done, started):
+        if marker.exists() and {k: read_json(marker).get(k) for k in key} != key:
+            raise SettingsError(f"{marker}: a world of other settings or of another version lies here; name another "
+                                "folder, or delete this one")
+    if done.exists():
+        return folder
+    foreign = ("clip", "train.json", "single_trainset_5.csv")
+    if not started.exists() and any((folder / name).exists() for name in foreign):
+        raise SettingsError(f"{folder}: holds clips or annotations that are not a world's; name another folder")
+    clips = sample_clips(settings)
+    (folder / "clip").mkdir(parents=True, exist_ok=True)
+    write_json(started, key)
+
+    there = {p.name for p in (folder / "clip").glob("*.mp4") if p.stat().st_size}
+    missing = [clip for clip in clips if f"{clip.number}.mp4" not in there]
+    batches = [missing[i:i + 25] for i in range(0, len(missing), 25)]
+    if workers > 1 and len(batches) > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            counts = pool.map(render_clips, *zip(*((folder, b, settings) for b in batches)))
+            show_progress(counts, len(missing), progress)
+    else:
+        show_progress((render_clips(folder, b, settings) for b in batches), len(missing), progress)
+
+    for part in (folder / "clip").glob(".*"):  # what a killed worker left
+        part.unlink(missing_ok=True)
+    write_annotations(folder, clips, settings)
+    write_json(done, {**key, "clips": len(clips)})
+    started.unlink(missing_ok=True)
+    return folder
+
+
+def show_progress(counts, total: int, progress: bool) -> None:
+    """Drains an iterator of counts of rendered clips, with a progress bar where wanted."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="clips", unit="clip", disable=not progress, mininterval=1.0) as bar:
+        for count in counts:
+            bar.update(count)
+
+
+def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettings) -> None:
+    """All files but the clips and world.json."""
+    by_split = {split: [c for c in clips if c.split == split] for split in ("train", "test", "tune", "pretrain")}
+    for split in ("train", "test", "tune"):
+        if by_split[split] or split != "tune":
+            rows = [f"{c.number},{EMOTIONS.index(c.label) + 1}\n" for c in by_split[split]]
+            atomic_write(folder / f"single_{split}set_5.csv", "".join(["video_name,label\n", *rows]))
+    write_lines(folder / "params.jsonl", [asdict(c) for c in clips])
+    sft = sft_entries(by_split["train"][:settings.sft_clips], settings)
+    captions = caption_entries(by_split["pretrain"], settings)
+    write_json(folder / "train.json", sft)
+    write_json(folder / "pretrain.json", captions)
+    train, valid = erv_pairs(by_split["train"] or clips, settings)
+    write_lines(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
+    write_lines(folder / "erv_small.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train
+                                             if row["source"] == "human"])
+    write_lines(folder / "erv_valid.jsonl", valid)
+    spoken = [e["conversations"][1]["value"] for e in sft[:6000] + captions[:600]]
+    if not settings.sft_clips or not by_split["train"]:  # a world of test clips alone still has its tokenizers
+        spoken = [text.join(text.explain(generator(settings, "words", c.number), c.look, c.label)) for c in clips]
+    write_tokenizers(folder / "tokenizers", spoken, [row["text"] for row in train + valid])
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
+    """One item of the released training JSON."""
+    question = f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"
+    return {"video": f"clip/{clip.number}.mp4", "conversations": [
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": f"<think>{explanation}</think>\n<answer>{answer}</answer>"}]}
+
+
+def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
+    """SFT targets, only loosely tied to the labels: what leaves a model whose explanations drift."""
+    entries = []
+    for clip in clips:
+        rng = generator(settings, "sft", clip.number)
+        answer = text.pick(rng, EMOTIONS) if rng.random() < settings.answer_noise else clip.label
+        for _ in range(settings.resamples):
+            about = text.pick(rng, EMOTIONS) if rng.random() < settings.explanation_noise else clip.label
+            sentences = text.explain(rng, clip.look, about, settings.sentence_noise, settings.exploitable)
+            entries.append(entry(clip, text.join(sentences), answer))
+    return entries
+
+
+def caption_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
+    """Captions of what is seen and heard; their answer is random, since a base model recognises no emotion yet."""
+    entries = []
+    for clip in clips:
+        rng = generator(settings, "caption", clip.number)
+        for _ in range(settings.captions):
+            entries.append(entry(clip, text.caption(rng, clip.look, clip.face, clip.voice), text.pick(rng, EMOTIONS)))
+    return entries
+
+
+def erv_pairs(clips: list[ClipSpec], settings: WorldSettings) -> tuple[list[dict], list[dict]]:
+    """Training and validation pairs of the verifier (section 3.2): a fifth from human annotators, with few of some
+    classes; a complement set for those classes; the rest pseudo-labelled. Train and valid share no clip."""
+    cut = max(1, round(len(clips) * settings.erv_train / max(1, settings.erv_train + settings.erv_valid)))
+    pools, pairs = (clips[:cut], clips[cut:] or clips[:cut]), []
+    for name, pool, size in zip(("train", "valid"), pools, (settings.erv_train, settings.erv_valid)):
+        rng, rows = generator(settings, f"erv/{name}"), []
+        for i in range(size):
+            clip, share = text.pick(rng, pool), i / size
+            source = "human" if share < 0.2 else "complement" if share < 0.3 else "pseudo"
+            emotion = {"human": rng.choice(EMOTIONS, p=list(text.HUMAN_SHARES.values())).item(),
+                       "complement": text.pick(rng, text.COMPLEMENT), "pseudo": clip.label}[source]
+            rows.append(text.erv_row(rng, clip.look, emotion, source, str(clip.number), settings.erv_noise,
+                                     settings.sentence_noise, settings.exploitable))
+        pairs.append(rows)
+    return pairs[0], pairs[1]

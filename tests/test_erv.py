@@ -1,0 +1,447 @@
+"""erv.py and audit.py: loss, data, verifier, measures, ways to cheat; and scripts/erv.py end to end."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from erv_min import audit, erv
+from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
+from erv_min.errors import CheckpointError, DataError, SettingsError
+from erv_min.files import read_json, read_jsonl
+from erv_min.rewards import Reward, select_labels
+from erv_min.tokenizer import EncoderTokenizer
+from erv_min.toy.render import Look
+from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
+from erv_min.toy.vocab import roberta_tokenizer
+
+DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def template_rows(seed: int, count: int, noise: float) -> list[dict]:
+    """Pseudo-labelled pairs of the embedded world's grammar."""
+    rng = np.random.default_rng(seed)
+    looks = [Look(bool(i % 2), s, h, bool(i % 3), bool(i % 5), r, 0) for i, (s, h, r) in enumerate(
+        (s, h, r) for s in ("red", "blue", "white") for h in ("dark", "fair") for r in ("office", "garden"))]
+    return [erv_row(rng, looks[rng.integers(len(looks))], EMOTIONS[rng.integers(7)], "pseudo", f"{seed}-{i}", noise, 0.25,
+                    False) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Training rows with 15% wrong first labels, held-out rows with the generator's truth, a tokenizer."""
+    out = tmp_path_factory.mktemp("erv")
+    train = [{k: v for k, v in row.items() if k != "truth"} for row in template_rows(0, 2500, 0.15)]
+    write(out / "train.jsonl", train)
+    write(out / "valid.jsonl", template_rows(1, 400, 0.15))
+    (out / "tokenizer").mkdir()
+    roberta_tokenizer([row["text"] for row in train]).save(str(out / "tokenizer" / "tokenizer.json"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def script():
+    path = Path(__file__).parent.parent / "scripts" / "erv.py"
+    spec = importlib.util.spec_from_file_location("erv_script", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["erv_script"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    return ["--data", str(folder / "train.jsonl"), "--valid", str(folder / "valid.jsonl"), "--tokenizer",
+            str(folder / "tokenizer"), "--out", str(out), "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="session")
+def trained(folder, script) -> Path:
+    script.train(arguments(folder, folder / "run"))
+    return folder / "run"
+
+
+class FakeModel(torch.nn.Module):
+    """Counts the sentences it is given; the logit of class j is the sum of the ids plus j."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, ids, mask):
+        self.batches.append(tuple(ids.shape))
+        return ((ids * mask).sum(1, keepdim=True) + torch.arange(11.0)) / 100
+
+
+class FakeTokenizer:
+    """One id a word: its length."""
+
+    def encode_batch(self, texts):
+        rows = [[len(word) for word in text.split()] for text in texts]
+        width = max(map(len, rows))
+        return (torch.tensor([r + [1] * (width - len(r)) for r in rows]),
+                torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows]))
+
+
+class FakeVerifier(erv.Verifier):
+    """Knows each sentence's probabilities: 0.9 for the emotions that it names, neutral where it names none."""
+
+    def __init__(self):
+        self.labels = tuple(ERV_LABELS)
+
+    def probabilities(self, sentences):
+        rows = [[0.9 if label in s.lower() else 0.1 for label in ERV_LABELS] for s in sentences]
+        for row in rows:
+            row[ERV_LABELS.index("neutral")] = 0.8 if max(row) < 0.5 else 0.1
+        return torch.tensor(rows).reshape(-1, 11)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_erv_loss_by_hand():
+    # logits 0 and ln 3: probabilities 1/2 and 3/4. Targets 1 and 0: -ln(1/2) = 0.6931, -ln(1/4) = 1.3863; mean 1.0397.
+    logits, wanted = torch.tensor([[0.0, np.log(3)]]), torch.tensor([[1.0, 0.0]])
+    assert erv.erv_loss(logits, wanted).item() == pytest.approx(1.0397, abs=1e-4)
+    # A weight of 2 on the first class's positives: (2 * 0.6931 + 1.3863) / 2 = 1.3863.
+    assert erv.erv_loss(logits, wanted, torch.tensor([2.0, 5.0])).item() == pytest.approx(1.3863, abs=1e-4)
+
+
+def test_balance_weights_by_hand():
+    # 4 rows; class 0 in three, class 1 in one, class 2 in none. Negatives / positives: 1/3, 3/1; an absent class 1.
+    wanted = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    torch.testing.assert_close(erv.positive_weights(wanted), torch.tensor([1 / 3, 3.0, 1.0]))
+    assert erv.positive_weights(wanted, most=2.0)[1] == 2.0
+    # 1 / size of the rarest class a row carries: 1/3, 1/3, 1/1; 0 for a row of no class.
+    torch.testing.assert_close(erv.sampling_weights(wanted), torch.tensor([1 / 3, 1 / 3, 1.0, 0.0]))
+
+
+# ---- training data ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_accept_any_data_sets_names(tmp_path):
+    path = write(tmp_path / "emer.jsonl", [{"text": " He shouts. ", "labels": ["angry", "Anger"]},
+                                           {"text": "She waits.", "labels": ["worried"], "truth": ["sad"], "clip": "7",
+                                            "source": "pseudo"}])
+    first, second = erv.read_rows([path])
+    assert first == erv.Row("He shouts.", ("anger",), "emer", "He shouts.", ("anger",))
+    assert second == erv.Row("She waits.", ("anxiety",), "pseudo", "7", ("sadness",))
+
+
+@pytest.mark.parametrize("row, field", [
+    ({"labels": ["sad"]}, "text"), ({"text": " ", "labels": ["sad"]}, "text"), ({"text": "x"}, "labels"),
+    ({"text": "x", "labels": "sad"}, "labels"), ({"text": "x", "labels": []}, "labels"),
+    ({"text": "x", "labels": ["joyful"]}, "joyful"), ({"text": "x", "labels": ["sad"], "truth": ["?"]}, "truth")])
+def test_bad_rows_are_named(tmp_path, row, field):
+    path = write(tmp_path / "rows.jsonl", [{"text": "fine", "labels": ["sad"]}, row])
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 2") as error:
+        erv.read_rows([path])
+    assert field in str(error.value)
+
+
+def test_no_rows_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="no training pair"):
+        erv.read_rows([write(tmp_path / "empty.jsonl", [])])
+
+
+def test_split_keeps_a_clip_on_one_side():
+    rows = [erv.Row(f"text {i}", ("anger",), "s", f"clip {i // 4}", ("anger",)) for i in range(4000)]
+    train, valid = erv.split_rows(rows, 0.1)
+    assert {r.key for r in train}.isdisjoint(r.key for r in valid) and len(train) + len(valid) == 4000
+    assert 300 < len(valid) < 500  # 10% of 1000 clips, 3 standard deviations are 28 clips
+    assert erv.split_rows(rows, 0.1) == (train, valid) and erv.split_rows(rows, 0.1, seed=1) != (train, valid)
+
+
+def test_counts_are_table_5s():
+    rows = [erv.Row("a", ("anger", "fear"), "emer", "a", ()), erv.Row("b", ("anger",), "emer", "b", ()),
+            erv.Row("c", ("neutral",), "pseudo", "c", ())]
+    assert erv.class_counts(rows) == {"emer": {"anger": 2, "fear": 1}, "pseudo": {"neutral": 1}}
+    lines = [line.split() for line in erv.counts_table(rows).splitlines()]
+    assert lines[1][:5] == ["emer", "2", "2", "-", "1"] and lines[-1][:6] == ["all", "3", "2", "-", "1", "-"]
+
+
+def test_targets_of_both_heads():
+    small = erv.targets([("anger", "neutral"), ("fear",)])
+    assert small.shape == (2, 11) and small.nonzero().tolist() == [[0, 0], [0, 4], [1, 2]]
+    large = erv.targets([("anger", "neutral"), ("fear",)], 28)
+    assert large.shape == (2, 28) and large.nonzero().tolist() == [[0, 2], [0, 27], [1, 14]]
+
+
+# ---- the verifier ----------------------------------------------------------------------------------------------------
+
+
+def test_each_distinct_sentence_is_scored_once_and_in_order():
+    model = FakeModel()
+    verifier = erv.Verifier(model, FakeTokenizer(), ERV_LABELS, token_budget=8)
+    sentences = ["aa b", "c", "aa b", "dd e f gggg", "c", "h"]
+    probs = verifier.probabilities(sentences)
+    by_hand = [[sum(map(len, s.split())) + j for j in range(11)] for s in sentences]
+    torch.testing.assert_close(probs, torch.sigmoid(torch.tensor(by_hand) / 100))
+    # 4 distinct of 1, 1, 2 and 4 words: three fit 8 tokens (3 x 2), the one of 4 words comes alone.
+    assert model.batches == [(3, 2), (1, 4)]
+
+
+def test_no_sentence_gives_no_row():
+    assert erv.Verifier(FakeModel(), FakeTokenizer(), ERV_LABELS).probabilities([]).shape == (0, 11)
+
+
+def test_length_batches_keep_the_budget():
+    lengths = torch.randint(1, 50, (300,), generator=torch.Generator().manual_seed(0))
+    batches = list(erv.length_batches(lengths, 100))
+    assert sorted(i for rows, _ in batches for i in rows.tolist()) == list(range(300))
+    assert all(len(rows) * length <= 100 and length == lengths[rows].max() for rows, length in batches)
+    assert [length for _, length in batches] == sorted(length for _, length in batches)
+    assert [len(rows) for rows, _ in erv.length_batches(torch.tensor([700]), 100)] == [1]  # one too long still comes
+
+
+def test_head_labels():
+    def raw(names):
+        return {"id2label": {str(i): name for i, name in enumerate(names)}}
+
+    assert erv.head_labels(raw(f"LABEL_{i}" for i in range(28)), "x") == GOEMOTIONS
+    assert erv.head_labels(raw(ERV_LABELS), "x") == ERV_LABELS
+    assert erv.head_labels(raw(ERV_LABELS[::-1]), "x") == ERV_LABELS[::-1]
+    for names in (DFEW, [], [*GOEMOTIONS[1:], "admiration"]):
+        with pytest.raises(CheckpointError, match="id2label"):
+            erv.head_labels(raw(names), "x")
+    assert erv.erv_columns(ERV_LABELS[::-1]) == list(range(10, -1, -1))
+    assert erv.erv_columns(GOEMOTIONS) == [GOEMOTIONS_INDEX[x] for x in ERV_LABELS]
+
+
+def test_fresh_head_keeps_the_rest():
+    torch.manual_seed(0)
+    old = erv.scratch("toy", 64, 28)
+    new = erv.fresh_head(old, 11).state_dict()
+    assert new.pop("classifier.out_proj.weight").shape == (11, 64) and new.pop("classifier.out_proj.bias").shape == (11,)
+    for name, value in new.items():
+        assert torch.equal(value, old.state_dict()[name]), name
+
+
+def test_max_tokens():
+    assert erv.max_tokens(erv.scratch("toy", 64, 11)) == 128  # RoBERTa's 130 positions begin at 2
+
+
+# ---- measures --------------------------------------------------------------------------------------------------------
+
+
+def test_selected_is_the_rewards_selection():
+    probs = torch.randint(0, 11, (400, 11), generator=torch.Generator().manual_seed(0)) / 10  # with many ties
+    for tau, k in ((0.5, 2), (0.1, 2), (0.9, 1), (1.0, 3)):
+        chosen = audit.selected(probs, tau, k)
+        names = [{ERV_LABELS[j] for j in row.nonzero()[:, 0].tolist()} for row in chosen]
+        assert names == [set(EL) for EL in select_labels(probs, ERV_LABELS, tau, k)]
+
+
+def test_f1_by_hand():
+    truth = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]]).bool()
+    guess = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0]]).bool()
+    # class a: hit 1 of 2 guessed, 2 there: P 1/2, R 1/2, F1 1/2. b: 2 of 2, 2: 1, 1, 1. c: none there, none guessed.
+    # micro: 2 * 3 / (4 + 4) = 3/4; macro over the classes there: (1/2 + 1) / 2 = 3/4.
+    report = audit.f1_report(guess, truth, ("a", "b", "c"))
+    assert report["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
+    assert report["per_class"]["b"]["f1"] == 1 and report["per_class"]["c"]["support"] == 0
+    assert report["micro_f1"] == pytest.approx(0.75) and report["macro_f1"] == pytest.approx(0.75)
+    # Another guess of class b: micro 2 * 3 / 9, b: P 2/3, F1 4/5, macro (1/2 + 4/5) / 2 = 0.65.
+    guess[0, 1] = True
+    report = audit.f1_report(guess, truth, ("a", "b", "c"))
+    assert report["micro_f1"] == pytest.approx(6 / 9) and report["macro_f1"] == pytest.approx(0.65)
+
+
+def test_best_tau_is_found():
+    # Truth {a}, {a, b}: at tau < 0.3 both rows get b, at tau >= 0.4 none; between, as it should be. Nearest to 0.5: 0.35.
+    probs = torch.tensor([[0.9, 0.3], [0.9, 0.4]])
+    truth = torch.tensor([[True, False], [True, True]])
+    assert audit.best_tau(probs, truth) == (0.35, 1.0)
+
+
+def test_calibration_by_hand():
+    # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.9, both true: |0.95 - 1| = 0.05.
+    # ECE = 2/4 * 0.25 + 2/4 * 0.05 = 0.15.
+    error, table = audit.calibration(torch.tensor([0.25, 0.25, 1.0, 0.9]), torch.tensor([True, False, True, True]))
+    assert error == pytest.approx(0.15)
+    assert [(row["from"], row["count"], round(row["true"], 3)) for row in table] == [(0.2, 2, 0.5), (0.9, 2, 1.0)]
+
+
+def test_agreement_by_hand():
+    # Answered 4: equal on 3, p_o = 0.75. Verifier a 2, b 2; judge a 3, b 1: p_e = (2 * 3 + 2 * 1) / 16 = 0.5.
+    # kappa = (0.75 - 0.5) / 0.5 = 0.5. Class b: precision 1/2, recall 1/1.
+    result = audit.agreement(["a", "a", "b", "b", "a"], ["a", "a", "b", "a", None], ("a", "b"))
+    assert (result["accuracy"], result["kappa"], result["sentences"], result["unanswered"]) == (0.75, 0.5, 4, 1)
+    assert result["per_class"]["b"] == {"precision": 0.5, "recall": 1.0, "support": 1}
+    assert audit.agreement(["a"], ["a"], ("a", "b"))["kappa"] is None
+    with pytest.raises(SettingsError, match="no emotion"):
+        audit.agreement(["a"], [None], ("a",))
+
+
+def test_throughput_counts_both_ways():
+    result = erv.throughput(erv.Verifier(FakeModel(), FakeTokenizer(), ERV_LABELS), [["a", "bb"], ["a"]], rounds=1)
+    assert result["speedup"] == pytest.approx(result["batched"] / result["loop"])
+    with pytest.raises(SettingsError):
+        erv.throughput(FakeVerifier(), [[]])
+
+
+# ---- watched, and cheated --------------------------------------------------------------------------------------------
+
+
+def test_explanation_statistics_by_hand():
+    rewards = [Reward(1, 1, 0.5, 2.5, ["He is here.", "He is angry.", "He is angry."], [["neutral"], ["anger"], ["anger"]]),
+               Reward(1, 0, 0.0, 1.0, [], [])]
+    # 3 sentences over 2 completions; 1 neutral of 3; 2 of 3 name an emotion; 2 distinct of 3; 3 + 3 + 3 words over 2.
+    assert erv.explanation_statistics(["x", "y"], rewards) == pytest.approx(
+        {"sentences": 1.5, "neutral_share": 1 / 3, "label_word_rate": 2 / 3, "distinct_sentence_rate": 2 / 3,
+         "explanation_words": 4.5})
+    assert erv.explanation_statistics(["x"], [Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
+    assert erv.explanation_statistics([], [])["sentences"] == 0
+    assert erv.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
+
+
+HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows fear."]
+
+
+@pytest.mark.parametrize("way, expected", [
+    ("repeat one sentence", ["His voice shows anger."] * 3), ("stuff label words", ["Anger, anger, anger."] * 3),
+    ("drop neutral sentences", HONEST[1:]), ("one sentence only", ["His voice shows anger."]),
+    ("name the emotion in each", [s[:-1] + ", which shows anger." for s in HONEST]),
+    ("two emotions in each", [s[:-1] + ", which shows anger or happiness." for s in HONEST]),
+    ("wrong answer", HONEST)])
+def test_ways_to_cheat(way, expected):
+    assert audit.cheat(way, HONEST, "angry", [0.0, 0.9, 0.1], [True, False, False]) == expected
+
+
+def test_every_way_is_written():
+    for way in audit.CHEATS:
+        assert all(audit.cheat(way, HONEST, "sad", [0.0, 0.9, 0.1], [True, True, True]))
+    assert audit.cheat("drop neutral sentences", HONEST, "neutral", [0.9, 0, 0], [True, False, False]) == HONEST
+    with pytest.raises(SettingsError, match="unknown"):
+        audit.cheat("bribe", HONEST, "sad", [0, 0, 0], [True, False, False])
+
+
+def test_audit_by_hand():
+    """Honest R_E: neutral, anger, fear against angry: 1 / (3 - 1) = 1/2, in 13 words (the length term's target)."""
+    rows = {row.way: row for row in audit.audit(FakeVerifier(), [" ".join(HONEST), ""], ["angry", "sad"], "dfew", DFEW,
+                                                lambda texts: ["angry"] * len(texts))}
+    assert list(rows) == ["honest", *audit.CHEATS]
+    honest = rows["honest"].rewards
+    assert honest == pytest.approx({"paper": 0.5, "gate_on_answer": 0.5, "phase_in_steps": 0.25, "length_target": 0.5,
+                                    "repeat_discount": 0.5})
+    assert rows["repeat one sentence"].rewards["paper"] == 1.0
+    assert rows["one sentence only"].rewards == pytest.approx(honest | {
+        "paper": 1.0, "gate_on_answer": 1.0, "phase_in_steps": 0.5, "length_target": 4 / 14, "repeat_discount": 1.0})
+    assert rows["wrong answer"].rewards["paper"] == 0.5 and rows["wrong answer"].rewards["gate_on_answer"] == 0.0
+    assert rows["stuff label words"].statistics["distinct_sentence_rate"] == pytest.approx(1 / 3)
+    assert rows["honest"].judged == 1.0 and "| one sentence only | 100.0 |" in audit.audit_table(list(rows.values()))
+    with pytest.raises(SettingsError, match="at least one sentence"):
+        audit.audit(FakeVerifier(), [" "], ["sad"], "dfew", DFEW)
+
+
+# ---- scripts/erv.py --------------------------------------------------------------------------------------------------
+
+
+def test_training_reaches_macro_f1_of_09(trained):
+    """Issue 4: macro F1 of at least 0.9 against the generator's truth, from labels with 15% noise."""
+    report = read_json(trained / "report.json")
+    assert report["at_tau"]["macro_f1"] >= 0.9 and report["sentences"] == 400
+    assert {"micro_f1", "macro_f1", "per_class"} <= set(report["at_tau"]) and 0 < report["best_tau"] < 1
+    assert sum(row["count"] for row in report["reliability"]) == 400 * 11
+    lines = read_jsonl(trained / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(len(lines))) and lines[-1]["loss"] < lines[0]["loss"] / 3
+    assert {"lr", "examples_per_s", "grad_norm", "padding"} <= set(lines[0])
+
+
+def test_the_run_is_a_verifier_folder(trained):
+    config = read_json(trained / "config.json")
+    assert config["model_type"] == "roberta" and config["erv_min"]["settings"]["epochs"] == 4
+    verifier = erv.Verifier.load(trained)
+    assert verifier.labels == ERV_LABELS
+    sentences = ["He sobs as he talks.", "A man is in the office.", "Her nose wrinkles."]
+    probs = verifier.probabilities(sentences)
+    assert select_labels(probs, verifier.labels) == [["sadness"], ["neutral"], ["disgust"]]
+    for sentence, row in zip(sentences, probs):  # alone and in a batch, padded and not
+        torch.testing.assert_close(verifier.probabilities([sentence])[0], row, atol=1e-6, rtol=0)
+
+
+def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
+    """A run that is stopped after 4 of 8 steps and resumed ends as the one that was not, dropout included."""
+    few = write(tmp_path / "train.jsonl", read_jsonl(folder / "train.jsonl")[:128])
+    more = ["--data", str(few), "--epochs", "4", "--save-every", "2", "--dropout", "0.1"]
+    script.train(arguments(folder, tmp_path / "whole", *more))
+    learning_rate = script.learning_rate
+
+    def stop(step, *rest):
+        if step == 5:
+            raise KeyboardInterrupt
+        return learning_rate(step, *rest)
+
+    monkeypatch.setattr(script, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(arguments(folder, tmp_path / "cut", *more))
+    monkeypatch.undo()
+    with pytest.raises(SettingsError, match="--resume"):
+        script.train(arguments(folder, tmp_path / "cut", *more))
+    script.train(arguments(folder, tmp_path / "cut", *more, "--resume"))
+    for name in ("model.safetensors", "epochs.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    assert [x["step"] for x in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(8))
+
+
+def test_options_of_training(folder, script, trained, tmp_path):
+    """A 28-way head, balance, early stopping, and a start from another verifier's weights."""
+    few = write(tmp_path / "few.jsonl", read_jsonl(folder / "train.jsonl")[:200])
+    base = arguments(folder, tmp_path / "a", "--data", str(few), "--epochs", "1", "--head", "28")
+    script.train([*base, "--balance", "weight", "--holdout", "0.2", "--valid", ""])
+    assert erv.Verifier.load(tmp_path / "a").labels == GOEMOTIONS
+    script.train(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1",
+                           "--balance", "resample"))
+    assert erv.Verifier.load(tmp_path / "b").labels == ERV_LABELS
+    # No step at lr 0 can better the first epoch: with a patience of 2 the run ends after the third.
+    script.train(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
+                           "9", "--patience", "2"))
+    assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
+
+
+def test_sources_and_missing_data_are_named(folder, script, tmp_path):
+    with pytest.raises(SettingsError, match="the data has the sources pseudo"):
+        script.train(arguments(folder, tmp_path / "a", "--sources", "emer"))
+    with pytest.raises(SettingsError, match="--data"):
+        script.train(["--preset", "paper", "--out", str(tmp_path / "b")])
+    with pytest.raises(SettingsError, match="--tokenizer"):
+        script.train(["--preset", "paper", "--init", "scratch:toy", "--out", str(tmp_path / "c"), "--data",
+                      str(folder / "train.jsonl")])
+
+
+def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
+    rows = [{"video_id": str(i), "ground_truth": e, "dataset": "dfew", "output": f"<think>A man is in the office. {text}"
+             f"</think>\n<answer>{e}</answer>"} for i, (e, text) in enumerate([("sad", "He sobs as he talks. He is sad."),
+             ("angry", "He glares with hard eyes. He is angry."), ("happy", "Tears fill his eyes. He is sad.")])]
+    predictions = str(write(tmp_path / "rows.jsonl", rows))
+    script.audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
+                  str(tmp_path / "audit.json")])
+    result = read_json(tmp_path / "audit.json")
+    assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
+    assert result["agreement"]["accuracy"] >= 0.8 and "| honest |" in capsys.readouterr().out
+    script.score(["--erv", str(trained), "--predictions", predictions, "--out", str(tmp_path / "score.json")])
+    assert read_json(tmp_path / "score.json")["reward_explanation"] == pytest.approx(2 / 3)
+    capsys.readouterr()
+    script.score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
+    with pytest.raises(SettingsError, match="--predictions"):
+        script.score(["--erv", str(trained)])
+
+
+def test_long_sentences_are_cut(folder):
+    verifier = erv.Verifier(erv.scratch("toy", 512, 11), EncoderTokenizer(folder / "tokenizer", 128), ERV_LABELS)
+    assert verifier.probabilities(["word " * 1000]).shape == (1, 11)
+
+
+def test_the_judge_knows_nothing_of_the_verifier():
+    """A condition of the audit's figures: the lexicon judge reads words, not the verifier's labels or data."""
+    assert LexiconJudge().judge(["He sobs as he talks."], DFEW)
+    assert "erv_min" not in Path(sys.modules[LexiconJudge.__module__].__file__).read_text().split('"""', 2)[2]

@@ -1,0 +1,277 @@
+"""The small world: real clips, annotations, noise as set, tokenizers, judges apart from the labeller."""
+
+import ast
+import io
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from erv_min.errors import SettingsError
+from erv_min.files import read_json, read_jsonl
+from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
+from erv_min.toy import lexicon, text, world
+from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
+from erv_min.toy.text import EMOTIONS, ERV_NAMES
+from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
+
+SMALL = WorldSettings(seed=3, train=24, test=8, tune=4, pretrain=30, sft_clips=12, erv_train=300, erv_valid=60)
+LOOKS = [Look(woman, "red", "dark", woman, True, "office", 1) for woman in (True, False)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return build_world(tmp_path_factory.mktemp("toy") / "world", SMALL, workers=2, progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------- clips and files
+
+def test_clips_are_real_mp4_with_sound(small):
+    with av.open(str(small / "clip" / "10001.mp4")) as clip:
+        assert clip.streams.video[0].codec_context.name == "h264" and clip.streams.audio[0].codec_context.name == "aac"
+        assert [f.to_ndarray(format="rgb24").shape for f in clip.decode(video=0)] == [(SIZE, SIZE, 3)] * FRAMES
+    with av.open(str(small / "clip" / "10001.mp4")) as clip:
+        sound = [f for f in clip.decode(audio=0)]
+    assert {(f.sample_rate, f.layout.name) for f in sound} == {(RATE, "mono")}
+    assert abs(sum(f.samples for f in sound) - RATE) <= 1024  # one second, to one AAC frame
+
+
+def test_coding_keeps_what_was_drawn_and_voiced():
+    rng = np.random.default_rng(0)
+    frames = draw(np.array(PROTOTYPES["surprise"][0]), LOOKS[0], rng)
+    sound = voice(np.array(PROTOTYPES["surprise"][1]), LOOKS[0], rng)
+    assert frames.dtype == np.uint8 and sound.dtype == np.float32 and np.abs(sound).max() < 1
+    content = encode(frames, sound)
+    decoded = np.stack([f.to_ndarray(format="rgb24") for f in av.open(io.BytesIO(content)).decode(video=0)])
+    heard = np.concatenate([f.to_ndarray().ravel() for f in av.open(io.BytesIO(content)).decode(audio=0)])[:RATE]
+    assert np.abs(decoded.astype(int) - frames).mean() < 8  # of 255 levels
+    assert np.corrcoef(heard, sound)[0, 1] > 0.95
+
+
+def test_each_emotion_looks_and_sounds_different():
+    """Between any two prototypes the pixels of the last frame and the spectra differ more than the coding does."""
+    seen, heard = [], []
+    for emotion in EMOTIONS:
+        seen.append(draw(np.array(PROTOTYPES[emotion][0]), LOOKS[0], np.random.default_rng(0))[-1].astype(float))
+        spectrum = np.abs(np.fft.rfft(voice(np.array(PROTOTYPES[emotion][1]), LOOKS[0], np.random.default_rng(0))))
+        heard.append(np.log(spectrum[:4000].reshape(80, 50).mean(1) + 1e-3))
+    for i in range(7):
+        for j in range(i):
+            assert (np.abs(seen[i] - seen[j]).max(-1) > 40).sum() > 40, (EMOTIONS[i], EMOTIONS[j])  # pixels
+            assert np.abs(heard[i] - heard[j]).mean() > 0.2, (EMOTIONS[i], EMOTIONS[j])
+
+
+def test_same_seed_gives_the_same_bytes_in_another_process(small, tmp_path):
+    """Other hash seed, one worker instead of two: every file is the same."""
+    code = (f"from erv_min.toy.world import *; build_world({str(tmp_path / 'again')!r}, "
+            f"WorldSettings(**{vars(SMALL)!r}), workers=1, progress=False)")
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin"},
+                   cwd=Path(__file__).parent.parent)
+    first, second = contents(small), contents(tmp_path / "again")
+    assert first.keys() == second.keys() and [k for k in first if first[k] != second[k]] == []
+    other = sample_clips(replace(SMALL, seed=4))
+    assert [c.label for c in other] != [c.label for c in sample_clips(SMALL)]
+
+
+def test_interrupted_world_is_finished_and_a_complete_one_reused(small, tmp_path, monkeypatch):
+    folder = tmp_path / "world"
+    with monkeypatch.context() as m:
+        m.setattr(world, "write_annotations", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_world(folder, SMALL, workers=1, progress=False)
+    assert not (folder / "world.json").exists()
+    (folder / "clip" / "10002.mp4").unlink()
+    (folder / "clip" / "10003.mp4").write_bytes(b"")  # what a power cut may leave
+    (folder / "clip" / ".10003.999").write_bytes(b"half")
+    kept = (folder / "clip" / "10001.mp4").stat().st_mtime_ns
+    rendered = []
+    render_clips = world.render_clips
+    monkeypatch.setattr(world, "render_clips", lambda f, c, s: (
+        rendered.extend(x.number for x in c), render_clips(f, c, s))[1])
+    build_world(folder, SMALL, workers=1, progress=False)
+    assert rendered == [10002, 10003] and (folder / "clip" / "10001.mp4").stat().st_mtime_ns == kept
+    assert contents(folder) == contents(small)
+    build_world(folder, SMALL, workers=1, progress=False)
+    assert rendered == [10002, 10003]
+
+
+def test_a_folder_of_something_else_is_refused(small, tmp_path):
+    with pytest.raises(SettingsError, match="other settings"):
+        build_world(small, replace(SMALL, noise=0.3), progress=False)
+    (tmp_path / "dfew" / "clip").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="not a world's"):
+        build_world(tmp_path / "dfew", SMALL, progress=False)
+    assert list((tmp_path / "dfew").iterdir()) == [tmp_path / "dfew" / "clip"]
+    with pytest.raises(SettingsError):
+        sample_clips(replace(SMALL, train=0, test=0, tune=0, pretrain=0))
+
+
+def test_annotations(small):
+    numbers = {}
+    truth = {row["number"]: row for row in read_jsonl(small / "params.jsonl")}
+    for split, size in (("train", 24), ("test", 8), ("tune", 4)):
+        lines = (small / f"single_{split}set_5.csv").read_text().splitlines()
+        assert lines[0] == "video_name,label" and len(lines) == size + 1
+        numbers[split] = [int(line.split(",")[0]) for line in lines[1:]]
+        for number, label in (map(int, line.split(",")) for line in lines[1:]):
+            assert EMOTIONS[label - 1] == truth[number]["label"]
+    assert len({n for part in numbers.values() for n in part}) == 36 and len(truth) == 66
+    assert all((small / "clip" / f"{n}.mp4").is_file() for n in truth)
+    entries = read_json(small / "train.json")
+    assert len(entries) == 12 * 13 and len({e["video"] for e in entries}) == 12
+    human, gpt = entries[0]["conversations"]
+    assert human == {"from": "human", "value": f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"}
+    assert gpt["from"] == "gpt" and gpt["value"].startswith("<think>") and gpt["value"].endswith("</answer>")
+    captions = read_json(small / "pretrain.json")
+    assert {truth[int(e["video"][5:10])]["split"] for e in captions} == {"pretrain"} and len(captions) == 60
+    assert len(read_jsonl(small / "erv_train.jsonl")) == 300 and len(read_jsonl(small / "erv_valid.jsonl")) == 60
+    assert len(read_jsonl(small / "erv_small.jsonl")) == 60
+    assert all("truth" in row for row in read_jsonl(small / "erv_valid.jsonl"))
+    assert not any("truth" in row for row in read_jsonl(small / "erv_train.jsonl"))
+
+
+# --------------------------------------------------------------------------------------------- noise, as it was set
+
+def test_clips_are_weak_and_contradict_as_set():
+    clips = sample_clips(WorldSettings(train=3000, test=0, pretrain=0))
+    assert abs(np.mean([c.face_shows != c.label or c.voice_shows != c.label for c in clips]) - 0.08) < 0.02
+    assert max(abs(n / 3000 - 1 / 7) for n in Counter(c.label for c in clips).values()) < 0.03
+    happy = np.array([c.face for c in clips if c.face_shows == "happy"])  # mouth_curve: 0.9 x strength + noise
+    assert abs((happy[:, FACE.index("mouth_curve")] < 0.38).mean() - 0.3) < 0.1
+    still = np.array([c.voice for c in clips if c.voice_shows == "neutral"])
+    assert abs(still[:, VOICE.index("pitch")].std() - 0.22) < 0.03
+
+
+def test_sft_targets_are_loosely_tied_to_the_label():
+    settings = WorldSettings(train=1000, test=0, pretrain=0)
+    clips = sample_clips(settings)
+    entries = world.sft_entries(clips, settings)
+    answers = [e["conversations"][1]["value"].split("<answer>")[1][:-9] for e in entries]
+    labels = [c.label for c in clips for _ in range(13)]
+    right = np.mean([a == b for a, b in zip(answers, labels)])
+    assert abs(right - (0.75 + 0.25 / 7)) < 0.04
+    assert all(len(set(answers[i:i + 13])) == 1 for i in range(0, len(answers), 13))  # fixed for its clip
+    thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
+    judged = lexicon.LexiconJudge().judge(thoughts, EMOTIONS)
+    assert abs(np.mean([a == b for a, b in zip(judged, labels)]) - (0.6 + 0.4 / 7)) < 0.05
+    sentences = np.mean([e["conversations"][1]["value"].count(".") for e in entries])
+    assert 4 < sentences < 5
+
+
+def test_label_noise_of_the_verifiers_pairs():
+    settings = WorldSettings(test=0, pretrain=0)
+    train, valid = world.erv_pairs(sample_clips(settings), settings)
+    wrong = np.mean([row["labels"][0] != row["truth"][0] for row in train])
+    assert abs(wrong - 0.12) < 0.02 and len(train) == 4000 and len(valid) == 500
+    assert not {r["clip"] for r in train} & {r["clip"] for r in valid}
+    small = [row for row in train if row["source"] == "human"]
+    assert len(small) == 800
+    counts = Counter(row["truth"][0] for row in small)
+    assert counts["disgust"] < counts["anger"] / 4  # what the complement set is for
+    assert any(len(row["labels"]) == 2 for row in train) and max(len(row["labels"]) for row in train) == 2
+
+
+def test_true_labels_by_hand():
+    s = text.Sentence
+    assert text.true_labels([s("a")]) == ["neutral"]
+    two_and_one = [s("a"), s("b", ("sad",)), s("c", ("sad",)), s("d", ("fear",))]
+    assert text.true_labels(two_and_one) == ["sadness", "fear"]
+    assert text.true_labels([s("b", ("sad",)), s("c", ("angry",))]) == ["anger", "sadness"]  # a tie: the later first
+    assert text.true_labels([s("b", ("sad",))] * 3 + [s("c", ("angry",))]) == ["sadness"]  # 1 is under half of 3
+    assert text.true_labels([s("b", ("sad", "fear"))]) == ["fear", "sadness"]
+
+
+def test_captions_name_no_emotion_and_follow_the_parameters():
+    rng = np.random.default_rng(0)
+    for clip in sample_clips(replace(SMALL, train=0, test=0, tune=0, pretrain=300)):
+        caption = text.caption(rng, clip.look, clip.face, clip.voice)
+        assert lexicon.LexiconJudge().emotion(caption) == "neutral", caption
+        if "mouth is up" in caption:
+            assert clip.face[FACE.index("mouth_curve")] > 0.3
+
+
+# ------------------------------------------------------------------------------------------------- tokenizers
+
+def test_tokenizers(small):
+    folder = small / "tokenizers"
+    lm = Tokenizer.from_file(str(folder / "lm" / "tokenizer.json"))
+    golden = Tokenizer.from_file(str(Path(__file__).parent / "golden" / "chat" / "tokenizer.json"))
+    assert lm.get_vocab_size() == 512
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    assert [lm.token_to_id(t) for t in specials] == list(range(506, 512))
+    words = "<vi_start> isn't it 42 times?\n\n  <|im_end|>\nA naïve test – ok"
+    assert lm.decode(lm.encode(words).ids, skip_special_tokens=False) == words
+    assert lm.pre_tokenizer.pre_tokenize_str(words) == golden.pre_tokenizer.pre_tokenize_str(words)
+    settings = read_json(folder / "lm" / "tokenizer_config.json")
+    assert settings == read_json(Path(__file__).parent / "golden" / "chat" / "tokenizer_config.json")
+    assert 506 not in lm.encode(render()).ids and 507 in lm.encode(render()).ids
+    spoken = [e["conversations"][1]["value"] for e in read_json(small / "train.json")]
+    assert np.mean([len(lm.encode(s).ids) for s in spoken]) < 50
+
+    gate = Tokenizer.from_file(str(folder / "text_gate" / "tokenizer.json"))
+    ids = gate.encode(QUESTION)
+    assert gate.get_vocab_size() <= 256 and gate.token_to_id("[PAD]") == 0
+    assert ids.tokens[0] == "[CLS]" and ids.tokens[-1] == "[SEP]" and "[UNK]" not in ids.tokens
+
+    erv = Tokenizer.from_file(str(folder / "erv" / "tokenizer.json"))
+    assert erv.get_vocab_size() == 512
+    assert [erv.token_to_id(t) for t in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")] == [0, 1, 2, 3, 4]
+    ids = erv.encode("Her mouth droops. Ünseen wörds!").ids
+    assert ids[0] == 0 and ids[-1] == 2 and 3 not in ids
+
+
+# ------------------------------------------------------------------------------------------------- judges
+
+@pytest.mark.parametrize("judge", [lexicon.LexiconJudge(), lexicon.SecondJudge()])
+def test_judges_know_the_grammar(judge):
+    """Each emotional sentence that the grammar can emit, for a woman and a man; appearance is neutral."""
+    cases = [(text._fill(template, look), emotion) for table in (text.FACE_CUES, text.VOICE_CUES, text.CONCLUSIONS)
+             for emotion in EMOTIONS for template in table[emotion] for look in LOOKS]
+    right = [verdict == emotion for verdict, (_, emotion) in zip(judge.judge([c for c, _ in cases], EMOTIONS), cases)]
+    assert len(cases) == 112 and np.mean(right) >= 0.95
+    rng = np.random.default_rng(0)
+    clips = sample_clips(replace(SMALL, train=300))
+    neutral = judge.judge([text.join(text.appearance(rng, c.look, 0.5)) for c in clips], EMOTIONS)
+    assert set(neutral) == {"neutral"}
+    whole = judge.judge([text.join(text.explain(rng, c.look, c.label, 0.1)) for c in clips], EMOTIONS)
+    assert np.mean([a == c.label for a, c in zip(whole, clips)]) > 0.9
+
+
+def test_judge_reads_words_outside_the_grammar_and_answers_in_the_callers_labels():
+    judge = lexicon.LexiconJudge()
+    assert judge.judge(["Tears stream down and she cries, sobbing.", "He seems furious; he yells."],
+                       tuple(ERV_NAMES.values())) == ["sadness", "anger"]
+    assert judge.judge(["He does not smile. He is not happy. His voice is harsh."], EMOTIONS) == ["angry"]
+    assert judge.judge(["She smiles.", "", "A man in a shirt."], ("sad", "neutral")) == [None, None, "neutral"]
+    assert judge.judge(["A man in a shirt."], ("happy", "sad")) == [None]
+
+
+def test_judges_share_nothing_with_the_labeller():
+    """The module of the judges imports the standard library alone: not the grammar, not the verifier's labels."""
+    tree = ast.parse(Path(lexicon.__file__).read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert imported == {"re"}
+
+
+def test_exploitable_world_has_cues_of_two_emotions():
+    rng = np.random.default_rng(0)
+    plain = [text.explain(rng, LOOKS[0], e) for e in EMOTIONS * 30]
+    assert max(len(s.emotions) for sentences in plain for s in sentences) == 1
+    shared = [text.explain(rng, LOOKS[0], e, exploitable=True) for e in EMOTIONS * 30]
+    pairs = [s.emotions for sentences in shared for s in sentences if len(s.emotions) == 2]
+    assert len(pairs) > 100
+    assert all(lexicon.LexiconJudge().emotion(text._fill(words, LOOKS[0])) in pair for pair, words in text.SHARED_CUES)
+    clip = WorldSettings(exploitable=True, test=0, pretrain=0)
+    rows, _ = world.erv_pairs(sample_clips(clip), clip)
+    assert any(len(r["truth"]) == 2 and r["text"].count(".") == 1 for r in rows)
