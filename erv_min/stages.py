@@ -1,0 +1,81 @@
+"""How a stage gets what it starts from: model and tokenizers, clips, and, for the toy preset, the stages before it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from erv_min.checkpoint import load_humanomni, resolve
+from erv_min.config import humanomni
+from erv_min.data import Example, FeatureCache, check_clips, load_examples, summary
+from erv_min.errors import SettingsError
+from erv_min.inputs import PromptBuilder
+from erv_min.model.humanomni import HumanOmni, init_weights
+from erv_min.settings import DIMENSIONS, STARTS, Common
+from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.train import World
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def start(*command: str, threads: int = 0) -> subprocess.Popen:
+    """Starts `python command`, an earlier stage as a user would type it, outside this process's torchrun group."""
+    group = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {k: v for k, v in os.environ.items() if k not in group and not k.startswith("TORCHELASTIC")}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    print("$ python", *command, flush=True)
+    return subprocess.Popen([sys.executable, *command], env=environment)
+
+
+def finish(process: subprocess.Popen) -> None:
+    """Waits for an earlier stage; exits with its status if it failed."""
+    if status := process.wait():
+        raise SystemExit(f"'{' '.join(process.args)}' ended with status {status}: its message stands above")
+
+
+def world_folder(settings: Common) -> Path:
+    """Where the embedded world lies: --world, or a folder beside the run's own files."""
+    return Path(settings.world or Path(settings.out) / "world")
+
+
+def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, PromptBuilder]:
+    """The model that a stage begins with, in float32 on the device, and the builder of its prompts.
+
+    --model names a folder or hub repository; without it the preset's own start (section 4.3). With --random-weights
+    the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
+    """
+    if settings.random_weights:
+        model = HumanOmni(humanomni(DIMENSIONS[settings.preset]))
+        init_weights(model, settings.seed)
+        model.to(world.device)
+        texts = world_folder(settings) / "tokenizers"
+        tokenizer, gate = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
+    else:
+        name = settings.model or STARTS[stage].get(settings.preset)
+        if not name:
+            raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
+                                "(a folder or hub repository), or try the machine with --random-weights")
+        model = load_humanomni(name, torch.float32, world.device)
+        folder = resolve(name)
+        tokenizer, gate = Tokenizer(folder), EncoderTokenizer(folder)
+        if world.main:
+            print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
+                  + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()), flush=True)
+    model.model.recompute = settings.recompute
+    cache = None
+    if settings.cache_features:
+        folder = None if settings.cache_features == "memory" else settings.cache_features
+        key = f"{stage}:{settings.model}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
+        cache = FeatureCache(folder, key)
+    return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
+
+
+def training_examples(settings: Common, split: str, world: World) -> list[Example]:
+    """The clips to train on, counted and checked; the list of missing ones is OUT/missing_clips.txt."""
+    examples = load_examples(settings.data or f"toy:{world_folder(settings)}", split)
+    if world.main:
+        print(summary(examples), flush=True)
+    return check_clips(examples, report=Path(settings.out) / "missing_clips.txt")

@@ -1,0 +1,273 @@
+"""GRPO with the explanation reward, Eq. 3 to 5: `torchrun scripts/grpo.py [--preset toy|paper-0.5b|paper-7b] ...`
+
+With no argument it runs the whole method on the embedded world, from nothing: renders clips, trains towers, SFT and
+the verifier, then GRPO, and prints a table like the paper's table 1 on held-out clips. With the paper's presets:
+`--data dfew:/path,mafw:/path --erv Rhatanii/Emo_Classifier`, and --model where the preset names none.
+Departures from the release, each with its switch: tau 0.5 (divergence 1), neutral as the only label (2), G = 16 (5),
+mu updates a batch (6), rollouts without top-k (9), the inference prompt (10), padded frames (11).
+Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, completions.jsonl; toy: evaluation.json.
+"""
+
+import copy
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from erv_min.checkpoint import load_humanomni, save_humanomni
+from erv_min.data import load_examples
+from erv_min.emotions import ERV_LABELS
+from erv_min.errors import ClipError, ErvMinError, SettingsError
+from erv_min.erv import Verifier, explanation_statistics
+from erv_min.files import append_jsonl, atomic_write, write_json
+from erv_min.generate import rollout, sampling_noise
+from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3
+from erv_min.inputs import PromptBuilder, clip_inputs
+from erv_min.judge import judge_rows, make_judge
+from erv_min.metrics import score, table
+from erv_min.model.humanomni import trainable
+from erv_min.policy import Completions, completion_logps
+from erv_min.predict import predict
+from erv_min.rewards import RewardSettings, format_reward, score_completions
+from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, parse
+from erv_min.stages import SCRIPTS, finish, start, start_model, training_examples, world_folder
+from erv_min.train import (Run, batch_of_step, gather_lists, learning_rate, make_optimizer, prepare_out, start_world,
+                           sum_over_processes, update)
+
+
+def prepare_toy(settings: GRPOSettings) -> None:
+    """World, SFT and verifier of the toy preset, where they are not there yet; SFT and verifier train side by side."""
+    out, world, seed = Path(settings.out), world_folder(settings), str(settings.seed)
+    if not (world / "towers" / "model.safetensors").exists():
+        finish(start("-m", "erv_min.toy", str(world), "--seed", seed))
+    waiting = []
+    if not settings.erv and settings.w_explanation:
+        settings.erv = str(out / "erv")
+        if not (out / "erv" / "model.safetensors").exists():
+            waiting.append(start(str(SCRIPTS / "erv.py"), "--preset", "toy", "--world", str(world), "--out", settings.erv,
+                                 "--seed", seed, threads=1))
+    if not settings.model and not settings.random_weights:
+        settings.model = str(out / "sft")
+        if not (out / "sft" / "model.safetensors").exists():
+            waiting.append(start(str(SCRIPTS / "sft.py"), "--preset", "toy", "--world", str(world), "--out",
+                                 settings.model, "--seed", seed, "--resume"))
+    for process in waiting:
+        finish(process)
+    if settings.baseline and not (out / "baseline" / "model.safetensors").exists():
+        finish(start(str(SCRIPTS / "grpo.py"), "--preset", "toy", "--world", str(world), "--out", str(out / "baseline"),
+                     "--model", settings.model, "--w-explanation", "0", "--steps", str(settings.steps), "--seed", seed,
+                     "--eval-clips", "-1", "--resume"))
+
+
+def reward_settings(settings: GRPOSettings) -> RewardSettings:
+    return RewardSettings(
+        tau=settings.tau, k=settings.k, neutral_rule=settings.neutral_rule, answer_rule=settings.answer_rule,
+        neutral_filter=settings.ablate != "neutral-filtering", sentence_level=settings.ablate != "sentence-level",
+        w_format=settings.w_format, w_answer=settings.w_answer, w_explanation=settings.w_explanation,
+        gate_on_answer=settings.gate_on_answer, phase_in_steps=settings.phase_in_steps,
+        length_target=settings.length_target, repeat_discount=settings.repeat_discount)
+
+
+def rows_of(completions: Completions, start: int, count: int) -> Completions:
+    """Completions start..start+count, without the padding that others need."""
+    mask = completions.mask[start : start + count]
+    width = max(1, int(mask.sum(1).max()))
+    return Completions(completions.ids[start : start + count, :width], mask[:, :width])
+
+
+def pad_together(parts: list[Completions], fill: int) -> Completions:
+    """Completions of several rollouts as one, padded to the longest."""
+    width = max(p.ids.shape[1] for p in parts)
+    ids = [torch.nn.functional.pad(p.ids, (0, width - p.ids.shape[1]), value=fill) for p in parts]
+    masks = [torch.nn.functional.pad(p.mask, (0, width - p.mask.shape[1])) for p in parts]
+    return Completions(torch.cat(ids), torch.cat(masks))
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(GRPOSettings, PRESETS["grpo"], __doc__, argv)
+    settings.out = settings.out or "runs/toy"
+    prepare_out(Path(settings.out), settings.resume)
+    toy = settings.preset == "toy" and not settings.random_weights
+    if settings.preset == "toy" or settings.random_weights:
+        if int(os.environ.get("RANK", 0)) == 0:
+            prepare_toy(settings)
+        else:  # the main process prepares; this one waits for it where the process group forms
+            settings.model = settings.model or ("" if settings.random_weights else str(Path(settings.out) / "sft"))
+            settings.erv = settings.erv or str(Path(settings.out) / "erv")
+    elif settings.w_explanation and not settings.erv:
+        raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
+    world = start_world(settings.device)
+
+    # Policy, frozen reference (it shares the frozen towers), verifier, optimizer.
+    model, builder = start_model(settings, "grpo", world)
+    towers = (model.model.vision_tower, model.model.audio_tower)
+    reference = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False).eval()
+    ref_builder = PromptBuilder(reference, builder.tokenizer, builder.gate_tokenizer, None, settings.modality,
+                                settings.prompt_stage)
+    params = dict(trainable(model, TRAINABLE["grpo"]))
+    optimizer = make_optimizer(list(params.values()), settings.weight_decay)
+    verifier = Verifier.load(settings.erv, world.device) if settings.w_explanation else None
+    rules, G, eos = reward_settings(settings), settings.group_size, builder.tokenizer.eos_id
+    examples = training_examples(settings, "train", world)
+    total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
+    run = Run(settings.out, settings, world, total)
+    first = run.resume(params, optimizer) if settings.resume else 0
+    if world.main:
+        print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "
+              f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters", flush=True)
+
+    # Each process takes every world.size-th prompt of a step's batch; clips are decoded ahead in that order.
+    batches = [batch_of_step(len(examples), settings.batch_size, settings.seed, s)[world.rank :: world.size]
+               for s in range(first, total)]
+    stream = clip_inputs([examples[i] for batch in batches for i in batch], model, builder.cache, settings.modality,
+                         settings.num_frames, settings.geometry, settings.workers)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+    for step, batch in zip(range(first, total), batches):
+        started = time.time()
+        inputs, numbers = [], []
+        for i in batch:
+            x = next(stream)
+            if isinstance(x, ClipError):
+                append_jsonl(run.out / "failed_clips.jsonl", {"step": step, "error": str(x)})
+            else:
+                inputs.append(x)
+                numbers.append(i)
+        passes = range(0, len(inputs), settings.micro_batch)
+
+        # 1. Sample G completions of each prompt. Towers run here, once a clip and step.
+        model.eval()
+        with torch.no_grad(), autocast:
+            parts = []
+            for at in passes:
+                noise = sampling_noise(settings.seed, step, numbers[at : at + settings.micro_batch], G, settings.max_new_tokens)
+                parts.append(rollout(model, builder.prompts(inputs[at : at + settings.micro_batch]), G,
+                                     settings.max_new_tokens, eos, noise, settings.temperature, settings.top_k))
+        rolled = time.time() - started
+        sums = dict.fromkeys(SUMS, 0.0)
+        if inputs:
+            completions = pad_together(parts, eos)
+            texts = [builder.tokenizer.decode(ids[mask].tolist(), skip_special=True)
+                     for ids, mask in zip(completions.ids, completions.mask)]
+
+            # 2. Score them (Eq. 5), 3. advantages within each group.
+            truths = [x.example.label for x in inputs for _ in range(G)]
+            datasets = [x.example.dataset for x in inputs for _ in range(G)]
+            scored = score_completions(texts, truths, datasets, verifier.probabilities if verifier else None,
+                                       verifier.labels if verifier else ERV_LABELS, rules, step=step)
+            rewards = torch.tensor([r.total for r in scored], dtype=torch.float32, device=world.device)
+            advantages = group_advantages(rewards, G)
+
+            # Reference log-probs, once.
+            with torch.no_grad(), autocast:
+                ref_logps = [completion_logps(reference, ref_builder.prompts(inputs[at : at + settings.micro_batch]),
+                                              rows_of(completions, at * G, settings.micro_batch * G))[0] for at in passes]
+        rows = sum_over_processes({"rows": float(len(inputs) * G)}, world)["rows"]
+
+        # 4. mu updates on this batch.
+        lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
+        old = [None] * len(passes)
+        for iteration in range(settings.mu):
+            for j, at in enumerate(passes):
+                chunk = inputs[at : at + settings.micro_batch]
+                part = slice(at * G, (at + len(chunk)) * G)
+                own = rows_of(completions, at * G, settings.micro_batch * G)
+                with autocast:
+                    logps, entropy = completion_logps(model, builder.prompts(chunk), own, with_entropy=True)
+                old[j] = logps.detach() if old[j] is None else old[j]
+                loss = grpo_loss(logps, old[j], ref_logps[j], advantages[part], own.mask, settings.beta, settings.epsilon)
+                (loss * len(own.ids) / rows * world.size).backward()  # the update averages over processes
+                if iteration == settings.mu - 1:
+                    count = own.mask.sum().item()
+                    sums["loss"] += loss.item() * len(own.ids)
+                    sums["kl"] += (kl_k3(logps.detach(), ref_logps[j]) * own.mask).sum().item()
+                    sums["entropy"] += (entropy * own.mask).sum().item()
+                    sums["clip_fraction"] += clip_fraction(logps.detach(), old[j], advantages[part], own.mask,
+                                                           settings.epsilon).item() * count
+            norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world)
+        if inputs:
+            sums.update(
+                rows=float(len(texts)), tokens=float(completions.mask.sum()), reward=float(rewards.sum()),
+                reward_format=sum(r.format for r in scored), reward_answer=sum(r.answer for r in scored),
+                reward_explanation=sum(r.explanation for r in scored), groups=float(len(inputs)),
+                groups_without_spread=float((rewards.view(-1, G).std(1) == 0).sum()) if G > 1 else float(len(inputs)),
+                ended=float((completions.ids.masked_fill(~completions.mask, -1) == eos).any(1).sum()))
+        totals = sum_over_processes(sums, world)
+        n, tokens, seconds = max(1, totals["rows"]), max(1, totals["tokens"]), time.time() - started
+        run.log(step, {
+            **{k: totals[k] / n for k in ("loss", "reward", "reward_format", "reward_answer", "reward_explanation")},
+            **{k: totals[k] / tokens for k in ("kl", "entropy", "clip_fraction")},
+            "completion_length": tokens / n, "ended": totals["ended"] / n,
+            "groups_without_spread": totals["groups_without_spread"] / max(1, totals["groups"]),
+            "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "seconds": seconds, "seconds_rollout": rolled,
+            **(explanation_statistics(texts, scored) if inputs else {})})
+        if inputs and (step % settings.sample_every == 0 or step + 1 == total) and world.main:
+            show(run, step, inputs[0], texts[:G], scored[:G])
+        if (step + 1) % settings.save_every == 0 and step + 1 < total:
+            run.save(step + 1, params, optimizer)
+    run.save(total, params, optimizer)
+    if world.main:
+        save_humanomni(model, settings.out)
+        run.finish()
+        print(f"GRPO done: {settings.out}/model.safetensors", flush=True)
+    if toy and settings.eval_clips >= 0:
+        evaluate(settings, builder, world)
+
+
+SUMS = ("loss", "kl", "entropy", "clip_fraction", "rows", "tokens", "reward", "reward_format", "reward_answer",
+        "reward_explanation", "groups", "groups_without_spread", "ended")
+
+
+def show(run: Run, step: int, x, texts: list[str], scored: list) -> None:
+    """Prints one completion with its sentences' labels, and keeps its whole group in completions.jsonl."""
+    for text, r in zip(texts, scored):
+        append_jsonl(run.out / "completions.jsonl", {
+            "step": step, "video_id": x.example.video_id, "ground_truth": x.example.label, "completion": text,
+            "sentences": r.sentences, "labels": r.label_sets, "reward_format": r.format, "reward_answer": r.answer,
+            "reward_explanation": r.explanation})
+    r = scored[0]
+    print(f"  {x.example.video_id} is {x.example.label}; R_format {r.format:g} R_answer {r.answer:g} R_E {r.explanation:.2f}")
+    for sentence, labels in zip(r.sentences, r.label_sets):
+        print(f"    [{', '.join(labels)}] {sentence}")
+    print(f"    {texts[0].rsplit('</think>', 1)[-1].strip()}", flush=True)
+
+
+def evaluate(settings: GRPOSettings, builder: PromptBuilder, world) -> None:
+    """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
+    data = settings.data or f"toy:{world_folder(settings)}"
+    examples = load_examples(data, "test")[: settings.eval_clips or None]
+    systems = {"SFT": settings.model, "GRPO with R_E" if settings.w_explanation else "GRPO without R_E": settings.out}
+    if settings.baseline:
+        systems = {"SFT": settings.model, "GRPO without R_E": f"{settings.out}/baseline", "GRPO with R_E": settings.out}
+    judge, scores, kept = make_judge("lexicon"), {}, {}
+    for name, folder in systems.items():
+        model = load_humanomni(folder, torch.float32, world.device)
+        own = PromptBuilder(model, builder.tokenizer, builder.gate_tokenizer, builder.cache, settings.modality,
+                            settings.prompt_stage)
+        rows, _ = predict(own, examples, world, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
+                          batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
+                          workers=settings.workers)
+        if world.main:
+            judge_rows(rows, judge)
+            scores[name] = score(rows, rows[0]["dataset"])
+            kept[name] = 100 * sum(format_reward(row["output"]) for row in rows) / len(rows)
+            atomic_write(Path(settings.out, f"predictions-{name.replace(' ', '-')}.jsonl"),
+                         "".join(json.dumps(row) + "\n" for row in rows))
+    if not world.main:
+        return
+    write_json(Path(settings.out, "evaluation.json"), scores)
+    print(f"\n{len(examples)} held-out clips, explanations judged by the lexicon, percent:\n{table(scores)}\n\nfiles: "
+          + ", ".join(f"{k} {v}" for k, v in systems.items()) + f", evaluation {settings.out}/evaluation.json")
+    ours, sft = scores[name], scores["SFT"]
+    print(f"{name} over SFT on {len(examples)} held-out clips: "
+          + ", ".join(f"{m} {ours[m] - sft[m]:+.1f}" for m in ("EEA", "FCR", "EPC", "WAR", "UAR"))
+          + f"; {kept[name]:.1f}% of its outputs keep the format (SFT: {kept['SFT']:.1f}%)", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ErvMinError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

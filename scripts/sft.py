@@ -1,0 +1,131 @@
+"""Supervised fine-tuning, Eq. 2: `torchrun scripts/sft.py [--preset toy|paper-0.5b|paper-7b] [--out DIR] ...`
+
+The toy preset makes what it needs first: it renders the embedded world, trains its towers, and teaches its language
+model to caption. With the paper's presets: `--data emer:/path` and, if wished, `--model REPO_OR_FOLDER`.
+Departures from the release: the paper's prompt in every stage (divergence 10), padded frames (11), and the targets of
+one clip can share its prompt. Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from erv_min.checkpoint import save_humanomni
+from erv_min.errors import ClipError, DataError, ErvMinError, SettingsError
+from erv_min.files import append_jsonl
+from erv_min.inputs import clip_inputs
+from erv_min.model.humanomni import trainable
+from erv_min.policy import Completions, completion_logps
+from erv_min.prompts import sft_target
+from erv_min.settings import PRESETS, TRAINABLE, SFTSettings, parse
+from erv_min.sft import group_targets, sft_loss
+from erv_min.stages import SCRIPTS, finish, start, start_model, training_examples, world_folder
+from erv_min.train import (Run, batch_of_step, learning_rate, make_optimizer, prepare_out, start_world,
+                           sum_over_processes, update)
+
+
+def prepare_toy(settings: SFTSettings) -> None:
+    """The embedded world and its captioning base model, where they are not there yet."""
+    world = world_folder(settings)
+    if not (world / "towers" / "model.safetensors").exists():
+        finish(start("-m", "erv_min.toy", str(world), "--seed", str(settings.seed)))
+    if settings.random_weights or settings.model:
+        return
+    settings.model = str(world / "base")
+    if not (world / "base" / "model.safetensors").exists():
+        finish(start(str(SCRIPTS / "sft.py"), "--preset", "toy", "--world", str(world), "--out", settings.model,
+                     "--model", str(world / "towers"), "--data", f"json:dfew:{world / 'pretrain.json'}",
+                     "--targets-per-clip", "2", "--seed", str(settings.seed), "--resume"))
+
+
+def label_batch(targets: list[list[int]], pad_id: int, device) -> Completions:
+    """Target ids, right-padded to [R, T], and where they are labels."""
+    width = max(map(len, targets))
+    ids = torch.tensor([t + [pad_id] * (width - len(t)) for t in targets], device=device)
+    lengths = torch.tensor([len(t) for t in targets], device=device)
+    return Completions(ids, torch.arange(width, device=device) < lengths[:, None])
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(SFTSettings, PRESETS["sft"], __doc__, argv)
+    settings.out = settings.out or "runs/toy/sft"
+    settings.world = settings.world or ("runs/toy/world" if settings.out == "runs/toy/sft" else "")
+    prepare_out(Path(settings.out), settings.resume)
+    if settings.train_vision_tower and settings.cache_features:
+        raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
+    if settings.preset == "toy" or settings.random_weights:
+        import os
+        if int(os.environ.get("RANK", 0)) == 0:
+            prepare_toy(settings)
+        elif not (settings.random_weights or settings.model):
+            settings.model = str(world_folder(settings) / "base")
+    world = start_world(settings.device)
+
+    # Model, targets and optimizer.
+    model, builder = start_model(settings, "sft", world)
+    tokenizer = builder.tokenizer
+    parts = TRAINABLE["sft"] + (("vision_tower",) if settings.train_vision_tower else ())
+    params = dict(trainable(model, parts))
+    optimizer = make_optimizer(list(params.values()), settings.weight_decay)
+    examples = training_examples(settings, "sft", world)
+    if empty := [e.video_id for e in examples if not e.explanation]:
+        raise DataError(f"{len(empty)} of {len(examples)} training examples have no explanation, e.g. {empty[0]}: "
+                        "fine-tuning on bare labels unlearns <think>; give data with explanations (EMER, or a training JSON)")
+    units = group_targets(examples, settings.targets_per_clip)
+    units_per_step = max(1, settings.batch_size // settings.targets_per_clip)
+    units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
+    total = settings.steps or max(1, settings.epochs * len(units) // units_per_step)
+    run = Run(settings.out, settings, world, total)
+    first = run.resume(params, optimizer) if settings.resume else 0
+    if world.main:
+        print(f"SFT: {len(examples)} targets of {len({e.path for e in examples})} clips, {total} steps, "
+              f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters", flush=True)
+
+    # Each process takes every world.size-th unit of a step's batch; clips are decoded ahead in that order.
+    batches = [batch_of_step(len(units), units_per_step, settings.seed, s)[world.rank :: world.size] for s in range(first, total)]
+    stream = clip_inputs([units[i][0] for batch in batches for i in batch], model, builder.cache, settings.modality,
+                         settings.num_frames, settings.geometry, settings.workers)
+    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+    model.train()
+    for step, batch in zip(range(first, total), batches):
+        started = time.time()
+        inputs = []
+        for i in batch:
+            x = next(stream)
+            if isinstance(x, ClipError):
+                append_jsonl(Path(settings.out) / "failed_clips.jsonl", {"step": step, "error": str(x)})
+            else:
+                inputs.append((units[i], x))
+        targets = [[tokenizer.encode(sft_target(e.explanation, e.label)) + tokenizer.turn_end for e in unit] for unit, _ in inputs]
+        totals = sum_over_processes({"tokens": sum(len(t) for ts in targets for t in ts),
+                                     "targets": sum(map(len, targets))}, world)
+        denominator = totals["tokens"] if settings.loss_reduction == "mean" else totals["targets"]
+        loss_sum = 0.0
+        for at in range(0, len(inputs), units_per_pass):
+            labels = label_batch([t for ts in targets[at : at + units_per_pass] for t in ts], tokenizer.pad_id, world.device)
+            with autocast:
+                prompts = builder.prompts([x for _, x in inputs[at : at + units_per_pass]])
+                logps, _ = completion_logps(model, prompts, labels)
+            loss = sft_loss(logps, labels.mask, max(1, denominator)) * world.size  # the update averages over processes
+            loss.backward()
+            loss_sum += loss.item() / world.size
+        lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
+        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world)
+        run.log(step, {"loss": sum_over_processes({"loss": loss_sum}, world)["loss"], "lr": lr, "grad_norm": norm,
+                       "tokens": totals["tokens"], "tokens_per_s": totals["tokens"] / (time.time() - started)})
+        if (step + 1) % settings.save_every == 0 and step + 1 < total:
+            run.save(step + 1, params, optimizer)
+    run.save(total, params, optimizer)
+    if world.main:
+        save_humanomni(model, settings.out)
+        run.finish()
+        print(f"SFT done: {settings.out}/model.safetensors")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ErvMinError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

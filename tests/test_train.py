@@ -1,0 +1,144 @@
+"""Schedule, data order, settings, the run's folder and resume, gradients over processes."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from erv_min import train
+from erv_min.errors import CheckpointError, SettingsError
+from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
+from erv_min.train import (Run, World, average_gradients, batch_of_step, gather_lists, learning_rate, make_optimizer,
+                           prepare_out, sum_over_processes, update)
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_learning_rate_by_hand():
+    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 steps from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
+    rates = [learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert learning_rate(6, 10, 1.0, 0.2, "linear") == pytest.approx(0.5)
+    assert learning_rate(9, 10, 3.0, 0.0, "constant") == 3.0
+
+
+def test_every_epoch_visits_every_item_once_and_a_step_knows_its_batch():
+    stream = [i for step in range(10) for i in batch_of_step(7, 3, seed=1, step=step)]
+    for epoch in range(4):
+        assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert stream[:7] != stream[7:14]
+    assert stream != [i for step in range(10) for i in batch_of_step(7, 3, seed=2, step=step)]
+
+
+def test_presets_hold_table_8():
+    small, large = (parse(SFTSettings, PRESETS["sft"], "", ["--preset", p]) for p in ("paper-0.5b", "paper-7b"))
+    assert (small.lr, small.epochs, small.batch_size, small.warmup, small.schedule) == (2e-5, 5, 32, 0.03, "cosine")
+    assert large.epochs == 10 and large.num_frames == 8
+    grpo = parse(GRPOSettings, PRESETS["grpo"], "", ["--preset", "paper-0.5b"])
+    assert (grpo.lr, grpo.epochs, grpo.batch_size, grpo.group_size, grpo.beta) == (1e-6, 2, 16, 16, 0.04)
+    assert (grpo.tau, grpo.k, grpo.max_new_tokens, grpo.temperature, grpo.eval_temperature) == (0.5, 2, 512, 1.0, 0.3)
+
+
+def test_command_line_overrides_the_preset_and_is_checked(capsys):
+    settings = parse(GRPOSettings, PRESETS["grpo"], "", ["--group-size", "4", "--recompute", "--w-explanation", "0"])
+    assert settings.group_size == 4 and settings.recompute and settings.w_explanation == 0 and settings.preset == "toy"
+    with pytest.raises(SystemExit):
+        parse(GRPOSettings, PRESETS["grpo"], "", ["--group-size", "0"])
+    assert "--group-size must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="no group would have a spread"):
+        check(GRPOSettings(temperature=0.0))
+
+
+def small_run(out, steps=6, total=6, first_run=True):
+    """A regression that trains through Run, from a seed; returns its parameters."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    params = dict(model.named_parameters())
+    optimizer = make_optimizer(list(params.values()))
+    run = Run(out, {"seed": 0}, ALONE, total)
+    first = run.resume(params, optimizer)
+    for step in range(first, steps):
+        x = torch.tensor(batch_of_step(9, 3, 0, step)).float()[None]
+        loss = (model(x) - 1).pow(2).sum()
+        loss.backward()
+        update(optimizer, list(params.values()), learning_rate(step, total, 0.1), 1.0, ALONE)
+        run.log(step, {"loss": loss.item()})
+        if step % 2 == 0:
+            run.save(step + 1, params, optimizer)
+    return params
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
+    whole = small_run(tmp_path / "whole")
+    small_run(tmp_path / "stopped", steps=4)  # saved after step 3; step 4 is logged but lost
+    resumed = small_run(tmp_path / "stopped")
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole)
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "stopped/metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "stopped/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+
+
+def test_resume_names_a_damaged_or_foreign_state(tmp_path):
+    small_run(tmp_path / "run")
+    state = tmp_path / "run/state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        small_run(tmp_path / "run")
+    state.write_bytes(whole)
+    model = torch.nn.Linear(3, 2, bias=False)
+    with pytest.raises(CheckpointError, match="other parameters.*bias"):
+        Run(tmp_path / "run", {}, ALONE, 6).resume(dict(model.named_parameters()), make_optimizer(list(model.parameters())))
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
+    small_run(tmp_path)
+    with pytest.raises(SettingsError, match="--resume"):
+        prepare_out(tmp_path, resume=False)
+    prepare_out(tmp_path, resume=True)
+
+
+def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer([p])
+    p.grad = torch.tensor([1.0, float("nan")])
+    assert math.isnan(update(optimizer, [p], 0.1, 1.0, ALONE))
+    assert p.tolist() == [1, 1]
+    p.grad = torch.tensor([3.0, 4.0])
+    assert update(optimizer, [p], 0.1, 1.0, ALONE) == pytest.approx(5)
+    assert p[0] < 1
+
+
+def test_config_says_what_made_the_run(tmp_path):
+    Run(tmp_path, GRPOSettings(out="x"), ALONE, 1)
+    made = json.loads((tmp_path / "config.json").read_text())["erv_min"]
+    assert made["settings"]["group_size"] == 16 and made["versions"]["torch"] == torch.__version__ and "git_commit" in made
+
+
+def _process(rank: int, size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    world = World(rank, size, torch.device("cpu"))
+    p, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.full((2, 2), float(rank + 1))
+    if rank == 1:
+        unused.grad = torch.tensor([2.0, 4.0, 6.0])
+    average_gradients([p, unused], world)
+    assert torch.equal(p.grad, torch.full((2, 2), 1.5)) and unused.grad.tolist() == [1, 2, 3]
+    assert sum_over_processes({"a": rank, "b": 1.0}, world) == {"a": 1, "b": 2}
+    assert gather_lists([rank, str(rank)], world) == [0, "0", 1, "1"]
+    dist.destroy_process_group()
+
+
+def test_gradients_and_sums_over_two_processes(tmp_path):
+    mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
+
+
+def test_start_world_alone():
+    assert train.start_world("cpu") == ALONE
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingsError, match="no CUDA device"):
+            train.start_world("cuda")
