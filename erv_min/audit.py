@@ -23,10 +23,10 @@ from erv_min.rewards import RewardSettings, extract_explanation, score_completio
 
 
 def selected(probs: Tensor, tau: float = 0.5, k: int = 2) -> Tensor:
-    """Algorithm 1, lines 6-14, as a matrix: [S, K] -> bool [S, K]. The k best of those over tau; else the best."""
-    top = probs.topk(min(k, probs.shape[1]), dim=1)
-    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, top.indices, top.values > tau)
-    return chosen.scatter_(1, top.indices[:, :1], True)
+    """`rewards.select_labels` as a matrix: [S, K] -> bool [S, K]. The k best of those over tau, else the best."""
+    best = probs.argsort(dim=1, stable=True).flip(1)[:, :k]  # [S, k]
+    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, best, probs.gather(1, best) > tau)
+    return chosen.scatter_(1, best[:, :1], True)
 
 
 def f1_report(predicted: Tensor, truth: Tensor, labels: tuple[str, ...]) -> dict:

@@ -122,7 +122,7 @@ TOWERS = {
 def humanomni(name: str) -> HumanOmniConfig:
     """The named model: "toy" (the embedded world), "0.5b" or "7b" (released). Raises SettingsError on another name."""
     if name == "toy":
-        text = Qwen2Config(512, 96, 256, 3, 4, 2, max_position_embeddings=2048)
+        text = Qwen2Config(640, 96, 256, 3, 4, 2, max_position_embeddings=2048)
         vision = SiglipConfig(48, 96, 3, 4, image_size=48, patch_size=12)
         audio = WhisperConfig(48, 2, 4, 96, num_mel_bins=32, max_source_positions=50, classifier_proj_size=8)
         gate = BertConfig(256, 32, 1, 2, 64, max_position_embeddings=160)
@@ -208,7 +208,8 @@ def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: 
     text = read_part(Qwen2Config, raw, where, tie_word_embeddings=raw.get("tie_word_embeddings", False), **given)
     if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
         raise CheckpointError(f"{where}: hidden_size {text.hidden_size}, num_attention_heads "
-                              f"{text.num_attention_heads} and num_key_value_heads {text.num_key_value_heads} do not divide")
+                              f"{text.num_attention_heads}, num_key_value_heads {text.num_key_value_heads} "
+                              "do not divide")
     sizes = {"num_frames": raw.get("num_frames") or 8, "select_layer": raw.get("mm_vision_select_layer", -2),
              "gate_hidden_size": raw.get("gate_hidden_size", 3584)}
     if wrong := [key for key, value in sizes.items() if not isinstance(value, int)]:

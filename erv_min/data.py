@@ -79,7 +79,8 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
     return examples
 
 
-def check_clips(examples: list[Example], allow_missing: float = 0.01, report: str | Path | None = None) -> list[Example]:
+def check_clips(examples: list[Example], allow_missing: float = 0.01,
+                report: str | Path | None = None) -> list[Example]:
     """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, a clip a line.
 
     Raises DataError where more than the fraction `allow_missing` of the clips is missing, or all of them.
@@ -150,7 +151,7 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
                 waiting.popleft()
                 yield example, result
             except BrokenProcessPool:  # a worker died, and the pool with it: which clip was it?
-                pool.shutdown(wait=False)
+                pool.shutdown()
                 suspects, waiting = waiting, deque()
                 for example, future in suspects:
                     if not future.done() or future.exception() is not None:
@@ -159,7 +160,7 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
                         yield example, pickle.loads(future.result())
                 pool = _pool(workers, load)
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _load_twice(load: Callable, example):

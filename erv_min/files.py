@@ -52,11 +52,19 @@ def read_json(path: str | Path):
 
 
 def append_jsonl(path: str | Path, value) -> None:
-    """Appends one JSON object as one line; a line is one write, so that a stop leaves at most a last partial line."""
+    """Appends one JSON object as one line; a partial last line, left by a stop, is ended first and so never glued to."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(value, ensure_ascii=False) + "\n")
+    with open(path, "a+b") as f:
+        if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+            cut_partial_line(path)
+        f.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+
+
+def cut_partial_line(path: Path) -> None:
+    """Removes what follows the last newline: the start of a row whose write was cut."""
+    data = path.read_bytes()
+    os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def read_jsonl(path: str | Path) -> list:

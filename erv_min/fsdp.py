@@ -1,9 +1,9 @@
 """Fully sharded data parallelism and bf16 by hand (ZeRO stage 3, arXiv 1910.02054; FSDP, arXiv 2304.11277).
 
 Each of N processes keeps 1/N of every parameter, of its gradient and of its optimizer state, and computes on its own
-part of the batch. Parameters are cut by units: a decoder layer, a tower's block, the projector; the root is what
-remains (embeddings, head, norms). The parameters of a unit lie behind each other in one flat vector, padded and cut
-into N equal shards, which are all that stays. One differentiable operation, `Gather`, does the rest:
+part of the batch. A unit is a decoder layer, a tower's block or a stage of the projector; what remains (embeddings,
+head, norms) is the root. The parameters of a unit lie behind each other in one flat vector, padded and cut into N equal
+shards, which are all that stays. One differentiable operation, `Gather`, does the rest:
 
     forward:  all-gather the shards in the compute type; its views stand in the modules while the unit runs;
     backward: reduce-scatter the gradients in float32 onto the shards.
@@ -24,8 +24,8 @@ unit's backward (on CUDA both on NCCL's own stream), so that two units at most a
 
 compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order: the
 same number of passes a step (parallel.idle_loss fills in where data ran out), and no towers on one process alone. A
-module must be copied before it is sharded, not after. Left out: sharding of a tensor or sequence across a product, CPU
-offload, hierarchical groups; parallel.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
+module must be copied before it is sharded, not after. Left out: tensor and sequence parallelism, CPU offload, groups
+of machines; parallel.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
@@ -39,6 +39,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from erv_min.model.projector import VisualProjector
 
+# torch 2.13 renamed these two and warns of the old names
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 ALIGN = 64  # elements: each parameter starts where a GPU's vector loads want it
 
 
@@ -47,11 +50,15 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def storage_of(tensor: Tensor) -> int:
+    """Which memory a tensor looks into: equal for views of one vector, and not a pointer into that memory."""
+    return tensor.untyped_storage()._cdata
+
+
 def unit_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What is gathered at a time: each block of each stack of layers, and the visual projector."""
-    blocks = {f"{name}.{i}": block for name, stack in model.named_modules() if isinstance(stack, nn.ModuleList)
-              for i, block in enumerate(stack)}
-    return [*blocks.items(), *((n, m) for n, m in model.named_modules() if isinstance(m, VisualProjector))]
+    """What is gathered at a time: each block of each stack of layers, and each stage of the visual projector."""
+    return [(f"{name}.{child}", block) for name, stack in model.named_modules()
+            if isinstance(stack, (nn.ModuleList, VisualProjector)) for child, block in stack.named_children()]
 
 
 @dataclass(eq=False)
@@ -67,7 +74,7 @@ class Unit:
     numel: int = 0  # of the flat vector, without the padding at its end
     full: Tensor | None = None  # gathered again for the backward pass
     pending: tuple | None = None  # (flat vector, work) of an all-gather under way
-    attached: int = 0
+    attached: int = 0  # the storage whose views stand in the modules
 
     def __post_init__(self):
         for shape in self.shapes:
@@ -108,7 +115,7 @@ class Sharded:
         self.units, self.root = [], []
         self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
         self.back = []  # units whose backward is still to come, last first
-        self.lent = {}  # address of a gathered vector -> its unit, while it stands in its modules
+        self.lent = {}  # storage of a gathered vector -> its unit, while it stands in its modules
         self.again = self.reducing = None  # the unit gathered last in the backward pass; (unit, gradient, buffer, work)
         self.forward_pass = False
         owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
@@ -160,7 +167,7 @@ class Sharded:
             shard = unit.shard.detach().to(dtype or self.compute)
             full = torch.empty(self.size * len(shard), dtype=shard.dtype, device=self.device)
             if self.size > 1:
-                unit.pending = full, dist.all_gather_into_tensor(full, shard, async_op=True)
+                unit.pending = full, all_gather(full, shard, async_op=True)
             else:
                 unit.pending = full.copy_(shard), None
 
@@ -184,7 +191,7 @@ class Sharded:
             self.reducing = unit, buffer, None, None
         else:
             mean = torch.empty(len(unit.shard), device=self.device)
-            self.reducing = unit, mean, buffer, dist.reduce_scatter_tensor(mean, buffer, async_op=True)
+            self.reducing = unit, mean, buffer, reduce_scatter(mean, buffer, async_op=True)
         torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
 
     def _settle(self) -> None:
@@ -212,11 +219,11 @@ class Sharded:
 
     def _attach(self, unit: Unit, params: tuple[Tensor, ...]) -> None:
         """Puts gathered parameters in their modules' places, where module.weight finds them."""
-        self.lent[params[0].untyped_storage().data_ptr()] = unit
+        unit.attached = storage_of(params[0])
+        self.lent[unit.attached] = unit
         for param, places in zip(params, unit.places):
             for module, attribute in places:
                 module.__dict__[attribute] = param
-        unit.attached = params[0].untyped_storage().data_ptr()
 
     def _detach(self, unit: Unit) -> None:
         self.lent.pop(unit.attached, None)
@@ -255,7 +262,7 @@ class Sharded:
 
     def _pack(self, saved: Tensor):
         """What autograd keeps in place of a tensor: for a view of gathered parameters, how to get it again."""
-        unit = self.lent.get(saved.untyped_storage().data_ptr()) if saved.numel() else None
+        unit = self.lent.get(storage_of(saved))
         if unit is None or unit in self.root:
             return saved.detach()
         return unit, saved.shape, saved.stride(), saved.storage_offset()
@@ -273,6 +280,8 @@ class Sharded:
 
     def __call__(self, function: Callable, *args, **kwargs):
         """function(*args, **kwargs) as one forward pass: units gathered as they run, the root all through."""
+        if self.root and self.root[0].attached:  # inside `whole`
+            return function(*args, **kwargs)
         self._drop()
         self.seen, self.forward_pass = [], True
         hooks = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
@@ -287,22 +296,26 @@ class Sharded:
             self.order, self.forward_pass = self.seen, False
 
     @contextlib.contextmanager
-    def whole(self):
-        """The whole model in the compute type, for sampling: one all-gather a unit, dropped at the end. No gradients."""
+    def whole(self, *parts: str):
+        """The whole model in the compute type, for sampling: one all-gather a unit, dropped at the end. No gradients.
+
+        With `parts`, units whose names begin so, and the root.
+        """
         self._drop()
+        units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
         try:
             with torch.no_grad():
-                for unit in self.units:
+                for unit in units:
                     self._attach(unit, unit.views(self._take(unit)))
                 yield
         finally:
-            for unit in self.units:
+            for unit in units:
                 self._detach(unit)
 
     # ---- a step, and a model on disk ------------------------------------------------------------------------------
 
     def clip(self, max_norm: float) -> float:
-        """Scales gradients to a global norm of `max_norm` at most; returns the norm before. Every element counts once."""
+        """Scales gradients to a global norm of at most `max_norm`; returns the norm before. An element counts once."""
         grads = [p.grad for p in self.parameters().values() if p.grad is not None]
         total = torch.stack(torch._foreach_norm(grads)).square().sum() if grads else torch.zeros((), device=self.device)
         if self.size > 1:

@@ -1,10 +1,10 @@
 """Who reads the emotion out of an explanation: figure 3's judge (sections 4.2 and 5.4).
 
 `make_judge("openai:gpt-4.1-mini")`, "gemini:gemini-2.5-flash", "hf:ORG/MODEL", "erv:/folder" (a local verifier on whole
-explanations), "lexicon" or "lexicon2" (the embedded world's own two). Hosted models are asked through huggingface_hub's InferenceClient
-at temperature 0, a bounded number at once, with time-outs and retries; every answer is appended to a cache as it comes
-in, so that a stopped run asks nothing twice. An answer outside the list and a failed call are states of their own, never
-an emotion (divergence 14). Keys come from the environment and go nowhere but the request's header.
+explanations), "lexicon" or "lexicon2" (the embedded world's own two). Hosted models are asked through huggingface_hub's
+InferenceClient at temperature 0, a bounded number at once, with time-outs and retries; every answer is appended to a
+cache as it comes in, so that a stopped run asks nothing twice. An answer outside the list and a failed call are states
+of their own, never an emotion (divergence 14). Keys come from the environment and go nowhere but the request's header.
 """
 
 import hashlib
@@ -98,7 +98,8 @@ class ChatClient:
 
     def estimate(self, prompts: list[str], output_tokens: int = 4, temperature: float = 0.0, seeds=None) -> str:
         """What asking costs, as a line to print first: requests not in the cache, tokens (4 characters each), price."""
-        keys = {self.key(prompt, temperature, seed): prompt for prompt, seed in zip(prompts, seeds or [None] * len(prompts))}
+        pairs = zip(prompts, seeds or [None] * len(prompts))
+        keys = {self.key(prompt, temperature, seed): prompt for prompt, seed in pairs}
         todo = [prompt for key, prompt in keys.items() if key not in self.answers]
         tokens = (sum(map(len, todo)) // 4 + 8 * len(todo), output_tokens * len(todo))
         price = PRICES.get(self.model)
@@ -184,7 +185,9 @@ def _retry_after(response) -> float:
     """Seconds that a Retry-After header asks for (a number or a date); 0 without one."""
     value = getattr(response, "headers", {}).get("Retry-After", "") if response is not None else ""
     try:
-        return float(value) if re.fullmatch(r"[\d.]+", value) else parsedate_to_datetime(value).timestamp() - time.time()
+        if re.fullmatch(r"[\d.]+", value):
+            return float(value)
+        return parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError):
         return 0.0
 
@@ -260,7 +263,7 @@ class OfflineJudge:
 
 
 def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", **options) -> Judge:
-    """The judge that `spec` names; `options` are ChatClient's. Raises JudgeError for an unknown one or a missing key."""
+    """The judge that `spec` names; `options` are ChatClient's. Raises JudgeError (unknown name, no key)."""
     kind, _, rest = spec.partition(":")
     if spec in ("lexicon", "lexicon2"):
         return OfflineJudge(spec)
@@ -268,7 +271,8 @@ def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", 
         return ErvJudge(rest, device)
     if kind in KEYS and rest:
         return HostedJudge(ChatClient(spec, cache, **options))
-    raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon or lexicon2")
+    raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, "
+                     "lexicon or lexicon2")
 
 
 def judge_rows(rows: list[dict], judge: Judge) -> None:

@@ -7,9 +7,11 @@ saving. Left out: checkpoints of PyTorch's distributed format.
 """
 
 import contextlib
+import datetime
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +20,34 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import distribute_tensor
 
+from erv_min.checkpoint import save_humanomni
 from erv_min.errors import CheckpointError, SettingsError
 from erv_min.files import fsync_folder, read_json, write_json
 from erv_min.fsdp import Sharded, Unit, unit_modules, world
 from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni
 from erv_min.policy import Completions, Prompts, completion_logps
+
+
+def join(backend: str, timeout_minutes: float = 60) -> None:
+    """Joins the process group that torchrun describes.
+
+    Each restart (--max-restarts) meets under a name of its own: torchrun's store survives a restart, and gloo would
+    find the addresses of processes that are gone.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                            timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
+    """The model spread over the processes: `sharding` is "none", "hand" or "torch"; a frozen one is kept in `compute`."""
+    if sharding == "hand":
+        return Sharded(model, device, compute, compute if frozen else torch.float32)
+    return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)
 
 
 class Replicated:
@@ -41,7 +65,7 @@ class Replicated:
             return function(*args, **kwargs)
 
     @contextlib.contextmanager
-    def whole(self):
+    def whole(self, *parts: str):
         with torch.no_grad(), self._autocast():
             yield
 
@@ -90,9 +114,11 @@ class FullyShard:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+        # It fears in-place writes to outputs that are views (here keys and values), and there are none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if not dist.is_initialized():
             raise SettingsError("--sharding torch needs processes to shard over: start the script with torchrun")
-        self.model, self.rank = model, dist.get_rank()
+        self.model, self.rank, self.device = model, dist.get_rank(), torch.device(device)
         how = {"mesh": init_device_mesh(torch.device(device).type, (dist.get_world_size(),)),
                "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
         for _, module in unit_modules(model):
@@ -100,12 +126,14 @@ class FullyShard:
         self.run = fully_shard(_Call(model), **how)
         self.modules = [m for m in self.run.modules() if isinstance(m, FSDPModule)]
         self.run(lambda: None)  # lets it find its units, before one of them runs outside a pass
+        self.run.reshard()
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def __call__(self, function, *args, **kwargs):
         return self.run(function, *args, **kwargs)
 
     @contextlib.contextmanager
-    def whole(self):
+    def whole(self, *parts: str):
         for module in self.modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -116,27 +144,76 @@ class FullyShard:
             module.reshard()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return self.trained
 
     def clip(self, max_norm: float) -> float:
-        return float(nn.utils.clip_grad_norm_(self.parameters().values(), max_norm).full_tensor())
+        return float(nn.utils.clip_grad_norm_(self.trained.values(), max_norm).full_tensor())
+
+    def shapes(self) -> dict[str, Tensor]:
+        return {name: torch.empty(p.shape, device="meta") for name, p in self.model.named_parameters()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for module in self.modules:
+            module.reshard()
         for name, p in self.model.named_parameters():
-            full = p.detach().full_tensor()
+            whole = full(p.detach())
             if self.rank == 0:
-                yield name, full
+                yield name, whole
 
 
-def idle_loss(model: HumanOmni) -> Tensor:
-    """A loss of zero that touches what a pass on a clip touches: for a process that has none, inside `Sharded()`."""
+def rounds(run, passes: int) -> int:
+    """How many passes each process makes where this one has data for `passes`: with shards as many as the busiest."""
+    if isinstance(run, Replicated) or world()[1] == 1:
+        return passes
+    most = torch.tensor(passes, device=run.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def idle_loss(model: HumanOmni, modality: str = "video_audio") -> Tensor:
+    """A loss of zero that gathers what a pass on a clip gathers: for a process whose data ran out, inside `run()`."""
     config, like = model.config, model.head_weight
-    ids = torch.tensor([[VIDEO, AUDIO, 0]], device=like.device)
-    vision = like.new_zeros(1, config.num_frames, config.vision.grid**2, config.vision.hidden_size)
-    prompt = Prompts(*model.prompt_embeds(ids, gate_ids=ids.new_zeros(1, 2), video_features=vision,
-                                          audio_features=like.new_zeros(1, config.audio_tokens, config.audio.d_model)))
-    two = Completions(ids.new_zeros(1, 2), torch.ones(1, 2, dtype=torch.bool, device=ids.device))
-    return completion_logps(model, prompt, two)[0].sum() * 0
+    ids = [[*([VIDEO] if "video" in modality else []), *([AUDIO] if "audio" in modality else []), 0]]
+    given = {"gate_ids": torch.zeros(1, 2, dtype=torch.long, device=like.device)}
+    if "video" in modality:
+        given["video_features"] = like.new_zeros(1, config.num_frames, config.vision.grid**2, config.vision.hidden_size)
+    if "audio" in modality:
+        given["audio_features"] = like.new_zeros(1, config.audio_tokens, config.audio.d_model)
+    tower, frames = model.model.vision_tower, 2 * config.audio.max_source_positions
+    if tower is not None and any(p.requires_grad for p in tower.parameters()):  # then both towers run in the pass
+        given["video_features"] = model.vision_features(like.new_zeros(1, 1, 3, *[config.vision.image_size] * 2))
+        if "audio" in modality:
+            with torch.no_grad():
+                model.audio_features(like.new_zeros(1, config.audio.num_mel_bins, frames))
+    prompt = Prompts(*model.prompt_embeds(torch.tensor(ids, device=like.device), **given))
+    two = torch.zeros(1, 2, dtype=torch.long, device=like.device)  # one token would leave the second pass out
+    return completion_logps(model, prompt, Completions(two, two == 0))[0].sum() * 0
+
+
+def save_model(run, folder: str | Path) -> None:
+    """Writes the model in the released layout from process 0; all must call it, and it is there when they return."""
+    if isinstance(run, Replicated):
+        if world()[0] == 0:
+            save_humanomni(run.model, folder)
+    elif run.rank == 0:
+        save_humanomni(run.model, folder, torch.float32, run.shapes(), run.tensors())
+    else:
+        for _ in run.tensors():
+            pass
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that fully_shard cut; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def as_held(like: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor cut and placed as `like` is."""
+    if hasattr(like, "full_tensor"):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like)
 
 
 # ---- training state: each process writes its shards, any number of processes reads them ------------------------------
@@ -182,8 +259,8 @@ def load_state(folder: str | Path, sharded: Sharded, optimizer: torch.optim.Opti
     if state["numel"] != {name: unit.numel for name, unit in units.items()}:
         different = sorted(k for k in state["numel"].keys() | units.keys()
                            if k not in units or state["numel"].get(k) != units[k].numel)
-        raise CheckpointError(f"{folder}/state.json: holds other parameters than this run trains, e.g. {different[:3]}; "
-                              "resume with the settings it was started with")
+        raise CheckpointError(f"{folder}/state.json: holds other parameters than this run trains, e.g. {different[:3]};"
+                              " resume with the settings it was started with")
     paths = [folder / state["folder"] / f"{rank:05d}.safetensors" for rank in range(state["ranks"])]
     try:
         with contextlib.ExitStack() as stack, torch.no_grad():
@@ -196,8 +273,8 @@ def load_state(folder: str | Path, sharded: Sharded, optimizer: torch.optim.Opti
                         key: _read(files, f"{key}.{name}", unit, sharded).to(unit.shard)
                         for key in ("exp_avg", "exp_avg_sq")}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / state['folder']}: damaged ({error}); delete {folder}/state.json to start again"
-                              ) from None
+        raise CheckpointError(f"{folder / state['folder']}: damaged ({error}); delete {folder}/state.json to start "
+                              "again") from None
     return state["step"]
 
 

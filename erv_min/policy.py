@@ -38,6 +38,14 @@ class Completions:
     mask: Tensor
 
 
+def pad_targets(targets: list[list[int]], pad_id: int, device: torch.device) -> Completions:
+    """Target ids of several lengths as one batch, right-padded with `pad_id`; the mask is True at the targets."""
+    width = max(map(len, targets))
+    ids = torch.tensor([t + [pad_id] * (width - len(t)) for t in targets], device=device)
+    lengths = torch.tensor([len(t) for t in targets], device=device)
+    return Completions(ids, torch.arange(width, device=device) < lengths[:, None])
+
+
 def completion_mask(prompt_mask: Tensor, group_size: int, length: int) -> Tensor:
     """Where `length` completion inputs may look: all of their prompt, and themselves causally.
 

@@ -36,8 +36,6 @@ class Example:
     split: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------- helpers
-
 def read_text(path: Path, encodings=("utf-8-sig",)) -> str:
     """The file's text in the first of `encodings` that fits; a byte-order mark is dropped. Raises DataError."""
     try:
@@ -84,8 +82,7 @@ def index_clips(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in CLIP_FOLDERS:
         if (Path(root) / folder).is_dir():
-            files = [Path(entry.path) for entry in os.scandir(Path(root) / folder) if entry.is_file()]
-            files = [path for path in files if path.suffix.lower() in CLIP_SUFFIXES]
+            files = [path for path in (Path(root) / folder).iterdir() if path.suffix.lower() in CLIP_SUFFIXES]
             for path in sorted(files, key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower())):
                 found.setdefault(path.stem, path)
     return found
@@ -107,17 +104,11 @@ def label_from_id(text: str, dataset: str, where: str) -> str:
     return names[int(text) - 1]
 
 
-class Unique:
-    """Remembers where each id was met. Raises DataError at the second time."""
-
-    def __init__(self, path: Path):
-        self.path, self.seen = path, {}
-
-    def add(self, key, line) -> None:
-        if key in self.seen:
-            raise DataError(f"{self.path}, line {line}: clip {key!r} was already on line {self.seen[key]}; "
-                            "each clip may be there once")
-        self.seen[key] = line
+def once(seen: dict, key, line, path: Path) -> None:
+    """Notes the line on which `key` was met. Raises DataError at the second time."""
+    if key in seen:
+        raise DataError(f"{path}, line {line}: clip {key!r} was already on line {seen[key]}; each may be there once")
+    seen[key] = line
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -126,7 +117,7 @@ def read_dfew(root: str | Path, split: str) -> list[Example]:
     """`single_{train,test}set_5.csv`: a header, then `clip number,label id` (1..7); clips `clip/<number>.mp4`."""
     path = find_annotation(Path(root), f"single_{split}set_5.csv")
     root = path.parent if Path(root).is_file() else Path(root)
-    clips, unique, examples = index_clips(root), Unique(path), []
+    clips, seen, examples = index_clips(root), {}, []
     for line, row in enumerate(_csv(csv.reader(io.StringIO(read_text(path))), path), 1):
         row = [field.strip() for field in row]
         if not any(row) or (line == 1 and not row[-1].isdecimal()):  # blank, or the header
@@ -134,7 +125,7 @@ def read_dfew(root: str | Path, split: str) -> list[Example]:
         if len(row) != 2 or not row[0].isdecimal():
             raise DataError(f"{path}, line {line}: expected `clip number,label id`, found {','.join(row)!r}")
         number = row[0]
-        unique.add(int(number), line)
+        once(seen, int(number), line, path)
         label = label_from_id(row[1], "dfew", f"{path}, line {line}")
         names = (number, str(int(number)), f"{int(number):05d}")  # both spellings are around
         clip = next((clips[name] for name in names if name in clips), root / "clip" / f"{number}.mp4")
@@ -146,7 +137,7 @@ def read_mafw(root: str | Path, split: str) -> list[Example]:
     """`set_5/{train,test}.txt`: `01234.mp4 label` a line, the label a word or an id (1..11); clips `clips/*.mp4`."""
     path = find_annotation(Path(root), f"set_5/{split}.txt")
     root = path.parent.parent if Path(root).is_file() else Path(root)
-    clips, unique, examples = index_clips(root), Unique(path), []
+    clips, seen, examples = index_clips(root), {}, []
     for line, text in enumerate(read_text(path).splitlines(), 1):
         where, fields = f"{path}, line {line}", text.split()
         if not fields:
@@ -155,7 +146,7 @@ def read_mafw(root: str | Path, split: str) -> list[Example]:
             raise DataError(f"{where}: expected `01234.mp4 label`, found {text!r}")
         name, label = fields
         inside(root, name, where)
-        unique.add(Path(name).stem, line)
+        once(seen, Path(name).stem, line, path)
         label = label_from_id(label, "mafw", where) if label.isdecimal() else check_label(label, "mafw", where)
         clip = clips.get(Path(name).stem, root / "clips" / name)
         examples.append(Example(Path(name).stem, clip, label, "mafw", split=split))
@@ -173,17 +164,17 @@ def read_emer(root: str | Path) -> list[Example]:
         raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}. "
                         "EMER's file has names, emotions, subtitles, reasons")
     rows.fieldnames = columns
-    clips, unique, examples = index_clips(root), Unique(path), []
+    clips, seen, examples = index_clips(root), {}, []
     for row in _csv(rows, path):
         where = f"{path}, line {rows.line_num}"
         if None in row or None in row.values():
-            raise DataError(f"{where}: {'more' if None in row else 'fewer'} fields than columns; quote fields with commas")
+            raise DataError(f"{where}: {'more' if None in row else 'fewer'} fields than columns; quote commas")
         name = row["names"].strip()
         if not name or not row["reasons"].strip():
             raise DataError(f"{where}: an empty field {'reasons' if name else 'names'}")
         inside(root, name, where)
         name = Path(name).stem if Path(name).suffix.lower() in CLIP_SUFFIXES else name
-        unique.add(name, rows.line_num)
+        once(seen, name, rows.line_num, path)
         label = check_label(row["emotions"].strip(" []'\""), "emer", f"{where}, field emotions")
         clip = clips.get(name, root / f"{name}.avi")
         examples.append(Example(name, clip, label, "emer", row["reasons"].strip(), row["subtitles"].strip(), "train"))
@@ -215,15 +206,14 @@ def read_merr(root: str | Path) -> list[Example]:
 
 def read_ravdess(root: str | Path) -> list[Example]:
     """The clips' names are the annotation: `01-01-06-01-02-01-12.mp4` = modality (01: sound and picture), channel,
-    emotion, ... All full-AV clips below `root` (`Actor_01/` to `Actor_24/`); video-only and sound-only ones are not read."""
+    emotion, ... All full-AV clips below `root` (`Actor_01/` to `Actor_24/`); the others are not read."""
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give the folder that holds RAVDESS's Actor_01 to Actor_24")
-    names = [path for path in sorted(root.rglob("*")) if re.fullmatch(r"\d\d(-\d\d){6}", path.stem)
-             and path.suffix.lower() in CLIP_SUFFIXES]
-    unique, examples = Unique(root), []
+    names = [path for path in sorted(root.rglob("??-??-??-??-??-??-??.*")) if path.suffix.lower() in CLIP_SUFFIXES]
+    seen, examples = {}, []
     for path in (path for path in names if path.stem.startswith("01-")):
-        unique.add(path.stem, path.relative_to(root))
+        once(seen, path.stem, path.relative_to(root), root)
         code = path.stem.split("-")[2]
         if code not in RAVDESS_EMOTIONS:
             raise DataError(f"{path}: emotion {code!r} (third field of the name) is not in 01..08")
@@ -272,7 +262,7 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
         parts = {part.lower() for part in clip.relative_to(root).parts[:-1]} if dataset is None else ()
         name = next((name for name in ("dfew", "mafw", "emer", "merr", "ravdess") if name in parts), whole)
         if name is None:
-            raise DataError(f"{path}: no data set's label list holds every label of this file; name it: json:mafw:{path}")
+            raise DataError(f"{path}: no data set's label list holds all its labels; name one: json:mafw:{path}")
         video_id = clip.stem if stems[clip.stem] == 1 else clip.relative_to(root).with_suffix("").as_posix()
         examples.append(Example(video_id, clip, check_label(label, name, where), name, explanation, split=split))
     return _some(examples, path)
@@ -298,9 +288,9 @@ def _json(path: Path, kind: type, form: str):
 
 def _no_twice(pairs, path: Path) -> dict:
     """JSON keeps the last of two equal keys without a word; two annotations of one clip are an error here."""
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: {twice[0]!r} is there twice; each clip may be there once")
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise DataError(f"{path}: {key!r} is there twice; each clip may be there once")
     return dict(pairs)
 
 

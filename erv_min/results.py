@@ -33,7 +33,7 @@ def clip_key(name: str) -> str:
 
 
 def by_clip(examples: list[Example]) -> dict[str, Example]:
-    """clip_key -> example. Raises DataError where two data sets share a name: released files do not say which is meant."""
+    """clip_key -> example. Raises DataError where two data sets share a name (released files name none)."""
     found: dict[str, Example] = {}
     for example in examples:
         other = found.setdefault(clip_key(example.video_id), example)
@@ -82,7 +82,8 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
             row["ground_truth"] = check_label(row["ground_truth"], row["dataset"], f"{path}, clip {row['video_id']}")
             rows[key] = rows.get(key, {}) | row
     if not rows:
-        raise DataError(f"{files}: no prediction for a clip of --data; the first there: {', '.join(unknown[:3]) or 'none'}")
+        raise DataError(f"{files}: no prediction for a clip of --data; "
+                        f"the first there: {', '.join(unknown[:3]) or 'none'}")
     order = list(truth) if truth is not None else list(rows)
     missing = [truth[key].video_id for key in order if key not in rows] if truth is not None else []
     return [rows[key] for key in order if key in rows], {"missing": missing, "unknown": unknown}
@@ -102,7 +103,8 @@ def _judged_rows(text: str, path: Path) -> list[dict]:
     rows, seen = [], set()
     for number, entry in enumerate(entries):
         for clip, judged in entry.items() if isinstance(entry, dict) else (("?", None),):
-            if not isinstance(judged, dict) or not all(isinstance(judged.get(k), str) for k in ("reason", "gpt_response")):
+            if not isinstance(judged, dict) or not all(isinstance(judged.get(field), str)
+                                                       for field in ("reason", "gpt_response")):
                 raise DataError(f'{path}, entry {number}: expected {{clip: {{"reason": ..., "gpt_response": ...}}}}')
             if clip_key(clip) in seen:
                 raise DataError(f"{path}, entry {number}: clip {clip} is there twice")
@@ -158,7 +160,7 @@ def predict_to_file(builder, examples: list[Example], world, out: Path, settings
     seed = options.pop("seed", 0)
     for n in (n for n in range(len(chunks)) if n not in whole):
         new, errors = predict(builder, chunks[n], world, seed=seed * 100_003 + n,
-                              progress=f"clips {n * chunk + 1} to {n * chunk + len(chunks[n])} of {len(examples)}", **options)
+                              progress=f"part {n + 1} of {len(chunks)}", **options)
         new, errors = [{**row, "chunk": n} for row in new], [{"error": str(error), "chunk": n} for error in errors]
         rows, failed = rows + new, failed + errors
         if world.main:
@@ -172,5 +174,6 @@ def load_policy(name: str, device="cpu", dtype: str = "float32", modality: str =
                 stage: str = "inference", question: str = "") -> PromptBuilder:
     """A checkpoint (folder or hub repository) with its tokenizers, in eval mode, ready to be asked; `.model` is it."""
     model = load_humanomni(name, getattr(torch, dtype), device).eval().requires_grad_(False)
-    return PromptBuilder(model, Tokenizer(resolve(name)), EncoderTokenizer(text_gate_folder(name)), None, modality, stage,
+    return PromptBuilder(model, Tokenizer(resolve(name)), EncoderTokenizer(text_gate_folder(name)), None, modality,
+                         stage,
                          question or f"{QUESTION} {REASONING_SUFFIX}")

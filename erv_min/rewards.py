@@ -100,7 +100,7 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
     labels. N_neu: sentences whose only label is neutral ("only"), or that have it among them ("any", as algorithm 1
     prints it: such a sentence can count above the line and not below, so R_E can pass 1; divergence 2).
-    neutral_filter=False divides by N (table 2). weights: what each sentence counts, 1 where None. A label that the
+    neutral_filter=False divides by N (table 2). weights: what each sentence adds to c, 1 where None. A label that the
     verifier does not have is never met: 0.
     """
     if neutral_rule not in ("only", "any"):
@@ -109,8 +109,8 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     sets = [[_compared(label) for label in EL] for EL in label_sets]
     weights = [1.0] * len(sets) if weights is None else weights
     c = sum(w for w, EL in zip(weights, sets) if target in EL)
-    N = sum(weights)
-    N_neu = sum(w for w, EL in zip(weights, sets) if (EL == ["neutral"] if neutral_rule == "only" else "neutral" in EL))
+    N = len(sets)
+    N_neu = sum(EL == ["neutral"] if neutral_rule == "only" else "neutral" in EL for EL in sets)
     below = N - N_neu if neutral_filter and target != "neutral" else N
     return c / below if below > 0 else 0.0
 
@@ -136,7 +136,7 @@ class RewardSettings:
     gate_on_answer: bool = False  # R_E only where format and answer are right (FG-CE)
     phase_in_steps: int = 0  # R_E's weight grows linearly over the first N steps (EmotionThinker, arXiv 2601.15668)
     length_target: int = 0  # R_E shrinks with an explanation of fewer words (length term: AffectGPT-R1, 2508.01318)
-    repeat_discount: float = 0.0  # a repeated sentence counts 1 - this; 1.0: not at all (repetition penalties)
+    repeat_discount: float = 0.0  # a repeated sentence adds 1 - this to c, and still 1 to N (repetition penalties)
 
     def __post_init__(self):
         for name, ok in (("tau", 0 <= self.tau <= 1), ("k", self.k >= 1), ("phase_in_steps", self.phase_in_steps >= 0),

@@ -7,25 +7,25 @@ from pathlib import Path
 
 import torch
 
-from erv_min.checkpoint import load_humanomni, resolve
+from erv_min.checkpoint import load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data import Example, FeatureCache, check_clips, load_examples, summary
+from erv_min.emotions import ERV_LABELS
 from erv_min.errors import SettingsError
+from erv_min.erv import Verifier, scratch
 from erv_min.inputs import PromptBuilder
-from erv_min.model.humanomni import HumanOmni, init_weights
-from erv_min.settings import DIMENSIONS, STARTS, Common
+from erv_min.model.humanomni import HumanOmni, random_humanomni
+from erv_min.settings import DIMENSIONS, STARTS, Common, GRPOSettings
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.train import World
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def start(*command: str, threads: int = 0) -> subprocess.Popen:
+def start(*command: str) -> subprocess.Popen:
     """Starts `python command`, an earlier stage as a user would type it, outside this process's torchrun group."""
     group = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {k: v for k, v in os.environ.items() if k not in group and not k.startswith("TORCHELASTIC")}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
     print("$ python", *command, flush=True)
     return subprocess.Popen([sys.executable, *command], env=environment)
 
@@ -36,9 +36,19 @@ def finish(process: subprocess.Popen) -> None:
         raise SystemExit(f"'{' '.join(process.args)}' ended with status {status}: its message stands above")
 
 
-def world_folder(settings: Common) -> Path:
-    """Where the embedded world lies: --world, or a folder beside the run's own files."""
-    return Path(settings.world or Path(settings.out) / "world")
+def world_folder(settings) -> Path:
+    """Where the embedded world lies: --world, else in OUT or beside it, else (to be made) in OUT for GRPO, beside others."""
+    if settings.world:
+        return Path(settings.world)
+    inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
+    found = next((path for path in (inside, beside) if (path / "world.json").exists()), None)
+    return found or (inside if isinstance(settings, GRPOSettings) else beside)
+
+
+def prepare_world(world: Path, seed: int, base: bool) -> None:
+    """Renders the embedded world, and trains its base model if `base`, where they are not there yet."""
+    if not (world / ("base/model.safetensors" if base else "world.json")).exists():
+        finish(start("-m", "erv_min.toy", str(world), "--seed", str(seed), *([] if base else ["--clips-only"])))
 
 
 def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, PromptBuilder]:
@@ -48,9 +58,7 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
     the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
     """
     if settings.random_weights:
-        model = HumanOmni(humanomni(DIMENSIONS[settings.preset]))
-        init_weights(model, settings.seed)
-        model.to(world.device)
+        model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=world.device)
         texts = world_folder(settings) / "tokenizers"
         tokenizer, gate = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
     else:
@@ -59,8 +67,7 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
             raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
                                 "(a folder or hub repository), or try the machine with --random-weights")
         model = load_humanomni(name, torch.float32, world.device)
-        folder = resolve(name)
-        tokenizer, gate = Tokenizer(folder), EncoderTokenizer(folder)
+        tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(text_gate_folder(name))
         if world.main:
             print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
                   + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()), flush=True)
@@ -79,3 +86,13 @@ def training_examples(settings: Common, split: str, world: World) -> list[Exampl
     if world.main:
         print(summary(examples), flush=True)
     return check_clips(examples, report=Path(settings.out) / "missing_clips.txt")
+
+
+def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
+    """The verifier that R_E asks: --erv, random weights of RoBERTa base with --random-weights, None where R_E is off."""
+    if not settings.w_explanation:
+        return None
+    if settings.erv:
+        return Verifier.load(settings.erv, device)
+    tokenizer = EncoderTokenizer(world_folder(settings) / "tokenizers" / "erv")
+    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)).to(device).eval(), tokenizer, ERV_LABELS)

@@ -41,6 +41,11 @@ class World:
         return self.rank == 0
 
 
+def main_process() -> bool:
+    """Whether this is the first of torchrun's processes (or the only one); known before they join."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def start_world(device: str = "", timeout_minutes: float = 60) -> World:
     """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,14 +1,14 @@
 """The verifier's training data (section 3.2, appendix B): `scripts/augment.py STEP ...`
 
-  annotated   EMER and MERR-fine as they are:   augment.py annotated --data emer:/path,merr:/path --out human.jsonl
-  describe    a policy explains training clips: augment.py describe --model FOLDER --data dfew:/path,mafw:/path --out raw/
-  label       figure 6, up to two emotions:     augment.py label --input raw/descriptions.jsonl --ask openai:gpt-4.1 --out pseudo.jsonl
-  complement  figure 7, for rare classes:       augment.py complement --input human.jsonl,pseudo.jsonl --ask openai:gpt-4.1-mini --out more.jsonl
-  stats       table 5:                          augment.py stats --input human.jsonl,pseudo.jsonl,more.jsonl
+  annotated   EMER and MERR-fine as they are:    --data emer:/path,merr:/path --out human.jsonl
+  describe    a policy explains training clips:  --model FOLDER --data dfew:/path,mafw:/path --out raw/
+  label       figure 6, up to two emotions:      --input raw/descriptions.jsonl --ask openai:gpt-4.1 --out pseudo.jsonl
+  complement  figure 7, for rare classes:       --input human.jsonl,pseudo.jsonl --ask openai:gpt-4.1-mini --out c.jsonl
+  stats       table 5:                           --input human.jsonl,pseudo.jsonl,c.jsonl
 
-Rows are JSONL of {"text", "labels", "source", "clip", ...}, what `scripts/erv.py --data` reads, with the raw answer, the
-prompt's figure, model and seed beside. A stopped step goes on where it was (hosted answers lie in OUT.cache.jsonl). What
-has no usable answer goes to OUT.rejected.jsonl. Texts are kept once; clips of a test split are refused.
+Rows are JSONL of {"text", "labels", "source", "clip", ...}, what `scripts/erv.py --data` reads, with the raw answer,
+the prompt's figure, model and seed beside. A stopped step goes on where it was (hosted answers lie in OUT.cache.jsonl).
+What has no usable answer goes to OUT.rejected.jsonl. Texts are kept once; clips of a test split are refused.
 """
 
 import argparse
@@ -98,7 +98,8 @@ def labelled(rows: list[dict], client: ChatClient, seed: int = 0, show=print) ->
     return good, rejected
 
 
-def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...], seed: int) -> list[tuple[str, list[str], int]]:
+def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
+                    seed: int) -> list[tuple[str, list[str], int]]:
     """(emotion, two examples, seed of the draw) for each description that is missing to `target` a class.
 
     The two examples are drawn at random from the pseudo-labelled rows of the class (all rows where there are fewer than
@@ -148,23 +149,27 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
     one = {name: steps.add_parser(name, help=text) for name, text in (
-        ("annotated", "EMER and MERR-fine as training rows"), ("describe", "explanations of training clips by a policy"),
-        ("label", "figure 6: up to two emotions a description"), ("complement", "figure 7: descriptions of rare classes"),
+        ("annotated", "EMER and MERR-fine as training rows"),
+        ("describe", "explanations of training clips by a policy"),
+        ("label", "figure 6: up to two emotions a description"),
+        ("complement", "figure 7: descriptions of rare classes"),
         ("stats", "table 5"))}
     for name in ("annotated", "describe"):
-        one[name].add_argument("--data", required=True, help="data sets, 'dfew:/path,mafw:/path'; their training splits")
+        one[name].add_argument("--data", required=True,
+                               help="data sets, 'dfew:/path,mafw:/path'; their training splits")
     for name in ("label", "complement", "stats"):
         one[name].add_argument("--input", required=True, help="JSONL files, separated by commas")
     for name in ("label", "complement"):
-        one[name].add_argument("--ask", required=True, help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for "
-                                                            "label, gpt-4.1-mini for complement)")
+        one[name].add_argument("--ask", required=True, help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 "
+                                                            "for label, gpt-4.1-mini for complement)")
         one[name].add_argument("--concurrency", type=int, default=8, help="requests at once")
     for name in ("annotated", "describe", "label", "complement"):
         one[name].add_argument("--out", required=True, help="JSONL file" + (" folder" if name == "describe" else ""))
         one[name].add_argument("--seed", type=int, default=0, help="seed of permutations, draws and sampling")
     extra = one["complement"].add_argument
     extra("--per-class", type=int, default=1000, help="descriptions a class in the end (section 3.2: about 1K)")
-    extra("--classes", default="disgust,fear,contempt,disappointment,neutral,helplessness", help="the rare ones (section 3.2)")
+    extra("--classes", default="disgust,fear,contempt,disappointment,neutral,helplessness",
+          help="the rare ones (section 3.2)")
     extra("--temperature", type=float, default=1.0, help="of the new descriptions (the paper does not say)")
     extra = one["describe"].add_argument
     extra("--model", required=True, help="folder or hub repository (paper: R1-Omni)")
@@ -172,7 +177,8 @@ def parser() -> argparse.ArgumentParser:
     extra("--max-new-tokens", type=int, default=512)
     extra("--batch-size", type=int, default=8, help="clips at once on one process")
     extra("--num-frames", type=int, default=0, help="frames a clip; 0: as the checkpoint says")
-    extra("--geometry", choices=("pad", "stretch"), default="pad", help="divergence 11; stretch for released checkpoints")
+    extra("--geometry", choices=("pad", "stretch"), default="pad",
+          help="divergence 11; stretch for released checkpoints")
     extra("--allow-missing", type=float, default=0.01, help="share of clips that may be missing")
     extra("--limit", type=int, default=0, help="the first so many clips only")
     extra("--resume", action="store_true", help="go on with what OUT holds")
@@ -189,11 +195,12 @@ def describe(args) -> None:
             check_disjoint(examples, load_examples(part, "test"))
     world, out = start_world(args.device), Path(args.out)
     examples = check_clips([replace(e, split="train") for e in examples], args.allow_missing, out / "missing_clips.txt")
-    examples = list({e.path: e for e in examples}.values())[: args.limit or None]  # a clip once, however many explanations
+    examples = list({e.path: e for e in examples}.values())[: args.limit or None]  # each clip once
     if world.main:
         print(summary(examples), flush=True)
     builder = load_policy(args.model, world.device, args.dtype)
-    about = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "workers", "batch_size", "step")}
+    apart = ("out", "resume", "device", "workers", "batch_size", "step")
+    about = {k: v for k, v in vars(args).items() if k not in apart}
     rows, failed = predict_to_file(
         builder, examples, world, out, about, args.resume, seed=args.seed, max_new_tokens=args.max_new_tokens,
         temperature=args.temperature, batch_size=args.batch_size, workers=args.workers, geometry=args.geometry,
@@ -213,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.step == "annotated":
         rows, left = annotated(load_examples(args.data, "train"))
         write_rows(args.out, rows)
-        return print(f"{args.out}: {len(rows)} rows; left out: " + (", ".join(f"{n} {x}" for x, n in left.items()) or "none"))
+        lost = ", ".join(f"{count} {what}" for what, count in left.items()) or "none"
+        return print(f"{args.out}: {len(rows)} rows; left out: {lost}")
     files = args.input.split(",")
     if args.step == "stats":
         return print(counts_table(read_rows(files)))
@@ -227,8 +235,8 @@ def main(argv: list[str] | None = None) -> None:
         good, rejected = labelled(rows, client, args.seed)
     else:
         read_rows(files)  # checks every field
-        good, rejected = complemented(rows, client, args.per_class, tuple(map(to_erv, args.classes.split(","))), args.seed,
-                                      args.temperature)
+        classes = tuple(map(to_erv, args.classes.split(",")))
+        good, rejected = complemented(rows, client, args.per_class, classes, args.seed, args.temperature)
     write_rows(args.out, good)
     write_rows(f"{args.out}.rejected.jsonl", rejected)
     print(f"{args.out}: {len(good)} rows, {len(rejected)} rejected ({args.out}.rejected.jsonl)")

@@ -36,14 +36,15 @@ from erv_min.model.bert import RobertaClassifier, set_dropout
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
 from erv_min.settings import check, parse, setting
-from erv_min.stages import finish, start
+from erv_min.stages import prepare_world, world_folder
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.train import Run, batch_of_step, learning_rate, make_optimizer, prepare_out, start_world, update
 
 
 @dataclass
 class ERVSettings:
-    preset: str = setting("toy", "toy: the embedded world, from random weights; paper: section 4.3", ("toy", "paper"))
+    preset: str = setting("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for both sizes",
+                          ("toy", "paper", "paper-0.5b", "paper-7b"))
     out: str = setting("", "folder of this run (default: runs/toy/erv, runs/erv)")
     data: str = setting("", "JSONL files, separated by commas (default: the embedded world's erv_train.jsonl)")
     valid: str = setting("", "JSONL files to measure on (default: the world's erv_valid.jsonl, else --holdout)")
@@ -53,6 +54,8 @@ class ERVSettings:
     init: str = setting("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or scratch:toy, "
                                                             "scratch:base for random ones")
     tokenizer: str = setting("", "folder of tokenizer.json, where --init is scratch (default: the world's)")
+    random_weights: bool = setting(False, "the same as --init scratch:base, on the embedded world's text (to try a machine)")
+    steps: int = setting(0, "optimizer steps; 0: as many as the epochs give")
     head: int = setting(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
     epochs: int = setting(10, "passes over the data (section 4.3)")
     batch_size: int = setting(64, "descriptions an optimizer step, over all processes (section 4.3)")
@@ -74,7 +77,7 @@ class ERVSettings:
     dtype: str = setting("float32", "compute type; weights and optimizer stay float32", ("float32", "bfloat16"))
 
 
-PRESETS = {"toy": dict(init="scratch:toy", lr=3e-3, epochs=4, warmup=0.05, dropout=0.0, seed=0), "paper": {}}
+PRESETS = {"toy": dict(init="scratch:toy", lr=3e-3, epochs=4, warmup=0.05, dropout=0.0, seed=0), "paper": {}, "paper-0.5b": {}, "paper-7b": {}}
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -85,9 +88,8 @@ def prepare_toy(settings: ERVSettings) -> None:
     scratch_start = settings.init.startswith("scratch:")
     if settings.data and (settings.tokenizer or not scratch_start):
         return
-    world = Path(settings.world or Path(settings.out).parent / "world")
-    if not (world / "world.json").exists():
-        finish(start("-m", "erv_min.toy", str(world), "--seed", str(settings.seed)))
+    world = world_folder(settings)
+    prepare_world(world, settings.seed, base=False)
     if not settings.data:
         settings.data, settings.valid = str(world / "erv_train.jsonl"), settings.valid or str(world / "erv_valid.jsonl")
     settings.tokenizer = settings.tokenizer or (str(world / "tokenizers" / "erv") if scratch_start else "")
@@ -146,7 +148,9 @@ def train(argv: list[str]) -> None:
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
     out, world = Path(settings.out), start_world(settings.device)
     prepare_out(out, settings.resume)
-    if settings.preset == "toy":
+    if settings.random_weights:
+        settings.init = "scratch:base"
+    if settings.preset == "toy" or settings.random_weights:
         prepare_toy(settings)
     if not settings.data:
         raise SettingsError("--data: name JSONL files of {'text', 'labels', 'source'}; scripts/augment.py writes them")
@@ -171,7 +175,7 @@ def train(argv: list[str]) -> None:
     params = dict(model.named_parameters())
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
     per_epoch = math.ceil(len(rows) / settings.batch_size)
-    steps = per_epoch * settings.epochs
+    steps = settings.steps or per_epoch * settings.epochs
     run = Run(out, settings, world, steps)
     first = run.resume(params, optimizer) if settings.resume else 0
     verifier = Verifier(model, tokenizer, labels, world.device)
@@ -211,7 +215,7 @@ def train(argv: list[str]) -> None:
             if world.main:
                 append_jsonl(out / "epochs.jsonl", line)
                 print("held out: " + " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"), flush=True)
-                if settings.patience and line["macro_f1"] >= max(x["macro_f1"] for x in epochs_done):
+                if settings.patience and waited(epochs_done) == 0:
                     save_file({k: v.cpu() for k, v in model.state_dict().items()}, out / "best.safetensors")
             if settings.patience and waited(epochs_done) >= settings.patience:
                 break
@@ -235,9 +239,9 @@ def train(argv: list[str]) -> None:
 
 
 def waited(epochs: list[dict]) -> int:
-    """Epochs since the best macro F1 (the last of equals)."""
+    """Epochs since the best macro F1, of equals the first."""
     scores = [x["macro_f1"] for x in epochs]
-    return len(scores) - 1 - max(i for i, x in enumerate(scores) if x == max(scores))
+    return len(scores) - 1 - scores.index(max(scores))
 
 
 def print_report(report: dict) -> None:

@@ -1,6 +1,6 @@
 """Predictions -> judge -> EEA, FCR, EPC, WAR, UAR (section 4.2, tables 1 and 4): `scripts/evaluate.py --out DIR ...`
 
-  a model             --model FOLDER_OR_REPO --data dfew:/path --judge openai:gpt-4.1-mini     (torchrun shares the clips)
+  a model             --model FOLDER_OR_REPO --data dfew:/path --judge openai:gpt-4.1-mini   (torchrun shares the clips)
   another system      --predictions FILE[,FILE] --data dfew:/path --judge ...
                       our JSONL, the released `clip|output` text, the released judged JSON, or the last two together
   table 4             give --judge twice: each judge's figures and their agreement
@@ -36,16 +36,19 @@ class EvaluateSettings:
     split: str = setting("test", "which split of --data", ("test", "train"))
     limit: int = setting(0, "the first so many clips only; 0: all")
     allow_missing: float = setting(0.01, "share of clips, or of predictions, that may be missing")
-    rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)", ("paper", "released"))
+    rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
+                        ("paper", "released"))
     bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none")
     temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3, divergence 9)")
     top_p: float = setting(1.0, "nucleus of the sampling (release: 0.9, divergence 9)")
     max_new_tokens: int = setting(512, "longest output in tokens")
     batch_size: int = setting(8, "clips at once on one process")
     num_frames: int = setting(0, "frames a clip; 0: as the checkpoint says")
-    geometry: str = setting("pad", "frames to a square (divergence 11; stretch for released checkpoints)", ("pad", "stretch"))
+    geometry: str = setting("pad", "frames to a square (divergence 11; stretch for released checkpoints)",
+                            ("pad", "stretch"))
     modality: str = setting("video_audio", "what the model is given", ("video_audio", "video", "audio"))
-    prompt_stage: str = setting("inference", "which released prompt to render (divergence 10)", ("inference", "sft", "grpo"))
+    prompt_stage: str = setting("inference", "which released prompt to render (divergence 10)",
+                                ("inference", "sft", "grpo"))
     seed: int = setting(0, "seed of the sampling and of the bootstrap")
     resume: bool = setting(False, "go on with the predictions that OUT holds")
     judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
@@ -61,8 +64,8 @@ def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]
     if settings.predictions:
         rows, lost = read_predictions(settings.predictions, examples)
         if len(lost["missing"]) > settings.allow_missing * len(examples):
-            raise DataError(f"{settings.predictions}: no prediction for {len(lost['missing'])} of {len(examples)} clips, the "
-                            f"first: {lost['missing'][0]}; give the same split, or allow it (--allow-missing)")
+            raise DataError(f"{settings.predictions}: no prediction for {len(lost['missing'])} of {len(examples)} "
+                            f"clips, the first: {lost['missing'][0]}; give the same split, or --allow-missing")
         return rows, lost | {"failed": []}
     if world.main:
         print(summary(examples), flush=True)
@@ -70,11 +73,13 @@ def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]
     found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if world.main else None)
     builder = load_policy(settings.model, world.device, settings.dtype, settings.modality, settings.prompt_stage)
     about = {k: v for k, v in asdict(settings).items() if k in (
-        "data", "model", "split", "limit", "temperature", "top_p", "max_new_tokens", "num_frames", "geometry", "modality",
+        "data", "model", "split", "limit", "temperature", "top_p", "max_new_tokens", "num_frames", "geometry",
+        "modality",
         "prompt_stage", "seed", "dtype")}
     rows, failed = predict_to_file(
         builder, found, world, out, about, settings.resume, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature, top_p=settings.top_p, batch_size=settings.batch_size, workers=settings.workers,
+        temperature=settings.temperature, top_p=settings.top_p, batch_size=settings.batch_size,
+        workers=settings.workers,
         num_frames=settings.num_frames or builder.model.config.num_frames, geometry=settings.geometry)
     there = {example.path for example in found}
     return rows, {"missing": [e.video_id for e in examples if e.path not in there], "unknown": [], "failed": failed}
@@ -128,13 +133,13 @@ def report(name: str, results: dict[str, dict], agreements: dict) -> str:
             spans = ", ".join(f"{m} {low:.1f} to {high:.1f}" for m, (low, high) in result.get("intervals", {}).items()
                               if m in COLUMNS)
             parts.append(f"{system}: " + (f"95% intervals {spans}; " if spans else "")
-                         + f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged outside the "
-                           f"list, {result['judge_errors']} judge errors")
+                         + f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged outside "
+                           f"the list, {result['judge_errors']} judge errors")
         parts.append(confusion_text(first))
         for pair, value in agreements.get(dataset, {}).items():
             kappa = f"{value['kappa']:.3f}" if value["kappa"] is not None else "-"
-            parts.append(f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, kappa {kappa} "
-                         f"({value['left_out']} left out)")
+            parts.append(f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, "
+                         f"kappa {kappa} ({value['left_out']} left out)")
     return "\n".join(parts) + "\n"
 
 
@@ -164,7 +169,8 @@ def main(argv: list[str] | None = None) -> None:
             said = ([r["judged_emotion"] for r in part if r["dataset"] == dataset] for part in (rows_a, rows_b))
             agreements.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
     for number, part in enumerate(judged.values(), 1):
-        atomic_write(out / f"judged-{number}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
+        atomic_write(out / f"judged-{number}.jsonl", "".join(lines))
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
                                       "agreement": agreements, **lost})
     text = report(name, results, agreements)

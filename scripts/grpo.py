@@ -10,7 +10,6 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 
 import copy
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from erv_min.checkpoint import load_humanomni, save_humanomni
 from erv_min.data import load_examples
 from erv_min.emotions import ERV_LABELS
 from erv_min.errors import ClipError, ErvMinError, SettingsError
-from erv_min.erv import Verifier, explanation_statistics
+from erv_min.erv import explanation_statistics
 from erv_min.files import append_jsonl, atomic_write, write_json
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3
@@ -33,33 +32,25 @@ from erv_min.policy import Completions, completion_logps
 from erv_min.predict import predict
 from erv_min.rewards import RewardSettings, format_reward, score_completions
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, parse
-from erv_min.stages import SCRIPTS, finish, start, start_model, training_examples, world_folder
-from erv_min.train import (Run, batch_of_step, gather_lists, learning_rate, make_optimizer, prepare_out, start_world,
+from erv_min.stages import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
+                            world_folder)
+from erv_min.train import (Run, batch_of_step, learning_rate, main_process, make_optimizer, prepare_out, start_world,
                            sum_over_processes, update)
 
 
 def prepare_toy(settings: GRPOSettings) -> None:
-    """World, SFT and verifier of the toy preset, where they are not there yet; SFT and verifier train side by side."""
-    out, world, seed = Path(settings.out), world_folder(settings), str(settings.seed)
-    if not (world / "towers" / "model.safetensors").exists():
-        finish(start("-m", "erv_min.toy", str(world), "--seed", seed))
-    waiting = []
-    if not settings.erv and settings.w_explanation:
-        settings.erv = str(out / "erv")
-        if not (out / "erv" / "model.safetensors").exists():
-            waiting.append(start(str(SCRIPTS / "erv.py"), "--preset", "toy", "--world", str(world), "--out", settings.erv,
-                                 "--seed", seed, threads=1))
-    if not settings.model and not settings.random_weights:
-        settings.model = str(out / "sft")
-        if not (out / "sft" / "model.safetensors").exists():
-            waiting.append(start(str(SCRIPTS / "sft.py"), "--preset", "toy", "--world", str(world), "--out",
-                                 settings.model, "--seed", seed, "--resume"))
-    for process in waiting:
-        finish(process)
-    if settings.baseline and not (out / "baseline" / "model.safetensors").exists():
-        finish(start(str(SCRIPTS / "grpo.py"), "--preset", "toy", "--world", str(world), "--out", str(out / "baseline"),
-                     "--model", settings.model, "--w-explanation", "0", "--steps", str(settings.steps), "--seed", seed,
-                     "--eval-clips", "-1", "--resume"))
+    """World, verifier and SFT of the toy preset, where they are not there yet, each by the command a user would type."""
+    world = world_folder(settings)
+    same = ("--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu")
+    prepare_world(world, settings.seed, base=not settings.model)
+    for given, name in ((settings.erv or not settings.w_explanation, "erv"), (settings.model, "sft")):
+        folder = Path(settings.out, name)
+        if not given and not (folder / "model.safetensors").exists():
+            finish(start(str(SCRIPTS / f"{name}.py"), *same, "--out", str(folder), "--resume"))
+    folder = Path(settings.out, "baseline")
+    if settings.baseline and not (folder / "model.safetensors").exists():
+        finish(start(str(SCRIPTS / "grpo.py"), *same, "--out", str(folder), "--model", settings.model or f"{settings.out}/sft",
+                     "--w-explanation", "0", "--steps", str(settings.steps), "--eval-clips", "-1", "--resume"))
 
 
 def reward_settings(settings: GRPOSettings) -> RewardSettings:
@@ -91,13 +82,14 @@ def main(argv: list[str] | None = None) -> None:
     settings.out = settings.out or "runs/toy"
     prepare_out(Path(settings.out), settings.resume)
     toy = settings.preset == "toy" and not settings.random_weights
-    if settings.preset == "toy" or settings.random_weights:
-        if int(os.environ.get("RANK", 0)) == 0:
+    if toy:
+        if main_process():  # the others wait for it where the process group forms
             prepare_toy(settings)
-        else:  # the main process prepares; this one waits for it where the process group forms
-            settings.model = settings.model or ("" if settings.random_weights else str(Path(settings.out) / "sft"))
-            settings.erv = settings.erv or str(Path(settings.out) / "erv")
-    elif settings.w_explanation and not settings.erv:
+        settings.model = settings.model or f"{settings.out}/sft"
+        settings.erv = settings.erv or f"{settings.out}/erv"
+    elif settings.random_weights and main_process():
+        prepare_world(world_folder(settings), settings.seed, base=False)
+    elif settings.w_explanation and not settings.erv and not settings.random_weights:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
     world = start_world(settings.device)
 
@@ -109,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
                                 settings.prompt_stage)
     params = dict(trainable(model, TRAINABLE["grpo"]))
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
-    verifier = Verifier.load(settings.erv, world.device) if settings.w_explanation else None
+    verifier = start_verifier(settings, world.device)
     rules, G, eos = reward_settings(settings), settings.group_size, builder.tokenizer.eos_id
     examples = training_examples(settings, "train", world)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)

@@ -1,7 +1,7 @@
 """One clip in, explanation and emotion out: `scripts/infer.py clip.mp4 --model FOLDER_OR_REPO [...]`
 
 Clips may be files, folders, or text files with a path a line. On a terminal the answer appears as it is sampled. The
-prompt and the temperature are section 4.3's; released checkpoints were evaluated with --geometry stretch (divergence 11).
+prompt and the temperature are section 4.3's; released ones were evaluated with --geometry stretch (divergence 11).
 --explain-reward happy --erv FOLDER shows what the verifier reads in each sentence, and R_E for that label (Eq. 4).
 """
 
@@ -105,8 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     builder = load_policy(args.model, world.device, args.dtype, args.modality, args.prompt_stage, args.question)
     verifier = Verifier.load(args.erv, world.device) if args.erv else None
     examples = [Example(path.stem, path, "", "", subtitle=args.subtitle) for path in clips]
-    stream = clip_inputs(examples, builder.model, None, args.modality, args.num_frames or builder.model.config.num_frames,
-                         args.geometry, workers=2 if len(clips) > 1 else 0)
+    num_frames = args.num_frames or builder.model.config.num_frames
+    stream = clip_inputs(examples, builder.model, None, args.modality, num_frames, args.geometry,
+                         workers=2 if len(clips) > 1 else 0)
     failed = 0
     for path, inputs in zip(clips, stream):
         if isinstance(inputs, ClipError):

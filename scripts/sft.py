@@ -1,7 +1,6 @@
 """Supervised fine-tuning, Eq. 2: `torchrun scripts/sft.py [--preset toy|paper-0.5b|paper-7b] [--out DIR] ...`
 
-The toy preset makes what it needs first: it renders the embedded world, trains its towers, and teaches its language
-model to caption. With the paper's presets: `--data emer:/path` and, if wished, `--model REPO_OR_FOLDER`.
+The toy preset makes what it needs first: it renders the embedded world and trains a base model that describes it. With the paper's presets: `--data emer:/path` and, if wished, `--model REPO_OR_FOLDER`.
 Departures from the release: the paper's prompt in every stage (divergence 10), padded frames (11), and the targets of
 one clip can share its prompt. Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl.
 """
@@ -17,50 +16,26 @@ from erv_min.errors import ClipError, DataError, ErvMinError, SettingsError
 from erv_min.files import append_jsonl
 from erv_min.inputs import clip_inputs
 from erv_min.model.humanomni import trainable
-from erv_min.policy import Completions, completion_logps
+from erv_min.policy import completion_logps, pad_targets
 from erv_min.prompts import sft_target
 from erv_min.settings import PRESETS, TRAINABLE, SFTSettings, parse
 from erv_min.sft import group_targets, sft_loss
-from erv_min.stages import SCRIPTS, finish, start, start_model, training_examples, world_folder
-from erv_min.train import (Run, batch_of_step, learning_rate, make_optimizer, prepare_out, start_world,
+from erv_min.stages import prepare_world, start_model, training_examples, world_folder
+from erv_min.train import (Run, batch_of_step, learning_rate, main_process, make_optimizer, prepare_out, start_world,
                            sum_over_processes, update)
-
-
-def prepare_toy(settings: SFTSettings) -> None:
-    """The embedded world and its captioning base model, where they are not there yet."""
-    world = world_folder(settings)
-    if not (world / "towers" / "model.safetensors").exists():
-        finish(start("-m", "erv_min.toy", str(world), "--seed", str(settings.seed)))
-    if settings.random_weights or settings.model:
-        return
-    settings.model = str(world / "base")
-    if not (world / "base" / "model.safetensors").exists():
-        finish(start(str(SCRIPTS / "sft.py"), "--preset", "toy", "--world", str(world), "--out", settings.model,
-                     "--model", str(world / "towers"), "--data", f"json:dfew:{world / 'pretrain.json'}",
-                     "--targets-per-clip", "2", "--seed", str(settings.seed), "--resume"))
-
-
-def label_batch(targets: list[list[int]], pad_id: int, device) -> Completions:
-    """Target ids, right-padded to [R, T], and where they are labels."""
-    width = max(map(len, targets))
-    ids = torch.tensor([t + [pad_id] * (width - len(t)) for t in targets], device=device)
-    lengths = torch.tensor([len(t) for t in targets], device=device)
-    return Completions(ids, torch.arange(width, device=device) < lengths[:, None])
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(SFTSettings, PRESETS["sft"], __doc__, argv)
     settings.out = settings.out or "runs/toy/sft"
-    settings.world = settings.world or ("runs/toy/world" if settings.out == "runs/toy/sft" else "")
     prepare_out(Path(settings.out), settings.resume)
     if settings.train_vision_tower and settings.cache_features:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
     if settings.preset == "toy" or settings.random_weights:
-        import os
-        if int(os.environ.get("RANK", 0)) == 0:
-            prepare_toy(settings)
-        elif not (settings.random_weights or settings.model):
-            settings.model = str(world_folder(settings) / "base")
+        base = not (settings.model or settings.random_weights)
+        if main_process():
+            prepare_world(world_folder(settings), settings.seed, base)
+        settings.model = str(world_folder(settings) / "base") if base else settings.model
     world = start_world(settings.device)
 
     # Model, targets and optimizer.
@@ -104,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         denominator = totals["tokens"] if settings.loss_reduction == "mean" else totals["targets"]
         loss_sum = 0.0
         for at in range(0, len(inputs), units_per_pass):
-            labels = label_batch([t for ts in targets[at : at + units_per_pass] for t in ts], tokenizer.pad_id, world.device)
+            labels = pad_targets([t for ts in targets[at : at + units_per_pass] for t in ts], tokenizer.pad_id, world.device)
             with autocast:
                 prompts = builder.prompts([x for _, x in inputs[at : at + units_per_pass]])
                 logps, _ = completion_logps(model, prompts, labels)

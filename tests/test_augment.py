@@ -18,7 +18,8 @@ from erv_min.errors import DataError  # noqa: E402
 from erv_min.files import read_jsonl  # noqa: E402
 from erv_min.judge import ChatClient  # noqa: E402
 
-MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety", "helplessness",
+MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
+        "helplessness",
         "disappointment")
 
 
@@ -27,12 +28,14 @@ def client(cache, **options) -> ChatClient:
 
 
 def rows_of(*texts: str, **fields) -> list[dict]:
-    return [{"text": text, "source": "dfew", "clip": f"dfew/{i}", "split": "train", **fields} for i, text in enumerate(texts)]
+    return [{"text": text, "source": "dfew", "clip": f"dfew/{i}", "split": "train", **fields} for i,
+            text in enumerate(texts)]
 
 
 @pytest.mark.parametrize("raw, labels", [
     ("anger", ["anger"]), ("Anger, Sadness.", ["anger", "sadness"]), ("anger and fear", ["anger", "fear"]),
-    ("happy", ["happiness"]), ("anger, anger", ["anger"]), ("anger, sadness, fear", []), ("anger, joyful", []), ("", []),
+    ("happy", ["happiness"]), ("anger, anger", ["anger"]), ("anger, sadness, fear", []), ("anger, joyful", []),
+    ("", []),
     ("I cannot say.", []),
 ])
 def test_answers_of_figure_6(raw, labels):
@@ -40,9 +43,11 @@ def test_answers_of_figure_6(raw, labels):
 
 
 def test_label_keeps_raw_answers_rejects_and_removes_repeats(serve, tmp_path):  # noqa: F811
-    answers = {"He shouts.": "anger", "She weeps,  alone.": "sadness, helplessness", "A wall.": "none of these", "Oops.": None}
+    answers = {"He shouts.": "anger", "She weeps,  alone.": "sadness, helplessness", "A wall.": "none of these",
+               "Oops.": None}
     api = serve(lambda prompt, times: good(answers[reason(prompt)]) if answers[reason(prompt)] else bad(400))
-    rows = rows_of("He shouts.", "She weeps,  alone.", "she WEEPS, alone.", "A wall.", "Oops.", raw="<think>..", model="r1")
+    rows = rows_of("He shouts.", "She weeps,  alone.", "she WEEPS, alone.", "A wall.", "Oops.", raw="<think>..",
+                   model="r1")
     kept, rejected = augment.labelled(rows, client(tmp_path / "cache.jsonl"), seed=3, show=lambda text: None)
     assert [(row["text"], row["labels"]) for row in kept] == [
         ("He shouts.", ["anger"]), ("She weeps,  alone.", ["sadness", "helplessness"])]
@@ -62,7 +67,8 @@ def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monke
 
     api = serve(behave)
     augment.write_rows(tmp_path / "raw.jsonl", rows_of(*(f"Text {i}." for i in range(150))))
-    command = ["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:gpt-4.1", "--out", str(tmp_path / "out.jsonl"),
+    command = ["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:gpt-4.1", "--out",
+               str(tmp_path / "out.jsonl"),
                "--concurrency", "4"]
     real = augment._progress
 
@@ -90,7 +96,8 @@ def test_test_clips_are_refused(tmp_path, monkeypatch):
     augment.write_rows(tmp_path / "raw.jsonl", rows_of("a", "b", split="test"))
     for step in ("label", "complement"):
         with pytest.raises(DataError, match="2 rows come from a test split, the first: clip dfew/0"):
-            augment.main([step, "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out", str(tmp_path / "o")])
+            augment.main([step, "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out",
+                          str(tmp_path / "o")])
 
 
 def pool() -> list[dict]:
@@ -103,7 +110,7 @@ def test_complement_fills_up_to_the_target_with_two_random_examples():
     plan = augment.complement_plan(pool(), 5, ("disgust", "fear"), seed=0)
     assert Counter(emotion for emotion, *_ in plan) == {"disgust": 2, "fear": 2}  # 3 + 2 = 5 and 3 + 2 = 5
     for emotion, examples, _ in plan:
-        assert len(set(examples)) == 2 and all(text.lower().startswith(emotion) for text in examples)  # none of the human one
+        assert len(set(examples)) == 2 and all(text.lower().startswith(emotion) for text in examples), "no human one"
     assert len({seed for *_, seed in plan}) == 4
     assert plan == augment.complement_plan(pool()[::-1], 5, ("disgust", "fear"), seed=0)
     pairs = {tuple(examples) for _, examples, _ in augment.complement_plan(pool(), 60, ("disgust",), seed=0)}
@@ -121,10 +128,12 @@ def test_complement_command(serve, tmp_path, capsys):  # noqa: F811
     api = serve(behave)
     augment.write_rows(tmp_path / "pool.jsonl", pool())
     out = tmp_path / "more.jsonl"
-    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out", str(out),
+    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out",
+                  str(out),
                   "--per-class", "5", "--classes", "disgust,fear", "--concurrency", "1"])
     rows, rejected = read_jsonl(out), read_jsonl(f"{out}.rejected.jsonl")
-    assert [row["labels"] for row in rows] == [["disgust"]] * 2 and all(row["text"].startswith("A new text") for row in rows)
+    assert [row["labels"] for row in rows] == [["disgust"]] * 2
+    assert all(row["text"].startswith("A new text") for row in rows)
     assert rows[0]["source"] == "complement" and rows[0]["prompt"] == "figure 7" and len(rows[0]["examples"]) == 2
     assert rows[0]["raw"].startswith("Target Emotion: Disgust") and rows[0]["seed"] == api.bodies[0]["seed"]
     assert [row["text"] for row in rejected] == ["Fear 1."] * 2  # already in the data
@@ -133,14 +142,16 @@ def test_complement_command(serve, tmp_path, capsys):  # noqa: F811
     assert prompt.count("(Target Emotion: disgust)") == 2 and prompt.endswith("Target Emotion: disgust")
     assert "2 rows, 2 rejected" in capsys.readouterr().out
     asked = sum(api.asked.values())
-    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out", str(out),
+    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out",
+                  str(out),
                   "--per-class", "5", "--classes", "disgust,fear"])
     assert sum(api.asked.values()) == asked and read_jsonl(out) == rows
     assert "0 requests (4 answered or repeated)" in capsys.readouterr().out
 
 
 def test_annotated_leaves_doubt_out_and_stats_count_labels(tmp_path, capsys):
-    examples = [Example("a", Path("a"), "worried", "emer", "Her voice shakes."), Example("b", Path("b"), "doubt", "merr", "Hm."),
+    examples = [Example("a", Path("a"), "worried", "emer", "Her voice shakes."),
+                Example("b", Path("b"), "doubt", "merr", "Hm."),
                 Example("c", Path("c"), "angry", "merr", "He shouts."), Example("d", Path("d"), "angry", "merr")]
     rows, left = augment.annotated(examples)
     assert [(row["text"], row["labels"], row["source"], row["clip"]) for row in rows] == [
@@ -154,8 +165,10 @@ def test_annotated_leaves_doubt_out_and_stats_count_labels(tmp_path, capsys):
 
 
 def test_described_takes_the_explanation_once(tmp_path):
-    rows = [{"video_id": "1", "dataset": "dfew", "ground_truth": "sad", "output": "<think>He weeps.</think><answer>sad</answer>"},
-            {"video_id": "2", "dataset": "dfew", "ground_truth": "sad", "output": "<think>He weeps.</think><answer>fear</answer>"},
+    rows = [{"video_id": "1", "dataset": "dfew", "ground_truth": "sad",
+             "output": "<think>He weeps.</think><answer>sad</answer>"},
+            {"video_id": "2", "dataset": "dfew", "ground_truth": "sad",
+             "output": "<think>He weeps.</think><answer>fear</answer>"},
             {"video_id": "3", "dataset": "dfew", "ground_truth": "sad", "output": "sad"}]
     kept, empty = augment.described(rows, "r1", 7)
     assert [(row["text"], row["clip"], row["split"], row["model"], row["seed"]) for row in kept] == [

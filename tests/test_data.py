@@ -78,7 +78,8 @@ def test_mafw_words_and_ids(tmp_path, caplog):
     write(tmp_path / "set_5" / "test.txt", "00009.mp4 8\n")
     write(tmp_path / "clips" / "00001.mp4")
     train = load_examples(f"mafw:{tmp_path}", "train")
-    assert [(e.video_id, e.label) for e in train] == [("00001", "anger"), ("00002", "disappointment"), ("00003", "happiness")]
+    assert [(e.video_id, e.label) for e in train] == [("00001", "anger"), ("00002", "disappointment"),
+                                                      ("00003", "happiness")]
     assert train[0].path == tmp_path / "clips" / "00001.mp4" and train[0].path.is_file()
     assert "mafw train: 3 examples, the paper has 7341 (section 4.1)" in caplog.text
     assert [e.label for e in load_examples(f"mafw:{tmp_path}", "test")] == ["contempt"]
@@ -162,7 +163,8 @@ def test_ravdess_names(tmp_path):
         write(tmp_path / "Actor_12" / f"01-01-{code:02d}-01-02-01-12.mp4")
     write(tmp_path / "Actor_12" / "02-01-06-01-02-01-12.mp4")  # video only: the same performance again
     examples = load_examples(f"ravdess:{tmp_path}", "test")
-    assert [e.label for e in examples] == ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"]
+    assert [e.label for e in examples] == ["neutral", "calm", "happy", "sad", "angry", "fearful", "disgust",
+                                           "surprised"]
     with pytest.raises(DataError, match="has no train split"):
         load_examples(f"ravdess:{tmp_path}", "train")
 
@@ -193,12 +195,13 @@ def test_training_json_tags_bare_labels_and_repeats(tmp_path):
 
 
 def test_training_json_data_set(tmp_path):
-    path = write(tmp_path / "rl.json", json.dumps([entry("DFEW/clip/1.mp4", "angry"), entry("MAFW/clips/1.mp4", "anger")]))
+    path = write(tmp_path / "rl.json",
+                 json.dumps([entry("DFEW/clip/1.mp4", "angry"), entry("MAFW/clips/1.mp4", "anger")]))
     examples = read_training_json(path)  # by the folder's name; equal stems get the whole path as id
     assert [(e.dataset, e.label, e.video_id) for e in examples] == [
         ("dfew", "angry", "DFEW/clip/1"), ("mafw", "anger", "MAFW/clips/1")]
     write(path, json.dumps([entry("x/1.mp4", "angry"), entry("x/2.mp4", "helplessness")]))
-    with pytest.raises(DataError, match="no data set's label list holds every label"):
+    with pytest.raises(DataError, match="no data set's label list holds all its labels"):
         read_training_json(path)
     assert [e.label for e in load_examples(f"json:mafw:{path}", "train")] == ["anger", "helplessness"]  # aliases
 
@@ -230,9 +233,12 @@ def test_mixture_toy_and_unknown_names(tmp_path):
     write(tmp_path / "m" / "set_5" / "test.txt", "1.mp4 fear\n")
     mixed = load_examples(f"toy:{world},mafw:{tmp_path / 'm'}", "test")
     assert [(e.dataset, e.label) for e in mixed] == [("dfew", "neutral"), ("mafw", "fear")]
-    assert [(e.label, e.explanation, e.path.is_file()) for e in load_examples(f"toy:{world}", "sft")] == [("sad", "x", True)]
-    for spec, split, message in ((f"fer:{world}", "test", "unknown data set 'fer'"), ("dfew", "test", "expected name:/path"),
-                                 (f"dfew:{world}", "valid", "split 'valid'"), (f"emer:{world}", "test", "no test split")):
+    (target,) = load_examples(f"toy:{world}", "sft")
+    assert (target.label, target.explanation, target.path.is_file()) == ("sad", "x", True)
+    for spec, split, message in ((f"fer:{world}", "test", "unknown data set 'fer'"),
+                                 ("dfew", "test", "expected name:/path"),
+                                 (f"dfew:{world}", "valid", "split 'valid'"),
+                                 (f"emer:{world}", "test", "no test split")):
         with pytest.raises(DataError, match=message):
             load_examples(spec, split)
 
@@ -263,7 +269,8 @@ def test_summary_counts_clips_not_entries(tmp_path):
     examples = read_dfew(dfew(tmp_path), "train")
     (tmp_path / "clip" / "2.mp4").unlink()
     assert summary([*examples, examples[0]]) == (
-        "dfew train: 2 clips found, 1 missing, 4 examples (happy 2, sad 0, neutral 0, angry 1, surprise 0, disgust 0, fear 1)")
+        "dfew train: 2 clips found, 1 missing, 4 examples "
+        "(happy 2, sad 0, neutral 0, angry 1, surprise 0, disgust 0, fear 1)")
 
 
 # ---------------------------------------------------------------------------------------------------- decoding
@@ -287,6 +294,9 @@ def decode(example: Example):
         if not Path(rest).exists():
             Path(rest).touch()
             raise ClipError("busy")
+    if kind == "types":
+        scalar, empty = torch.tensor(2.5), torch.empty(0, 3)
+        return torch.arange(6).view(2, 3).T, torch.ones(2, dtype=torch.bfloat16), empty, scalar, None
     return torch.full((2, 3), float(len(example.video_id))), os.getpid(), torch.get_num_threads()
 
 
@@ -297,18 +307,30 @@ def test_loader_keeps_order_retries_once_and_names_errors(tmp_path, workers):
     assert [example for example, _ in results] == examples
     kinds = [type(result).__name__ for _, result in results]
     assert kinds == ["tuple", "tuple", "ClipError", "tuple", "ClipError", "tuple"]
-    assert str(results[2][1]) == "bad: no video stream" and "odd: ValueError: what a codec may throw" == str(results[4][1])
+    assert str(results[2][1]) == "bad: no video stream"
+    assert str(results[4][1]) == "odd: ValueError: what a codec may throw"
     assert torch.equal(results[5][1][0], torch.full((2, 3), 3.0))
     if workers:
         assert os.getpid() not in {result[1] for _, result in results if isinstance(result, tuple)}
         assert {result[2] for _, result in results if isinstance(result, tuple)} == {1}
 
 
+def test_loader_keeps_tensors_as_they_are():
+    (_, alone), = clip_loader(examples_named("types"), decode, workers=1)
+    for got, expected in zip(alone, decode(examples_named("types")[0]), strict=True):
+        if expected is None:
+            assert got is None
+        else:
+            assert got.dtype == expected.dtype and got.shape == expected.shape and torch.equal(got, expected)
+            got += 1  # writable
+
+
 def test_loader_survives_a_dying_decoder():
     examples = examples_named("a", "bb", "crash", "slow", "ccc", "bad", "crash", "dddd")
     results = list(clip_loader(examples, decode, workers=2, prefetch=2))
     assert [example for example, _ in results] == examples
-    assert [isinstance(result, ClipError) for _, result in results] == [False, False, True, False, False, True, True, False]
+    assert [isinstance(result, ClipError) for _, result in results] == [False, False, True, False, False, True, True,
+                                                                        False]
     assert "the decoder process died" in str(results[2][1])
 
 

@@ -32,8 +32,8 @@ def template_rows(seed: int, count: int, noise: float) -> list[dict]:
     rng = np.random.default_rng(seed)
     looks = [Look(bool(i % 2), s, h, bool(i % 3), bool(i % 5), r, 0) for i, (s, h, r) in enumerate(
         (s, h, r) for s in ("red", "blue", "white") for h in ("dark", "fair") for r in ("office", "garden"))]
-    return [erv_row(rng, looks[rng.integers(len(looks))], EMOTIONS[rng.integers(7)], "pseudo", f"{seed}-{i}", noise, 0.25,
-                    False) for i in range(count)]
+    return [erv_row(rng, looks[rng.integers(len(looks))], EMOTIONS[rng.integers(7)], "pseudo", f"{seed}-{i}", noise,
+                    0.25, False) for i in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +220,8 @@ def test_fresh_head_keeps_the_rest():
     torch.manual_seed(0)
     old = erv.scratch("toy", 64, 28)
     new = erv.fresh_head(old, 11).state_dict()
-    assert new.pop("classifier.out_proj.weight").shape == (11, 64) and new.pop("classifier.out_proj.bias").shape == (11,)
+    assert new.pop("classifier.out_proj.weight").shape == (11, 64)
+    assert new.pop("classifier.out_proj.bias").shape == (11,)
     for name, value in new.items():
         assert torch.equal(value, old.state_dict()[name]), name
 
@@ -256,17 +257,17 @@ def test_f1_by_hand():
 
 
 def test_best_tau_is_found():
-    # Truth {a}, {a, b}: at tau < 0.3 both rows get b, at tau >= 0.4 none; between, as it should be. Nearest to 0.5: 0.35.
+    # Truth {a}, {a, b}: below 0.3 both rows get b, from 0.4 on none; between, as it should be. Nearest to 0.5: 0.35.
     probs = torch.tensor([[0.9, 0.3], [0.9, 0.4]])
     truth = torch.tensor([[True, False], [True, True]])
     assert audit.best_tau(probs, truth) == (0.35, 1.0)
 
 
 def test_calibration_by_hand():
-    # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.9, both true: |0.95 - 1| = 0.05.
-    # ECE = 2/4 * 0.25 + 2/4 * 0.05 = 0.15.
-    error, table = audit.calibration(torch.tensor([0.25, 0.25, 1.0, 0.9]), torch.tensor([True, False, True, True]))
-    assert error == pytest.approx(0.15)
+    # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.94, both true: |0.97 - 1| = 0.03.
+    # ECE = 2/4 * 0.25 + 2/4 * 0.03 = 0.14.
+    error, table = audit.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
+    assert error == pytest.approx(0.14)
     assert [(row["from"], row["count"], round(row["true"], 3)) for row in table] == [(0.2, 2, 0.5), (0.9, 2, 1.0)]
 
 
@@ -292,8 +293,8 @@ def test_throughput_counts_both_ways():
 
 
 def test_explanation_statistics_by_hand():
-    rewards = [Reward(1, 1, 0.5, 2.5, ["He is here.", "He is angry.", "He is angry."], [["neutral"], ["anger"], ["anger"]]),
-               Reward(1, 0, 0.0, 1.0, [], [])]
+    sentences, label_sets = ["He is here.", "He is angry.", "He is angry."], [["neutral"], ["anger"], ["anger"]]
+    rewards = [Reward(1, 1, 0.5, 2.5, sentences, label_sets), Reward(1, 0, 0.0, 1.0, [], [])]
     # 3 sentences over 2 completions; 1 neutral of 3; 2 of 3 name an emotion; 2 distinct of 3; 3 + 3 + 3 words over 2.
     assert erv.explanation_statistics(["x", "y"], rewards) == pytest.approx(
         {"sentences": 1.5, "neutral_share": 1 / 3, "label_word_rate": 2 / 3, "distinct_sentence_rate": 2 / 3,
@@ -407,6 +408,16 @@ def test_options_of_training(folder, script, trained, tmp_path):
     assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
 
 
+def test_patience_and_resampling_by_hand(script):
+    epochs = [{"macro_f1": x} for x in (0.5, 0.7, 0.7, 0.6)]
+    assert [script.waited(epochs[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]  # an equal score is not a better one
+    settings = script.ERVSettings(batch_size=400, seed=3)
+    drawn = script.batch_rows(settings, torch.tensor([0.0, 1.0, 3.0]), 3, step=0)
+    assert drawn.count(0) == 0 and 60 < drawn.count(1) < 140  # 100 expected, deviation 8.7
+    assert drawn == script.batch_rows(settings, torch.tensor([0.0, 1.0, 3.0]), 3, step=0)
+    assert sorted(script.batch_rows(settings, None, 400, step=5)) == list(range(400))
+
+
 def test_sources_and_missing_data_are_named(folder, script, tmp_path):
     with pytest.raises(SettingsError, match="the data has the sources pseudo"):
         script.train(arguments(folder, tmp_path / "a", "--sources", "emer"))
@@ -418,9 +429,10 @@ def test_sources_and_missing_data_are_named(folder, script, tmp_path):
 
 
 def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
-    rows = [{"video_id": str(i), "ground_truth": e, "dataset": "dfew", "output": f"<think>A man is in the office. {text}"
-             f"</think>\n<answer>{e}</answer>"} for i, (e, text) in enumerate([("sad", "He sobs as he talks. He is sad."),
-             ("angry", "He glares with hard eyes. He is angry."), ("happy", "Tears fill his eyes. He is sad.")])]
+    told = {"sad": "He sobs as he talks. He is sad.", "angry": "He glares with hard eyes. He is angry.",
+            "happy": "Tears fill his eyes. He is sad."}
+    rows = [{"video_id": e, "ground_truth": e, "dataset": "dfew", "output": f"<think>A man is in the office. {text}"
+             f"</think>\n<answer>{e}</answer>"} for e, text in told.items()]
     predictions = str(write(tmp_path / "rows.jsonl", rows))
     script.audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
                   str(tmp_path / "audit.json")])

@@ -1,4 +1,4 @@
-"""Predictions in every form -> judge -> metrics.json, and one clip in, explanation out (section 4.2, tables 1 and 4)."""
+"""Predictions in every form -> judge -> metrics.json; one clip in, explanation out (section 4.2, tables 1 and 4)."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-# ---------------------------------------------------------------------------------------------------- files of predictions
+# ---------------------------------------------------------------------------------------------------- prediction files
 
 def test_clip_names():
     assert [clip_key(x) for x in ("/a/00012.mp4", "12", "x\\012.AVI", "sample_0007.avi", "01-02.mp4")] == [
@@ -68,14 +68,18 @@ def test_released_judged_json_alone_and_joined(tmp_path):
 
 def test_our_rows_with_and_without_data(tmp_path):
     path = write(tmp_path / "p.jsonl", '{"video_id": 1, "output": "x", "ground_truth": "Happy", "dataset": "dfew"}\n')
-    assert read_predictions(path, [])[0] == [{"video_id": "1", "output": "x", "ground_truth": "happy", "dataset": "dfew"}]
+    assert read_predictions(path,
+                            [])[0] == [{"video_id": "1", "output": "x", "ground_truth": "happy", "dataset": "dfew"}]
     assert read_predictions(path, clips("fear"))[0][0]["ground_truth"] == "fear"  # the data's own label
 
 
 @pytest.mark.parametrize("text, message", [
-    ("no record at all", "line 1: expected `clip|output`"), ("1.mp4|a\n1.mp4|b", "line 2: clip 1.mp4 was already on line 1"),
-    ("7.mp4|a", "no prediction for a clip of --data; the first there: 7.mp4"), ('[{"1": "happy"}]', "entry 0: expected"),
-    ('[{"1": {"reason": "a", "gpt_response": "b"}}, {"1": {"reason": "a", "gpt_response": "b"}}]', "entry 1: clip 1 is there twice"),
+    ("no record at all", "line 1: expected `clip|output`"),
+    ("1.mp4|a\n1.mp4|b", "line 2: clip 1.mp4 was already on line 1"),
+    ("7.mp4|a", "no prediction for a clip of --data; the first there: 7.mp4"),
+    ('[{"1": "happy"}]', "entry 0: expected"),
+    ('[{"1": {"reason": "a", "gpt_response": "b"}}, {"1": {"reason": "a", "gpt_response": "b"}}]',
+     "entry 1: clip 1 is there twice"),
     ("[{]", "not JSON"), ('{"video_id": "1"}', "row 1: expected fields video_id and output"),
 ])
 def test_damaged_predictions(tmp_path, text, message):
@@ -99,7 +103,8 @@ def golden_files(folder: Path, dataset: str) -> dict:
     """The golden rows as the release keeps them: a results text, a judged JSON, and the data set's own files."""
     rows = json.loads((GOLDEN / "text" / "metrics.json").read_text())[dataset]
     write(folder / "results.txt", "".join(f"{r['video_id']}.mp4|{r['output']}\n" for r in rows["rows"]))
-    write(folder / "judged.json", json.dumps([{f"{r['video_id']}.mp4": {"reason": "?", "gpt_response": r["judged_emotion"]}}
+    write(folder / "judged.json",
+          json.dumps([{f"{r['video_id']}.mp4": {"reason": "?", "gpt_response": r["judged_emotion"]}}
                                               for r in rows["rows"]]))
     ids = rows["label_ids"]
     if dataset == "DFEW":
@@ -107,14 +112,16 @@ def golden_files(folder: Path, dataset: str) -> dict:
             f"{r['video_id']},{ids[r['ground_truth']]}\n" for r in rows["rows"]))
     else:
         (folder / "set_5").mkdir()
-        write(folder / "set_5" / "test.txt", "".join(f"{r['video_id']}.mp4 {r['ground_truth']}\n" for r in rows["rows"]))
+        write(folder / "set_5" / "test.txt",
+              "".join(f"{r['video_id']}.mp4 {r['ground_truth']}\n" for r in rows["rows"]))
     return rows["released"]
 
 
 @pytest.mark.parametrize("dataset", ["DFEW", "MAFW"])
 def test_released_files_give_the_released_figures(tmp_path, dataset):
     expected = golden_files(tmp_path, dataset)
-    evaluate.main(["--predictions", f"{tmp_path}/results.txt,{tmp_path}/judged.json", "--data", f"{dataset.lower()}:{tmp_path}",
+    evaluate.main(["--predictions", f"{tmp_path}/results.txt,{tmp_path}/judged.json", "--data",
+                   f"{dataset.lower()}:{tmp_path}",
                    "--rule", "released", "--out", f"{tmp_path}/out", "--bootstrap", "50", "--name", "golden"])
     metrics = read_json(tmp_path / "out" / "metrics.json")
     result = metrics["judges"]["as in the file"][dataset.lower()]
@@ -132,7 +139,8 @@ def test_two_judges_and_their_agreement(serve, tmp_path, capsys):  # noqa: F811
     path = write(tmp_path / "p.jsonl", "".join(json.dumps({
         "video_id": i, "output": f"<think>{text}</think><answer>{answer}</answer>", "ground_truth": truth,
         "dataset": "dfew"}) + "\n" for i, text, answer, truth in rows))
-    command = ["--predictions", path, "--judge", "openai:gpt-4.1-mini", "--judge", "lexicon", "--out", f"{tmp_path}/out"]
+    command = ["--predictions", path, "--judge", "openai:gpt-4.1-mini", "--judge", "lexicon", "--out",
+               f"{tmp_path}/out"]
     evaluate.main(command)
     metrics = read_json(tmp_path / "out" / "metrics.json")
     hosted = metrics["judges"]["openai:gpt-4.1-mini"]["dfew"]
@@ -168,7 +176,8 @@ def test_too_many_missing_predictions(tmp_path):
 def world(tmp_path_factory) -> Path:
     """A world of 16 clips, and a model of the toy's dimensions with random weights in `model/`."""
     folder = tmp_path_factory.mktemp("world")
-    build_world(folder, WorldSettings(train=8, test=6, pretrain=2, sft_clips=4, resamples=1, erv_train=60, erv_valid=10),
+    build_world(folder,
+                WorldSettings(train=8, test=6, pretrain=2, sft_clips=4, resamples=1, erv_train=60, erv_valid=10),
                 workers=1, progress=False)
     config = humanomni("toy")
     lm = json.loads((folder / "tokenizers" / "lm" / "tokenizer.json").read_text())
@@ -183,7 +192,8 @@ def world(tmp_path_factory) -> Path:
 
 
 def run_model(world: Path, out: Path, *options: str) -> list[dict]:
-    evaluate.main(["--model", str(world / "model"), "--data", f"toy:{world}", "--out", str(out), "--max-new-tokens", "12",
+    evaluate.main(["--model", str(world / "model"), "--data", f"toy:{world}", "--out", str(out), "--max-new-tokens",
+                   "12",
                    "--device", "cpu", "--bootstrap", "0", *options])
     return [{k: v for k, v in row.items() if k != "chunk"} for row in read_jsonl(out / "predictions.jsonl")]
 
@@ -240,7 +250,8 @@ def test_augment_describes_training_clips(world, tmp_path, capsys):
     augment.main(command)
     assert len(read_jsonl(tmp_path / "raw" / "predictions.jsonl")) == 8
     rejected = read_jsonl(tmp_path / "raw" / "descriptions.rejected.jsonl")  # random weights write no <think>
-    assert rejected[0]["split"] == "train" and rejected[0]["raw"] and "clips that could not be decoded" in capsys.readouterr().out
+    assert rejected[0]["split"] == "train" and rejected[0]["raw"]
+    assert "clips that could not be decoded" in capsys.readouterr().out
     overlap = tmp_path / "overlap"
     shutil.copytree(world, overlap)
     shutil.copy(overlap / "single_testset_5.csv", overlap / "single_trainset_5.csv")
@@ -280,7 +291,8 @@ def test_explained_reward_by_hand():
             table = {"He smiles.": [.9, .1, .6], "A wall.": [.1, .8, .1], "She shakes.": [.1, .2, .3]}
             return torch.tensor([table[s] for s in sentences])
 
-    result = infer.explain_reward("<think>He smiles. A wall. She shakes.</think><answer>happy</answer>", "happy", Verifier(),
+    result = infer.explain_reward("<think>He smiles. A wall. She shakes.</think><answer>happy</answer>", "happy",
+                                  Verifier(),
                                   RewardSettings())
     # {happiness, fear}, {neutral}, {fear} (best, none over 0.5): c = 1, N = 3, N_neu = 1 -> 1 / 2
     assert result["R_E"] == 0.5

@@ -53,7 +53,8 @@ class FakeApi:
                     self.close_connection = True
                     return
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}.items():
+                headers = {"Content-Length": str(len(content)), "Content-Type": "application/json", **headers}
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -88,7 +89,7 @@ def bad(status: int, message: str = "no", **headers):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(behave) -> FakeApi, with the environment pointing at it; the hub's offline switch is lifted for the test."""
+    """serve(behave) -> FakeApi, to which the environment points; the hub's offline switch is lifted for the test."""
     import huggingface_hub.constants as constants
     servers = []
 
@@ -137,7 +138,8 @@ def test_order_repeats_empty_and_outside(serve):
     api = serve(lambda prompt, times: good(answers[reason(prompt)]))
     texts = [*answers, "a", "", "  "]
     judgements, _ = ask(texts)
-    assert [j.emotion for j in judgements] == ["happy", "sad", None, None, None, None, "fear", "happy", None, "happy", None, None]
+    assert [j.emotion for j in judgements] == ["happy", "sad", None, None, None, None, "fear", "happy", None, "happy",
+                                               None, None]
     assert {j.status for j in judgements if j.emotion is None} == {"outside"}
     assert judgements[3].raw == "happy, sad"
     assert api.explanation_counts() == dict.fromkeys(answers, 1)  # "a" once, the empty ones never
@@ -146,7 +148,8 @@ def test_order_repeats_empty_and_outside(serve):
 def test_labels_are_permuted_by_item_and_the_same_each_time():
     orders = [permuted(DFEW, f"text {i}") for i in range(200)]
     assert all(sorted(order) == sorted(DFEW) for order in orders)
-    assert orders == [permuted(DFEW, f"text {i}") for i in range(200)] and permuted(DFEW, "x", 1) != permuted(DFEW, "x", 2)
+    assert orders == [permuted(DFEW, f"text {i}") for i in range(200)]
+    assert permuted(DFEW, "x", 1) != permuted(DFEW, "x", 2)
     first = Counter(order[0] for order in orders)
     assert len(first) == 7 and max(first.values()) < 60  # 200 / 7 = 29 each where no label is favoured
 
@@ -200,7 +203,7 @@ def test_retry_after_is_honoured(serve):
 
     serve(behave)
     assert ask(["x"])[0][0].emotion == "sad" and stamps[1] - stamps[0] >= 1
-    api = serve(lambda prompt, times: bad(429, **{"Retry-After": "3600"}))  # too long to wait: not asked before its time
+    api = serve(lambda prompt, times: bad(429, **{"Retry-After": "3600"}))  # too long to wait for
     assert ask(["x"])[0][0].status == "error" and api.explanation_counts() == {"x": 1}
 
 
@@ -219,7 +222,8 @@ def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
 
 
 @pytest.mark.parametrize("answer, message", [
-    (bad(401, f"Incorrect API key provided: {KEY}"), "the key is refused"), (bad(404, "model_not_found"), "no such model"),
+    (bad(401, f"Incorrect API key provided: {KEY}"), "the key is refused"),
+    (bad(404, "model_not_found"), "no such model"),
     (bad(429, "insufficient_quota"), "no credit left")])
 def test_hopeless_answers_end_the_run(serve, answer, message):
     api = serve(lambda prompt, times: answer)
@@ -301,8 +305,10 @@ def test_no_hub_token_for_other_servers(serve, monkeypatch):
 def test_makers_errors(monkeypatch):
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "ERV_JUDGE_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
-    for spec, message in (("openai:gpt-4.1-mini", "set OPENAI_API_KEY"), ("gemini:gemini-2.5-flash", "set GEMINI_API_KEY"),
-                          ("gpt-4.1-mini", "expected openai:MODEL"), ("openai:", "expected openai:MODEL"), ("erv:", "expected")):
+    for spec, message in (("openai:gpt-4.1-mini", "set OPENAI_API_KEY"),
+                          ("gemini:gemini-2.5-flash", "set GEMINI_API_KEY"),
+                          ("gpt-4.1-mini", "expected openai:MODEL"), ("openai:", "expected openai:MODEL"),
+                          ("erv:", "expected")):
         with pytest.raises(JudgeError, match=message):
             make_judge(spec)
 
@@ -327,6 +333,6 @@ def test_gemini_thinks_not_and_gets_its_own_address(monkeypatch):
 def test_erv_judge_takes_the_best_of_the_labels():
     judge = ErvJudge.__new__(ErvJudge)
     judge.name, judge.column = "erv", {"happiness": 0, "contempt": 1, "fear": 2, "sadness": 3}
-    judge.verifier = type("V", (), {"probabilities": lambda self, texts: torch.tensor([[.2, .9, .6, .1]] * len(texts))})()
+    judge.verifier = type("V", (), {"probabilities": lambda _, texts: torch.tensor([[.2, .9, .6, .1]] * len(texts))})()
     judged = judge.judge(["x", " "], ("happy", "fear", "sad"))  # contempt is not on this list
     assert judged == [Judgement("fear", "ok", "0.600"), Judgement(None, "outside", "")]

@@ -36,7 +36,7 @@ def clips(n, seed=0):
     return torch.randn(n, 4, 3, 48, 48, generator=g), torch.randn(n, 32, 100, generator=g)
 
 
-# ---- the released code's numbers --------------------------------------------------------------------------------------
+# ---- the released code's numbers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +84,7 @@ def test_full_size_names_and_shapes(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-# ---- Eq. 1: the splice ------------------------------------------------------------------------------------------------
+# ---- Eq. 1: the splice ----------------------------------------------------------------------------------------------
 
 
 def test_splice_by_hand(toy):
@@ -158,7 +158,7 @@ def test_loss_is_the_mean_over_label_tokens(toy):
     (dict(gate_ids=torch.zeros(3, 5, dtype=torch.long)), "3 rows for 1 videos"),
     (dict(gate_mask=torch.ones(1, 4)), "gate_mask has shape"),
     (dict(input_ids=torch.tensor([1, VIDEO])), r"input_ids has shape \[2\]"),
-    (dict(input_ids=torch.tensor([[512, VIDEO, AUDIO]])), "holds 512"),
+    (dict(input_ids=torch.tensor([[640, VIDEO, AUDIO]])), "holds 640"),
     (dict(input_ids=torch.tensor([[-200, VIDEO, AUDIO]])), "holds -200"),
     (dict(labels=torch.full((1, 3), IGNORE)), "no target"),
     (dict(labels=torch.zeros(1, 4, dtype=torch.long)), "labels has shape"),
@@ -179,7 +179,7 @@ def test_grid_that_the_projector_cannot_halve():
         HumanOmni(config)
 
 
-# ---- what trains, and from where it starts ----------------------------------------------------------------------------
+# ---- what trains, and from where it starts --------------------------------------------------------------------------
 
 
 def test_leftovers_are_exactly_what_gets_no_gradient(toy):
@@ -197,7 +197,8 @@ def test_trainable_parts():
     chosen = trainable(model, ["language_model", "text_encoder"])
     names = {name for name, _ in chosen}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
-    assert all(n.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "model.bert_model.")) for n in names)
+    prefixes = ("model.layers.", "model.embed_tokens.", "model.norm.", "model.bert_model.")
+    assert all(n.startswith(prefixes) for n in names)
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names  # tied: listed once
     assert not any("pooler" in n for n in names) and any("bert_model.encoder" in n for n in names)
     everything = {name for name, _ in trainable(model, PARTS)}

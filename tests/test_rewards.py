@@ -185,9 +185,9 @@ def test_remedies():
         assert reward(MIXED, step=step, phase_in_steps=10).total == pytest.approx(2 + share * 2 / 3)
     assert reward(MIXED, length_target=20).explanation == pytest.approx(2 / 3 * 10 / 20)  # 10 words
     assert reward(MIXED, length_target=5).explanation == pytest.approx(2 / 3)
-    # `So sad!` repeats `So sad.`: at 1.0, c 1 of N 3 less 1 neutral; at 0.5, c 1.5 of 3.5 less 1
-    assert reward(MIXED, repeat_discount=1.0).explanation == pytest.approx(1 / 2)
-    assert reward(MIXED, repeat_discount=0.5).explanation == pytest.approx(1.5 / 2.5)
+    # `So sad!` repeats `So sad.`: below the line stay N 4 less 1 neutral; c is 1 at 1.0 and 1.5 at 0.5
+    assert reward(MIXED, repeat_discount=1.0).explanation == pytest.approx(1 / 3)
+    assert reward(MIXED, repeat_discount=0.5).explanation == pytest.approx(1.5 / 3)
 
 
 def test_the_verifier_is_called_once_with_distinct_sentences():

@@ -128,7 +128,7 @@ def test_annotations(small):
     assert len({n for part in numbers.values() for n in part}) == 36 and len(truth) == 66
     assert all((small / "clip" / f"{n}.mp4").is_file() for n in truth)
     entries = read_json(small / "train.json")
-    assert len(entries) == 12 * 13 and len({e["video"] for e in entries}) == 12
+    assert len(entries) == 12 * 12 and len({e["video"] for e in entries}) == 12
     human, gpt = entries[0]["conversations"]
     assert human == {"from": "human", "value": f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"}
     assert gpt["from"] == "gpt" and gpt["value"].startswith("<think>") and gpt["value"].endswith("</answer>")
@@ -144,26 +144,26 @@ def test_annotations(small):
 
 def test_clips_are_weak_and_contradict_as_set():
     clips = sample_clips(WorldSettings(train=3000, test=0, pretrain=0))
-    assert abs(np.mean([c.face_shows != c.label or c.voice_shows != c.label for c in clips]) - 0.08) < 0.02
+    assert abs(np.mean([c.face_shows != c.label or c.voice_shows != c.label for c in clips]) - 0.05) < 0.02
     assert max(abs(n / 3000 - 1 / 7) for n in Counter(c.label for c in clips).values()) < 0.03
     happy = np.array([c.face for c in clips if c.face_shows == "happy"])  # mouth_curve: 0.9 x strength + noise
-    assert abs((happy[:, FACE.index("mouth_curve")] < 0.38).mean() - 0.3) < 0.1
+    assert abs((happy[:, FACE.index("mouth_curve")] < 0.38).mean() - 0.2) < 0.1
     still = np.array([c.voice for c in clips if c.voice_shows == "neutral"])
-    assert abs(still[:, VOICE.index("pitch")].std() - 0.22) < 0.03
+    assert abs(still[:, VOICE.index("pitch")].std() - 0.16) < 0.03
 
 
-def test_sft_targets_are_loosely_tied_to_the_label():
+def test_explanations_are_loosely_tied_to_answers_and_answers_to_labels():
     settings = WorldSettings(train=1000, test=0, pretrain=0)
     clips = sample_clips(settings)
     entries = world.sft_entries(clips, settings)
     answers = [e["conversations"][1]["value"].split("<answer>")[1][:-9] for e in entries]
-    labels = [c.label for c in clips for _ in range(13)]
+    labels = [c.label for c in clips for _ in range(12)]
     right = np.mean([a == b for a, b in zip(answers, labels)])
     assert abs(right - (0.75 + 0.25 / 7)) < 0.04
-    assert all(len(set(answers[i:i + 13])) == 1 for i in range(0, len(answers), 13))  # fixed for its clip
+    assert all(len(set(answers[i:i + 12])) == 1 for i in range(0, len(answers), 12))  # fixed for its clip
     thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
     judged = lexicon.LexiconJudge().judge(thoughts, EMOTIONS)
-    assert abs(np.mean([a == b for a, b in zip(judged, labels)]) - (0.6 + 0.4 / 7)) < 0.05
+    assert abs(np.mean([a == b for a, b in zip(judged, answers)]) - (0.6 + 0.4 / 7)) < 0.05
     sentences = np.mean([e["conversations"][1]["value"].count(".") for e in entries])
     assert 4 < sentences < 5
 
@@ -206,15 +206,15 @@ def test_tokenizers(small):
     folder = small / "tokenizers"
     lm = Tokenizer.from_file(str(folder / "lm" / "tokenizer.json"))
     golden = Tokenizer.from_file(str(Path(__file__).parent / "golden" / "chat" / "tokenizer.json"))
-    assert lm.get_vocab_size() == 512
+    assert lm.get_vocab_size() == 640
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-    assert [lm.token_to_id(t) for t in specials] == list(range(506, 512))
+    assert [lm.token_to_id(t) for t in specials] == list(range(634, 640))
     words = "<vi_start> isn't it 42 times?\n\n  <|im_end|>\nA naïve test – ok"
     assert lm.decode(lm.encode(words).ids, skip_special_tokens=False) == words
     assert lm.pre_tokenizer.pre_tokenize_str(words) == golden.pre_tokenizer.pre_tokenize_str(words)
     settings = read_json(folder / "lm" / "tokenizer_config.json")
     assert settings == read_json(Path(__file__).parent / "golden" / "chat" / "tokenizer_config.json")
-    assert 506 not in lm.encode(render()).ids and 507 in lm.encode(render()).ids
+    assert 634 not in lm.encode(render()).ids and 507 in lm.encode(render()).ids
     spoken = [e["conversations"][1]["value"] for e in read_json(small / "train.json")]
     assert np.mean([len(lm.encode(s).ids) for s in spoken]) < 50
 

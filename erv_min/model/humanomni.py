@@ -296,7 +296,8 @@ class HumanOmni(nn.Module):
 def init_weights(model: nn.Module, seed: int = 0) -> None:
     """Random weights in place, a function of `seed` and of the kind of device alone.
 
-    Normal 0.02; convolutions normal with fan-in scale; norms one; biases zero; Whisper's positions its sinusoids.
+    Linear layers normal with 0.6 / sqrt(inputs), which is Qwen2's 0.02 at its width of 896; embeddings normal 0.02;
+    convolutions normal with fan-in scale; norms one; biases zero; Whisper's positions its sinusoids.
     """
     generators, done = {}, set()
     for module in model.modules():
@@ -311,6 +312,8 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
                 p.fill_(1)
             elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+            elif isinstance(module, nn.Linear) and p is not getattr(model, "head_weight", None):
+                p.normal_(0, 0.6 * module.in_features**-0.5, generator=generator)
             else:
                 p.normal_(0, 0.02, generator=generator)
         if isinstance(module, WhisperEncoder):

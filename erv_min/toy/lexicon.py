@@ -23,7 +23,7 @@ WEIGHTS = {
     "fear": {"fear": 3, "afraid": 3, "scare": 3, "terror": 3, "terrif": 3, "panic": 3, "fright": 3, "dread": 3,
              "trembl": 2, "shak": 2, "whimper": 2, "shrink": 2, "freez": 2, r"thin\b": 1, "flinch": 2},
     "neutral": {"neutral": 3, "calm": 2, "relaxed": 2, "plain": 2, r"rest\b": 2, r"even\b": 1, "composed": 2,
-                "ordinary": 2,  r"still\b": 1, "unmoved": 2},
+                "ordinary": 2, r"still\b": 1, "unmoved": 2},
 }
 SHARED = {  # phrases that fit two emotions: half a vote each
     "eyes are wide open": ("surprise", "fear"), "voice is very loud": ("angry", "surprise"),

@@ -1,6 +1,6 @@
 """Tokenizers of the small world, trained on its own text: the language model's, the text gate's, the verifier's.
 
-lm: Qwen2's form (NFC, its word pattern, byte-level BPE), 512 entries, with its special tokens last.
+lm: Qwen2's form (NFC, its word pattern, byte-level BPE), 640 entries, with its special tokens last.
 text_gate: BERT uncased (WordPiece), at most 256. erv: RoBERTa (byte-level BPE, <s>=0 <pad>=1 </s>=2), 512.
 The same text gives the same files.
 """
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-TEXTS_A_PROMPT = 22  # weight of the explanations' words against the prompt's: those are generated, this is read once
+TEXTS_A_PROMPT = 6  # weight of the explanations' words against the prompt's: those are generated, this is read once
 
 
 def write_tokenizers(folder: Path, spoken: list[str], described: list[str]) -> None:
@@ -36,7 +36,7 @@ def write_tokenizers(folder: Path, spoken: list[str], described: list[str]) -> N
     atomic_write(folder / "erv" / "tokenizer.json", roberta_tokenizer(described).to_str())
 
 
-def qwen_tokenizer(spoken: list[str], size: int = 512) -> Tokenizer:
+def qwen_tokenizer(spoken: list[str], size: int = 640) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([

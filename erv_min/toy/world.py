@@ -1,7 +1,7 @@
 """The small world on disk: clips with an emotion, the annotation files of real data sets, tokenizers. Offline, by seed.
 
 `build_world(folder, WorldSettings(...))` draws each clip's face and voice around its emotion's prototype (weak in one
-modality in 30% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
+modality in 20% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
 clip/<number>.mp4, DFEW's single_{train,test,tune}set_5.csv, train.json (the released training JSON for SFT, only
 loosely tied to the labels), pretrain.json (captions), erv_{train,valid,small}.jsonl, params.jsonl (the generator's
 truth), tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete world is reused.
@@ -25,7 +25,7 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, c
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
-VERSION = 1  # of what a seed gives; raise it when rendering, grammar or files change
+VERSION = 3  # of what a seed gives; raise it when rendering, grammar or files change
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
@@ -49,12 +49,12 @@ class WorldSettings:
     test: int = 400
     tune: int = 0  # clips to tune settings on, apart from the test clips
     pretrain: int = 2000  # clips with captions, for the towers and the language model
-    weak: float = 0.3  # share of clips with a weak face, and of clips with a weak voice
-    conflict: float = 0.08  # share of clips in which face or voice shows another emotion
-    noise: float = 0.22  # standard deviation of every parameter around its prototype
+    weak: float = 0.2  # share of clips with a weak face, and of clips with a weak voice
+    conflict: float = 0.05  # share of clips in which face or voice shows another emotion
+    noise: float = 0.16  # standard deviation of every parameter around its prototype
     exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
     sft_clips: int = 1000
-    resamples: int = 13  # explanations a clip in train.json
+    resamples: int = 12  # explanations a clip in train.json
     captions: int = 2  # captions a clip in pretrain.json
     answer_noise: float = 0.25  # an answer in train.json is random, fixed for its clip
     explanation_noise: float = 0.4  # an explanation's emotion is drawn anew, each time
@@ -94,7 +94,8 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
         values.append(tuple(round(float(v), 4) for v in noisy))
     woman = bool(rng.random() < 0.5)
     look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)),
-                bool(rng.random() < (0.8 if woman else 0.2)), bool(rng.random() < 0.25), text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
+                bool(rng.random() < (0.8 if woman else 0.2)), bool(rng.random() < 0.25),
+                text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
     return ClipSpec(number, split, label, *shows, *values, look)
 
 
@@ -212,13 +213,13 @@ def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
 
 
 def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """SFT targets, only loosely tied to the labels: what leaves a model whose explanations drift."""
+    """SFT targets: explanations loosely tied to their answer, and answers to the label, so that explanations drift."""
     entries = []
     for clip in clips:
         rng = generator(settings, "sft", clip.number)
         answer = text.pick(rng, EMOTIONS) if rng.random() < settings.answer_noise else clip.label
         for _ in range(settings.resamples):
-            about = text.pick(rng, EMOTIONS) if rng.random() < settings.explanation_noise else clip.label
+            about = text.pick(rng, EMOTIONS) if rng.random() < settings.explanation_noise else answer
             sentences = text.explain(rng, clip.look, about, settings.sentence_noise, settings.exploitable)
             entries.append(entry(clip, text.join(sentences), answer))
     return entries

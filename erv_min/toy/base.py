@@ -1,0 +1,122 @@
+"""The toy preset's base model, in the place of the released HumanOmni: it sees, hears and describes, and knows no emotion.
+
+1. `train_towers`: SigLIP and Whisper at tiny dimensions, with their projectors, regress the generator's parameters
+   (mouth, brows, pitch, tempo, ..., and what the clip looks like), read through the same media code as every clip.
+2. `train_captions`: the language model alone learns to describe these clips (Eq. 2 on pretrain.json, whose answers are
+   random); with projectors that train from the start it would learn the texts and never look.
+Towers are frozen from here on. Without this base the explanations are not grounded, and no reward can find them.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from erv_min.checkpoint import save_humanomni
+from erv_min.config import humanomni
+from erv_min.data import Example
+from erv_min.errors import ClipError
+from erv_min.files import read_jsonl
+from erv_min.inputs import clip_inputs
+from erv_min.model.humanomni import HumanOmni, init_weights, trainable
+from erv_min.policy import Prompts, completion_logps, pad_targets
+from erv_min.prompts import gate_text, render, sft_target
+from erv_min.readers import read_training_json
+from erv_min.sft import sft_loss
+from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
+from erv_min.train import World, batch_of_step, learning_rate, make_optimizer, update
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def look_targets(look: dict) -> list[float]:
+    """What a clip shows besides the expression, as numbers: room, shirt and hair one-hot, woman, glasses, long hair."""
+    one_hot = [float(look[key] == value) for key, values in (("room", ROOMS), ("shirt", SHIRTS), ("hair", HAIRS))
+               for value in values]
+    return one_hot + [float(look[key]) for key in ("woman", "glasses", "long_hair")]
+
+
+def decode_all(clips: list[Example], model: HumanOmni, workers: int) -> tuple[Tensor, Tensor]:
+    """Every clip as tensors: video [clips, T, 3, S, S], audio [clips, mels, F]. Raises the first ClipError."""
+    video, audio = [], []
+    for x in clip_inputs(clips, model, None, num_frames=model.config.num_frames, workers=workers):
+        if isinstance(x, ClipError):
+            raise x
+        video.append(x.clip.video)
+        audio.append(x.clip.audio)
+    return torch.stack(video), torch.stack(audio)
+
+
+def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tensor, gate: tuple[Tensor, Tensor],
+                 seed: int = 0, steps: int = 250, batch_size: int = 32, lr: float = 2e-3) -> None:
+    """Regresses params.jsonl's `rows` from the modality tokens of their clips; towers and projectors train, in place."""
+    seen = torch.tensor([r["face"] + look_targets(r["look"]) for r in rows])  # [clips, F]
+    heard = torch.tensor([r["voice"] + [float(r["look"]["woman"])] for r in rows])
+    # Linear heads on the mean token, normalised as the language model's first layer will: what a head of attention that
+    # looks at a whole modality finds. Dropped afterwards.
+    width = model.config.text.hidden_size
+    see, hear = nn.Linear(width, seen.shape[1]), nn.Linear(width, heard.shape[1])
+    params = [p for _, p in trainable(model, ("vision_tower", "visual_projector", "audio_projector"))]
+    params += [p.requires_grad_() for p in model.model.audio_tower.parameters()] + [*see.parameters(), *hear.parameters()]
+    optimizer, started = make_optimizer(params, weight_decay=0.01), time.time()
+    for step in range(steps):
+        batch = torch.tensor(batch_of_step(len(rows), batch_size, seed, step))
+        shown = see(F.rms_norm(model.encode_video(video[batch], *gate), (width,)).mean(1))
+        sounds = hear(F.rms_norm(model.encode_audio(audio[batch]), (width,)).mean(1))
+        losses = F.mse_loss(shown, seen[batch]), F.mse_loss(sounds, heard[batch])
+        sum(losses).backward()
+        update(optimizer, params, learning_rate(step, steps, lr, 0.1), 1.0, ALONE)
+        if (step + 1) % 50 == 0:
+            print(f"towers: step {step + 1}/{steps} video loss {losses[0]:.4f} audio loss {losses[1]:.4f}, "
+                  f"{time.time() - started:.1f} s", flush=True)
+
+
+def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, audio: Tensor, tokenizer: Tokenizer,
+                   gate: tuple[Tensor, Tensor], seed: int = 0, steps: int = 250, batch_size: int = 16,
+                   lr: float = 4e-3) -> None:
+    """Eq. 2 on `captions` (several a clip, sharing its prompt); the language model alone trains, in place."""
+    with torch.no_grad():  # nothing before the language model moves: its tokens are computed once
+        video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
+        audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
+    params = [p for _, p in trainable(model, ("language_model",))]
+    optimizer, started = make_optimizer(params), time.time()
+    ids = torch.tensor([tokenizer.encode(render())])
+    for step in range(steps):
+        batch = batch_of_step(len(captions), batch_size, seed, step)
+        embeds, _, mask = model.splice(ids.expand(len(batch), -1), video[batch], audio[batch])
+        targets = pad_targets([tokenizer.encode(c) + tokenizer.turn_end for i in batch for c in captions[i]],
+                              tokenizer.pad_id, embeds.device)
+        loss = sft_loss(completion_logps(model, Prompts(embeds, mask), targets)[0], targets.mask)
+        loss.backward()
+        update(optimizer, params, learning_rate(step, steps, lr, 0.05), 1.0, ALONE)
+        if (step + 1) % 50 == 0:
+            print(f"captions: step {step + 1}/{steps} loss {loss.item():.4f}, {time.time() - started:.1f} s", flush=True)
+
+
+def train_base(world: Path, seed: int = 0, workers: int = 2) -> Path:
+    """Trains the base model on the rendered world in `world` and saves it, tokenizers and all, as `world`/base."""
+    started, texts = time.time(), world / "tokenizers"
+    tokenizer, gate_tokenizer = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
+    model = HumanOmni(humanomni("toy"))
+    init_weights(model, seed)
+    params = {str(row["number"]): row for row in read_jsonl(world / "params.jsonl")}
+    captions: dict[str, list[str]] = {}
+    clips: dict[str, Example] = {}
+    for e in read_training_json(world / "pretrain.json", world, "dfew"):
+        captions.setdefault(e.video_id, []).append(sft_target(e.explanation, e.label))
+        clips[e.video_id] = e
+    video, audio = decode_all(list(clips.values()), model, workers)
+    print(f"base model: {len(clips)} clips decoded in {time.time() - started:.1f} s", flush=True)
+    gate = gate_tokenizer.encode_batch([gate_text()])
+    train_towers(model, [params[name] for name in clips], video, audio, gate, seed)
+    train_captions(model, list(captions.values()), video, audio, tokenizer, gate, seed)
+    out = world / "base"
+    out.mkdir(exist_ok=True)
+    shutil.copytree(texts / "lm", out, dirs_exist_ok=True)
+    shutil.copytree(texts / "text_gate", out / "text_gate", dirs_exist_ok=True)
+    save_humanomni(model, out)
+    return out

@@ -1,0 +1,147 @@
+"""The scripts as a user runs them, on a world of a few dozen clips: every stage, two processes, resume, real dimensions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from erv_min.checkpoint import load_humanomni
+from erv_min.toy import base
+from erv_min.toy.world import WorldSettings, build_world
+
+ROOT = Path(__file__).parent.parent
+FIELDS = ("step", "loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length",
+          "tokens_per_s")
+pytestmark = pytest.mark.slow
+
+
+def run(*command, processes: int = 0, ok: bool = True) -> str:
+    """Runs a script alone or under torchrun, and returns what it printed."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    result = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert (result.returncode == 0) == ok, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small world with a base model that has hardly learnt: enough to run every path."""
+    folder = tmp_path_factory.mktemp("toy") / "world"
+    build_world(folder, WorldSettings(train=24, test=8, pretrain=16, sft_clips=8, resamples=3, erv_train=160, erv_valid=40),
+                progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base.train_towers, "__defaults__", (0, 4, 8, 2e-3))
+        patch.setattr(base.train_captions, "__defaults__", (0, 60, 8, 4e-3))
+        base.train_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(world, tmp_path_factory):
+    """SFT, verifier and two GRPO steps with evaluation, from the scripts' own preparation: the main command, made small."""
+    out = tmp_path_factory.mktemp("chain")
+    printed = run(ROOT / "scripts/sft.py", "--world", world, "--out", out / "sft", "--steps", 30, "--batch-size", 8)
+    printed += run(ROOT / "scripts/erv.py", "--world", world, "--out", out / "erv", "--steps", 6)
+    printed += run(ROOT / "scripts/grpo.py", "--world", world, "--out", out, "--steps", 3, "--batch-size", 4,
+                   "--micro-batch", 2, "--group-size", 4, "--mu", 2, "--sample-every", 1, processes=1)
+    return out, printed
+
+
+def test_the_main_command_leaves_what_it_promises(chain):
+    out, printed = chain
+    metrics = rows(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2] and all(f in m for m in metrics for f in FIELDS)
+    assert all(0 <= m["reward_format"] <= 1 and m["kl"] >= 0 and m["completion_length"] > 0 for m in metrics)
+    assert "held-out clips, explanations judged by the lexicon" in printed and "GRPO with R_E over SFT" in printed
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "HumanOmni_qwen2" and config["erv_min"]["settings"]["group_size"] == 4
+    assert len(rows(out / "completions.jsonl")) == 3 * 4
+    scores = json.loads((out / "evaluation.json").read_text())
+    assert set(scores) == {"SFT", "GRPO with R_E"} and all(0 <= s["WAR"] <= 100 for s in scores.values())
+
+
+def test_grpo_moves_what_table_8_trains_and_nothing_else(chain):
+    out, _ = chain
+    before, after = load_file(out / "sft/model.safetensors"), load_file(out / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [n for n in moved if "tower" in n or "bert_gate" in n]
+    for part in ("model.layers.", "model.mm_projector.", "model.audio_projector.", "model.bert_model.", "model.embed_tokens"):
+        assert [n for n in moved if n.startswith(part)], part
+
+
+def test_the_result_loads_and_answers(chain, world):
+    out, _ = chain
+    assert load_humanomni(out).config.num_frames == 4
+    clip = next((world / "clip").glob("*.mp4"))
+    printed = run(ROOT / "scripts/infer.py", clip, "--model", out, "--max-new-tokens", 12, "--num-frames", 4)
+    assert clip.name in printed or printed.strip()
+
+
+def test_two_processes_train_as_one(chain, world, tmp_path):
+    """Same global batch, same noise: the first step's completions are the same, and the weights agree to reduction order."""
+    out, _ = chain
+    common = ("--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 2, "--batch-size", 4,
+              "--micro-batch", 2, "--group-size", 4, "--eval-clips", -1, "--sample-every", 1)
+    for processes in (1, 2):
+        run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / str(processes), processes=processes)
+    one, two = (rows(tmp_path / n / "metrics.jsonl") for n in "12")
+    for field in ("reward", "reward_format", "reward_answer", "reward_explanation", "completion_length"):
+        assert one[0][field] == pytest.approx(two[0][field], abs=1e-9), field
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-3)
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "12")
+    start = load_file(out / "sft/model.safetensors")
+    moved = sum((a[n] - start[n]).abs().sum() for n in a)
+    apart = sum((a[n] - b[n]).abs().sum() for n in a)
+    assert apart < 0.02 * moved  # Adam's first steps have size lr whatever the gradient: signs of zeros may differ
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(chain, world, tmp_path):
+    out, _ = chain
+    common = ("--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 4, "--batch-size", 2,
+              "--group-size", 2, "--eval-clips", -1, "--save-every", 2)
+    run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / "whole")
+    script = tmp_path / "stop.py"  # the same run, killed as step 3 is logged
+    script.write_text("import os, sys\nsys.path.insert(0, sys.argv.pop(1))\nimport grpo\nlog = grpo.Run.log\n"
+                      "def stop(run, step, values):\n    log(run, step, values)\n    if step == 2: os._exit(9)\n"
+                      "grpo.Run.log = stop\ngrpo.main(sys.argv[1:])\n")
+    run(script, ROOT / "scripts", *common, "--out", tmp_path / "stopped", ok=False)
+    run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / "stopped", "--resume")
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "stopped"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    timed = ("tokens_per_s", "seconds", "seconds_rollout")
+    a, b = ([{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / n / "metrics.jsonl")]
+            for n in ("whole", "stopped"))
+    assert a == b
+
+
+def test_a_broken_clip_is_left_out_and_listed(chain, world, tmp_path):
+    out, _ = chain
+    entries = json.loads((world / "train.json").read_text())[:6:3]
+    for i, entry in enumerate(entries):
+        (tmp_path / f"{i}.mp4").write_bytes((world / entry["video"]).read_bytes())
+        entry["video"] = f"{i}.mp4"
+    (tmp_path / "1.mp4").write_bytes(b"not a clip")
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    run(ROOT / "scripts/grpo.py", "--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 1,
+        "--batch-size", 2, "--group-size", 2, "--eval-clips", -1, "--data", f"json:dfew:{tmp_path / 'data.json'}",
+        "--out", tmp_path / "run")
+    assert "1.mp4" in rows(tmp_path / "run/failed_clips.jsonl")[0]["error"]
+    assert rows(tmp_path / "run/metrics.jsonl")[0]["completion_length"] > 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(chain, world):
+    out, _ = chain
+    printed = run(ROOT / "scripts/grpo.py", "--world", world, "--out", out, "--steps", 1, ok=False)
+    assert "SettingsError" in printed and "--resume" in printed

@@ -1,0 +1,35 @@
+"""Small files: whole or not at all, and rows that survive a stop in the middle of a write."""
+
+import pytest
+
+from erv_min.errors import DataError
+from erv_min.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        atomic_write(tmp_path / "a.json", 3)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert read_json(tmp_path / "a.json") == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_partial_last_line_is_left_out_and_then_replaced(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, {"n": 1})
+    path.write_text(path.read_text() + '{"n": 2, "te')
+    assert read_jsonl(path) == [{"n": 1}]
+    append_jsonl(path, {"n": 3})
+    assert read_jsonl(path) == [{"n": 1}, {"n": 3}]
+
+
+def test_errors_name_file_and_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"n": 1}\nnot json\n{"n": 2}\n')
+    with pytest.raises(DataError, match=r"bad.jsonl, line 2"):
+        read_jsonl(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="bad.json"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(DataError, match="no such file"):
+        read_json(tmp_path / "none.json")
