@@ -96,9 +96,10 @@ def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, a
     """Completions of one prompt: ids [group_size, <= max_new_tokens], right-filled with EOS. Eq. 1.
 
     input_ids [L] with -201 / -202 where the clip's tokens go; video [T, 3, S, S] or [1, T, 3, S, S]; audio [mels, F]
-    or [1, mels, F]; gate_ids, gate_mask [1, Q] (the text gate's BERT input). Temperature 0 is greedy.
+    or [1, mels, F]; gate_ids, gate_mask [Q] or [1, Q] (the text gate's BERT input). Temperature 0 is greedy.
     """
-    input_ids = torch.as_tensor(input_ids).view(1, -1)
+    input_ids, gate_ids, gate_mask = (None if x is None else torch.as_tensor(x).reshape(1, -1)
+                                      for x in (input_ids, gate_ids, gate_mask))
     embeds, mask = model.prompt_embeds(input_ids, video=video, audio=audio, gate_ids=gate_ids, gate_mask=gate_mask)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     noise = sampling_noise(seed, 0, [0], group_size, max_new_tokens) if temperature > 0 else None

@@ -297,6 +297,7 @@ def pixel_values(frames: torch.Tensor, size: int, geometry: str = "pad") -> torc
     """
     if geometry not in ("pad", "stretch"):
         raise SettingsError(f"geometry {geometry!r}: use pad or stretch")
+    frames = torch.as_tensor(frames)
     height, width = frames.shape[1:3]
     x_gap, y_gap = (max(height - width, 0), max(width - height, 0)) if geometry == "pad" else (0, 0)
     margins = (x_gap // 2, x_gap - x_gap // 2, y_gap // 2, y_gap - y_gap // 2)  # left, right, top, bottom
@@ -329,7 +330,7 @@ def log_mel(waveform: torch.Tensor, n_mels: int = 128, n_frames: int = 3000) -> 
     log10 of the mel powers, clamped at 1e-10, floored 8 below the loudest, (x + 4) / 4; NaN becomes -1.5.
     """
     total = n_frames * HOP
-    waveform = waveform[:total]
+    waveform = torch.as_tensor(waveform, dtype=torch.float32)[:total]
     heard = min(n_frames, -(-(len(waveform) + N_FFT // 2) // HOP))  # later windows hold nothing but padding
     x = F.pad(F.pad(waveform, (0, total - len(waveform)))[None], (N_FFT // 2, N_FFT // 2), mode="reflect")[0]
     spectrum = torch.stft(x[: (heard - 1) * HOP + N_FFT], N_FFT, HOP, window=torch.hann_window(N_FFT), center=False,
