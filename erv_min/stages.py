@@ -1,5 +1,6 @@
 """How a stage gets what it starts from: model and tokenizers, clips, and, for the toy preset, the stages before it."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -75,9 +76,16 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
     cache = None
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
-        key = f"{stage}:{settings.model}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
+        key = f"{tower_key(model)}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
         cache = FeatureCache(folder, key)
     return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
+
+
+def tower_key(model: HumanOmni) -> str:
+    """Names the frozen towers by their weights: features kept on disk are never taken for those of other towers."""
+    sums = [p.detach().double().abs().sum().item() for tower in (model.model.vision_tower, model.model.audio_tower)
+            for p in tower.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
 def training_examples(settings: Common, split: str, world: World) -> list[Example]:

@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         save_humanomni(model, settings.out)
         run.finish()
         print(f"GRPO done: {settings.out}/model.safetensors", flush=True)
-    if toy and settings.eval_clips >= 0:
+    if toy and not settings.data and settings.eval_clips >= 0:  # other data: scripts/evaluate.py on its own test split
         evaluate(settings, builder, world)
 
 
@@ -228,8 +228,7 @@ def show(run: Run, step: int, x, texts: list[str], scored: list) -> None:
 
 def evaluate(settings: GRPOSettings, builder: PromptBuilder, world) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
-    data = settings.data or f"toy:{world_folder(settings)}"
-    examples = load_examples(data, "test")[: settings.eval_clips or None]
+    examples = load_examples(f"toy:{world_folder(settings)}", "test")[: settings.eval_clips or None]
     systems = {"SFT": settings.model, "GRPO with R_E" if settings.w_explanation else "GRPO without R_E": settings.out}
     if settings.baseline:
         systems = {"SFT": settings.model, "GRPO without R_E": f"{settings.out}/baseline", "GRPO with R_E": settings.out}

@@ -1,6 +1,7 @@
 """Supervised fine-tuning, Eq. 2: `torchrun scripts/sft.py [--preset toy|paper-0.5b|paper-7b] [--out DIR] ...`
 
-The toy preset makes what it needs first: it renders the embedded world and trains a base model that describes it. With the paper's presets: `--data emer:/path` and, if wished, `--model REPO_OR_FOLDER`.
+The toy preset makes what it needs first: it renders the embedded world and trains a base model that describes it.
+With the paper's presets: `--data emer:/path` and, if wished, `--model REPO_OR_FOLDER`.
 Departures from the release: the paper's prompt in every stage (divergence 10), padded frames (11), and the targets of
 one clip can share its prompt. Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl.
 """

@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from erv_min.checkpoint import load_humanomni
+from erv_min.config import humanomni
+from erv_min.model.humanomni import random_humanomni
+from erv_min.stages import tower_key
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
 
@@ -85,8 +88,9 @@ def test_the_result_loads_and_answers(chain, world):
     out, _ = chain
     assert load_humanomni(out).config.num_frames == 4
     clip = next((world / "clip").glob("*.mp4"))
-    printed = run(ROOT / "scripts/infer.py", clip, "--model", out, "--max-new-tokens", 12, "--num-frames", 4)
-    assert clip.name in printed or printed.strip()
+    printed = run(ROOT / "scripts/infer.py", clip, "--model", out, "--max-new-tokens", 12, "--num-frames", 4, "--json")
+    result = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert result["clip"].endswith(clip.name) and result["output"] and "emotion" in result
 
 
 def test_two_processes_train_as_one(chain, world, tmp_path):
@@ -139,6 +143,16 @@ def test_a_broken_clip_is_left_out_and_listed(chain, world, tmp_path):
         "--out", tmp_path / "run")
     assert "1.mp4" in rows(tmp_path / "run/failed_clips.jsonl")[0]["error"]
     assert rows(tmp_path / "run/metrics.jsonl")[0]["completion_length"] > 0
+
+
+def test_kept_features_belong_to_their_towers():
+    one, other = random_humanomni(humanomni("toy"), 0), random_humanomni(humanomni("toy"), 0)
+    assert tower_key(one) == tower_key(other)
+    with torch.no_grad():
+        other.model.audio_projector[0].weight.add_(1)  # not a tower: the features stay true
+        assert tower_key(one) == tower_key(other)
+        next(other.model.vision_tower.parameters()).add_(1e-3)
+    assert tower_key(one) != tower_key(other)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(chain, world):
