@@ -174,16 +174,17 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     return model.eval()
 
 
-def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | None = None, shapes=None,
+                   stream=None) -> None:
     """Writes a folder that `load_humanomni` and the released code read: released names, tied head left out.
 
-    `dtype` None keeps the model's. Keys of the config.json that the model came from are kept, and its folder's
+    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (parallel.save_model), in a dtype. Keys of the config.json that the model came from are kept, and its folder's
     tokenizer files are copied. Each file is written whole or not at all, config.json last.
     """
-    folder, state = Path(folder), model.state_dict()
+    folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:
-        del state["lm_head.weight"]
-    write_safetensors(folder / "model.safetensors", state, dtype)
+        state.pop("lm_head.weight", None)
+    write_safetensors(folder / "model.safetensors", state, dtype, stream)
     origin = model.source_folder
     if origin and Path(origin).resolve() != folder.resolve():
         for name in TEXT_FILES:

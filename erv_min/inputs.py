@@ -15,7 +15,7 @@ from erv_min.data import Example, FeatureCache, clip_loader
 from erv_min.errors import ClipError
 from erv_min.media import Clip, load_clip
 from erv_min.model.humanomni import HumanOmni
-from erv_min.policy import Prompts
+from erv_min.policy import Completions, Prompts, completion_logps
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, gate_text, question_with_subtitle, render
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 
@@ -102,6 +102,10 @@ class PromptBuilder:
             x.clip = None
             if self.cache is not None:
                 self.cache.put(x.example, x.vision, x.audio)
+
+    def logps(self, inputs: list[Inputs], completions: Completions, with_entropy: bool = False):
+        """policy.completion_logps of `completions` on the prompts of `inputs`: one pass from features to log-probs."""
+        return completion_logps(self.model, self.prompts(inputs), completions, with_entropy=with_entropy)
 
     def prompts(self, inputs: list[Inputs]) -> Prompts:
         """X_m of Eq. 1 for each clip: projectors and text gate on the towers' features, spliced into the text."""

@@ -40,7 +40,7 @@ class Completions:
 
 def pad_targets(targets: list[list[int]], pad_id: int, device: torch.device) -> Completions:
     """Target ids of several lengths as one batch, right-padded with `pad_id`; the mask is True at the targets."""
-    width = max(map(len, targets))
+    width = max(2, *map(len, targets))  # two at least: then a pass has two halves, as on every other process
     ids = torch.tensor([t + [pad_id] * (width - len(t)) for t in targets], device=device)
     lengths = torch.tensor([len(t) for t in targets], device=device)
     return Completions(ids, torch.arange(width, device=device) < lengths[:, None])

@@ -43,6 +43,8 @@ class Common:
     save_every: int = setting(100, "steps between checkpoints")
     device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
     dtype: str = setting("float32", "compute type; weights and optimizer stay float32", ("float32", "bfloat16"))
+    sharding: str = setting("none", "how weights lie on several processes: none (whole on each), hand (fsdp.py), torch "
+                                    "(PyTorch's fully_shard)", ("none", "hand", "torch"))
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     workers: int = setting(2, "processes that decode clips ahead of the model")
     cache_features: str = setting("", "folder for the frozen towers' features, so that later epochs skip decoding "
@@ -105,7 +107,7 @@ TRAINABLE = {
 }
 
 _TOY = dict(num_frames=4, cache_features="memory", seed=0, workers=2, save_every=50)
-_PAPER = dict(dtype="bfloat16", recompute=True)
+_PAPER = dict(dtype="bfloat16", recompute=True, sharding="hand")
 _BIG = dict(_PAPER, micro_batch=1)
 PRESETS = {
     "sft": {

@@ -53,13 +53,16 @@ def prepare_world(world: Path, seed: int, base: bool) -> None:
 
 
 def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, PromptBuilder]:
-    """The model that a stage begins with, in float32 on the device, and the builder of its prompts.
+    """The model that a stage begins with, in float32, and the builder of its prompts.
+
+    It lies on the device, or, where it will be sharded, on the CPU: with --sharding hand on the first process's alone.
 
     --model names a folder or hub repository; without it the preset's own start (section 4.3). With --random-weights
     the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
     """
+    device = {"none": world.device, "torch": "cpu", "hand": "cpu" if world.main else "meta"}[settings.sharding]
     if settings.random_weights:
-        model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=world.device)
+        model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
         texts = world_folder(settings) / "tokenizers"
         tokenizer, gate = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
     else:
@@ -67,7 +70,7 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
         if not name:
             raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
                                 "(a folder or hub repository), or try the machine with --random-weights")
-        model = load_humanomni(name, torch.float32, world.device)
+        model = load_humanomni(name, torch.float32, device)
         tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(text_gate_folder(name))
         if world.main:
             print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "

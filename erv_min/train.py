@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from erv_min.errors import CheckpointError, SettingsError
 from erv_min.files import append_jsonl, atomic_write, fsync_folder, read_json, write_json
+from erv_min.fsdp import Sharded
+from erv_min.parallel import as_held, average_gradients, full, join, load_state, save_state
 
 # ----------------------------------------------------------------------------------------------------- processes
 
@@ -62,22 +65,8 @@ def start_world(device: str = "", timeout_minutes: float = 60) -> World:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     if size > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        join(backend, timeout_minutes)
     return World(rank, size, chosen)
-
-
-def average_gradients(params: list[Tensor], world: World) -> None:
-    """Mean of the gradients over processes, as one flat all-reduce; a missing gradient counts as zeros."""
-    if world.size == 1:
-        return
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in params])
-    dist.all_reduce(flat)
-    flat /= world.size
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad.copy_(g.view_as(p))
 
 
 def sum_over_processes(values: dict[str, float], world: World) -> dict[str, float]:
@@ -117,13 +106,18 @@ def make_optimizer(params: list[Tensor], weight_decay: float = 0.0) -> torch.opt
     return torch.optim.AdamW(params, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
 
 
-def update(optimizer: torch.optim.Optimizer, params: list[Tensor], lr: float, max_grad_norm: float, world: World) -> float:
+def update(optimizer: torch.optim.Optimizer, params: list[Tensor], lr: float, max_grad_norm: float, world: World,
+           clip: Callable[[float], float] | None = None) -> float:
     """One optimizer step on gradients averaged over processes and clipped to a global norm; returns the norm before.
 
-    Gradients are cleared. A norm that is not finite leaves the weights alone.
+    `clip` does both where given (of `Sharded` and its like). Gradients are cleared. A norm that is not finite leaves the
+    weights alone.
     """
-    average_gradients(params, world)
-    norm = float(nn.utils.clip_grad_norm_(params, max_grad_norm))
+    if clip is None:
+        average_gradients(params)
+        norm = float(nn.utils.clip_grad_norm_(params, max_grad_norm))
+    else:
+        norm = clip(max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(norm):
@@ -202,14 +196,18 @@ class Run:
             print(f"step {step + 1}/{self.total_steps} {shown} | {done / elapsed:.2f} steps/s, "
                   f"{datetime.timedelta(seconds=round(left))} left", flush=True)
 
-    def save(self, step: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """Writes the training state after `step` steps; the old one stays until the new one is whole."""
+    def save(self, step: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, policy=None) -> None:
+        """Writes the training state after `step` steps; the old one stays until the new one is whole. All must call it.
+
+        Of a `Sharded` policy each process writes its shards.
+        """
+        if isinstance(policy, Sharded):
+            return save_state(self.out, step, policy, optimizer)
+        tensors = {f"param.{n}": full(p.detach()) for n, p in params.items()}
+        for name, p in params.items():
+            tensors |= {f"{key}.{name}": full(value.detach()) for key, value in optimizer.state.get(p, {}).items()}
         if not self.world.main:
             return
-        tensors = {f"param.{n}": p.detach() for n, p in params.items()}
-        for name, p in params.items():
-            for key, value in optimizer.state.get(p, {}).items():
-                tensors[f"{key}.{name}"] = value.detach().reshape(value.shape).contiguous()
         temporary = self.out / ".state.safetensors"
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)})
         with open(temporary, "rb+") as f:
@@ -217,8 +215,15 @@ class Run:
         os.replace(temporary, self.state)
         fsync_folder(self.out)
 
-    def resume(self, params: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    def resume(self, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, policy=None) -> int:
         """Puts the saved state back and cuts metrics.jsonl to it; returns the number of steps done, 0 without a state."""
+        sharded = isinstance(policy, Sharded)
+        if (other := self.state if sharded else self.out / "state.json").exists():
+            raise CheckpointError(f"{other}: written {'without' if sharded else 'with'} --sharding hand; resume that way")
+        if sharded:
+            self.first_step = load_state(self.out, policy, optimizer)
+            self._cut_metrics(self.first_step)
+            return self.first_step
         if not self.state.exists():
             self._cut_metrics(0)
             return 0
@@ -234,10 +239,10 @@ class Run:
                                   f"{sorted(names ^ set(params))[:3]}; resume with the settings it was started with")
         with torch.no_grad():
             for name, p in params.items():
-                p.copy_(saved[f"param.{name}"])
+                p.copy_(as_held(p, saved[f"param.{name}"]))
                 state = {k: saved[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in saved}
                 if state:
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p) for k, v in state.items()}
+                    optimizer.state[p] = {k: v if k == "step" else as_held(p, v) for k, v in state.items()}
         self._cut_metrics(step)
         self.first_step = step
         return step
@@ -259,7 +264,12 @@ SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation
          "tokens_per_s")
 
 
-def prepare_out(out: Path, resume: bool) -> None:
-    """Refuses to mix a new run with an old one in the same folder: raises SettingsError naming the ways out."""
+def prepare_out(out: Path, resume: bool) -> bool:
+    """Whether to resume: where asked to, and where torchrun starts the job again after a failure (--max-restarts).
+
+    Refuses to mix a new run with an old one in the same folder: raises SettingsError naming the ways out.
+    """
+    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if not resume and (out / "metrics.jsonl").exists():
         raise SettingsError(f"{out} already holds a run: give --resume to go on with it, another --out, or delete it")
+    return resume

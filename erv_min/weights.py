@@ -143,10 +143,12 @@ def fill(model: nn.Module, stored: dict[str, Stored], may_miss: set[str], dtype:
     return absent
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None,
+                      stream: Iterable[tuple[str, Tensor]] | None = None) -> None:
     """Writes `path` whole or not at all, one tensor at a time: no second copy of the model exists, on GPU or CPU.
 
-    `dtype` None keeps each tensor's own.
+    `dtype` None keeps each tensor's own. With `stream`, that is where the tensors come from, in the order of `tensors`,
+    which then gives names, shapes and types alone (sharded models: one unit is whole at a time).
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -161,7 +163,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
     try:
         with os.fdopen(handle, "wb") as f:
             f.write(len(head).to_bytes(8, "little") + head)
-            for tensor in tensors.values():
+            for name, (got, tensor) in zip(tensors, stream or tensors.items()):
+                if got != name:
+                    raise CheckpointError(f"{path}: tensor {got} comes where {name} was announced")
                 tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
                 f.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
             f.flush()

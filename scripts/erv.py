@@ -147,7 +147,7 @@ def train(argv: list[str]) -> None:
     check(settings)
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
     out, world = Path(settings.out), start_world(settings.device)
-    prepare_out(out, settings.resume)
+    settings.resume = prepare_out(out, settings.resume)
     if settings.random_weights:
         settings.init = "scratch:base"
     if settings.preset == "toy" or settings.random_weights:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from erv_min.checkpoint import load_humanomni, save_humanomni
+from erv_min.checkpoint import load_humanomni
 from erv_min.data import load_examples
 from erv_min.emotions import ERV_LABELS
 from erv_min.errors import ClipError, ErvMinError, SettingsError
@@ -28,7 +28,8 @@ from erv_min.inputs import PromptBuilder, clip_inputs
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import score, table
 from erv_min.model.humanomni import trainable
-from erv_min.policy import Completions, completion_logps
+from erv_min.parallel import idle_loss, rounds, save_model, spread
+from erv_min.policy import Completions
 from erv_min.predict import predict
 from erv_min.rewards import RewardSettings, format_reward, score_completions
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, parse
@@ -70,8 +71,8 @@ def rows_of(completions: Completions, start: int, count: int) -> Completions:
 
 
 def pad_together(parts: list[Completions], fill: int) -> Completions:
-    """Completions of several rollouts as one, padded to the longest."""
-    width = max(p.ids.shape[1] for p in parts)
+    """Completions of several rollouts as one, padded to the longest, and to two tokens: then a pass has two halves."""
+    width = max(2, *(p.ids.shape[1] for p in parts))
     ids = [torch.nn.functional.pad(p.ids, (0, width - p.ids.shape[1]), value=fill) for p in parts]
     masks = [torch.nn.functional.pad(p.mask, (0, width - p.mask.shape[1])) for p in parts]
     return Completions(torch.cat(ids), torch.cat(masks))
@@ -80,7 +81,7 @@ def pad_together(parts: list[Completions], fill: int) -> Completions:
 def main(argv: list[str] | None = None) -> None:
     settings = parse(GRPOSettings, PRESETS["grpo"], __doc__, argv)
     settings.out = settings.out or "runs/toy"
-    prepare_out(Path(settings.out), settings.resume)
+    settings.resume = prepare_out(Path(settings.out), settings.resume)
     toy = settings.preset == "toy" and not settings.random_weights
     if toy:
         if main_process():  # the others wait for it where the process group forms
@@ -93,30 +94,33 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
     world = start_world(settings.device)
 
-    # Policy, frozen reference (it shares the frozen towers), verifier, optimizer.
+    # Policy, frozen reference (the features of the towers are the policy's), verifier, optimizer.
     model, builder = start_model(settings, "grpo", world)
     towers = (model.model.vision_tower, model.model.audio_tower)
-    reference = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False).eval()
-    ref_builder = PromptBuilder(reference, builder.tokenizer, builder.gate_tokenizer, None, settings.modality,
+    ref_model = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False).eval()
+    ref_model.model.vision_tower = ref_model.model.audio_tower = None
+    ref_builder = PromptBuilder(ref_model, builder.tokenizer, builder.gate_tokenizer, None, settings.modality,
                                 settings.prompt_stage)
-    params = dict(trainable(model, TRAINABLE["grpo"]))
+    trainable(model, TRAINABLE["grpo"])
+    policy = spread(model, settings.sharding, world.device, getattr(torch, settings.dtype))
+    reference = spread(ref_model, settings.sharding, world.device, getattr(torch, settings.dtype), frozen=True)
+    params = policy.parameters()
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
     verifier = start_verifier(settings, world.device)
     rules, G, eos = reward_settings(settings), settings.group_size, builder.tokenizer.eos_id
     examples = training_examples(settings, "train", world)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
     run = Run(settings.out, settings, world, total)
-    first = run.resume(params, optimizer) if settings.resume else 0
+    first = run.resume(params, optimizer, policy) if settings.resume else 0
     if world.main:
         print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "
-              f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters", flush=True)
+              f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters on this process", flush=True)
 
     # Each process takes every world.size-th prompt of a step's batch; clips are decoded ahead in that order.
     batches = [batch_of_step(len(examples), settings.batch_size, settings.seed, s)[world.rank :: world.size]
                for s in range(first, total)]
     stream = clip_inputs([examples[i] for batch in batches for i in batch], model, builder.cache, settings.modality,
                          settings.num_frames, settings.geometry, settings.workers)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
     for step, batch in zip(range(first, total), batches):
         started = time.time()
         inputs, numbers = [], []
@@ -131,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 1. Sample G completions of each prompt. Towers run here, once a clip and step.
         model.eval()
-        with torch.no_grad(), autocast:
+        with policy.whole():
             parts = []
             for at in passes:
                 noise = sampling_noise(settings.seed, step, numbers[at : at + settings.micro_batch], G, settings.max_new_tokens)
@@ -152,22 +156,30 @@ def main(argv: list[str] | None = None) -> None:
             rewards = torch.tensor([r.total for r in scored], dtype=torch.float32, device=world.device)
             advantages = group_advantages(rewards, G)
 
-            # Reference log-probs, once.
-            with torch.no_grad(), autocast:
-                ref_logps = [completion_logps(reference, ref_builder.prompts(inputs[at : at + settings.micro_batch]),
-                                              rows_of(completions, at * G, settings.micro_batch * G))[0] for at in passes]
+        # Reference log-probs, once. With shards every process makes as many passes as the busiest.
+        todo, ref_logps = rounds(policy, len(passes)), []
+        with torch.no_grad():
+            for j in range(todo):
+                if j >= len(passes):
+                    reference(idle_loss, ref_model, settings.modality)
+                    continue
+                own = rows_of(completions, passes[j] * G, settings.micro_batch * G)
+                ref_logps.append(reference(ref_builder.logps, inputs[passes[j] : passes[j] + settings.micro_batch], own)[0])
         rows = sum_over_processes({"rows": float(len(inputs) * G)}, world)["rows"]
 
         # 4. mu updates on this batch.
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
         old = [None] * len(passes)
         for iteration in range(settings.mu):
-            for j, at in enumerate(passes):
+            for j in range(todo):
+                if j >= len(passes):
+                    policy(idle_loss, model, settings.modality).backward()
+                    continue
+                at = passes[j]
                 chunk = inputs[at : at + settings.micro_batch]
                 part = slice(at * G, (at + len(chunk)) * G)
                 own = rows_of(completions, at * G, settings.micro_batch * G)
-                with autocast:
-                    logps, entropy = completion_logps(model, builder.prompts(chunk), own, with_entropy=True)
+                logps, entropy = policy(builder.logps, chunk, own, with_entropy=True)
                 old[j] = logps.detach() if old[j] is None else old[j]
                 loss = grpo_loss(logps, old[j], ref_logps[j], advantages[part], own.mask, settings.beta, settings.epsilon)
                 (loss * len(own.ids) / rows * world.size).backward()  # the update averages over processes
@@ -178,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
                     sums["entropy"] += (entropy * own.mask).sum().item()
                     sums["clip_fraction"] += clip_fraction(logps.detach(), old[j], advantages[part], own.mask,
                                                            settings.epsilon).item() * count
-            norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world)
+            norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip)
         if inputs:
             sums.update(
                 rows=float(len(texts)), tokens=float(completions.mask.sum()), reward=float(rewards.sum()),
@@ -198,10 +210,10 @@ def main(argv: list[str] | None = None) -> None:
         if inputs and (step % settings.sample_every == 0 or step + 1 == total) and world.main:
             show(run, step, inputs[0], texts[:G], scored[:G])
         if (step + 1) % settings.save_every == 0 and step + 1 < total:
-            run.save(step + 1, params, optimizer)
-    run.save(total, params, optimizer)
+            run.save(step + 1, params, optimizer, policy)
+    run.save(total, params, optimizer, policy)
+    save_model(policy, settings.out)
     if world.main:
-        save_humanomni(model, settings.out)
         run.finish()
         print(f"GRPO done: {settings.out}/model.safetensors", flush=True)
     if toy and not settings.data and settings.eval_clips >= 0:  # other data: scripts/evaluate.py on its own test split

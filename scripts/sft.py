@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from erv_min.checkpoint import save_humanomni
 from erv_min.errors import ClipError, DataError, ErvMinError, SettingsError
 from erv_min.files import append_jsonl
 from erv_min.inputs import clip_inputs
 from erv_min.model.humanomni import trainable
-from erv_min.policy import completion_logps, pad_targets
+from erv_min.parallel import idle_loss, rounds, save_model, spread
+from erv_min.policy import pad_targets
 from erv_min.prompts import sft_target
 from erv_min.settings import PRESETS, TRAINABLE, SFTSettings, parse
 from erv_min.sft import group_targets, sft_loss
@@ -29,7 +29,7 @@ from erv_min.train import (Run, batch_of_step, learning_rate, main_process, make
 def main(argv: list[str] | None = None) -> None:
     settings = parse(SFTSettings, PRESETS["sft"], __doc__, argv)
     settings.out = settings.out or "runs/toy/sft"
-    prepare_out(Path(settings.out), settings.resume)
+    settings.resume = prepare_out(Path(settings.out), settings.resume)
     if settings.train_vision_tower and settings.cache_features:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
     if settings.preset == "toy" or settings.random_weights:
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     model, builder = start_model(settings, "sft", world)
     tokenizer = builder.tokenizer
     parts = TRAINABLE["sft"] + (("vision_tower",) if settings.train_vision_tower else ())
-    params = dict(trainable(model, parts))
+    trainable(model, parts)
+    policy = spread(model, settings.sharding, world.device, getattr(torch, settings.dtype))
+    params = policy.parameters()
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
     examples = training_examples(settings, "sft", world)
     if empty := [e.video_id for e in examples if not e.explanation]:
@@ -54,16 +56,15 @@ def main(argv: list[str] | None = None) -> None:
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
     total = settings.steps or max(1, settings.epochs * len(units) // units_per_step)
     run = Run(settings.out, settings, world, total)
-    first = run.resume(params, optimizer) if settings.resume else 0
+    first = run.resume(params, optimizer, policy) if settings.resume else 0
     if world.main:
         print(f"SFT: {len(examples)} targets of {len({e.path for e in examples})} clips, {total} steps, "
-              f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters", flush=True)
+              f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters on this process", flush=True)
 
     # Each process takes every world.size-th unit of a step's batch; clips are decoded ahead in that order.
     batches = [batch_of_step(len(units), units_per_step, settings.seed, s)[world.rank :: world.size] for s in range(first, total)]
     stream = clip_inputs([units[i][0] for batch in batches for i in batch], model, builder.cache, settings.modality,
                          settings.num_frames, settings.geometry, settings.workers)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
     model.train()
     for step, batch in zip(range(first, total), batches):
         started = time.time()
@@ -78,24 +79,30 @@ def main(argv: list[str] | None = None) -> None:
         totals = sum_over_processes({"tokens": sum(len(t) for ts in targets for t in ts),
                                      "targets": sum(map(len, targets))}, world)
         denominator = totals["tokens"] if settings.loss_reduction == "mean" else totals["targets"]
-        loss_sum = 0.0
-        for at in range(0, len(inputs), units_per_pass):
+        passes, loss_sum = range(0, len(inputs), units_per_pass), 0.0
+        if not settings.train_vision_tower:  # frozen towers run first, so that no process waits for another's
+            with policy.whole("model.vision_tower", "model.audio_tower"):
+                for at in passes:
+                    builder.features([x for _, x in inputs[at : at + units_per_pass]])
+        for j in range(rounds(policy, len(passes))):
+            if j >= len(passes):
+                policy(idle_loss, model, settings.modality).backward()
+                continue
+            at = passes[j]
             labels = pad_targets([t for ts in targets[at : at + units_per_pass] for t in ts], tokenizer.pad_id, world.device)
-            with autocast:
-                prompts = builder.prompts([x for _, x in inputs[at : at + units_per_pass]])
-                logps, _ = completion_logps(model, prompts, labels)
+            logps, _ = policy(builder.logps, [x for _, x in inputs[at : at + units_per_pass]], labels)
             loss = sft_loss(logps, labels.mask, max(1, denominator)) * world.size  # the update averages over processes
             loss.backward()
             loss_sum += loss.item() / world.size
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
-        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world)
+        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip)
         run.log(step, {"loss": sum_over_processes({"loss": loss_sum}, world)["loss"], "lr": lr, "grad_norm": norm,
                        "tokens": totals["tokens"], "tokens_per_s": totals["tokens"] / (time.time() - started)})
         if (step + 1) % settings.save_every == 0 and step + 1 < total:
-            run.save(step + 1, params, optimizer)
-    run.save(total, params, optimizer)
+            run.save(step + 1, params, optimizer, policy)
+    run.save(total, params, optimizer, policy)
+    save_model(policy, settings.out)
     if world.main:
-        save_humanomni(model, settings.out)
         run.finish()
         print(f"SFT done: {settings.out}/model.safetensors")
 

@@ -126,7 +126,7 @@ def _process(rank: int, size: int, folder: str) -> None:
     p.grad = torch.full((2, 2), float(rank + 1))
     if rank == 1:
         unused.grad = torch.tensor([2.0, 4.0, 6.0])
-    average_gradients([p, unused], world)
+    average_gradients([p, unused])
     assert torch.equal(p.grad, torch.full((2, 2), 1.5)) and unused.grad.tolist() == [1, 2, 3]
     assert sum_over_processes({"a": rank, "b": 1.0}, world) == {"a": 1, "b": 2}
     assert gather_lists([rank, str(rank)], world) == [0, "0", 1, "1"]

@@ -326,6 +326,8 @@ def random_humanomni(config: HumanOmniConfig, seed: int = 0, dtype: torch.dtype 
     """A model with `init_weights`, in eval mode, filled where it will lie: nothing is written twice or moved."""
     with torch.device("meta"):
         model = HumanOmni(config)
+    if torch.device(device).type == "meta":  # shapes alone
+        return model.to(dtype).eval()
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     init_weights(model, seed)

@@ -1,0 +1,339 @@
+"""Fully sharded data parallelism and bf16 by hand (ZeRO stage 3, arXiv 1910.02054; FSDP, arXiv 2304.11277).
+
+Each of N processes keeps 1/N of every parameter, of its gradient and of its optimizer state, and computes on its own
+part of the batch. A unit is a decoder layer, a tower's block or a stage of the projector; what remains (embeddings,
+head, norms) is the root. The parameters of a unit lie behind each other in one flat vector, padded and cut into N equal
+shards, which are all that stays. One differentiable operation, `Gather`, does the rest:
+
+    forward:  all-gather the shards in the compute type; its views stand in the modules while the unit runs;
+    backward: reduce-scatter the gradients in float32 onto the shards.
+
+Nothing full outlives its unit: where autograd would keep a weight for the backward pass, a recipe is kept in its place
+(`_pack`), and the weight is gathered again when it is asked for. A recomputed layer gathers once more by itself. The
+root stays through a pass. The next unit's all-gather runs beside this one's compute, a reduce-scatter beside the next
+unit's backward (on CUDA both on NCCL's own stream), so that two units at most are full at a time.
+
+| what                                                                    | type                      |
+|-------------------------------------------------------------------------|---------------------------|
+| shards, their gradients, sums over processes and passes, AdamW, norm    | float32                   |
+| gathered parameters, activations, matrix products, KV cache             | compute (bfloat16)        |
+| one unit's gradients of one pass, before they are summed                | compute                   |
+| statistics of norms and softmax, rotary angles                          | float32 inside the layer  |
+| log-softmax, log-probs, entropy, KL, rewards, advantages, loss          | float32                   |
+| shards of the reference policy (frozen, never exported)                 | compute                   |
+
+compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order: the
+same number of passes a step (parallel.idle_loss fills in where data ran out), and no towers on one process alone. A
+module must be copied before it is sharded, not after. Left out: tensor and sequence parallelism, CPU offload, groups
+of machines; parallel.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from erv_min.model.projector import VisualProjector
+
+# torch 2.13 renamed these two and warns of the old names
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALIGN = 64  # elements: each parameter starts where a GPU's vector loads want it
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Which memory a tensor looks into: equal for views of one vector, and not a pointer into that memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def unit_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What is gathered at a time: each block of each stack of layers, and each stage of the visual projector."""
+    return [(f"{name}.{child}", block) for name, stack in model.named_modules()
+            if isinstance(stack, (nn.ModuleList, VisualProjector)) for child, block in stack.named_children()]
+
+
+@dataclass(eq=False)
+class Unit:
+    """Parameters that are gathered together; a module with trainable and frozen ones holds two units."""
+
+    name: str
+    names: list[str]  # of the parameters, as released
+    shapes: list[torch.Size]
+    places: list[list[tuple[nn.Module, str]]]  # of each parameter: one, or several where it is tied
+    shard: nn.Parameter = None  # [ceil(numel / N)]
+    starts: list[int] = field(default_factory=list)  # of each parameter in the flat vector
+    numel: int = 0  # of the flat vector, without the padding at its end
+    full: Tensor | None = None  # gathered again for the backward pass
+    pending: tuple | None = None  # (flat vector, work) of an all-gather under way
+    attached: int = 0  # the storage whose views stand in the modules
+
+    def __post_init__(self):
+        for shape in self.shapes:
+            self.starts.append(self.numel)
+            self.numel += -(-shape.numel() // ALIGN) * ALIGN
+
+    def views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(flat[start : start + shape.numel()].view(shape) for start, shape in zip(self.starts, self.shapes))
+
+
+class Gather(torch.autograd.Function):
+    """shard -> the unit's parameters; gradients of the parameters -> gradient of the shard."""
+
+    @staticmethod
+    def forward(ctx, shard: Tensor, unit: Unit, sharded: "Sharded") -> tuple[Tensor, ...]:
+        ctx.unit, ctx.sharded = unit, sharded
+        ctx.set_materialize_grads(False)  # an unused parameter's gradient comes as None
+        return unit.views(sharded._take(unit))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        ctx.sharded._reduce(ctx.unit, grads)  # adds to shard.grad by itself, when the reduction is done
+        return None, None, None
+
+
+class Sharded:
+    """A model whose parameters live as shards; `self(function, ...)` runs a forward pass.
+
+    The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
+    by one flat Parameter a unit, `shard`, or `frozen_shard` where requires_grad was off. `compute` is the type of
+    gathered parameters, `master` that of the shards; `device` is where the shards go.
+    """
+
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16,
+                 master: torch.dtype = torch.float32, prefetch: bool = True):
+        self.model, self.device, self.compute, self.prefetch = model, torch.device(device), compute, prefetch
+        self.rank, self.size = world()
+        self.units, self.root = [], []
+        self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
+        self.back = []  # units whose backward is still to come, last first
+        self.lent = {}  # storage of a gathered vector -> its unit, while it stands in its modules
+        self.again = self.reducing = None  # the unit gathered last in the backward pass; (unit, gradient, buffer, work)
+        self.forward_pass = False
+        owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
+        places, names = {}, {}
+        for prefix, module in model.named_modules():
+            for attribute, p in module._parameters.items():
+                if p is not None:
+                    places.setdefault(p, []).append((module, attribute))
+                    names.setdefault(p, f"{prefix}.{attribute}" if prefix else attribute)
+        for name, module in [*unit_modules(model), ("", model)]:
+            own = [p for p in places if owners.get(id(p), model) is module]
+            units = [self._cut(name, [p for p in own if p.requires_grad == trains], places, names, module, master)
+                     for trains in (True, False) if any(p.requires_grad == trains for p in own)]
+            self.units += units
+            if module is model:
+                self.root = units
+            elif units:
+                module.forward = self._around(module.forward, units)
+
+    def _cut(self, name: str, params: list, places: dict, names: dict, owner: nn.Module, master: torch.dtype) -> Unit:
+        """Takes `params` out of their modules and leaves this process's shard in `owner`."""
+        unit = Unit(name, [names[p] for p in params], [p.shape for p in params], [places[p] for p in params])
+        length = -(-unit.numel // self.size)
+        shard = torch.empty(length, dtype=master, device=self.device)
+        flat = None
+        if self.rank == 0:
+            flat = torch.zeros(self.size * length, dtype=master, device=self.device)
+            for view, p in zip(unit.views(flat), params):
+                view.copy_(p.detach())
+        if self.size > 1:
+            dist.scatter(shard, list(flat.chunk(self.size)) if self.rank == 0 else None)
+        else:
+            shard = flat
+        for module, attribute in (place for p in params for place in places[p]):
+            del module._parameters[attribute]
+        unit.shard = nn.Parameter(shard, requires_grad=params[0].requires_grad)
+        owner.register_parameter("shard" if unit.shard.requires_grad else "frozen_shard", unit.shard)
+        return unit
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains: the shard of each trainable unit, by the unit's name."""
+        return {unit.name or "root": unit.shard for unit in self.units if unit.shard.requires_grad}
+
+    # ---- gather and reduce ----------------------------------------------------------------------------------------
+
+    def _start(self, unit: Unit, dtype: torch.dtype | None = None) -> None:
+        """Starts the all-gather of `unit`, unless it is under way."""
+        if unit.pending is None:
+            shard = unit.shard.detach().to(dtype or self.compute)
+            full = torch.empty(self.size * len(shard), dtype=shard.dtype, device=self.device)
+            if self.size > 1:
+                unit.pending = full, all_gather(full, shard, async_op=True)
+            else:
+                unit.pending = full.copy_(shard), None
+
+    def _take(self, unit: Unit, dtype: torch.dtype | None = None) -> Tensor:
+        """The full flat vector of `unit`; it is the caller's to keep or drop."""
+        self._start(unit, dtype)
+        (full, work), unit.pending = unit.pending, None
+        if work is not None:
+            work.wait()
+        return full
+
+    def _reduce(self, unit: Unit, grads: tuple[Tensor | None, ...]) -> None:
+        """Starts the reduce-scatter of the mean gradient over processes, in float32; adds up the one before it."""
+        unit.full = None  # its weights have done their work
+        self._settle()
+        buffer = torch.zeros(self.size * len(unit.shard), device=self.device)  # padding included
+        for view, grad in zip(unit.views(buffer), grads):
+            if grad is not None:
+                view.copy_(grad)
+        if self.size == 1:
+            self.reducing = unit, buffer, None, None
+        else:
+            mean = torch.empty(len(unit.shard), device=self.device)
+            self.reducing = unit, mean, buffer, reduce_scatter(mean, buffer, async_op=True)
+        torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+
+    def _settle(self) -> None:
+        """Waits for the reduce-scatter under way and adds its result to the shard's gradient."""
+        if self.reducing is not None:
+            (unit, mean, _, work), self.reducing = self.reducing, None
+            if work is not None:
+                work.wait()
+                mean /= self.size
+            unit.shard.grad = mean if unit.shard.grad is None else unit.shard.grad.add_(mean)
+
+    def _finish_backward(self) -> None:
+        """Runs when a backward pass is through: the gradients are complete and nothing full is left."""
+        self._settle()
+        self._drop()
+
+    def _drop(self) -> None:
+        for unit in self.units:
+            if unit.pending is not None:
+                self._take(unit)  # a prefetch that nobody came for
+            unit.full = None
+        self.back, self.again = [], None
+
+    # ---- a unit's life in a pass ----------------------------------------------------------------------------------
+
+    def _attach(self, unit: Unit, params: tuple[Tensor, ...]) -> None:
+        """Puts gathered parameters in their modules' places, where module.weight finds them."""
+        unit.attached = storage_of(params[0])
+        self.lent[unit.attached] = unit
+        for param, places in zip(params, unit.places):
+            for module, attribute in places:
+                module.__dict__[attribute] = param
+
+    def _detach(self, unit: Unit) -> None:
+        self.lent.pop(unit.attached, None)
+        unit.attached = 0
+        for module, attribute in (place for places in unit.places for place in places):
+            module.__dict__.pop(attribute, None)
+
+    def _around(self, forward: Callable, units: list[Unit]) -> Callable:
+        """`forward` with the parameters of `units` gathered before it and dropped after it."""
+        def gathered(*args, **kwargs):
+            if units[0].attached:  # inside `whole`
+                return forward(*args, **kwargs)
+            try:
+                for unit in units:
+                    self._attach(unit, Gather.apply(unit.shard, unit, self))
+                    self._note(unit)
+                return forward(*args, **kwargs)
+            finally:  # also where a recomputation stops half way, as soon as it has what it came for
+                for unit in units:
+                    self._detach(unit)
+        return gathered
+
+    def _note(self, unit: Unit) -> None:
+        """Keeps the order of units, and starts the all-gather of the one that comes next."""
+        if self.forward_pass:
+            self.seen.append(unit)
+            if torch.is_grad_enabled():
+                self.back.append(unit)
+            coming = self.order[len(self.seen)] if len(self.seen) < len(self.order) else None
+        else:  # backward: a recomputed layer, or a weight that autograd asks for
+            while self.back and self.back.pop() is not unit:
+                pass
+            coming = self.back[-1] if self.back else None
+        if self.prefetch and coming is not None:
+            self._start(coming)
+
+    def _pack(self, saved: Tensor):
+        """What autograd keeps in place of a tensor: for a view of gathered parameters, how to get it again."""
+        unit = self.lent.get(storage_of(saved))
+        if unit is None or unit in self.root:
+            return saved.detach()
+        return unit, saved.shape, saved.stride(), saved.storage_offset()
+
+    def _unpack(self, kept) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        unit, shape, stride, offset = kept
+        if unit.full is None:
+            if self.again is not None:
+                self.again.full = None  # a frozen unit: no gradient of its own ends its turn
+            unit.full, self.again = self._take(unit), unit
+            self._note(unit)
+        return unit.full.as_strided(shape, stride, offset)
+
+    def __call__(self, function: Callable, *args, **kwargs):
+        """function(*args, **kwargs) as one forward pass: units gathered as they run, the root all through."""
+        if self.root and self.root[0].attached:  # inside `whole`
+            return function(*args, **kwargs)
+        self._drop()
+        self.seen, self.forward_pass = [], True
+        hooks = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
+        try:
+            for unit in self.root:
+                self._attach(unit, Gather.apply(unit.shard, unit, self))
+            with hooks:
+                return function(*args, **kwargs)
+        finally:
+            for unit in self.root:
+                self._detach(unit)
+            self.order, self.forward_pass = self.seen, False
+
+    @contextlib.contextmanager
+    def whole(self, *parts: str):
+        """The whole model in the compute type, for sampling: one all-gather a unit, dropped at the end. No gradients.
+
+        With `parts`, units whose names begin so, and the root.
+        """
+        self._drop()
+        units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
+        try:
+            with torch.no_grad():
+                for unit in units:
+                    self._attach(unit, unit.views(self._take(unit)))
+                yield
+        finally:
+            for unit in units:
+                self._detach(unit)
+
+    # ---- a step, and a model on disk ------------------------------------------------------------------------------
+
+    def clip(self, max_norm: float) -> float:
+        """Scales gradients to a global norm of at most `max_norm`; returns the norm before. An element counts once."""
+        grads = [p.grad for p in self.parameters().values() if p.grad is not None]
+        total = torch.stack(torch._foreach_norm(grads)).square().sum() if grads else torch.zeros((), device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        norm = total.sqrt()
+        for grad in grads:
+            grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
+        return norm.item()
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Released name -> an empty tensor of the parameter's shape and type, in the order of `tensors`."""
+        return {name: torch.empty(shape, dtype=unit.shard.dtype, device="meta")
+                for unit in self.units for name, shape in zip(unit.names, unit.shapes)}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Full parameters unit by unit, on process 0; the others must run through it too. Nothing is held twice."""
+        self._drop()
+        for unit in self.units:
+            full = self._take(unit, unit.shard.dtype)
+            if self.rank == 0:
+                yield from zip(unit.names, unit.views(full))

@@ -1,0 +1,290 @@
+"""Three ways to spread a run over processes, with one interface, and the training state of the sharded one.
+
+`Sharded` (fsdp.py, by hand), `FullyShard` (PyTorch's own, for clusters that outgrow a teaching implementation, and to
+compare with) and `Replicated` (whole on every process). What they share: `run(function, *args)` is a forward pass,
+`with run.whole():` is for sampling, `parameters()` for the optimizer, `clip(max_norm)` before its step, `tensors()` for
+saving. Left out: checkpoints of PyTorch's distributed format.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import distribute_tensor
+
+from erv_min.checkpoint import save_humanomni
+from erv_min.errors import CheckpointError, SettingsError
+from erv_min.files import fsync_folder, read_json, write_json
+from erv_min.fsdp import Sharded, Unit, unit_modules, world
+from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni
+from erv_min.policy import Completions, Prompts, completion_logps
+
+
+def join(backend: str, timeout_minutes: float = 60) -> None:
+    """Joins the process group that torchrun describes.
+
+    Each restart (--max-restarts) meets under a name of its own: torchrun's store survives a restart, and gloo would
+    find the addresses of processes that are gone.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                            timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
+    """The model spread over the processes: `sharding` is "none", "hand" or "torch"; a frozen one is kept in `compute`."""
+    if sharding == "hand":
+        return Sharded(model, device, compute, compute if frozen else torch.float32)
+    return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)
+
+
+class Replicated:
+    """The whole model on every process; bf16 by autocast, gradients averaged by one flat all-reduce."""
+
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
+        self.model, self.compute, self.size = model, compute, world()[1]
+        self.device = torch.device(device)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16)
+
+    def __call__(self, function, *args, **kwargs):
+        with self._autocast():
+            return function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def whole(self, *parts: str):
+        with torch.no_grad(), self._autocast():
+            yield
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def clip(self, max_norm: float) -> float:
+        params = list(self.parameters().values())
+        average_gradients(params)
+        return float(nn.utils.clip_grad_norm_(params, max_norm))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, p.detach()) for name, p in self.model.named_parameters())
+
+
+def average_gradients(params: list[Tensor]) -> None:
+    """Mean of the gradients over processes, as one flat all-reduce; a missing gradient counts as zeros."""
+    size = world()[1]
+    if size == 1:
+        return
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    flat /= size
+    for p, g in zip(params, flat.split([p.numel() for p in params])):
+        p.grad.copy_(g.view_as(p))
+
+
+class _Call(nn.Module):
+    """A root whose forward pass is any function of the model: what fully_shard needs to know where a pass begins."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function, *args, **kwargs):
+        return function(*args, **kwargs)
+
+
+class FullyShard:
+    """PyTorch's fully_shard with the units and types of `Sharded`. Every process holds the whole model at the start."""
+
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        # It fears in-place writes to outputs that are views (here keys and values), and there are none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        if not dist.is_initialized():
+            raise SettingsError("--sharding torch needs processes to shard over: start the script with torchrun")
+        self.model, self.rank, self.device = model, dist.get_rank(), torch.device(device)
+        how = {"mesh": init_device_mesh(torch.device(device).type, (dist.get_world_size(),)),
+               "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
+        for _, module in unit_modules(model):
+            fully_shard(module, **how)
+        self.run = fully_shard(_Call(model), **how)
+        self.modules = [m for m in self.run.modules() if isinstance(m, FSDPModule)]
+        self.run(lambda: None)  # lets it find its units, before one of them runs outside a pass
+        self.run.reshard()
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def __call__(self, function, *args, **kwargs):
+        return self.run(function, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def whole(self, *parts: str):
+        for module in self.modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        with torch.no_grad():
+            yield
+        for module in self.modules:
+            module.set_reshard_after_forward(module is not self.run, recurse=False)
+            module.reshard()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.trained
+
+    def clip(self, max_norm: float) -> float:
+        return float(nn.utils.clip_grad_norm_(self.trained.values(), max_norm).full_tensor())
+
+    def shapes(self) -> dict[str, Tensor]:
+        return {name: torch.empty(p.shape, device="meta") for name, p in self.model.named_parameters()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for module in self.modules:
+            module.reshard()
+        for name, p in self.model.named_parameters():
+            whole = full(p.detach())
+            if self.rank == 0:
+                yield name, whole
+
+
+def rounds(run, passes: int) -> int:
+    """How many passes each process makes where this one has data for `passes`: with shards as many as the busiest."""
+    if isinstance(run, Replicated) or world()[1] == 1:
+        return passes
+    most = torch.tensor(passes, device=run.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def idle_loss(model: HumanOmni, modality: str = "video_audio") -> Tensor:
+    """A loss of zero that gathers what a pass on a clip gathers: for a process whose data ran out, inside `run()`."""
+    config, like = model.config, model.head_weight
+    ids = [[*([VIDEO] if "video" in modality else []), *([AUDIO] if "audio" in modality else []), 0]]
+    given = {"gate_ids": torch.zeros(1, 2, dtype=torch.long, device=like.device)}
+    if "video" in modality:
+        given["video_features"] = like.new_zeros(1, config.num_frames, config.vision.grid**2, config.vision.hidden_size)
+    if "audio" in modality:
+        given["audio_features"] = like.new_zeros(1, config.audio_tokens, config.audio.d_model)
+    tower, frames = model.model.vision_tower, 2 * config.audio.max_source_positions
+    if tower is not None and any(p.requires_grad for p in tower.parameters()):  # then both towers run in the pass
+        given["video_features"] = model.vision_features(like.new_zeros(1, 1, 3, *[config.vision.image_size] * 2))
+        if "audio" in modality:
+            with torch.no_grad():
+                model.audio_features(like.new_zeros(1, config.audio.num_mel_bins, frames))
+    prompt = Prompts(*model.prompt_embeds(torch.tensor(ids, device=like.device), **given))
+    two = torch.zeros(1, 2, dtype=torch.long, device=like.device)  # one token would leave the second pass out
+    return completion_logps(model, prompt, Completions(two, two == 0))[0].sum() * 0
+
+
+def save_model(run, folder: str | Path) -> None:
+    """Writes the model in the released layout from process 0; all must call it, and it is there when they return."""
+    if isinstance(run, Replicated):
+        if world()[0] == 0:
+            save_humanomni(run.model, folder)
+    elif run.rank == 0:
+        save_humanomni(run.model, folder, torch.float32, run.shapes(), run.tensors())
+    else:
+        for _ in run.tensors():
+            pass
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that fully_shard cut; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def as_held(like: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor cut and placed as `like` is."""
+    if hasattr(like, "full_tensor"):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like)
+
+
+# ---- training state: each process writes its shards, any number of processes reads them ------------------------------
+
+
+def save_state(folder: str | Path, step: int, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
+    """Writes FOLDER/state-STEP/RANK.safetensors, then state.json, which makes it the state; the one before goes.
+
+    Several machines need FOLDER on a shared disk.
+    """
+    folder = Path(folder)
+    place = folder / f"state-{step:06d}"
+    place.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, shard in sharded.parameters().items():
+        tensors[f"param.{name}"] = shard.detach()
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(shard, {}).items()}
+    path = place / f"{sharded.rank:05d}.safetensors"
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+    fsync_folder(place)
+    if sharded.size > 1:
+        dist.barrier()
+    if sharded.rank == 0:
+        units = {u.name or "root": u.numel for u in sharded.units if u.shard.requires_grad}
+        write_json(folder / "state.json", {"step": step, "folder": place.name, "ranks": sharded.size, "numel": units})
+        for old in folder.glob("state-*"):
+            if old != place:
+                shutil.rmtree(old)
+
+
+def load_state(folder: str | Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
+    """Puts the state back, written by any number of processes; returns its number of steps, 0 where there is none.
+
+    Raises CheckpointError where it is damaged or of other parameters.
+    """
+    folder = Path(folder)
+    if not (folder / "state.json").exists():
+        return 0
+    state = read_json(folder / "state.json")
+    units = {u.name or "root": u for u in sharded.units if u.shard.requires_grad}
+    if state["numel"] != {name: unit.numel for name, unit in units.items()}:
+        different = sorted(k for k in state["numel"].keys() | units.keys()
+                           if k not in units or state["numel"].get(k) != units[k].numel)
+        raise CheckpointError(f"{folder}/state.json: holds other parameters than this run trains, e.g. {different[:3]};"
+                              " resume with the settings it was started with")
+    paths = [folder / state["folder"] / f"{rank:05d}.safetensors" for rank in range(state["ranks"])]
+    try:
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+            keys = set(files[0].keys())
+            for name, unit in units.items():
+                unit.shard.copy_(_read(files, f"param.{name}", unit, sharded))
+                if f"step.{name}" in keys:
+                    optimizer.state[unit.shard] = {"step": files[0].get_tensor(f"step.{name}")} | {
+                        key: _read(files, f"{key}.{name}", unit, sharded).to(unit.shard)
+                        for key in ("exp_avg", "exp_avg_sq")}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / state['folder']}: damaged ({error}); delete {folder}/state.json to start "
+                              "again") from None
+    return state["step"]
+
+
+def _read(files: list, key: str, unit: Unit, sharded: Sharded) -> Tensor:
+    """This process's shard of a flat vector that was cut into len(files) others."""
+    length, old = len(unit.shard), -(-unit.numel // len(files))
+    start, stop = sharded.rank * length, min((sharded.rank + 1) * length, unit.numel)
+    pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]
+              for i, f in enumerate(files) if start < min((i + 1) * old, stop) and i * old < stop]
+    out = torch.zeros(length)
+    if pieces:
+        out[: stop - start] = torch.cat(pieces)
+    return out

@@ -1,0 +1,284 @@
+"""Will it fit? Bytes a GPU needs for a stage, from shapes alone: no GPU, no weights, no minutes.
+
+The sharded step itself runs (fsdp.py, policy.py, generate.py: the real code) on PyTorch's fake tensors, which have
+shapes and no memory, in a process group of N whose collectives do nothing; `Live` adds up the storages that exist.
+What is estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE), prompt text and target lengths.
+Also here: `compare`, step time and peak memory of sharding by hand against PyTorch's own.
+"""
+
+import statistics
+import tempfile
+import time
+import weakref
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from erv_min.config import HumanOmniConfig, humanomni
+from erv_min.errors import SettingsError
+from erv_min.fsdp import Sharded
+from erv_min.generate import sample_token
+from erv_min.model.humanomni import HumanOmni, random_humanomni, trainable
+from erv_min.model.qwen2 import GroupCache
+from erv_min.parallel import FullyShard
+from erv_min.policy import Completions, Prompts, completion_logps, token_logps
+from erv_min.settings import TRAINABLE, GRPOSettings, SFTSettings
+
+GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
+RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation
+VERIFIER = 125e6 * 4  # RoBERTa base in float32, whole on every GPU
+TEXT_TOKENS, TARGET_TOKENS = 128, 256  # of a prompt beside its clip; of an SFT target
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of storages that operations inside made and that still exist; `peak` is the most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    @property
+    def now(self) -> int:
+        """Bytes at this moment; storages that were emptied and filled again (fully_shard's) count as they stand."""
+        return sum(s.nbytes() for reference in list(self.storages.values()) if (s := reference()) is not None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [s for s in self._storages(out) if id(s) not in self.storages]
+        if made:
+            old = {id(s) for s in self._storages((args, kwargs))}
+            for storage in made:
+                if id(storage) not in old:  # else a view of what was there before
+                    self.storages[id(storage)] = weakref.ref(storage, partial(self._gone, id(storage)))
+            self.peak = max(self.peak, self.now)
+        return out
+
+    @staticmethod
+    def _storages(tree) -> list:
+        tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+        return [getattr(x, "_local_tensor", x).untyped_storage() for x in tensors]  # of a DTensor, what is held here
+
+    def _gone(self, key: int, _) -> None:
+        self.storages.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each GPU. `rollout` and `update` are the peaks of the two halves of a step beside what stays."""
+
+    shards: int
+    reference: int
+    optimizer: int
+    gradients: int
+    verifier: int
+    gathered: int  # root and two units in the compute type, one unit's gradients in float32
+    rollout_copy: int
+    kv_cache: int
+    logits: int  # one chunk of them, with its gradient
+    rollout: int  # peak: copy, cache, and the activations of towers, prefill and decoding
+    update: int  # peak: gathered units, activations, logits
+
+    @property
+    def stays(self) -> int:
+        return self.shards + self.reference + self.optimizer + self.verifier
+
+    @property
+    def peak(self) -> int:
+        return self.stays + max(self.rollout, self.gradients + self.update)
+
+    def fits(self, memory: int) -> bool:
+        return self.peak <= (memory - RESERVE[0]) * (1 - RESERVE[1])
+
+
+def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
+    """Runs a pass of `stage` ("sft" or "grpo") on fake tensors, for a model of these dimensions sharded over `gpus`."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
+
+    if dist.is_initialized():
+        raise SettingsError("plan needs a process of its own: a process group is open in this one")
+    if gpus > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    try:
+        with FakeTensorMode():
+            return _run(config, stage, settings, gpus)
+    finally:
+        if gpus > 1:
+            dist.destroy_process_group()
+
+
+def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
+    compute = getattr(torch, settings.dtype)
+    model = HumanOmni(config)
+    model.model.recompute = settings.recompute
+    parts = TRAINABLE[stage] + (("vision_tower",) if getattr(settings, "train_vision_tower", False) else ())
+    trainable(model, parts)
+    towers_too = ("model.vision_tower.", "model.audio_tower.")  # which the reference does without
+    language = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(towers_too))
+    run = Sharded(model, compute=compute)
+    grpo = stage == "grpo"
+    clips = settings.micro_batch if grpo else max(1, settings.micro_batch // settings.targets_per_clip)
+    group = settings.group_size if grpo else settings.targets_per_clip
+    length = settings.max_new_tokens if grpo else TARGET_TOKENS
+    video = torch.zeros(clips, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
+    audio = torch.zeros(clips, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
+    gate_ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
+    features = []  # of the towers, kept from the rollout for the update
+
+    def towers() -> None:
+        features[:] = model.vision_features(video), model.audio_features(audio)
+
+    def prompts() -> Tensor:  # [B, P, D]; PromptBuilder.prompts without its look at ids
+        text = model.model.embed_tokens(torch.zeros(clips, TEXT_TOKENS, dtype=torch.long))
+        return torch.cat([model.project_video(features[0], gate_ids), model.project_audio(features[1]), text], 1)
+
+    def loss() -> Tensor:  # policy.completion_logps without its look at masks
+        hidden, kv = model.model(prompts(), keep_kv=True)
+        total = hidden.shape[1]
+        ids = torch.zeros(clips * group, length, dtype=torch.long)
+        mask = torch.ones(1, 1, length - 1, total + length - 1, dtype=torch.bool)
+        positions = torch.zeros(clips * group, length - 1, dtype=torch.long)
+        rest, _ = model.model(model.model.embed_tokens(ids[:, 1:]), positions, past=kv, mask=mask)
+        hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0)[:, None], rest], 1)
+        return token_logps(hidden.flatten(0, 1), model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
+
+    def sample() -> int:
+        _, kv = model.model(prompts(), keep_kv=True)
+        cache = GroupCache.start(kv, None, group, length)
+        cache.length = length - 1
+        rows = torch.zeros(clips * group, 1, dtype=torch.long)
+        hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
+        sample_token(hidden @ model.head_weight.T, torch.zeros(clips * group), settings.temperature)
+        return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
+
+    copy, cache, rollout = 0, 0, 0
+    with Live() as live:
+        with run.whole():
+            copy = live.now
+            towers()
+            if grpo:
+                cache = sample()
+                rollout = live.peak
+    with Live() as live:
+        run(loss).backward()
+        update = live.peak
+    with Live() as live:
+        head = torch.zeros(config.text.vocab_size, config.text.hidden_size, dtype=compute)
+        hidden = torch.zeros(clips * group * length, config.text.hidden_size, dtype=compute, requires_grad=True)
+        before = live.now
+        token_logps(hidden, head, torch.zeros(len(hidden), dtype=torch.long), with_entropy=grpo)[0].sum().backward()
+        logits = live.peak - before
+    root = sum(u.numel for u in run.root)
+    largest = max(u.numel for u in run.units if u not in run.root)
+    trained = sum(len(p) for p in run.parameters().values())
+    return Plan(
+        shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * compute.itemsize * language // gpus,
+        optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
+        gathered=compute.itemsize * (root + 2 * largest) + 4 * largest, rollout_copy=grpo * copy, kv_cache=cache,
+        logits=logits, rollout=rollout, update=update)
+
+
+# ---- what helps ------------------------------------------------------------------------------------------------------
+
+
+def remedies(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[tuple[str, int, Plan]]:
+    """Switches that lower the peak: (what to give, number of GPUs, the plan with it), each added to those before it."""
+    found = []
+    changes = [("--dtype bfloat16", {"dtype": "bfloat16"}), ("--recompute", {"recompute": True}),
+               ("--micro-batch 1", {"micro_batch": 1}), (f"{gpus + 8} GPUs", {})]
+    for name, change in changes:
+        if change and all(getattr(settings, k) == v for k, v in change.items()):
+            continue
+        settings, gpus = replace(settings, **change), gpus if change else gpus + 8
+        found.append((name, gpus, plan(config, stage, settings, gpus)))
+    return found
+
+
+# ---- by hand against PyTorch's own -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of process 0: median seconds of a step, and the most bytes held in one (parameters and optimizer included)."""
+
+    way: str
+    seconds: float
+    peak: int
+
+
+def compare(ranks: int = 2, config: HumanOmniConfig | None = None, steps: int = 10, recompute: bool = True,
+            compute: torch.dtype = torch.float32, clips: int = 1, group: int = 8, length: int = 64) -> list[Timing]:
+    """Steps of `Sharded` and `FullyShard`, taking turns in one run on `ranks` processes: nccl on GPUs, or gloo."""
+    config = config or replace(humanomni("toy"), text=replace(humanomni("toy").text, hidden_size=384,
+                                                              intermediate_size=1536, num_hidden_layers=6))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_compare, (ranks, folder, config, steps, recompute, compute, (clips, group, length)), nprocs=ranks)
+        return [Timing(way, *numbers) for way, numbers in torch.load(f"{folder}/out", weights_only=True).items()]
+
+
+def _compare(rank: int, ranks: int, folder: str, config, steps: int, recompute: bool, compute, sizes) -> None:
+    device = torch.device("cuda", rank) if torch.cuda.device_count() >= ranks else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, f"file://{folder}/meet", rank=rank, world_size=ranks)
+    clips, group, length = sizes
+    draw = torch.Generator().manual_seed(rank)
+    embeds = torch.randn(clips, 64, config.text.hidden_size, generator=draw).to(device, compute)
+    prompts = Prompts(embeds, torch.ones(clips, 64, dtype=torch.bool, device=device))
+    ids = torch.randint(config.text.vocab_size, (clips * group, length), generator=draw).to(device)
+    targets = Completions(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def build(kind):
+        model = random_humanomni(config, device=device)
+        model.model.recompute = recompute
+        trainable(model, "language_model")
+        run = kind(model, device, compute)
+        return run, torch.optim.AdamW(run.parameters().values(), lr=1e-4)
+
+    def backward(run) -> None:
+        run(lambda: -completion_logps(run.model, prompts, targets)[0].mean()).backward()
+
+    def finish(run, optimizer) -> None:
+        run.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    kinds = {"hand": Sharded, "torch": FullyShard}
+    pairs, times, out = {way: build(kind) for way, kind in kinds.items()}, {way: [] for way in kinds}, {}
+    for step in range(steps + 2):  # two to warm up
+        for way, pair in pairs.items():
+            dist.barrier()
+            started = time.perf_counter()
+            backward(pair[0])
+            finish(*pair)
+            times[way].append(time.perf_counter() - started)
+    pairs.clear()
+    for way, kind in kinds.items():
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+        with Live() as live:
+            run, optimizer = build(kind)
+            backward(run)
+            finish(run, optimizer)
+            live.peak = 0
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            backward(run)
+            peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else live.peak
+            finish(run, optimizer)
+        out[way] = statistics.median(times[way][2:]), peak
+        del run, optimizer
+    if rank == 0:
+        torch.save(out, f"{folder}/out")
+    dist.destroy_process_group()
