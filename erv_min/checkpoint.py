@@ -36,34 +36,48 @@ TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.t
 def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder as it is; else a snapshot of the hub repository of that name, fetched or from the cache.
 
-    `weights=False` fetches config and tokenizer alone. Raises CheckpointError naming the repository and the way out.
+    `weights=False` fetches config and tokenizer alone. Raises CheckpointError naming repository, file and the way out.
+    To publish a folder, one call: huggingface_hub.HfApi().upload_folder(repo_id="me/name", folder_path=folder).
     """
     name = str(folder_or_repo)
     if Path(name).is_dir():
+        if revision:
+            raise CheckpointError(f"{name} is a folder here, and has no revision {revision}")
         return Path(name)
     if os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") != 1 or Path(name).exists():
         raise CheckpointError(f"{name}: no such folder, and not the name of a hub repository (owner/name)")
+
+    at = f"{name} at {revision}" if revision else name
+    way = (f"Give a local folder, or where there is a network run 'hf download {at.replace(' at ', ' --revision ')}' and "
+           "bring that folder (or the cache, HF_HOME) here")
 
     def fetch(patterns: list[str]) -> Path:
         try:
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
             reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(
-                f"{name}{f' at {revision}' if revision else ''}: no such folder here, and the hub repository could not "
-                f"be fetched ({type(error).__name__}: {reason}). Give a local folder, or where there is a network run "
-                f"'hf download {name}' and bring that folder (or the cache, HF_HOME) here") from error
+            raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "
+                                  f"({type(error).__name__}: {reason}). {way}") from error
 
     folder = fetch(["config.json", "towers.json", *TEXT_FILES, *(SAFE_FILES if weights else [])])
     if weights and not any((folder / name).exists() for name in SAFE_FILES[:2]):
         folder = fetch(["config.json", "towers.json", *TEXT_FILES, *BIN_FILES])
+    wanted = (["config.json"], SAFE_FILES[:2] + BIN_FILES[:2] if weights else ["config.json"])
+    if absent := [names for names in wanted if not any((folder / name).exists() for name in names)]:
+        # the hub has it not, or the cache is a part of it and there is no network to fetch the rest
+        raise CheckpointError(f"{at}: {folder} has no {' or '.join(absent[0])}. {way}")
     return folder
 
 
-def text_gate_folder(folder_or_repo: str | Path, revision: str | None = None) -> Path:
-    """The folder whose tokenizer.json the text gate uses: text_gate/ inside, else google-bert/bert-base-uncased's."""
+def text_gate_folder(folder_or_repo: str | Path, revision: str | None = None, text_tower: str | None = None) -> Path:
+    """The folder whose tokenizer.json the text gate uses: text_gate/ inside, else that of `text_tower`, or of BERT."""
     own = resolve(folder_or_repo, revision, weights=False) / "text_gate"
-    return own if (own / "tokenizer.json").exists() else resolve("google-bert/bert-base-uncased", weights=False)
+    if (own / "tokenizer.json").exists() and not text_tower:
+        return own
+    try:
+        return resolve(text_tower or ALL_TOWERS[2].usual, weights=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"the text gate's tokenizer: {error}, or put its tokenizer.json into {own}") from None
 
 
 # ---- HumanOmni -------------------------------------------------------------------------------------------------------
@@ -111,7 +125,7 @@ def tower_place(name: str | None, tower: Tower, where: Path):
     if name and not os.path.isabs(name) and name.count("/") == 1:
         return name, None
     raise CheckpointError(f"{where}: {tower.key} is {name!r}, which is not here; name the tower's folder or repository "
-                          f"by {tower.name}_tower=")
+                          f"by --{tower.name}-tower")
 
 
 def tower_weights(place: str | Path, tower: Tower) -> dict[str, Stored]:
@@ -154,6 +168,8 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
         if override or not own:
             stored = {k: v for k, v in stored.items() if k not in own} | tower_weights(place, tower)
             source[tower.name] = f"{'override' if override else 'repository'} {place}"
+            if not override and raw.get(tower.key) not in (None, place):
+                source[tower.name] += f" (config.json names {raw[tower.key]}, which is not here: {place} is meant)"
     if (last := stored.get("model.audio_tower.audio_tower.classifier.weight")) and len(last.shape) == 2:
         # A leftover whose size no released file states.
         towers["audio"] = replace(towers["audio"], num_labels=last.shape[0], classifier_proj_size=last.shape[1])
@@ -178,18 +194,21 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
                    stream=None) -> None:
     """Writes a folder that `load_humanomni` and the released code read: released names, tied head left out.
 
-    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (parallel.save_model), in a dtype. Keys of the config.json that the model came from are kept, and its folder's
-    tokenizer files are copied. Each file is written whole or not at all, config.json last.
+    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (parallel.save_model), in a
+    dtype. Keys of the config.json that the model came from are kept, and the tokenizer files of its folder and of its
+    text gate are copied. Each file is written whole or not at all, config.json last.
     """
     folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     write_safetensors(folder / "model.safetensors", state, dtype, stream)
-    origin = model.source_folder
+    origin, gate = model.source_folder, model.gate_folder
     if origin and Path(origin).resolve() != folder.resolve():
         for name in TEXT_FILES:
             if (Path(origin) / name).exists():
                 atomic_write(folder / name, (Path(origin) / name).read_bytes())
+    if gate and Path(gate).resolve() != (folder / "text_gate").resolve():
+        atomic_write(folder / "text_gate" / "tokenizer.json", (Path(gate) / "tokenizer.json").read_bytes())
     write_json(folder / "towers.json", towers_json(model.config))
     stored_as = str(dtype or model.head_weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", config_json(model.config) | {"torch_dtype": stored_as})

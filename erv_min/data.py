@@ -229,15 +229,23 @@ class FeatureCache:
         text = f"{os.path.realpath(example.path)}|{stat.st_size}|{stat.st_mtime_ns}|{self.key}"
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def has(self, example: Example) -> bool:
+        """Whether the clip's features are there; only `get` reads them, and may yet find them damaged."""
+        name = self._name(example)
+        return name in self.kept or bool(self.folder and name and self._file(name).is_file())
+
+    def _file(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.safetensors"
+
     def get(self, example: Example):
         """(vision [T, N, C] | None, audio [P, C] | None) on the CPU, or None where the clip is not cached."""
         name = self._name(example)
         if name in self.kept:
             return self.kept[name]
-        path = self.folder / name[:2] / f"{name}.safetensors" if self.folder and name else None
-        if path is None or not path.is_file():
+        if not (self.folder and name and self._file(name).is_file()):
             return None
         try:
+            path = self._file(name)
             tensors = load_tensors(path.read_bytes())
         except (SafetensorError, OSError) as error:
             log.warning("%s: damaged, made again (%s)", path, error)
@@ -252,7 +260,7 @@ class FeatureCache:
         parts = {"vision": vision, "audio": audio}
         parts = {part: value.detach().cpu().contiguous() for part, value in parts.items() if value is not None}
         if self.folder:
-            atomic_write(self.folder / name[:2] / f"{name}.safetensors", save_tensors(parts))
+            atomic_write(self._file(name), save_tensors(parts))
         self._keep(name, parts.get("vision"), parts.get("audio"))
 
     def _keep(self, name: str, vision, audio):

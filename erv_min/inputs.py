@@ -56,14 +56,14 @@ def clip_inputs(order: list[Example], model: HumanOmni, cache: FeatureCache | No
     config = model.config
     load = partial(load_job, modality=modality, num_frames=num_frames, image_size=config.vision.image_size,
                    n_mels=config.audio.num_mel_bins, n_frames=2 * config.audio.max_source_positions, geometry=geometry)
-    jobs = (Job(example, cache is not None and cache.get(example) is not None) for example in order)
+    jobs = (Job(example, cache is not None and cache.has(example)) for example in order)
     for job, clip in clip_loader(jobs, load, workers=workers):
-        if isinstance(clip, ClipError):
-            yield clip
-        elif job.cached and (features := cache.get(job.example)) is not None:
-            yield Inputs(job.example, None, *features)
-        else:
-            yield Inputs(job.example, clip or load(Job(job.example, False)))
+        if job.cached:
+            if (features := cache.get(job.example)) is not None:
+                yield Inputs(job.example, None, *features)
+                continue
+            ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)  # damaged in the cache: made again
+        yield clip if isinstance(clip, ClipError) else Inputs(job.example, clip)
 
 
 class PromptBuilder:

@@ -7,21 +7,18 @@ neither label nor data set: they are joined with the data's examples by clip.
 
 import json
 import re
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-import torch
-
-from erv_min.checkpoint import load_humanomni, resolve, text_gate_folder
 from erv_min.data import Example
 from erv_min.emotions import labels
 from erv_min.errors import DataError, SettingsError
 from erv_min.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
-from erv_min.inputs import PromptBuilder
 from erv_min.judge import read_answer
 from erv_min.predict import predict
-from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.readers import check_label, read_text
-from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.settings import PredictionSettings
 from erv_min.train import gather_lists
 
 
@@ -131,36 +128,41 @@ def _text_rows(text: str, path: Path, truth: dict[str, Example]) -> list[dict]:
     return rows
 
 
-def predict_to_file(builder, examples: list[Example], world, out: Path, settings: dict, resume: bool,
-                    chunk: int = 256, **options) -> tuple[list[dict], list[str]]:
+def predict_to_file(builder, examples: list[Example], world, out: Path, settings: PredictionSettings,
+                    chunk: int = 256) -> tuple[list[dict], list[str]]:
     """predict.predict over `examples`, kept in out/predictions.jsonl a chunk at a time, so that a stop loses one chunk.
 
-    settings: what made the predictions, kept in out/predictions.json; a resume with others is refused. Returns the rows
-    and the messages of the clips that could not be decoded, on every process. The result depends on neither the number
-    of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
+    What made the predictions is kept in out/predictions.json; a resume with other settings or clips is refused. Returns
+    the rows and the messages of the clips that could not be decoded, on every process. The result depends on neither
+    the number of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
     """
+    apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction
+    made_by = {f.name: getattr(settings, f.name) for f in fields(PredictionSettings) if f.name not in apart}
+    names = "\n".join(f"{example.dataset}/{example.video_id}" for example in examples)
+    made_by |= {"split": getattr(settings, "split", "train"), "clips": sha256(names.encode()).hexdigest()}
     file, about, failures = out / "predictions.jsonl", out / "predictions.json", out / "failed_clips.jsonl"
     there = file.exists()
-    if there and not resume:
+    if there and not settings.resume:
         raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
     chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
     rows, failed = [], []
     if there:
-        if read_json(about) != json.loads(json.dumps(settings)):
-            raise SettingsError(f"{about}: these predictions were made with other settings; give another --out")
+        if read_json(about) != made_by:
+            raise SettingsError(f"{about}: these predictions were made with other settings or clips; give another --out")
         rows, failed = read_jsonl(file), read_jsonl(failures) if failures.exists() else []
     whole = {n for n in range(len(chunks)) if sum(row["chunk"] == n for row in rows)
              + sum(row["chunk"] == n for row in failed) == len(chunks[n])}
     rows, failed = ([row for row in part if row["chunk"] in whole] for part in (rows, failed))
     gather_lists([], world)  # every process has read the files before the first changes them
     if world.main:
-        write_json(about, settings)
+        write_json(about, made_by)
         for path, part in ((file, rows), (failures, failed)):
             atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
-    seed = options.pop("seed", 0)
     for n in (n for n in range(len(chunks)) if n not in whole):
-        new, errors = predict(builder, chunks[n], world, seed=seed * 100_003 + n,
-                              progress=f"part {n + 1} of {len(chunks)}", **options)
+        new, errors = predict(
+            builder, chunks[n], world, settings.max_new_tokens, settings.temperature, settings.top_p,
+            settings.seed * 100_003 + n, settings.batch_size, settings.num_frames or builder.model.config.num_frames,
+            settings.geometry, settings.workers, f"part {n + 1} of {len(chunks)}")
         new, errors = [{**row, "chunk": n} for row in new], [{"error": str(error), "chunk": n} for error in errors]
         rows, failed = rows + new, failed + errors
         if world.main:
@@ -168,12 +170,3 @@ def predict_to_file(builder, examples: list[Example], world, out: Path, settings
                 for row in part:
                     append_jsonl(path, row)
     return rows, [row["error"] for row in failed]
-
-
-def load_policy(name: str, device="cpu", dtype: str = "float32", modality: str = "video_audio",
-                stage: str = "inference", question: str = "") -> PromptBuilder:
-    """A checkpoint (folder or hub repository) with its tokenizers, in eval mode, ready to be asked; `.model` is it."""
-    model = load_humanomni(name, getattr(torch, dtype), device).eval().requires_grad_(False)
-    return PromptBuilder(model, Tokenizer(resolve(name)), EncoderTokenizer(text_gate_folder(name)), None, modality,
-                         stage,
-                         question or f"{QUESTION} {REASONING_SUFFIX}")

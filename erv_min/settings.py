@@ -18,17 +18,66 @@ def setting(default, help: str, choices: tuple = ()):
 
 
 @dataclass
-class Common:
+class Policy:
+    """What every script takes that shows clips to a HumanOmni."""
+
+    model: str = setting("", "checkpoint: a folder or a hub repository")
+    revision: str = setting("", "branch, tag or commit of that hub repository")
+    vision_tower: str = setting("", "take this tower (folder or hub repository) in place of the checkpoint's own or of "
+                                    "the one its config.json names (divergence 12)")
+    audio_tower: str = setting("", "the same for Whisper's encoder")
+    text_tower: str = setting("", "the same for the text gate's BERT and its tokenizer.json")
+    modality: str = setting("video_audio", "what the model is given", ("video_audio", "video", "audio"))
+    prompt_stage: str = setting("inference", "which released prompt to render (divergence 10)",
+                                ("inference", "sft", "grpo"))
+    num_frames: int = setting(0, "frames a clip; 0: as the checkpoint says")
+    geometry: str = setting("pad", "frames to a square: padded, or stretched as in the released inference "
+                                   "(divergence 11)", ("pad", "stretch"))
+    seed: int = setting(0, "seed of the sampling (training: also of data order and random weights)")
+    device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
+    dtype: str = setting("float32", "type of weights and compute (training: of compute alone)", ("float32", "bfloat16"))
+    workers: int = setting(2, "processes that decode clips ahead of the model")
+
+
+@dataclass
+class Clips:
+    """What every script takes that reads data sets."""
+
+    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' (training, toy: "
+                            "the embedded world, rendered where it is not there yet)")
+    allow_missing: float = setting(0.01, "share of the clips (or of given predictions) that may be missing")
+
+
+@dataclass
+class Answers(Policy):
+    """What every script takes that lets a policy answer (divergence 9)."""
+
+    question: str = setting("", "another question than the paper's; it is asked as it stands")
+    temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3)")
+    top_p: float = setting(1.0, "nucleus of the sampling (release: 0.9)")
+    max_new_tokens: int = setting(512, "longest output in tokens")
+
+
+@dataclass
+class PredictionSettings(Clips, Answers):
+    """Predictions over data sets: scripts/evaluate.py and `scripts/augment.py describe`."""
+
+    out: str = setting("", "folder of the results")
+    limit: int = setting(0, "the first so many clips only; 0: all")
+    batch_size: int = setting(8, "clips at once on one process")
+    resume: bool = setting(False, "go on with the predictions that OUT holds")
+
+
+@dataclass
+class Common(Clips, Policy):
     """What every training stage takes."""
 
     preset: str = setting("toy", "toy: the embedded world, nothing to download; paper-0.5b, paper-7b: table 8",
                           ("toy", "paper-0.5b", "paper-7b"))
     out: str = setting("", "folder of this run: config.json, metrics.jsonl, model.safetensors (default: runs/...)")
-    data: str = setting("", "training clips, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' (default: the "
-                            "embedded world, rendered where it is not there yet)")
-    model: str = setting("", "starting checkpoint: a folder or a hub repository")
     random_weights: bool = setting(False, "start from random weights of the preset's dimensions (to try a machine)")
     world: str = setting("", "folder of the embedded world (default: OUT/world)")
+    subtitles: bool = setting(True, "what is said in the clip enters the prompt where the data set has it (EMER, MERR)")
     steps: int = setting(0, "optimizer steps; 0: as many as the epochs give")
     epochs: int = setting(5, "passes over the data (table 8)")
     batch_size: int = setting(32, "samples (GRPO: prompts) an optimizer step, over all processes (table 8)")
@@ -41,20 +90,12 @@ class Common:
     seed: int = setting(17, "seed of data order, sampling and random weights")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
     save_every: int = setting(100, "steps between checkpoints")
-    device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
-    dtype: str = setting("float32", "compute type; weights and optimizer stay float32", ("float32", "bfloat16"))
     sharding: str = setting("none", "how weights lie on several processes: none (whole on each), hand (fsdp.py), torch "
                                     "(PyTorch's fully_shard)", ("none", "hand", "torch"))
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
-    workers: int = setting(2, "processes that decode clips ahead of the model")
-    cache_features: str = setting("", "folder for the frozen towers' features, so that later epochs skip decoding "
-                                      "and towers; 'memory' keeps them in memory")
-    geometry: str = setting("pad", "frames to a square: padded, or stretched as in the released inference "
-                                   "(divergence 11)", ("pad", "stretch"))
-    prompt_stage: str = setting("inference", "which released prompt to render (divergence 10)",
-                                ("inference", "sft", "grpo"))
+    cache_features: str = setting("", "folder for the frozen towers' features, so that later epochs and runs skip "
+                                      "decoding and towers; 'memory' keeps them in memory")
     num_frames: int = setting(8, "frames a clip (table 8)")
-    modality: str = setting("video_audio", "what the model is given", ("video_audio", "video", "audio"))
 
 
 @dataclass
@@ -133,6 +174,12 @@ DIMENSIONS = {"toy": "toy", "paper-0.5b": "0.5b", "paper-7b": "7b"}
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one option a field of the settings dataclass `cls`; defaults are left to the preset."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, cls)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One option a field of the settings dataclass `cls`; what is not given does not appear in the parsed arguments."""
     for f in dataclasses.fields(cls):
         option = "--" + f.name.replace("_", "-")
         kwargs = dict(dest=f.name, default=argparse.SUPPRESS, help=f.metadata["help"].replace("%", "%%"))
@@ -142,7 +189,6 @@ def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
             choices = f.metadata.get("choices") or None
             metavar = None if choices else f.name.rsplit("_", 1)[-1].upper()
             parser.add_argument(option, type=type(f.default), choices=choices, metavar=metavar, **kwargs)
-    return parser
 
 
 def parse(cls: type, presets: dict[str, dict], description: str, argv: list[str] | None = None):
@@ -163,8 +209,8 @@ def check(settings) -> None:
     for name in ("batch_size", "micro_batch", "group_size", "max_new_tokens", "mu", "num_frames", "k", "save_every"):
         if getattr(settings, name, 1) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
-    for name in ("lr", "beta", "epsilon", "temperature", "steps"):
+    for name in ("lr", "beta", "epsilon", "temperature", "steps", "allow_missing"):
         if getattr(settings, name, 0) < 0:
-            raise SettingsError(f"--{name} must not be negative, not {getattr(settings, name)}")
+            raise SettingsError(f"--{name.replace('_', '-')} must not be negative, not {getattr(settings, name)}")
     if getattr(settings, "temperature", 1) == 0:
         raise SettingsError("--temperature 0 samples the same completion G times: no group would have a spread")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ from erv_min.errors import SettingsError
 from erv_min.erv import Verifier, scratch
 from erv_min.inputs import PromptBuilder
 from erv_min.model.humanomni import HumanOmni, random_humanomni
-from erv_min.settings import DIMENSIONS, STARTS, Common, GRPOSettings
+from erv_min.prompts import QUESTION, REASONING_SUFFIX
+from erv_min.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.train import World
+from erv_min.train import World, gather_lists
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -52,6 +54,28 @@ def prepare_world(world: Path, seed: int, base: bool) -> None:
         finish(start("-m", "erv_min.toy", str(world), "--seed", str(seed), *([] if base else ["--clips-only"])))
 
 
+def load_model(settings: Policy, name: str, dtype: torch.dtype, device, show=print):
+    """(model, tokenizer, gate tokenizer) of a folder or hub repository with the settings' revision and towers.
+
+    `show` gets a line that says which towers it runs with (divergence 12).
+    """
+    revision, text_tower = settings.revision or None, settings.text_tower or None
+    model = load_humanomni(name, dtype, device, revision, settings.vision_tower or None,
+                           settings.audio_tower or None, text_tower)
+    model.gate_folder = text_gate_folder(name, revision, text_tower)
+    show(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
+         + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()))
+    return model, Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
+
+
+def load_policy(settings: Answers, world: World, show=print) -> PromptBuilder:
+    """The checkpoint that --model names, in eval mode, ready to be asked; `.model` is it."""
+    model, tokenizer, gate = load_model(settings, settings.model, getattr(torch, settings.dtype), world.device,
+                                        show if world.main else lambda line: None)
+    return PromptBuilder(model.requires_grad_(False), tokenizer, gate, None, settings.modality, settings.prompt_stage,
+                         settings.question or f"{QUESTION} {REASONING_SUFFIX}")
+
+
 def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, PromptBuilder]:
     """The model that a stage begins with, in float32, and the builder of its prompts.
 
@@ -63,23 +87,21 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
     device = {"none": world.device, "torch": "cpu", "hand": "cpu" if world.main else "meta"}[settings.sharding]
     if settings.random_weights:
         model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
-        texts = world_folder(settings) / "tokenizers"
-        tokenizer, gate = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
+        model.source_folder, model.gate_folder = (world_folder(settings) / "tokenizers" / x for x in ("lm", "text_gate"))
+        tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
     else:
         name = settings.model or STARTS[stage].get(settings.preset)
         if not name:
             raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
                                 "(a folder or hub repository), or try the machine with --random-weights")
-        model = load_humanomni(name, torch.float32, device)
-        tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(text_gate_folder(name))
-        if world.main:
-            print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
-                  + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()), flush=True)
+        model, tokenizer, gate = load_model(settings, name, torch.float32, device,
+                                            lambda line: print(line, flush=True) if world.main else None)
     model.model.recompute = settings.recompute
     cache = None
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
-        key = f"{tower_key(model)}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
+        (towers,) = gather_lists([tower_key(model)] if world.main else [], world)  # sharded: weights are there alone
+        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
         cache = FeatureCache(folder, key)
     return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
@@ -96,7 +118,8 @@ def training_examples(settings: Common, split: str, world: World) -> list[Exampl
     examples = load_examples(settings.data or f"toy:{world_folder(settings)}", split)
     if world.main:
         print(summary(examples), flush=True)
-    return check_clips(examples, report=Path(settings.out) / "missing_clips.txt")
+    examples = examples if settings.subtitles else [replace(example, subtitle="") for example in examples]
+    return check_clips(examples, settings.allow_missing, Path(settings.out) / "missing_clips.txt" if world.main else None)
 
 
 def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:

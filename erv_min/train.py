@@ -174,10 +174,10 @@ def provenance(settings) -> dict:
 class Run:
     """A run's folder on the main process: logs, checkpoints and resume. Other processes only read."""
 
-    def __init__(self, out: str | Path, settings, world: World, total_steps: int):
+    def __init__(self, out: str | Path, settings, world: World, total_steps: int, towers: dict | None = None):
         self.out, self.world, self.total_steps = Path(out), world, total_steps
         self.metrics, self.state = self.out / "metrics.jsonl", self.out / "state.safetensors"
-        self.settings = provenance(settings)
+        self.settings = provenance(settings) | ({"towers": towers} if towers else {})
         self.started, self.first_step = time.time(), 0
         if world.main:
             self.out.mkdir(parents=True, exist_ok=True)

@@ -23,13 +23,15 @@ from pathlib import Path
 
 from erv_min.data import check_clips, check_disjoint, load_examples, summary
 from erv_min.emotions import ERV_LABELS, to_erv
-from erv_min.errors import DataError, ErvMinError
+from erv_min.errors import DataError, ErvMinError, SettingsError
 from erv_min.erv import counts_table, read_rows
 from erv_min.files import atomic_write, read_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
-from erv_min.results import load_policy, predict_to_file
+from erv_min.results import predict_to_file
 from erv_min.rewards import extract_explanation
+from erv_min.settings import PredictionSettings, add_options
+from erv_min.stages import load_policy
 from erv_min.train import start_world
 
 
@@ -154,59 +156,43 @@ def parser() -> argparse.ArgumentParser:
         ("label", "figure 6: up to two emotions a description"),
         ("complement", "figure 7: descriptions of rare classes"),
         ("stats", "table 5"))}
-    for name in ("annotated", "describe"):
-        one[name].add_argument("--data", required=True,
-                               help="data sets, 'dfew:/path,mafw:/path'; their training splits")
+    one["annotated"].add_argument("--data", required=True, help="data sets, 'emer:/path,merr:/path'")
     for name in ("label", "complement", "stats"):
         one[name].add_argument("--input", required=True, help="JSONL files, separated by commas")
     for name in ("label", "complement"):
         one[name].add_argument("--ask", required=True, help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 "
                                                             "for label, gpt-4.1-mini for complement)")
         one[name].add_argument("--concurrency", type=int, default=8, help="requests at once")
-    for name in ("annotated", "describe", "label", "complement"):
-        one[name].add_argument("--out", required=True, help="JSONL file" + (" folder" if name == "describe" else ""))
-        one[name].add_argument("--seed", type=int, default=0, help="seed of permutations, draws and sampling")
+    for name in ("annotated", "label", "complement"):
+        one[name].add_argument("--out", required=True, help="JSONL file")
+    for name in ("label", "complement"):
+        one[name].add_argument("--seed", type=int, default=0, help="seed of permutations and draws")
     extra = one["complement"].add_argument
     extra("--per-class", type=int, default=1000, help="descriptions a class in the end (section 3.2: about 1K)")
     extra("--classes", default="disgust,fear,contempt,disappointment,neutral,helplessness",
           help="the rare ones (section 3.2)")
     extra("--temperature", type=float, default=1.0, help="of the new descriptions (the paper does not say)")
-    extra = one["describe"].add_argument
-    extra("--model", required=True, help="folder or hub repository (paper: R1-Omni)")
-    extra("--temperature", type=float, default=0.3, help="sampling temperature (section 4.3)")
-    extra("--max-new-tokens", type=int, default=512)
-    extra("--batch-size", type=int, default=8, help="clips at once on one process")
-    extra("--num-frames", type=int, default=0, help="frames a clip; 0: as the checkpoint says")
-    extra("--geometry", choices=("pad", "stretch"), default="pad",
-          help="divergence 11; stretch for released checkpoints")
-    extra("--allow-missing", type=float, default=0.01, help="share of clips that may be missing")
-    extra("--limit", type=int, default=0, help="the first so many clips only")
-    extra("--resume", action="store_true", help="go on with what OUT holds")
-    extra("--device", default="")
-    extra("--dtype", choices=("float32", "bfloat16"), default="float32")
-    extra("--workers", type=int, default=2, help="processes that decode clips ahead of the model")
+    add_options(one["describe"], PredictionSettings)
     return top
 
 
-def describe(args) -> None:
-    examples = load_examples(args.data, "train")
-    for part in re.split(r",(?=\w+:)", args.data):
+def describe(settings: PredictionSettings) -> None:
+    for name in ("model", "data", "out"):
+        if not getattr(settings, name):
+            raise SettingsError(f"describe needs --{name}")
+    examples = load_examples(settings.data, "train")
+    for part in re.split(r",(?=\w+:)", settings.data):
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
             check_disjoint(examples, load_examples(part, "test"))
-    world, out = start_world(args.device), Path(args.out)
-    examples = check_clips([replace(e, split="train") for e in examples], args.allow_missing, out / "missing_clips.txt")
-    examples = list({e.path: e for e in examples}.values())[: args.limit or None]  # each clip once
+    world, out = start_world(settings.device), Path(settings.out)
     if world.main:
         print(summary(examples), flush=True)
-    builder = load_policy(args.model, world.device, args.dtype)
-    apart = ("out", "resume", "device", "workers", "batch_size", "step")
-    about = {k: v for k, v in vars(args).items() if k not in apart}
-    rows, failed = predict_to_file(
-        builder, examples, world, out, about, args.resume, seed=args.seed, max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature, batch_size=args.batch_size, workers=args.workers, geometry=args.geometry,
-        num_frames=args.num_frames or builder.model.config.num_frames)
+    examples = check_clips([replace(e, split="train") for e in examples], settings.allow_missing,
+                           out / "missing_clips.txt" if world.main else None)
+    examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
+    rows, failed = predict_to_file(load_policy(settings, world), examples, world, out, settings)
     if world.main:
-        good, empty = described(rows, args.model, args.seed)
+        good, empty = described(rows, settings.model, settings.seed)
         write_rows(out / "descriptions.jsonl", good)
         write_rows(out / "descriptions.rejected.jsonl", empty)
         print(f"{out}/descriptions.jsonl: {len(good)} different descriptions; {len(empty)} outputs without one, "
@@ -216,7 +202,7 @@ def describe(args) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.step == "describe":
-        return describe(args)
+        return describe(PredictionSettings(**{k: v for k, v in vars(args).items() if k != "step"}))
     if args.step == "annotated":
         rows, left = annotated(load_examples(args.data, "train"))
         write_rows(args.out, rows)

@@ -21,45 +21,27 @@ from erv_min.errors import DataError, ErvMinError, SettingsError
 from erv_min.files import atomic_write, write_json
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
-from erv_min.results import load_policy, predict_to_file, read_predictions
-from erv_min.settings import parser_for, setting
+from erv_min.results import predict_to_file, read_predictions
+from erv_min.settings import PredictionSettings, parser_for, setting
+from erv_min.stages import load_policy
 from erv_min.train import start_world
 
 
 @dataclass
-class EvaluateSettings:
-    out: str = setting("runs/evaluate", "folder of the results")
-    data: str = setting("", "clips with labels, 'dfew:/path', 'mafw:/path', 'toy:/world', ... (their test split)")
-    model: str = setting("", "checkpoint to evaluate: a folder or a hub repository")
+class EvaluateSettings(PredictionSettings):
     predictions: str = setting("", "evaluate these predictions instead of a model's")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
     split: str = setting("test", "which split of --data", ("test", "train"))
-    limit: int = setting(0, "the first so many clips only; 0: all")
-    allow_missing: float = setting(0.01, "share of clips, or of predictions, that may be missing")
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
     bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none")
-    temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3, divergence 9)")
-    top_p: float = setting(1.0, "nucleus of the sampling (release: 0.9, divergence 9)")
-    max_new_tokens: int = setting(512, "longest output in tokens")
-    batch_size: int = setting(8, "clips at once on one process")
-    num_frames: int = setting(0, "frames a clip; 0: as the checkpoint says")
-    geometry: str = setting("pad", "frames to a square (divergence 11; stretch for released checkpoints)",
-                            ("pad", "stretch"))
-    modality: str = setting("video_audio", "what the model is given", ("video_audio", "video", "audio"))
-    prompt_stage: str = setting("inference", "which released prompt to render (divergence 10)",
-                                ("inference", "sft", "grpo"))
-    seed: int = setting(0, "seed of the sampling and of the bootstrap")
-    resume: bool = setting(False, "go on with the predictions that OUT holds")
     judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
     concurrency: int = setting(8, "requests to a hosted judge at once")
-    device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
-    dtype: str = setting("float32", "type of weights and compute", ("float32", "bfloat16"))
-    workers: int = setting(2, "processes that decode clips ahead of the model")
 
 
 def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]:
-    """Rows to judge, and the clips that did not get that far: {"missing": [...], "unknown": [...], "failed": [...]}."""
+    """Rows to judge, and what is told beside the figures: the clips that did not get that far, {"missing": [...],
+    "unknown": [...], "failed": [...]}, and of a model its "towers"."""
     examples = load_examples(settings.data, settings.split)[: settings.limit or None] if settings.data else []
     if settings.predictions:
         rows, lost = read_predictions(settings.predictions, examples)
@@ -71,18 +53,11 @@ def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]
         print(summary(examples), flush=True)
     out = Path(settings.out)
     found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if world.main else None)
-    builder = load_policy(settings.model, world.device, settings.dtype, settings.modality, settings.prompt_stage)
-    about = {k: v for k, v in asdict(settings).items() if k in (
-        "data", "model", "split", "limit", "temperature", "top_p", "max_new_tokens", "num_frames", "geometry",
-        "modality",
-        "prompt_stage", "seed", "dtype")}
-    rows, failed = predict_to_file(
-        builder, found, world, out, about, settings.resume, seed=settings.seed, max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature, top_p=settings.top_p, batch_size=settings.batch_size,
-        workers=settings.workers,
-        num_frames=settings.num_frames or builder.model.config.num_frames, geometry=settings.geometry)
+    builder = load_policy(settings, world)
+    rows, failed = predict_to_file(builder, found, world, out, settings)
     there = {example.path for example in found}
-    return rows, {"missing": [e.video_id for e in examples if e.path not in there], "unknown": [], "failed": failed}
+    return rows, {"missing": [e.video_id for e in examples if e.path not in there], "unknown": [], "failed": failed,
+                  "towers": builder.model.tower_source}
 
 
 def figures(rows: list[dict], rule: str = "paper", resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
@@ -149,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, lexicon2; may be repeated")
     given = vars(parser.parse_args(argv))
     judges = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
-    settings = EvaluateSettings(**given)
+    settings = EvaluateSettings(**{"out": "runs/evaluate", **given})
     if bool(settings.model) == bool(settings.predictions):
         raise SettingsError("give either --model (with --data) or --predictions")
     if settings.model and not settings.data:
@@ -173,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         atomic_write(out / f"judged-{number}.jsonl", "".join(lines))
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
                                       "agreement": agreements, **lost})
+    lost.pop("towers", None)
     text = report(name, results, agreements)
     atomic_write(out / "table.txt", text)
     print(text + "".join(f"{len(clips)} clips {kind}, e.g. {clips[0]}\n" for kind, clips in lost.items() if clips)

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     rules, G, eos = reward_settings(settings), settings.group_size, builder.tokenizer.eos_id
     examples = training_examples(settings, "train", world)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
-    run = Run(settings.out, settings, world, total)
+    run = Run(settings.out, settings, world, total, model.tower_source)
     first = run.resume(params, optimizer, policy) if settings.resume else 0
     if world.main:
         print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "

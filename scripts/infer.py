@@ -5,9 +5,9 @@ prompt and the temperature are section 4.3's; released ones were evaluated with 
 --explain-reward happy --erv FOLDER shows what the verifier reads in each sentence, and R_E for that label (Eq. 4).
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import PromptBuilder, clip_inputs
 from erv_min.readers import CLIP_SUFFIXES, read_text
-from erv_min.results import load_policy
 from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,
                              sentences_of)
+from erv_min.settings import Answers, parser_for, setting
+from erv_min.stages import load_policy
 from erv_min.train import start_world
 
 
@@ -56,12 +57,12 @@ class Stream:
 
 
 @torch.no_grad()
-def answer(builder: PromptBuilder, inputs, max_new_tokens: int = 512, temperature: float = 0.3, seed: int = 0,
-           on_token=None) -> str:
+def answer(builder: PromptBuilder, inputs, settings: Answers, on_token=None) -> str:
     """The model's output for one clip, as text."""
-    noise = sampling_noise(seed, 0, [0], 1, max_new_tokens) if temperature > 0 else None
-    completions = rollout(builder.model, builder.prompts([inputs]), 1, max_new_tokens, builder.tokenizer.eos_id, noise,
-                          temperature, on_token=on_token)
+    length, temperature = settings.max_new_tokens, settings.temperature
+    noise = sampling_noise(settings.seed, 0, [0], 1, length) if temperature > 0 else None
+    completions = rollout(builder.model, builder.prompts([inputs]), 1, length, builder.tokenizer.eos_id, noise,
+                          temperature, top_p=settings.top_p, on_token=on_token)
     return builder.tokenizer.decode(completions.ids[0][completions.mask[0]].tolist(), skip_special=True)
 
 
@@ -76,33 +77,28 @@ def explain_reward(output: str, e_gt: str, verifier: Verifier, settings: RewardS
                           for text, row, EL in zip(sentences, probs, chosen)]}
 
 
+@dataclass
+class InferSettings(Answers):
+    subtitle: str = setting("", "what is said in the clip, for the prompt")
+    json: bool = setting(False, "one JSON object a clip instead of text")
+    explain_reward: str = setting("", "show each sentence's emotions and R_E for this label (Eq. 4)")
+    erv: str = setting("", "the verifier for it: a folder or a hub repository")
+    tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("clips", nargs="+", help="clips, folders of clips, or .txt files with a path a line")
-    add("--model", required=True, help="checkpoint: a folder or a hub repository")
-    add("--modality", choices=("video_audio", "video", "audio"), default="video_audio", help="what the model is given")
-    add("--question", default="", help="another question than the paper's; it is asked as it stands")
-    add("--subtitle", default="", help="what is said in the clip, for the prompt")
-    add("--json", action="store_true", help="one JSON object a clip instead of text")
-    add("--explain-reward", default="", metavar="LABEL", help="show each sentence's emotions and R_E for LABEL (Eq. 4)")
-    add("--erv", default="", help="the verifier for it: a folder or a hub repository")
-    add("--tau", type=float, default=0.5, help="its threshold (release: 0.1; divergence 1)")
-    add("--temperature", type=float, default=0.3, help="sampling temperature; 0 is greedy (section 4.3)")
-    add("--max-new-tokens", type=int, default=512, help="longest output in tokens")
-    add("--num-frames", type=int, default=0, help="frames a clip; 0: as the checkpoint says")
-    add("--geometry", choices=("pad", "stretch"), default="pad", help="frames to a square (divergence 11)")
-    add("--prompt-stage", choices=("inference", "sft", "grpo"), default="inference", help="divergence 10")
-    add("--seed", type=int, default=0, help="seed of the sampling")
-    add("--device", default="", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of weights and compute")
-    args = parser.parse_args(argv)
+    parser = parser_for(InferSettings, __doc__)
+    parser.add_argument("clips", nargs="+", help="clips, folders of clips, or .txt files with a path a line")
+    given = vars(parser.parse_args(argv))
+    names, args = given.pop("clips"), InferSettings(**given)
+    if not args.model:
+        raise SettingsError("--model: name a checkpoint, a folder or a hub repository")
     if bool(args.explain_reward) != bool(args.erv):
         raise SettingsError("--explain-reward LABEL and --erv FOLDER go together")
     if args.explain_reward:
         to_erv(args.explain_reward)  # an unknown label is said before the model is loaded
-    clips, world = find_clips(args.clips), start_world(args.device)
-    builder = load_policy(args.model, world.device, args.dtype, args.modality, args.prompt_stage, args.question)
+    clips, world = find_clips(names), start_world(args.device)
+    builder = load_policy(args, world, lambda line: print(line, file=sys.stderr))
     verifier = Verifier.load(args.erv, world.device) if args.erv else None
     examples = [Example(path.stem, path, "", "", subtitle=args.subtitle) for path in clips]
     num_frames = args.num_frames or builder.model.config.num_frames
@@ -117,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         live = not args.json and sys.stdout.isatty()
         if not args.json and len(clips) > 1:
             print(f"== {path}")
-        output = answer(builder, inputs, args.max_new_tokens, args.temperature, args.seed,
-                        Stream(builder.tokenizer) if live else None)
+        output = answer(builder, inputs, args, Stream(builder.tokenizer) if live else None)
         result = {"clip": str(path), "emotion": extract_answer(output), "explanation": extract_explanation(output),
                   "output": output}
         if verifier:

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     units_per_step = max(1, settings.batch_size // settings.targets_per_clip)
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
     total = settings.steps or max(1, settings.epochs * len(units) // units_per_step)
-    run = Run(settings.out, settings, world, total)
+    run = Run(settings.out, settings, world, total, model.tower_source)
     first = run.resume(params, optimizer, policy) if settings.resume else 0
     if world.main:
         print(f"SFT: {len(examples)} targets of {len({e.path for e in examples})} clips, {total} steps, "

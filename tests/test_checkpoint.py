@@ -220,7 +220,7 @@ def test_paths_of_the_authors_machines(name, repository, sizes):
 def test_a_tower_that_nobody_knows(folder):
     (folder / "towers.json").unlink()
     change_json(folder / "config.json", mm_vision_tower="/data/secret/tower")
-    with pytest.raises(CheckpointError, match="config.json: mm_vision_tower is '/data/secret/tower'.*vision_tower="):
+    with pytest.raises(CheckpointError, match="config.json: mm_vision_tower is '/data/secret/tower'.*--vision-tower"):
         load_humanomni(folder)
 
 
@@ -319,6 +319,8 @@ def test_offline_hub_says_what_to_do(monkeypatch):
         resolve("StarJiaxing/HumanOmni-0.5B", "abc")
     with pytest.raises(CheckpointError, match="/no/such/folder: no such folder"):
         resolve("/no/such/folder")
+    with pytest.raises(CheckpointError, match="is a folder here, and has no revision abc"):
+        resolve(SMALL, "abc")
 
 
 def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
@@ -330,6 +332,8 @@ def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr("erv_min.checkpoint.snapshot_download", snapshot)
+    (tmp_path / "config.json").touch()
+    (tmp_path / "pytorch_model.bin").touch()
     assert resolve("a/b") == tmp_path
     assert [any(p.endswith(".bin") for p in a) for a in asked] == [False, True]
     (tmp_path / "model.safetensors").touch()

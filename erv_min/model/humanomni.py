@@ -75,6 +75,7 @@ class HumanOmni(nn.Module):
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.tie_weights()
         self.source_folder = None  # where checkpoint.load_humanomni read it from
+        self.gate_folder = None  # where the text gate's tokenizer.json lies, if a caller knows
         self.tower_source: dict[str, str] = {}  # part -> where its weights came from
 
     def tie_weights(self) -> None:
