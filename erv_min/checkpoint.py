@@ -48,8 +48,8 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
         raise CheckpointError(f"{name}: no such folder, and not the name of a hub repository (owner/name)")
 
     at = f"{name} at {revision}" if revision else name
-    way = (f"Give a local folder, or where there is a network run 'hf download {at.replace(' at ', ' --revision ')}' and "
-           "bring that folder (or the cache, HF_HOME) here")
+    way = (f"Give a local folder, or where there is a network run 'hf download {at.replace(' at ', ' --revision ')}' "
+           "and bring that folder (or the cache, HF_HOME) here")
 
     def fetch(patterns: list[str]) -> Path:
         try:

@@ -184,8 +184,8 @@ def read_emer(root: str | Path) -> list[Example]:
 def read_merr(root: str | Path) -> list[Example]:
     """MERR-fine's JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`; clips .avi or .mp4.
 
-    `doubt` is among its labels and not among the verifier's 11: who trains the verifier leaves those clips out (the
-    355 by which table 5's row, 4,132, is smaller than section 4.1's 4,487).
+    `doubt` is among its labels and not among the verifier's 11: who trains the verifier leaves those clips out. Table
+    5's row, 4,132, is 355 short of section 4.1's 4,487; it has no `worried` clips, and the paper says of neither why.
     """
     path = find_annotation(Path(root), "MERR_fine_grained.json", "*.json")
     root = path.parent if Path(root).is_file() else Path(root)
