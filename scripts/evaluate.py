@@ -33,7 +33,7 @@ class EvaluateSettings:
     model: str = setting("", "checkpoint to evaluate: a folder or a hub repository")
     predictions: str = setting("", "evaluate these predictions instead of a model's")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
-    split: str = setting("test", "which split of --data", ("test", "train"))
+    split: str = setting("test", "which split of --data", ("test", "train", "tune"))
     limit: int = setting(0, "the first so many clips only; 0: all")
     allow_missing: float = setting(0.01, "share of clips, or of predictions, that may be missing")
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
