@@ -42,7 +42,8 @@ SPEC = "name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, json; 
 def load_examples(spec: str, split: str = "train") -> list[Example]:
     """Reads a mixture such as "dfew:/path,mafw:/path".
 
-    split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split).
+    split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split) |
+    "tune" (a toy world's clips to tune settings on).
     EMER and MERR-fine have a training split alone, RAVDESS a test split alone. `json:[dataset:]/file.json[@/clips]`
     is a training JSON in the released form. Raises DataError for an unknown name or split, and for damaged files.
     """
@@ -52,8 +53,8 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
         name = name.lower()
         if not colon or not path:
             raise DataError(f"--data {part!r}: expected {SPEC}")
-        if split not in ("train", "test", "sft"):
-            raise DataError(f"split {split!r}: expected train, test or sft")
+        if split not in ("train", "test", "sft", "tune") or (split == "tune" and name != "toy"):
+            raise DataError(f"--data {part!r}, split {split!r}: expected train, test or sft (of toy: tune)")
         if name in ("emer", "merr", "ravdess") and (split == "test") != (name == "ravdess"):
             raise DataError(f"--data {part}: {name} has no {split} split; it is "
                             + ("R1-Omni's out-of-distribution test" if name == "ravdess" else "training data alone"))

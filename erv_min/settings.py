@@ -105,6 +105,8 @@ class SFTSettings(Common):
     loss_reduction: str = setting("mean", "Eq. 2 as a mean over label tokens (release) or their sum (paper); "
                                           "divergence 8", ("mean", "sum"))
     targets_per_clip: int = setting(1, "targets of one clip that share its prompt in a step")
+    answers_only: bool = setting(False, "leave every <think> empty: a policy that answers without explaining, to see "
+                                        "what the reasoning is worth")
     train_vision_tower: bool = setting(False, "train the vision tower too, as table 8 says and the release does not "
                                               "(divergence 12)")
 

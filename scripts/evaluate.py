@@ -31,7 +31,7 @@ from erv_min.train import start_world
 class EvaluateSettings(PredictionSettings):
     predictions: str = setting("", "evaluate these predictions instead of a model's")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
-    split: str = setting("test", "which split of --data", ("test", "train"))
+    split: str = setting("test", "which split of --data", ("test", "train", "tune"))
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
     bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none")

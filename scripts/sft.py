@@ -6,6 +6,7 @@ Departures from the release: the paper's prompt in every stage (divergence 10), 
 one clip can share its prompt. Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl.
 """
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -48,9 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     params = policy.parameters()
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
     examples = training_examples(settings, "sft", world)
-    if empty := [e.video_id for e in examples if not e.explanation]:
+    if settings.answers_only:
+        examples = [dataclasses.replace(e, explanation="") for e in examples]
+    elif empty := [e.video_id for e in examples if not e.explanation]:
         raise DataError(f"{len(empty)} of {len(examples)} training examples have no explanation, e.g. {empty[0]}: "
-                        "fine-tuning on bare labels unlearns <think>; give data with explanations (EMER, or a training JSON)")
+                        "fine-tuning on bare labels unlearns <think>; give data with explanations (EMER, or a training JSON), or "
+                        "--answers-only")
     units = group_targets(examples, settings.targets_per_clip)
     units_per_step = max(1, settings.batch_size // settings.targets_per_clip)
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)

@@ -1,4 +1,4 @@
-"""`python -m erv_min.toy FOLDER [--seed S]`: renders the embedded world into FOLDER and trains its base model."""
+"""`python -m erv_min.toy FOLDER [--seed S] [--test N] ...`: renders the embedded world into FOLDER and trains its base model."""
 
 import argparse
 import sys
@@ -12,10 +12,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where clip/, annotations, tokenizers and base/ go")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model's weights")
+    for name, help in (("test", "held-out clips"), ("tune", "clips to tune settings on, apart from the held-out ones")):
+        parser.add_argument(f"--{name}", type=int, default=getattr(WorldSettings, name), help=help)
+    parser.add_argument("--exploitable", action="store_true", help="cues that are true of two emotions: shows reward hacking")
     parser.add_argument("--clips-only", action="store_true", help="render and annotate, train nothing")
     arguments = parser.parse_args()
     try:
-        build_world(arguments.folder, WorldSettings(seed=arguments.seed))
+        build_world(arguments.folder, WorldSettings(seed=arguments.seed, test=arguments.test, tune=arguments.tune,
+                                                    exploitable=arguments.exploitable))
         if not arguments.clips_only and not (arguments.folder / "base" / "model.safetensors").exists():
             train_base(arguments.folder, arguments.seed)
     except ErvMinError as error:

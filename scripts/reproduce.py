@@ -1,0 +1,231 @@
+"""The paper's tables 1, 2 and 4 in miniature, over several seeds: `python scripts/reproduce.py [--seeds 4] [--out DIR]`
+
+Each seed is a world of its own: clips, base model, two verifiers, SFT, then GRPO without R_E (Baseline), with it
+(Ours), and with each part of table 2 left out; each system answers the same 1,000 held-out clips, and two independent
+judges read its explanations. Two rows more: the base model as it is, and a policy that answers without explaining.
+Every stage is a command that a user could type, printed as it starts; --jobs run side by side, one thread each, so that
+the figures repeat to the last bit. A stopped run goes on with what is missing. Leaves in OUT: seed-N/ROW (run folders),
+seed-N/log, results.json, tables.txt. The settings were chosen on the tune split of seeds that are not reported.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from erv_min.errors import ErvMinError, SettingsError
+from erv_min.files import atomic_write, read_json, read_jsonl, write_json
+from erv_min.metrics import COLUMNS, paired
+
+SCRIPTS = Path(__file__).parent
+JUDGES = ("lexicon", "lexicon2")
+# Row -> (name, the paper's MAFW figures: table 1 or 2, as EEA, FCR, EPC, WAR, UAR).
+ROWS = {
+    "base": ("Zero-shot (base model)", (None, None, None, 20.18, 13.52)),
+    "sft": ("SFT", (33.06, 29.67, 70.66, 38.95, 25.21)),
+    "baseline": ("Baseline (GRPO without R_E)", (32.41, 27.27, 40.98, 56.83, 38.66)),
+    "ours": ("Ours", (48.93, 43.57, 68.58, 57.49, 39.12)),
+    "no-augmentation": ("w/o data augmentation", (46.88, 42.62, 65.46, 56.78, 38.60)),
+    "no-filtering": ("w/o neutral filtering", (46.28, 42.13, 64.70, 57.16, 38.67)),
+    "no-sentences": ("w/o sentence-level", (47.54, 43.17, 68.36, 56.78, 38.66)),
+    "answers": ("Answers without explaining", (None,) * 5),
+}
+
+
+def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitable: bool) -> dict[str, tuple]:
+    """The commands of one seed: name -> (commands before it, the file that says it is done, the command's words)."""
+    world, run = folder / "world", ["--world", str(folder / "world"), "--seed", str(seed), "--device", "cpu"]
+    training = [*run, "--cache-features", str(world / "features"), "--workers", "1", "--resume"]
+    number = ["--steps", str(steps)] if steps else []
+
+    def grpo(name: str, model: str = "sft", erv: str = "erv", *more: str) -> tuple:
+        verifier = ["--erv", str(folder / erv)] if erv else ["--w-explanation", "0"]
+        before = (model, erv) if erv else (model,)
+        return before, folder / name / "model.safetensors", [
+            str(SCRIPTS / "grpo.py"), *training, "--model", str(folder / model), *verifier, "--eval-clips", "-1",
+            "--out", str(folder / name), *number, *more]
+
+    def erv(name: str, *more: str) -> tuple:
+        return ("world",), folder / name / "model.safetensors", [
+            str(SCRIPTS / "erv.py"), *run, "--out", str(folder / name), "--resume", *more]
+
+    def sft(name: str, *more: str) -> tuple:
+        return ("world",), folder / name / "model.safetensors", [
+            str(SCRIPTS / "sft.py"), *training, "--out", str(folder / name), *more]
+
+    jobs = {
+        "world": ((), world / "base" / "model.safetensors", [
+            "-m", "erv_min.toy", str(world), "--seed", str(seed), f"--{split}", str(clips),
+            *(["--test", "0"] if split == "tune" else []), *(["--exploitable"] if exploitable else [])]),
+        "erv": erv("erv"),
+        "erv-human": erv("erv-human", "--sources", "human", "--steps", "250"),
+        "sft": sft("sft"),
+        "sft-answers": sft("sft-answers", "--answers-only"),
+        "ours": grpo("ours"),
+        "baseline": grpo("baseline", "sft", ""),
+        "no-augmentation": grpo("no-augmentation", "sft", "erv-human"),
+        "no-filtering": grpo("no-filtering", "sft", "erv", "--ablate", "neutral-filtering"),
+        "no-sentences": grpo("no-sentences", "sft", "erv", "--ablate", "sentence-level"),
+        "answers": grpo("answers", "sft-answers", ""),
+    }
+    for row in ROWS:
+        model, out = world / "base" if row == "base" else folder / row, folder / "evaluation" / row
+        jobs[f"evaluate {row}"] = ("world" if row == "base" else row,), out / "metrics.json", [
+            str(SCRIPTS / "evaluate.py"), "--model", str(model), "--data", f"toy:{world}", "--split", split,
+            *(word for judge in JUDGES for word in ("--judge", judge)), "--max-new-tokens", "72", "--batch-size", "64",
+            "--workers", "1", "--bootstrap", "0", "--device", "cpu", "--resume", "--out", str(out)]
+    return jobs
+
+
+def wanted(jobs: dict[str, tuple], rows: list[str]) -> dict[str, tuple]:
+    """The jobs that the evaluation of `rows` needs."""
+    todo, found = [f"evaluate {row}" for row in rows], {}
+    while todo:
+        name = todo.pop()
+        found[name] = jobs[name]
+        todo += jobs[name][0]
+    return {name: job for name, job in jobs.items() if name in found}
+
+
+def run_all(plans: dict[int, dict], out: Path, workers: int) -> None:
+    """Runs every job whose product is not there, `workers` at a time, each after those it builds on.
+
+    Raises SettingsError with the end of a failed job's log; what is done stays done.
+    """
+    done = {(seed, name) for seed, jobs in plans.items() for name, (_, product, _) in jobs.items() if product.exists()}
+    todo = [(seed, name) for seed, jobs in plans.items() for name in jobs if (seed, name) not in done]
+    total, started, lock, stop = len(todo), time.time(), threading.Lock(), threading.Event()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    running: dict = {}
+
+    def run(seed: int, name: str) -> None:
+        log = out / f"seed-{seed}" / "log" / f"{name.replace(' ', '-')}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *plans[seed][name][2]]
+        with open(log, "a") as f:
+            process = subprocess.Popen(command, env=environment, stdout=f, stderr=subprocess.STDOUT)
+            while process.poll() is None:
+                if stop.wait(0.2):
+                    process.terminate()
+            if process.returncode:
+                end = "\n".join(log.read_text().splitlines()[-8:])
+                raise SettingsError(f"seed {seed}, {name}: status {process.returncode}; {log} ends with\n{end}\n"
+                                    "what is done is kept: run the same command again to go on")
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        try:
+            while todo or running:
+                ready = [job for job in todo if all((job[0], b) in done for b in plans[job[0]][job[1]][0])]
+                for seed, name in ready[: workers - len(running)]:
+                    todo.remove((seed, name))
+                    print("$ OMP_NUM_THREADS=1 python", *plans[seed][name][2], flush=True)
+                    running[pool.submit(run, seed, name)] = (seed, name, time.time())
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED").done:
+                    seed, name, began = running.pop(future)
+                    future.result()
+                    done.add((seed, name))
+                    count, elapsed = total - len(todo) - len(running), time.time() - started
+                    print(f"  seed {seed}: {name} done in {time.time() - began:.0f} s ({count}/{total}, "
+                          f"{elapsed / 60:.1f} min, about {elapsed / count * (total - count) / 60:.0f} min left)", flush=True)
+        finally:
+            stop.set()
+
+
+def collect(out: Path, seeds: list[int], rows: list[str]) -> dict:
+    """results.json: row -> judge -> metric -> [a figure a seed], percent."""
+    results: dict = {}
+    for row in rows:
+        for judge in JUDGES:
+            scores = [read_json(out / f"seed-{seed}" / "evaluation" / row / "metrics.json")["judges"][judge]["dfew"]
+                      for seed in seeds]
+            results.setdefault(row, {})[judge] = {m: [s[m] for s in scores] for m in (*COLUMNS, "FCR/WAR")}
+    return results
+
+
+def predictions(out: Path, seeds: list[int], row: str) -> list[dict]:
+    """The judged rows of all seeds; a clip's name carries its seed."""
+    return [{**r, "video_id": f"{seed}/{r['video_id']}"} for seed in seeds
+            for r in read_jsonl(out / f"seed-{seed}" / "evaluation" / row / "judged-1.jsonl")]
+
+
+def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int) -> str:
+    """Tables 1 and 2 with means, spreads and the paper's figures, paired differences, table 4."""
+    results, columns = collect(out, seeds, rows), (*COLUMNS, "FCR/WAR")
+    width = max(len(ROWS[row][0]) for row in rows)
+
+    def cells(values) -> str:
+        shown = [np.array([v for v in x if v is not None], dtype=float) for x in values]
+        return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}" for x in shown)
+
+    lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; percent, "
+             "mean ± standard deviation over seeds; (the paper on MAFW)",
+             f"{'':{width}}" + "".join(f"{c:>13}" for c in columns)]
+    for row in rows:
+        name, paper = ROWS[row]
+        lines.append(f"{name:{width}}" + cells(results[row][JUDGES[0]].values()))
+        if any(paper):
+            ratio = 100 * paper[1] / paper[3] if paper[1] else None
+            lines.append(f"{'':{width}}" + "".join(f"{f'({x:.2f})' if x else '':>13}" for x in (*paper, ratio)))
+    if "ours" in rows:
+        lines.append("\nOurs minus another row, points; 95% interval over paired clips of all seeds; [lowest, highest seed]")
+        ours = predictions(out, seeds, "ours")
+        for row in [r for r in rows if r != "ours"]:
+            found = paired(predictions(out, seeds, row), ours, "dfew")
+            text = []
+            for m in COLUMNS:
+                gaps = [a - b for a, b in zip(results["ours"][JUDGES[0]][m], results[row][JUDGES[0]][m])]
+                mean, low, high = found[m]
+                text.append(f"{m} {mean:+.1f} ({low:+.1f} to {high:+.1f}) [{min(gaps):+.1f}, {max(gaps):+.1f}]")
+            lines.append(f"  {ROWS[row][0]}: " + "; ".join(text))
+    lines.append("\nTable 4 in miniature: a second judge\n" + f"{'':{width}}{'judge':>10}"
+                 + "".join(f"{c:>13}" for c in COLUMNS[:3]))
+    for row in [r for r in ("baseline", "ours") if r in rows]:
+        for judge in JUDGES:
+            lines.append(f"{ROWS[row][0]:{width}}{judge:>10}" + cells(results[row][judge][m] for m in COLUMNS[:3]))
+    write_json(out / "results.json", {"seeds": seeds, "split": split, "clips": clips, "rows": results})
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of everything")
+    parser.add_argument("--seeds", type=int, default=4, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows of the tables, separated by commas")
+    parser.add_argument("--clips", type=int, default=1000, help="held-out clips a seed")
+    parser.add_argument("--split", default="test", choices=("test", "tune"), help="which clips: tune is for choosing settings")
+    parser.add_argument("--steps", type=int, default=0, help="GRPO steps (default: the preset's)")
+    parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time, one thread each")
+    arguments = parser.parse_args(argv)
+    rows = [row for row in ROWS if row in arguments.rows.split(",")]
+    if unknown := set(arguments.rows.split(",")) - set(ROWS):
+        raise SettingsError(f"--rows {', '.join(sorted(unknown))}: there are {', '.join(ROWS)}")
+    seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
+    about = {k: v for k, v in vars(arguments).items() if k in ("clips", "split", "steps", "exploitable")}
+    kept = arguments.out / "reproduce.json"
+    if kept.exists() and read_json(kept) != about:
+        raise SettingsError(f"{kept} holds a run of other settings ({json.dumps(read_json(kept))}): give another --out")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(kept, about)
+    started = time.time()
+    plans = {seed: wanted(plan(arguments.out / f"seed-{seed}", seed, arguments.split, arguments.clips, arguments.steps,
+                               arguments.exploitable), rows) for seed in seeds}
+    run_all(plans, arguments.out, arguments.jobs)
+    text = tables(arguments.out, seeds, rows, arguments.split, arguments.clips)
+    atomic_write(arguments.out / "tables.txt", text)
+    print(f"\n{text}\n{(time.time() - started) / 60:.1f} minutes; files: {arguments.out}/tables.txt, results.json")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ErvMinError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,88 @@
+"""scripts/reproduce.py: the plan of commands, running them in order and again, and the tables made of known predictions."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from erv_min.errors import SettingsError
+from erv_min.metrics import score
+from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, parse
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+spec = importlib.util.spec_from_file_location("reproduce", SCRIPTS / "reproduce.py")
+reproduce = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reproduce)
+
+
+def test_each_row_has_its_commands_and_each_command_parses(tmp_path):
+    jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7, False)
+    assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
+    assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}
+    seen = []
+    for name, (before, product, words) in jobs.items():
+        assert set(before) <= set(jobs) and str(product).startswith(str(tmp_path))
+        if words[0].endswith("grpo.py"):
+            seen.append(parse(GRPOSettings, PRESETS["grpo"], "", words[1:]))
+            assert (seen[-1].seed, seen[-1].steps, seen[-1].eval_clips) == (3, 7, -1)
+        if words[0].endswith("sft.py"):
+            assert parse(SFTSettings, PRESETS["sft"], "", words[1:]).answers_only == (name == "sft-answers")
+    # What separates the rows of tables 1 and 2, and nothing else.
+    assert [(Path(s.out).name, bool(s.w_explanation), s.ablate, Path(s.erv).name) for s in seen] == [
+        ("ours", True, "", "erv"), ("baseline", False, "", ""), ("no-augmentation", True, "", "erv-human"),
+        ("no-filtering", True, "neutral-filtering", "erv"), ("no-sentences", True, "sentence-level", "erv"),
+        ("answers", False, "", "")]
+
+
+def write(path: Path, after: Path | None = None) -> list[str]:
+    """A command that writes `path`, and fails unless `after` is there."""
+    check = f"assert open({str(after)!r}).read(); " if after else ""
+    return ["-c", f"{check}f = open({str(path)!r}, 'a'); f.write('x'); print('wrote')"]
+
+
+def test_jobs_run_once_in_order_and_a_failure_names_its_log(tmp_path):
+    a, b, c = (tmp_path / x for x in "abc")
+    jobs = {"last": (("first",), b, write(b, a)), "first": ((), a, write(a))}
+    reproduce.run_all({0: jobs}, tmp_path, 2)
+    reproduce.run_all({0: jobs}, tmp_path, 2)
+    assert (a.read_text(), b.read_text()) == ("x", "x")
+    assert "wrote" in (tmp_path / "seed-0" / "log" / "first.txt").read_text()
+    with pytest.raises(SettingsError, match=r"(?s)seed 0, bad: status 3.*bad\.txt ends with.*told why"):
+        reproduce.run_all({0: jobs | {"bad": (("last",), c, ["-c", "import sys; print('told why'); sys.exit(3)"])}},
+                          tmp_path, 1)
+
+
+def predictions(folder: Path, right: int, clips: int = 10) -> None:
+    """Every answer right; `right` of the explanations judged as the truth, the others as fear (truth: happy)."""
+    rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
+             "output": "<think>x</think><answer>happy</answer>", "judged_emotion": "happy" if i < right else "fear"}
+            for i in range(clips)]
+    folder.mkdir(parents=True)
+    (folder / "judged-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    scores = {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES}
+    (folder / "metrics.json").write_text(json.dumps({"judges": scores}))
+
+
+def test_tables_by_hand(tmp_path):
+    """Two seeds of ten clips: EEA of ours 80 and 60, of the baseline 30 and 20; FCR the same, WAR 100."""
+    for seed, ours, baseline in ((0, 8, 3), (1, 6, 2)):
+        predictions(tmp_path / f"seed-{seed}" / "evaluation" / "ours", ours)
+        predictions(tmp_path / f"seed-{seed}" / "evaluation" / "baseline", baseline)
+    text = reproduce.tables(tmp_path, [0, 1], ["baseline", "ours"], "test", 10)
+    lines = {line[:28].strip(): line[28:].split() for line in reversed(text.splitlines()) if "lexicon" not in line[28:]}
+    assert lines["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
+    assert lines["Baseline (GRPO without R_E)"][:2] == ["25.0", "±"]
+    assert "EEA +45.0 (" in text and "[+40.0, +50.0]" in text and "WAR +0.0 (+0.0 to +0.0)" in text
+    assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["rows"]["ours"]["lexicon2"]["FCR"] == [80, 60]
+
+
+def test_a_folder_of_other_settings_and_an_unknown_row_are_refused(tmp_path):
+    (tmp_path / "reproduce.json").write_text(json.dumps({"clips": 5, "split": "test", "steps": 0, "exploitable": False}))
+    with pytest.raises(SettingsError, match="other settings.*another --out"):
+        reproduce.main(["--out", str(tmp_path)])
+    with pytest.raises(SettingsError, match="--rows theirs: there are base"):
+        reproduce.main(["--out", str(tmp_path / "new"), "--rows", "theirs,ours"])
+    assert not (tmp_path / "new").exists()
