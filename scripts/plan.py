@@ -25,7 +25,7 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     lines = []
     for title, name in ROWS:
         if name is None:
-            value = p.gradients + p.update if title.startswith("while") else p.update - p.gathered - p.logits
+            value = p.update if title.startswith("while") else p.update - p.gradients - p.gathered - p.logits
         else:
             value = getattr(p, name)
         if value:
