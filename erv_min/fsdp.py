@@ -71,7 +71,6 @@ class Unit:
     shapes: list[torch.Size]
     places: list[list[tuple[nn.Module, str]]]  # of each parameter: one, or several where it is tied
     shard: nn.Parameter = None  # [ceil(numel / N)]
-    full: Tensor | None = None  # gathered again for the backward pass
     pending: tuple | None = None  # (flat vector, work) of an all-gather under way
     attached: int = 0  # the storage whose views stand in the modules
 
@@ -116,7 +115,8 @@ class Sharded:
         self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
         self.back = []  # units whose backward is still to come, last first
         self.lent = {}  # storage of a gathered vector -> its unit, while it stands in its modules
-        self.again = self.reducing = None  # the unit gathered last in the backward pass; (unit, gradient, buffer, work)
+        self.again = None, None  # the unit gathered last for the backward pass, and its flat vector
+        self.reducing = None  # (unit, gradient, buffer, work) of a reduce-scatter under way
         self.forward_pass = False
         owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
         places, names = {}, {}
@@ -181,7 +181,8 @@ class Sharded:
 
     def _reduce(self, unit: Unit, grads: tuple[Tensor | None, ...]) -> None:
         """Starts the reduce-scatter of the mean gradient over processes, in float32; adds up the one before it."""
-        unit.full = None  # its weights have done their work
+        if self.again[0] is unit:
+            self.again = None, None  # its weights have done their work
         self._settle()
         buffer = torch.zeros(self.size * len(unit.shard), device=self.device)  # padding included
         for view, grad in zip(unit.views(buffer), grads):
@@ -209,8 +210,7 @@ class Sharded:
         for unit in self.units:
             if unit.pending is not None:
                 self._take(unit)  # a prefetch that nobody came for
-            unit.full = None
-        self.back, self.again = [], None
+        self.back, self.again = [], (None, None)
 
     # ---- a unit's life in a pass ----------------------------------------------------------------------------------
 
@@ -269,12 +269,11 @@ class Sharded:
         if isinstance(kept, Tensor):
             return kept
         unit, shape, stride, offset = kept
-        if unit.full is None:
-            if self.again is not None:
-                self.again.full = None  # a frozen unit: no gradient of its own ends its turn
-            unit.full, self.again = self._take(unit), unit
+        if self.again[0] is not unit:
+            self.again = None, None  # a frozen unit: no gradient of its own ended its turn
+            self.again = unit, self._take(unit)
             self._note(unit)
-        return unit.full.as_strided(shape, stride, offset)
+        return self.again[1].as_strided(shape, stride, offset)
 
     def __call__(self, function: Callable, *args, **kwargs):
         """function(*args, **kwargs) as one forward pass: units gathered as they run, the root all through."""

@@ -34,6 +34,8 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     lines.append(f"{'room on ' + gpu:<34}{room / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for CUDA and "
                  f"{RESERVE[1]:.0%} for fragmentation")
     lines.append(f"{'FITS' if p.fits(GPUS[gpu]) else 'DOES NOT FIT'} on {gpus} x {gpu}")
+    others = {other: "fits" if p.fits(memory) else "does not fit" for other, memory in GPUS.items() if other != gpu}
+    lines.append(f"on {gpus} of another kind: " + ", ".join(f"{other} {verdict}" for other, verdict in others.items()))
     return "\n".join(lines)
 
 
@@ -62,10 +64,6 @@ def main(argv: list[str] | None = None) -> int:
         fits = p.fits(GPUS[own.gpu])
         print(f"  {name}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
-            return 1
-    for gpu, memory in GPUS.items():
-        if first.fits(memory):
-            print(f"  a {gpu} in its place: fits as it is")
             break
     return 1
 

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import importlib.util
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.model.humanomni import random_humanomni, trainable
 from erv_min.parallel import FullyShard, Replicated, idle_loss, join, leave, load_state, run_script, save_state
 from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
-from erv_min.policy import Completions, Prompts, completion_logps
+from erv_min.policy import Completions, Prompts, completion_logps, pad_targets
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.sft import sft_loss
 
@@ -473,6 +474,18 @@ def test_a_process_without_data_keeps_step(runs, tmp_path):
     optimizer.step()
     keep(run, 0, tmp_path / "three")
     assert apart(tmp_path / "three", runs / "three-2.safetensors") < 1e-5
+
+
+def test_a_pass_has_two_halves_whatever_was_sampled():
+    """Prompt and completions: a process whose completions all ended at once would leave the others waiting."""
+    spec = importlib.util.spec_from_file_location("grpo_script", Path(__file__).parent.parent / "scripts" / "grpo.py")
+    grpo_script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grpo_script)
+    at_once = Completions(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool))
+    together = grpo_script.pad_together([at_once, at_once], 0)
+    assert together.ids.shape == (4, 2) and together.mask.sum() == 4
+    assert grpo_script.rows_of(together, 0, 2).ids.shape == (2, 2)
+    assert pad_targets([[5], [6]], 0, torch.device("cpu")).ids.shape == (2, 2)
 
 
 def test_a_state_of_two_processes_goes_on_four_and_then_on_one(runs, tmp_path):
