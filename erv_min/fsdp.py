@@ -120,11 +120,10 @@ class Sharded:
         self.forward_pass = False
         owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
         places, names = {}, {}
-        for prefix, module in model.named_modules():
-            for attribute, p in module._parameters.items():
-                if p is not None:
-                    places.setdefault(p, []).append((module, attribute))
-                    names.setdefault(p, f"{prefix}.{attribute}" if prefix else attribute)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            prefix, _, attribute = name.rpartition(".")
+            places.setdefault(p, []).append((model.get_submodule(prefix), attribute))
+            names.setdefault(p, name)
         for name, module in [*unit_modules(model), ("", model)]:
             own = [p for p in places if owners.get(id(p), model) is module]
             units = [self._cut(name, [p for p in own if p.requires_grad == trains], places, names, module, master)
@@ -139,16 +138,15 @@ class Sharded:
         """Takes `params` out of their modules and leaves this process's shard in `owner`."""
         unit = Unit(name, [names[p] for p in params], [p.shape for p in params], [places[p] for p in params])
         length = -(-unit.numel // self.size)
-        shard = torch.empty(length, dtype=master, device=self.device)
-        flat = None
+        shard, flat = torch.empty(length, dtype=master, device=self.device), None
         if self.rank == 0:
-            flat = torch.zeros(self.size * length, dtype=master, device=self.device)
+            flat = shard.new_zeros(self.size * length)
             for view, p in zip(unit.views(flat), params):
                 view.copy_(p.detach())
-        if self.size == 1:
-            shard = flat
-        else:
+        if self.size > 1:
             dist.scatter(shard, list(flat.chunk(self.size)) if self.rank == 0 else None)
+        else:
+            shard = flat
         for module, attribute in (place for p in params for place in places[p]):
             del module._parameters[attribute]
         unit.shard = nn.Parameter(shard, requires_grad=params[0].requires_grad)

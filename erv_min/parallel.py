@@ -7,15 +7,11 @@ saving. Left out: checkpoints of PyTorch's distributed format.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
-import sys
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,72 +19,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import distribute_tensor
 
 from erv_min.checkpoint import save_humanomni
-from erv_min.errors import CheckpointError, ErvMinError, SettingsError
+from erv_min.errors import CheckpointError, SettingsError
 from erv_min.files import fsync_folder, read_json, write_json
 from erv_min.fsdp import Sharded, Unit, unit_modules, world
 from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni
 from erv_min.policy import Completions, Prompts, completion_logps
-
-
-def join(backend: str, timeout_minutes: float = 60) -> None:
-    """Joins the process group that torchrun describes.
-
-    torchrun's own store outlives a restart (--max-restarts) and with it the addresses of processes that are gone
-    (pytorch#135712), so each restart meets under a name of its own. Where several machines count their restarts apart,
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them makes torchrun give every restart a new store.
-    """
-    store, rank, size = next(rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
-                            timeout=datetime.timedelta(minutes=timeout_minutes))
-
-
-def leave() -> None:
-    """Ends this process, one of several that are through. Alone it does nothing.
-
-    The interpreter is not shut down: a gloo thread that lets go of a tensor meanwhile would ask for the interpreter,
-    which aborts the process (pytorch#190489).
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        _exit(0)
-
-
-def _exit(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main` and ends its process: one line for a named error, a traceback for another, status 1.
-
-    Where processes work together, one that fails goes at once: its shutdown would wait for collectives that the others
-    never finish. These then fail as well, and wait for torchrun to end them, so that it names the one that began.
-    """
-    try:
-        main()
-        leave()
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ErvMinError):
-            error = SystemExit(f"{type(error).__name__}: {error}")
-        if not dist.is_initialized():
-            raise error
-        lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
-        if isinstance(error, SystemExit):
-            print(error, file=sys.stderr)
-        else:
-            traceback.print_exception(error)
-        if lost:
-            print("another process of this job ended: its error stands above, or is the system's", file=sys.stderr)
-            time.sleep(10)
-        _exit(1)
 
 
 def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):

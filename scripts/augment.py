@@ -26,7 +26,7 @@ from erv_min.errors import DataError
 from erv_min.erv import counts_table, read_rows
 from erv_min.files import atomic_write, read_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
-from erv_min.parallel import run_script
+from erv_min.launch import run_script
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.results import load_policy, predict_to_file
 from erv_min.rewards import extract_explanation

@@ -33,7 +33,7 @@ from erv_min.erv import (Row, Verifier, counts_table, erv_columns, erv_loss, exp
 from erv_min.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.judge import make_judge
 from erv_min.model.bert import RobertaClassifier, set_dropout
-from erv_min.parallel import run_script
+from erv_min.launch import run_script
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
 from erv_min.settings import check, parse, setting

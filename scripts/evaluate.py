@@ -20,7 +20,7 @@ from erv_min.errors import DataError, SettingsError
 from erv_min.files import atomic_write, write_json
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
-from erv_min.parallel import run_script
+from erv_min.launch import run_script
 from erv_min.results import load_policy, predict_to_file, read_predictions
 from erv_min.settings import parser_for, setting
 from erv_min.train import start_world

@@ -26,8 +26,9 @@ from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3
 from erv_min.inputs import PromptBuilder, clip_inputs
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import score, table
+from erv_min.launch import run_script
 from erv_min.model.humanomni import trainable
-from erv_min.parallel import idle_loss, rounds, run_script, save_model, spread
+from erv_min.parallel import idle_loss, rounds, save_model, spread
 from erv_min.policy import Completions
 from erv_min.predict import predict
 from erv_min.rewards import RewardSettings, format_reward, score_completions

@@ -18,7 +18,7 @@ from erv_min.errors import ClipError, DataError, SettingsError
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import PromptBuilder, clip_inputs
-from erv_min.parallel import run_script
+from erv_min.launch import run_script
 from erv_min.readers import CLIP_SUFFIXES, read_text
 from erv_min.results import load_policy
 from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,

@@ -14,8 +14,9 @@ import torch
 from erv_min.errors import ClipError, DataError, SettingsError
 from erv_min.files import append_jsonl
 from erv_min.inputs import clip_inputs
+from erv_min.launch import run_script
 from erv_min.model.humanomni import trainable
-from erv_min.parallel import idle_loss, rounds, run_script, save_model, spread
+from erv_min.parallel import idle_loss, rounds, save_model, spread
 from erv_min.policy import pad_targets
 from erv_min.prompts import sft_target
 from erv_min.settings import PRESETS, TRAINABLE, SFTSettings, parse

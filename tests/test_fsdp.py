@@ -24,8 +24,9 @@ from erv_min.errors import CheckpointError, ClipError
 from erv_min.fsdp import ALIGN, Sharded
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
+from erv_min.launch import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.parallel import FullyShard, Replicated, idle_loss, join, leave, load_state, run_script, save_state
+from erv_min.parallel import FullyShard, Replicated, idle_loss, load_state, save_state
 from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
 from erv_min.policy import Completions, Prompts, completion_logps, pad_targets
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings

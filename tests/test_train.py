@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from erv_min import train
 from erv_min.errors import CheckpointError, SettingsError
-from erv_min.parallel import leave
+from erv_min.launch import leave
 from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
 from erv_min.train import (Run, World, average_gradients, batch_of_step, gather_lists, learning_rate, make_optimizer,
                            prepare_out, sum_over_processes, update)

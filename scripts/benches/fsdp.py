@@ -27,8 +27,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from erv_min.config import HumanOmniConfig, humanomni
+from erv_min.launch import leave
 from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.parallel import leave, spread
+from erv_min.parallel import spread
 from erv_min.plan import Live
 from erv_min.policy import Completions, Prompts, completion_logps
 
