@@ -178,8 +178,9 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
                    stream=None) -> None:
     """Writes a folder that `load_humanomni` and the released code read: released names, tied head left out.
 
-    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (parallel.save_model), in a dtype. Keys of the config.json that the model came from are kept, and its folder's
-    tokenizer files are copied. Each file is written whole or not at all, config.json last.
+    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (parallel.save_model), in a
+    dtype. Keys of the config.json that the model came from are kept, and its folder's tokenizer files are copied. Each
+    file is written whole or not at all, config.json last.
     """
     folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:

@@ -30,7 +30,7 @@ from erv_min.policy import Completions, Prompts, completion_logps
 
 
 def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
-    """The model spread over the processes: `sharding` is "none", "hand" or "torch"; a frozen one is kept in `compute`."""
+    """The model spread over the processes: `sharding` is none, hand or torch; a frozen one is kept in `compute`."""
     if sharding == "hand":
         return Sharded(model, device, compute, compute if frozen else torch.float32)
     return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)

@@ -73,7 +73,7 @@ class Plan:
     optimizer: int
     gradients: int
     verifier: int
-    gathered: int  # root and two units in the compute type, one unit's gradients in float32
+    gathered: int  # root and two units in the compute type, and one's gradients; or the root's alone, if they are more
     rollout_copy: int
     kv_cache: int
     logits: int  # one chunk of them, with its gradient
@@ -172,14 +172,17 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         before = live.now
         token_logps(hidden, head, torch.zeros(len(hidden), dtype=torch.long), with_entropy=grpo)[0].sum().backward()
         logits = live.peak - before
+    def one(numel: int) -> int:  # gradients of a unit on their way: in the compute type, and as a float32 sum
+        return (compute.itemsize + 4) * numel
+
     root = sum(u.numel for u in run.root)
     largest = max(u.numel for u in run.units if u not in run.root)
     trained = sum(len(p) for p in run.parameters().values())
     return Plan(
         shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * compute.itemsize * language // gpus,
         optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
-        gathered=compute.itemsize * (root + 2 * largest) + 4 * largest, rollout_copy=grpo * copy, kv_cache=cache,
-        logits=logits, rollout=rollout, update=update)
+        gathered=compute.itemsize * root + max(2 * compute.itemsize * largest + one(largest), one(root)),
+        rollout_copy=grpo * copy, kv_cache=cache, logits=logits, rollout=rollout, update=update)
 
 
 # ---- what helps ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
 ROWS = (("what stays", "stays"), ("  parameter shards, float32", "shards"), ("  reference shards", "reference"),
         ("  optimizer shards", "optimizer"), ("  verifier, whole", "verifier"),
         ("while it samples", "rollout"), ("  policy, whole", "rollout_copy"), ("  KV cache", "kv_cache"),
-        ("while it updates", None), ("  gradient shards", "gradients"), ("  gathered units", "gathered"),
+        ("while it updates", None), ("  gradient shards", "gradients"), ("  gathered units, gradients", "gathered"),
         ("  a chunk of logits", "logits"), ("  activations and the rest", None), ("peak", "peak"))
 
 
@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {name}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
             break
+    else:
+        print("  with all of these it does not fit" + (", since the policy stands whole on each GPU while it samples: take one "
+                                                       "with more memory" if p.rollout > p.update else ""))
     return 1
 
 
