@@ -63,12 +63,13 @@ def run_script(main: Callable[[], None]) -> None:
             error = SystemExit(f"{type(error).__name__}: {error}")
         if not dist.is_initialized():
             raise error
-        lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
         if isinstance(error, SystemExit):
+            if not isinstance(error.code, str):
+                _exit(error.code or 0)
             print(error, file=sys.stderr)
         else:
             traceback.print_exception(error)
-        if lost:
+        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
             print("another process of this job ended: its error stands above, or is the system's", file=sys.stderr)
             time.sleep(10)
         _exit(1)
