@@ -5,7 +5,7 @@
 Both ways in one run on the same processes, taking turns step by step, so that whatever else the machine does meets
 both: nccl where each process has a GPU, else gloo with one thread a process. A step is the policy's half of GRPO or SFT
 on a clip a process: log-probs of G targets on a shared prompt, backward, clipping, AdamW; units, types and recomputation
-are the same. `toy` has the toy model's shape and 14 M parameters, of which communication does not hide everything else.
+are the same. `toy` has the toy model's towers and a language model of 6 layers of width 384: 20 M parameters.
 Memory is counted where no step is timed: on CUDA by its allocator, on the CPU as the storages that exist (plan.Live).
 """
 
