@@ -2,7 +2,7 @@
 
 Each of N processes keeps 1/N of every parameter, of its gradient and of its optimizer state, and computes on its own
 part of the batch. A unit is a decoder layer, a tower's block or a stage of the projector; what remains (embeddings,
-head, norms) is the root. The parameters of a unit lie behind each other in one flat vector, padded and cut into N equal
+head, norms) is the root. A unit's parameters lie behind each other in one flat vector, padded and cut into N equal
 shards, which are all that stays. One differentiable operation, `Gather`, does the rest:
 
     forward:  all-gather the shards in the compute type; its views stand in the modules while the unit runs;
@@ -11,7 +11,8 @@ shards, which are all that stays. One differentiable operation, `Gather`, does t
 Nothing full outlives its unit: where autograd would keep a weight for the backward pass, a recipe is kept in its place
 (`_pack`), and the weight is gathered again when it is asked for. A recomputed layer gathers once more by itself. The
 root stays through a pass. The next unit's all-gather runs beside this one's compute, a reduce-scatter beside the next
-unit's backward (on CUDA both on NCCL's own stream), so that two units at most are full at a time.
+unit's backward, so that two units at most are full at a time. On CUDA both run on NCCL's own stream, which waits for
+the compute stream where they start; `work.wait()` makes the compute stream wait for them and holds their memory.
 
 | what                                                                    | type                      |
 |-------------------------------------------------------------------------|---------------------------|
@@ -23,14 +24,14 @@ unit's backward (on CUDA both on NCCL's own stream), so that two units at most a
 | shards of the reference policy (frozen, never exported)                 | compute                   |
 
 compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order: the
-same number of passes a step (parallel.idle_loss fills in where data ran out), and no towers on one process alone. A
-module must be copied before it is sharded, not after. Left out: tensor and sequence parallelism, CPU offload, groups
-of machines; parallel.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
+same number of passes a step (parallel.idle_loss fills in where data ran out). A module is copied before it is sharded,
+not after. Left out: tensor and sequence parallelism, CPU offload; parallel.FullyShard is the way out, the same
+interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -70,13 +71,11 @@ class Unit:
     shapes: list[torch.Size]
     places: list[list[tuple[nn.Module, str]]]  # of each parameter: one, or several where it is tied
     shard: nn.Parameter = None  # [ceil(numel / N)]
-    starts: list[int] = field(default_factory=list)  # of each parameter in the flat vector
-    numel: int = 0  # of the flat vector, without the padding at its end
-    full: Tensor | None = None  # gathered again for the backward pass
     pending: tuple | None = None  # (flat vector, work) of an all-gather under way
     attached: int = 0  # the storage whose views stand in the modules
 
     def __post_init__(self):
+        self.starts, self.numel = [], 0  # of each parameter in the flat vector, of all without the padding at the end
         for shape in self.shapes:
             self.starts.append(self.numel)
             self.numel += -(-shape.numel() // ALIGN) * ALIGN
@@ -116,15 +115,15 @@ class Sharded:
         self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
         self.back = []  # units whose backward is still to come, last first
         self.lent = {}  # storage of a gathered vector -> its unit, while it stands in its modules
-        self.again = self.reducing = None  # the unit gathered last in the backward pass; (unit, gradient, buffer, work)
+        self.again = None, None  # the unit gathered last for the backward pass, and its flat vector
+        self.reducing = None  # (unit, gradient, buffer, work) of a reduce-scatter under way
         self.forward_pass = False
         owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
         places, names = {}, {}
-        for prefix, module in model.named_modules():
-            for attribute, p in module._parameters.items():
-                if p is not None:
-                    places.setdefault(p, []).append((module, attribute))
-                    names.setdefault(p, f"{prefix}.{attribute}" if prefix else attribute)
+        for name, p in model.named_parameters(remove_duplicate=False):
+            prefix, _, attribute = name.rpartition(".")
+            places.setdefault(p, []).append((model.get_submodule(prefix), attribute))
+            names.setdefault(p, name)
         for name, module in [*unit_modules(model), ("", model)]:
             own = [p for p in places if owners.get(id(p), model) is module]
             units = [self._cut(name, [p for p in own if p.requires_grad == trains], places, names, module, master)
@@ -139,10 +138,9 @@ class Sharded:
         """Takes `params` out of their modules and leaves this process's shard in `owner`."""
         unit = Unit(name, [names[p] for p in params], [p.shape for p in params], [places[p] for p in params])
         length = -(-unit.numel // self.size)
-        shard = torch.empty(length, dtype=master, device=self.device)
-        flat = None
+        shard, flat = torch.empty(length, dtype=master, device=self.device), None
         if self.rank == 0:
-            flat = torch.zeros(self.size * length, dtype=master, device=self.device)
+            flat = shard.new_zeros(self.size * length)
             for view, p in zip(unit.views(flat), params):
                 view.copy_(p.detach())
         if self.size > 1:
@@ -181,7 +179,8 @@ class Sharded:
 
     def _reduce(self, unit: Unit, grads: tuple[Tensor | None, ...]) -> None:
         """Starts the reduce-scatter of the mean gradient over processes, in float32; adds up the one before it."""
-        unit.full = None  # its weights have done their work
+        if self.again[0] is unit:
+            self.again = None, None  # its weights have done their work
         self._settle()
         buffer = torch.zeros(self.size * len(unit.shard), device=self.device)  # padding included
         for view, grad in zip(unit.views(buffer), grads):
@@ -192,7 +191,7 @@ class Sharded:
         else:
             mean = torch.empty(len(unit.shard), device=self.device)
             self.reducing = unit, mean, buffer, reduce_scatter(mean, buffer, async_op=True)
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)
+        torch.autograd.Variable._execution_engine.queue_callback(self._rest)
 
     def _settle(self) -> None:
         """Waits for the reduce-scatter under way and adds its result to the shard's gradient."""
@@ -203,60 +202,57 @@ class Sharded:
                 mean /= self.size
             unit.shard.grad = mean if unit.shard.grad is None else unit.shard.grad.add_(mean)
 
-    def _finish_backward(self) -> None:
-        """Runs when a backward pass is through: the gradients are complete and nothing full is left."""
+    def _rest(self) -> None:
+        """Finishes what is under way: gradients are complete and nothing full is left. The end of a backward pass."""
         self._settle()
-        self._drop()
-
-    def _drop(self) -> None:
         for unit in self.units:
             if unit.pending is not None:
                 self._take(unit)  # a prefetch that nobody came for
-            unit.full = None
-        self.back, self.again = [], None
+        self.back, self.again = [], (None, None)
 
     # ---- a unit's life in a pass ----------------------------------------------------------------------------------
 
-    def _attach(self, unit: Unit, params: tuple[Tensor, ...]) -> None:
-        """Puts gathered parameters in their modules' places, where module.weight finds them."""
-        unit.attached = storage_of(params[0])
-        self.lent[unit.attached] = unit
-        for param, places in zip(params, unit.places):
-            for module, attribute in places:
-                module.__dict__[attribute] = param
-
-    def _detach(self, unit: Unit) -> None:
-        self.lent.pop(unit.attached, None)
-        unit.attached = 0
-        for module, attribute in (place for places in unit.places for place in places):
-            module.__dict__.pop(attribute, None)
+    @contextlib.contextmanager
+    def _gathered(self, units: list[Unit]):
+        """The parameters of `units` stand in their modules inside, where module.weight finds them; no longer after."""
+        try:
+            for unit in units:
+                params = Gather.apply(unit.shard, unit, self)
+                unit.attached = storage_of(params[0])
+                self.lent[unit.attached] = unit
+                for param, places in zip(params, unit.places):
+                    for module, attribute in places:
+                        module.__dict__[attribute] = param
+                self._note(unit)
+            yield
+        finally:  # also where a recomputation stops half way, as soon as it has what it came for
+            for unit in units:
+                self.lent.pop(unit.attached, None)
+                unit.attached = 0
+                for module, attribute in (place for places in unit.places for place in places):
+                    module.__dict__.pop(attribute, None)
 
     def _around(self, forward: Callable, units: list[Unit]) -> Callable:
-        """`forward` with the parameters of `units` gathered before it and dropped after it."""
+        """A module's `forward` with its units gathered around it, unless they stand there already (in `whole`)."""
         def gathered(*args, **kwargs):
-            if units[0].attached:  # inside `whole`
+            with self._gathered([] if units[0].attached else units):
                 return forward(*args, **kwargs)
-            try:
-                for unit in units:
-                    self._attach(unit, Gather.apply(unit.shard, unit, self))
-                    self._note(unit)
-                return forward(*args, **kwargs)
-            finally:  # also where a recomputation stops half way, as soon as it has what it came for
-                for unit in units:
-                    self._detach(unit)
         return gathered
 
     def _note(self, unit: Unit) -> None:
         """Keeps the order of units, and starts the all-gather of the one that comes next."""
+        coming = None
         if self.forward_pass:
             self.seen.append(unit)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and unit not in self.root:
                 self.back.append(unit)
-            coming = self.order[len(self.seen)] if len(self.seen) < len(self.order) else None
+            if len(self.seen) < len(self.order):
+                coming = self.order[len(self.seen)]
         else:  # backward: a recomputed layer, or a weight that autograd asks for
             while self.back and self.back.pop() is not unit:
                 pass
-            coming = self.back[-1] if self.back else None
+            if self.back:
+                coming = self.back[-1]
         if self.prefetch and coming is not None:
             self._start(coming)
 
@@ -271,28 +267,23 @@ class Sharded:
         if isinstance(kept, Tensor):
             return kept
         unit, shape, stride, offset = kept
-        if unit.full is None:
-            if self.again is not None:
-                self.again.full = None  # a frozen unit: no gradient of its own ends its turn
-            unit.full, self.again = self._take(unit), unit
+        if self.again[0] is not unit:
+            self.again = None, None  # a frozen unit: no gradient of its own ended its turn
+            self.again = unit, self._take(unit)
             self._note(unit)
-        return unit.full.as_strided(shape, stride, offset)
+        return self.again[1].as_strided(shape, stride, offset)
 
     def __call__(self, function: Callable, *args, **kwargs):
         """function(*args, **kwargs) as one forward pass: units gathered as they run, the root all through."""
         if self.root and self.root[0].attached:  # inside `whole`
             return function(*args, **kwargs)
-        self._drop()
+        self._rest()
         self.seen, self.forward_pass = [], True
-        hooks = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
+        keeping = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
         try:
-            for unit in self.root:
-                self._attach(unit, Gather.apply(unit.shard, unit, self))
-            with hooks:
+            with self._gathered(self.root), keeping:
                 return function(*args, **kwargs)
         finally:
-            for unit in self.root:
-                self._detach(unit)
             self.order, self.forward_pass = self.seen, False
 
     @contextlib.contextmanager
@@ -301,23 +292,17 @@ class Sharded:
 
         With `parts`, units whose names begin so, and the root.
         """
-        self._drop()
+        self._rest()
         units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
-        try:
-            with torch.no_grad():
-                for unit in units:
-                    self._attach(unit, unit.views(self._take(unit)))
-                yield
-        finally:
-            for unit in units:
-                self._detach(unit)
+        with torch.no_grad(), self._gathered(units):
+            yield
 
     # ---- a step, and a model on disk ------------------------------------------------------------------------------
 
     def clip(self, max_norm: float) -> float:
         """Scales gradients to a global norm of at most `max_norm`; returns the norm before. An element counts once."""
         grads = [p.grad for p in self.parameters().values() if p.grad is not None]
-        total = torch.stack(torch._foreach_norm(grads)).square().sum() if grads else torch.zeros((), device=self.device)
+        total = sum((g.norm().square() for g in grads), torch.zeros((), device=self.device))
         if self.size > 1:
             dist.all_reduce(total)
         norm = total.sqrt()
@@ -332,7 +317,7 @@ class Sharded:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full parameters unit by unit, on process 0; the others must run through it too. Nothing is held twice."""
-        self._drop()
+        self._rest()
         for unit in self.units:
             full = self._take(unit, unit.shard.dtype)
             if self.rank == 0:

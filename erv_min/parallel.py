@@ -7,7 +7,6 @@ saving. Left out: checkpoints of PyTorch's distributed format.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import distribute_tensor
 
 from erv_min.checkpoint import save_humanomni
@@ -31,20 +29,8 @@ from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni
 from erv_min.policy import Completions, Prompts, completion_logps
 
 
-def join(backend: str, timeout_minutes: float = 60) -> None:
-    """Joins the process group that torchrun describes.
-
-    Each restart (--max-restarts) meets under a name of its own: torchrun's store survives a restart, and gloo would
-    find the addresses of processes that are gone.
-    """
-    store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
-                            timeout=datetime.timedelta(minutes=timeout_minutes))
-
-
 def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
-    """The model spread over the processes: `sharding` is "none", "hand" or "torch"; a frozen one is kept in `compute`."""
+    """The model spread over the processes: `sharding` is none, hand or torch; a frozen one is kept in `compute`."""
     if sharding == "hand":
         return Sharded(model, device, compute, compute if frozen else torch.float32)
     return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)

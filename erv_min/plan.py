@@ -3,32 +3,27 @@
 The sharded step itself runs (fsdp.py, policy.py, generate.py: the real code) on PyTorch's fake tensors, which have
 shapes and no memory, in a process group of N whose collectives do nothing; `Live` adds up the storages that exist.
 What is estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE), prompt text and target lengths.
-Also here: `compare`, step time and peak memory of sharding by hand against PyTorch's own.
+tests/test_fsdp.py holds the plan of a small model against the same steps on real tensors.
 """
 
-import statistics
-import tempfile
-import time
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from erv_min.config import HumanOmniConfig, humanomni
+from erv_min.config import HumanOmniConfig
 from erv_min.errors import SettingsError
 from erv_min.fsdp import Sharded
 from erv_min.generate import sample_token
-from erv_min.model.humanomni import HumanOmni, random_humanomni, trainable
+from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.model.qwen2 import GroupCache
-from erv_min.parallel import FullyShard
-from erv_min.policy import Completions, Prompts, completion_logps, token_logps
+from erv_min.policy import token_logps
 from erv_min.settings import TRAINABLE, GRPOSettings, SFTSettings
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
@@ -78,12 +73,12 @@ class Plan:
     optimizer: int
     gradients: int
     verifier: int
-    gathered: int  # root and two units in the compute type, one unit's gradients in float32
+    gathered: int  # root and two units in the compute type, and one's gradients; or the root's alone, if they are more
     rollout_copy: int
     kv_cache: int
     logits: int  # one chunk of them, with its gradient
     rollout: int  # peak: copy, cache, and the activations of towers, prefill and decoding
-    update: int  # peak: gathered units, activations, logits
+    update: int  # peak: gradients, gathered units, activations, logits
 
     @property
     def stays(self) -> int:
@@ -91,7 +86,8 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        return self.stays + max(self.rollout, self.gradients + self.update)
+        """Of sampling, a pass, and AdamW's step, whose square roots take as much again as the gradients (on CUDA)."""
+        return self.stays + max(self.rollout, self.update, 2 * self.gradients)
 
     def fits(self, memory: int) -> bool:
         return self.peak <= (memory - RESERVE[0]) * (1 - RESERVE[1])
@@ -166,6 +162,8 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
                 cache = sample()
                 rollout = live.peak
     with Live() as live:
+        for shard in run.parameters().values():
+            shard.grad = torch.zeros_like(shard)  # of the passes before, that this one adds to
         run(loss).backward()
         update = live.peak
     with Live() as live:
@@ -174,14 +172,17 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         before = live.now
         token_logps(hidden, head, torch.zeros(len(hidden), dtype=torch.long), with_entropy=grpo)[0].sum().backward()
         logits = live.peak - before
+    def one(numel: int) -> int:  # gradients of a unit on their way: in the compute type, and as a float32 sum
+        return (compute.itemsize + 4) * numel
+
     root = sum(u.numel for u in run.root)
     largest = max(u.numel for u in run.units if u not in run.root)
     trained = sum(len(p) for p in run.parameters().values())
     return Plan(
         shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * compute.itemsize * language // gpus,
         optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
-        gathered=compute.itemsize * (root + 2 * largest) + 4 * largest, rollout_copy=grpo * copy, kv_cache=cache,
-        logits=logits, rollout=rollout, update=update)
+        gathered=compute.itemsize * root + max(2 * compute.itemsize * largest + one(largest), one(root)),
+        rollout_copy=grpo * copy, kv_cache=cache, logits=logits, rollout=rollout, update=update)
 
 
 # ---- what helps ------------------------------------------------------------------------------------------------------
@@ -198,87 +199,3 @@ def remedies(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[t
         settings, gpus = replace(settings, **change), gpus if change else gpus + 8
         found.append((name, gpus, plan(config, stage, settings, gpus)))
     return found
-
-
-# ---- by hand against PyTorch's own -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Of process 0: median seconds of a step, and the most bytes held in one (parameters and optimizer included)."""
-
-    way: str
-    seconds: float
-    peak: int
-
-
-def compare(ranks: int = 2, config: HumanOmniConfig | None = None, steps: int = 10, recompute: bool = True,
-            compute: torch.dtype = torch.float32, clips: int = 1, group: int = 8, length: int = 64) -> list[Timing]:
-    """Steps of `Sharded` and `FullyShard`, taking turns in one run on `ranks` processes: nccl on GPUs, or gloo."""
-    config = config or replace(humanomni("toy"), text=replace(humanomni("toy").text, hidden_size=384,
-                                                              intermediate_size=1536, num_hidden_layers=6))
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_compare, (ranks, folder, config, steps, recompute, compute, (clips, group, length)), nprocs=ranks)
-        return [Timing(way, *numbers) for way, numbers in torch.load(f"{folder}/out", weights_only=True).items()]
-
-
-def _compare(rank: int, ranks: int, folder: str, config, steps: int, recompute: bool, compute, sizes) -> None:
-    device = torch.device("cuda", rank) if torch.cuda.device_count() >= ranks else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(1)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, f"file://{folder}/meet", rank=rank, world_size=ranks)
-    clips, group, length = sizes
-    draw = torch.Generator().manual_seed(rank)
-    embeds = torch.randn(clips, 64, config.text.hidden_size, generator=draw).to(device, compute)
-    prompts = Prompts(embeds, torch.ones(clips, 64, dtype=torch.bool, device=device))
-    ids = torch.randint(config.text.vocab_size, (clips * group, length), generator=draw).to(device)
-    targets = Completions(ids, torch.ones_like(ids, dtype=torch.bool))
-
-    def build(kind):
-        model = random_humanomni(config, device=device)
-        model.model.recompute = recompute
-        trainable(model, "language_model")
-        run = kind(model, device, compute)
-        return run, torch.optim.AdamW(run.parameters().values(), lr=1e-4)
-
-    def backward(run) -> None:
-        run(lambda: -completion_logps(run.model, prompts, targets)[0].mean()).backward()
-
-    def finish(run, optimizer) -> None:
-        run.clip(1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    kinds = {"hand": Sharded, "torch": FullyShard}
-    pairs, times, out = {way: build(kind) for way, kind in kinds.items()}, {way: [] for way in kinds}, {}
-    for step in range(steps + 2):  # two to warm up
-        for way, pair in pairs.items():
-            dist.barrier()
-            started = time.perf_counter()
-            backward(pair[0])
-            finish(*pair)
-            times[way].append(time.perf_counter() - started)
-    pairs.clear()
-    for way, kind in kinds.items():
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-        with Live() as live:
-            run, optimizer = build(kind)
-            backward(run)
-            finish(run, optimizer)
-            live.peak = 0
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            backward(run)
-            peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else live.peak
-            finish(run, optimizer)
-        out[way] = statistics.median(times[way][2:]), peak
-        del run, optimizer
-    if rank == 0:
-        torch.save(out, f"{folder}/out")
-    dist.destroy_process_group()

@@ -100,7 +100,7 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
     cache = None
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
-        (towers,) = gather_lists([tower_key(model)] if world.main else [], world)  # sharded: weights are there alone
+        towers = gather_lists([tower_key(model)] if world.main else [], world)[0]  # others may have shapes alone
         key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
         cache = FeatureCache(folder, key)
     return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from erv_min.errors import CheckpointError, SettingsError
 from erv_min.files import append_jsonl, atomic_write, fsync_folder, read_json, write_json
 from erv_min.fsdp import Sharded
-from erv_min.parallel import as_held, average_gradients, full, join, load_state, save_state
+from erv_min.launch import join
+from erv_min.parallel import as_held, average_gradients, full, load_state, save_state
 
 # ----------------------------------------------------------------------------------------------------- processes
 

@@ -16,17 +16,17 @@ import hashlib
 import json
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from erv_min.data import check_clips, check_disjoint, load_examples, summary
 from erv_min.emotions import ERV_LABELS, to_erv
-from erv_min.errors import DataError, ErvMinError, SettingsError
+from erv_min.errors import DataError, SettingsError
 from erv_min.erv import counts_table, read_rows
 from erv_min.files import atomic_write, read_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
+from erv_min.launch import run_script
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.results import predict_to_file
 from erv_min.rewards import extract_explanation
@@ -231,7 +231,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

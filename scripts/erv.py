@@ -27,12 +27,13 @@ from erv_min import audit as measures
 from erv_min import checkpoint
 from erv_min.data import load_examples
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, labels as dataset_labels
-from erv_min.errors import ErvMinError, SettingsError
+from erv_min.errors import SettingsError
 from erv_min.erv import (Row, Verifier, counts_table, erv_columns, erv_loss, explanation_statistics, fresh_head,
                          max_tokens, positive_weights, read_rows, sampling_weights, scratch, split_rows, targets)
 from erv_min.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.judge import make_judge
 from erv_min.model.bert import RobertaClassifier, set_dropout
+from erv_min.launch import run_script
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
 from erv_min.settings import check, parse, setting
@@ -344,7 +345,4 @@ def score(argv: list[str]) -> None:
 if __name__ == "__main__":
     command, rest = ((sys.argv[1], sys.argv[2:]) if sys.argv[1:2] and sys.argv[1] in ("train", "audit", "score")
                      else ("train", sys.argv[1:]))
-    try:
-        {"train": train, "audit": audit, "score": score}[command](rest)
-    except ErvMinError as error:
-        sys.exit(f"error: {error}")
+    run_script(lambda: {"train": train, "audit": audit, "score": score}[command](rest))

@@ -11,16 +11,16 @@ OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another se
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
 from erv_min.data import check_clips, load_examples, summary
-from erv_min.errors import DataError, ErvMinError, SettingsError
+from erv_min.errors import DataError, SettingsError
 from erv_min.files import atomic_write, write_json
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
+from erv_min.launch import run_script
 from erv_min.results import predict_to_file, read_predictions
 from erv_min.settings import PredictionSettings, parser_for, setting
 from erv_min.stages import load_policy
@@ -156,7 +156,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

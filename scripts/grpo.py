@@ -10,7 +10,6 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 
 import copy
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from erv_min.checkpoint import load_humanomni
 from erv_min.data import load_examples
 from erv_min.emotions import ERV_LABELS
-from erv_min.errors import ClipError, ErvMinError, SettingsError
+from erv_min.errors import ClipError, SettingsError
 from erv_min.erv import explanation_statistics
 from erv_min.files import append_jsonl, atomic_write, write_json
 from erv_min.generate import rollout, sampling_noise
@@ -27,6 +26,7 @@ from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3
 from erv_min.inputs import PromptBuilder, clip_inputs
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import score, table
+from erv_min.launch import run_script
 from erv_min.model.humanomni import trainable
 from erv_min.parallel import idle_loss, rounds, save_model, spread
 from erv_min.policy import Completions
@@ -66,7 +66,7 @@ def reward_settings(settings: GRPOSettings) -> RewardSettings:
 def rows_of(completions: Completions, start: int, count: int) -> Completions:
     """Completions start..start+count, without the padding that others need."""
     mask = completions.mask[start : start + count]
-    width = max(1, int(mask.sum(1).max()))
+    width = max(2, int(mask.sum(1).max()))  # two at least: see pad_together
     return Completions(completions.ids[start : start + count, :width], mask[:, :width])
 
 
@@ -270,7 +270,4 @@ def evaluate(settings: GRPOSettings, builder: PromptBuilder, world) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

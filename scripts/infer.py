@@ -14,10 +14,11 @@ import torch
 
 from erv_min.data import Example
 from erv_min.emotions import to_erv
-from erv_min.errors import ClipError, DataError, ErvMinError, SettingsError
+from erv_min.errors import ClipError, DataError, SettingsError
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import PromptBuilder, clip_inputs
+from erv_min.launch import run_script
 from erv_min.readers import CLIP_SUFFIXES, read_text
 from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,
                              sentences_of)
@@ -132,7 +133,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -16,7 +16,7 @@ KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
 ROWS = (("what stays", "stays"), ("  parameter shards, float32", "shards"), ("  reference shards", "reference"),
         ("  optimizer shards", "optimizer"), ("  verifier, whole", "verifier"),
         ("while it samples", "rollout"), ("  policy, whole", "rollout_copy"), ("  KV cache", "kv_cache"),
-        ("while it updates", None), ("  gradient shards", "gradients"), ("  gathered units", "gathered"),
+        ("while it updates", None), ("  gradient shards", "gradients"), ("  gathered units, gradients", "gathered"),
         ("  a chunk of logits", "logits"), ("  activations and the rest", None), ("peak", "peak"))
 
 
@@ -25,7 +25,7 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     lines = []
     for title, name in ROWS:
         if name is None:
-            value = p.gradients + p.update if title.startswith("while") else p.update - p.gathered - p.logits
+            value = p.update if title.startswith("while") else p.update - p.gradients - p.gathered - p.logits
         else:
             value = getattr(p, name)
         if value:
@@ -34,6 +34,8 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     lines.append(f"{'room on ' + gpu:<34}{room / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for CUDA and "
                  f"{RESERVE[1]:.0%} for fragmentation")
     lines.append(f"{'FITS' if p.fits(GPUS[gpu]) else 'DOES NOT FIT'} on {gpus} x {gpu}")
+    others = {other: "fits" if p.fits(memory) else "does not fit" for other, memory in GPUS.items() if other != gpu}
+    lines.append(f"on {gpus} of another kind: " + ", ".join(f"{other} {verdict}" for other, verdict in others.items()))
     return "\n".join(lines)
 
 
@@ -62,11 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         fits = p.fits(GPUS[own.gpu])
         print(f"  {name}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
-            return 1
-    for gpu, memory in GPUS.items():
-        if first.fits(memory):
-            print(f"  a {gpu} in its place: fits as it is")
             break
+    else:
+        print("  with all of these it does not fit" + (", since the policy stands whole on each GPU while it samples: take one "
+                                                       "with more memory" if p.rollout > p.update else ""))
     return 1
 
 

@@ -7,15 +7,15 @@ one clip can share its prompt. Leaves in OUT: model.safetensors, config.json, to
 """
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from erv_min.errors import ClipError, DataError, ErvMinError, SettingsError
+from erv_min.errors import ClipError, DataError, SettingsError
 from erv_min.files import append_jsonl
 from erv_min.inputs import clip_inputs
+from erv_min.launch import run_script
 from erv_min.model.humanomni import trainable
 from erv_min.parallel import idle_loss, rounds, save_model, spread
 from erv_min.policy import pad_targets
@@ -112,7 +112,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -98,17 +98,18 @@ def test_two_processes_train_as_one(chain, world, tmp_path):
     out, _ = chain
     common = ("--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 2, "--batch-size", 4,
               "--micro-batch", 2, "--group-size", 4, "--eval-clips", -1, "--sample-every", 1)
-    for processes in (1, 2):
-        run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / str(processes), processes=processes)
-    one, two = (rows(tmp_path / n / "metrics.jsonl") for n in "12")
-    for field in ("reward", "reward_format", "reward_answer", "reward_explanation", "completion_length"):
-        assert one[0][field] == pytest.approx(two[0][field], abs=1e-9), field
-    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-3)
-    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "12")
+    for name, processes, sharding in (("1", 1, "none"), ("2", 2, "none"), ("2-hand", 2, "hand")):
+        run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / name, "--sharding", sharding, processes=processes)
+    one, a = rows(tmp_path / "1/metrics.jsonl"), load_file(tmp_path / "1/model.safetensors")
     start = load_file(out / "sft/model.safetensors")
     moved = sum((a[n] - start[n]).abs().sum() for n in a)
-    apart = sum((a[n] - b[n]).abs().sum() for n in a)
-    assert apart < 0.02 * moved  # Adam's first steps have size lr whatever the gradient: signs of zeros may differ
+    for name in ("2", "2-hand"):
+        two, b = rows(tmp_path / name / "metrics.jsonl"), load_file(tmp_path / name / "model.safetensors")
+        for field in ("reward", "reward_format", "reward_answer", "reward_explanation", "completion_length"):
+            assert one[0][field] == pytest.approx(two[0][field], abs=1e-9), field
+        assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-3)
+        apart = sum((a[n] - b[n]).abs().sum() for n in a)
+        assert apart < 0.02 * moved  # Adam's first steps have size lr whatever the gradient: signs of zeros may differ
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(chain, world, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from erv_min.emotions import ERV_LABELS, GOEMOTIONS
+from erv_min.emotions import GOEMOTIONS
 from erv_min.errors import DataError, SettingsError
 from erv_min.files import read_json
 from erv_min.rewards import (RewardSettings, answer_reward, explanation_reward, extract_answer, extract_explanation,

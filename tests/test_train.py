@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from erv_min import train
 from erv_min.errors import CheckpointError, SettingsError
+from erv_min.launch import leave
 from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
 from erv_min.train import (Run, World, average_gradients, batch_of_step, gather_lists, learning_rate, make_optimizer,
                            prepare_out, sum_over_processes, update)
@@ -130,7 +131,7 @@ def _process(rank: int, size: int, folder: str) -> None:
     assert torch.equal(p.grad, torch.full((2, 2), 1.5)) and unused.grad.tolist() == [1, 2, 3]
     assert sum_over_processes({"a": rank, "b": 1.0}, world) == {"a": 1, "b": 2}
     assert gather_lists([rank, str(rank)], world) == [0, "0", 1, "1"]
-    dist.destroy_process_group()
+    leave()
 
 
 def test_gradients_and_sums_over_two_processes(tmp_path):
