@@ -61,6 +61,7 @@ class ClipMedia:
     frames: list[str] = field(default_factory=list)
     player: str = ""
     note: str = ""
+    ratio: float = 1.0  # width / height
 
 
 def data_uri(kind: str, content: bytes) -> str:
@@ -87,12 +88,13 @@ def clip_media(path: Path, frames: int = 4, max_bytes: int = 1_000_000) -> ClipM
     A clip that cannot be decoded gives the reason as `note` and nothing else.
     """
     try:
-        pictures = [data_uri("image/jpeg", jpeg(frame)) for frame in load_frames(path, frames)]
+        shown = load_frames(path, frames)
     except ClipError as error:
         return ClipMedia(note=str(error))
+    pictures, ratio = [data_uri("image/jpeg", jpeg(frame)) for frame in shown], shown.shape[2] / shown.shape[1]
     size, kind = path.stat().st_size, PLAYABLE.get(path.suffix.lower())
     if kind is None:
-        return ClipMedia(pictures, note=f"frames only: browsers do not play {path.suffix or 'this file'}")
+        return ClipMedia(pictures, "", f"frames only: browsers do not play {path.suffix or 'this file'}", ratio)
     if size > max_bytes:
-        return ClipMedia(pictures, note=f"frames only: the clip has {size / 1e6:.1f} MB")
-    return ClipMedia(pictures, data_uri(kind, path.read_bytes()))
+        return ClipMedia(pictures, "", f"frames only: the clip has {size / 1e6:.2f} MB", ratio)
+    return ClipMedia(pictures, data_uri(kind, path.read_bytes()), "", ratio)

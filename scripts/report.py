@@ -154,16 +154,17 @@ def read_evaluation(run: Run) -> None:
 
 
 def all_systems(runs: list[Run]) -> list[System]:
-    """Every run's systems under names of their own; the same predictions of two runs (their common SFT) stand once."""
+    """Every run's systems, under names of their own; the same predictions of two runs (their common SFT) stand once."""
     kept = []
     for run in runs:
         for system in run.systems:
-            if any(system.rows and system.rows == other.rows for other in kept):
-                continue
-            if any(other.name == system.name and other.dataset == system.dataset for other in kept):
-                system.name = f"{run.name}: {system.name}"
-            kept.append(system)
-    return kept
+            if not any(system.rows and system.rows == other.rows for _, other in kept):
+                kept.append((run, system))
+    names = [(system.name, system.dataset) for _, system in kept]
+    for (run, system), name in zip(kept, names):
+        if names.count(name) > 1:
+            system.name = f"{run.name}: {system.name}"
+    return [system for _, system in kept]
 
 
 # ---- clips and labels ------------------------------------------------------------------------------------------------
@@ -276,7 +277,7 @@ def held_out_section(systems, clips: Clips, verifier, rules, chosen: list[str], 
                               clips.media("test", video_id), columns))
     how = "as asked for (--show)" if chosen else f"{len(out)} of {len(shared)}, evenly spaced in the file, not selected by content"
     return (f'<p class="note">Held-out clips, {how}. “Explanation” is the emotion that the judge reads in it. A sentence stands '
-            f"with its verifier's labels; ✓ marks the ones that count for the true emotion in R_E.</p>" + "".join(out))
+            f"with its verifier's labels; ✓ marks the ones that count for the true emotion in R<sub>E</sub>.</p>" + "".join(out))
 
 
 def training_section(runs: list[Run], clips: Clips, verifier, rules, labels: set) -> str:
@@ -334,7 +335,8 @@ def build(runs: list[Run], clips: Clips, erv: str = "", chosen: list[str] = ()) 
     listed = "".join(f"<li>{text(line)}</li>" for line in missing)
     facts = [f"{run.name}: " + ", ".join([*([f"{run.metrics[-1]['step'] + 1} steps"] if run.metrics else []),
              *([f"preset {run.settings['preset']}"] if run.settings.get("preset") else []), str(run.folder)]) for run in runs]
-    return fill("report.html", title=text(", ".join(run.name for run in runs)), subtitle=" · ".join(map(text, facts)),
+    names = ", ".join(run.name for run in runs)
+    return fill("report.html", title=text(names), heading=parts.math(names), subtitle=" · ".join(map(text, facts)),
                 css=fill("page.css") + fill("report.css"), nav="".join(f'<a href="#{n}">{h}</a>' for n, h, _ in sections),
                 missing=f'<div class="missing"><b>Not on this page</b><ul>{listed}</ul></div>' if missing else "",
                 sections=body, footer="Made by scripts/report.py of erv-min from the folders named above. The verifier's "

@@ -15,7 +15,7 @@ from erv_min.rewards import explanation_reward, extract_answer
 
 POINTS, TEXT = 400, 6000
 DASHES = ((), (6, 2), (2, 1.5), (7, 2, 2, 2), (4, 3), (1, 1), (9, 3), (3, 1, 1, 1))  # a run is not told by colour alone
-HUES = {"anger": 4, "disgust": 84, "fear": 268, "happiness": 44, "neutral": 0, "sadness": 212, "surprise": 324,
+HUES = {"anger": 4, "disgust": 84, "fear": 268, "happiness": 44, "sadness": 212, "surprise": 324,
         "contempt": 22, "anxiety": 296, "helplessness": 186, "disappointment": 236}
 PANELS = {  # group -> key of metrics.jsonl -> (title, unit)
     "Rewards (Eq. 5), means over a step's completions": {
@@ -26,11 +26,13 @@ PANELS = {  # group -> key of metrics.jsonl -> (title, unit)
         "completion_length": ("Length", "tokens a completion"),
         "groups_without_spread": ("Groups without spread", "share")},
     "What a policy that cheats R_E would move": {
-        "sentences": ("Sentences", "an explanation"), "distinct_sentence_rate": ("Distinct sentences", "share"),
-        "neutral_share": ("Neutral sentences", "share"), "label_word_rate": ("Sentences naming an emotion", "share")},
+        "sentences": ("Sentences", "an explanation"), "distinct_sentence_rate": ("Distinct sentences", "share of a text"),
+        "neutral_share": ("Neutral sentences", "share"), "label_word_rate": ("Emotion named", "share of sentences")},
     "Optimizer": {
         "loss": ("Loss", ""), "grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", ""),
         "tokens_per_s": ("Speed", "tokens a second")}}
+
+OF_VERIFIER = ("reward_explanation", "sentences", "distinct_sentence_rate", "neutral_share", "label_word_rate")
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
@@ -95,8 +97,8 @@ def curves(runs: list) -> str:
         steps = np.array([row["step"] for row in run.metrics], float)
         for key in {key for group in PANELS.values() for key in group}:
             values = np.array([np.nan if row.get(key) is None else row[key] for row in run.metrics], float)
-            if key == "reward_explanation" and not run.settings.get("w_explanation", 1) and not values.any():
-                left_out.append(run.name)
+            if key in OF_VERIFIER and not run.settings.get("w_explanation", 1) and not values.any():
+                left_out.append(run.name)  # zeros that were written because no verifier ran
             elif np.isfinite(values).any():
                 series_of.setdefault(key, {})[number] = (steps, values)
     for group, panels in PANELS.items():
@@ -104,21 +106,21 @@ def curves(runs: list) -> str:
         for key, (title, unit) in panels.items():
             if key in series_of:
                 last = "; ".join(f"{runs[n].name} {smooth(thin(*s)[1])[-1]:.3g}" for n, s in series_of[key].items())
-                figures.append(f'<figure><figcaption>{text(title)} <small>{text(unit)}</small></figcaption>'
+                figures.append(f'<figure><figcaption>{math(title)} <small>{text(unit)}</small></figcaption>'
                                f'<div role="img" aria-label="{text(title)} over steps; at the end: {text(last)}">'
                                f"{panel(key, series_of[key])}</div></figure>")
         if figures:
             body = f'<div class="panels">{"".join(figures)}</div>'
             parts.append(f"<details><summary>{group}</summary>{body}</details>" if group == "Optimizer"
-                         else f"<h3>{text(group)}</h3>{body}")
+                         else f"<h3>{math(group)}</h3>{body}")
     legend = "".join(
         f'<li><svg width="30" height="8" aria-hidden="true"><line x1="0" x2="30" y1="4" y2="4" stroke="var(--run{n})" '
-        f'stroke-width="2.5" stroke-dasharray="{" ".join(str(1.7 * d) for d in DASHES[n])}"/></svg>{text(run.name)}</li>'
+        f'stroke-width="2.5" stroke-dasharray="{" ".join(str(1.7 * d) for d in DASHES[n])}"/></svg>{math(run.name)}</li>'
         for n, run in enumerate(runs) if run.metrics)
     note = "Thin: each step; thick: running mean over a twentieth of the run. The horizontal axis counts steps."
     if left_out:
-        note += f" R_E was not measured in {', '.join(left_out)}."
-    return f'<ul class="legend">{legend}</ul><p class="note">{text(note)}</p>{"".join(parts)}'
+        note += f" R_E and sentences were not measured in {', '.join(dict.fromkeys(left_out))}."
+    return f'<ul class="legend">{legend}</ul><p class="note">{math(note)}</p>{"".join(parts)}'
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def score_table(systems: list) -> str:
             value, span = system.score.get(name), (system.score.get("intervals") or {}).get(name)
             cells.append(f'<td data-name="{name}">{"–" if value is None else f"{value:.1f}"}'
                          + (f"<small>{span[0]:.1f} to {span[1]:.1f}</small>" if span else "") + "</td>")
-        rows.append(f"<tr><th scope=row>{text(system.name)}<small>{text(system.dataset)}, {system.score['n']} clips</small>"
+        rows.append(f"<tr><th scope=row>{math(system.name)}<small>{text(system.dataset)}, {system.score['n']} clips</small>"
                     f"</th>{''.join(cells)}</tr>")
     head = "".join(f"<th scope=col>{name}</th>" for name in columns)
     return f'<table class="scores"><thead><tr><th scope=col>Percent</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -149,8 +151,8 @@ def paired_table(differences: list[tuple[str, dict]]) -> str:
             point, low, high = values.get(metric, (None, 0, 0))
             sure = ' class="sure"' if point is not None and (low > 0 or high < 0) else ""
             cells.append(f'<td data-name="{metric}"{sure}>' + ("–" if point is None else
-                         f"{point:+.1f}<small>{low:+.1f} to {high:+.1f}</small>") + "</td>")
-        rows.append(f"<tr><th scope=row>{text(name)}</th>{''.join(cells)}</tr>")
+                         f"{point:+.1f}<small>{low:+.1f} to {high:+.1f}</small>".replace("-", "−")) + "</td>")
+        rows.append(f"<tr><th scope=row>{math(name)}</th>{''.join(cells)}</tr>")
     head = "".join(f"<th scope=col>{name}</th>" for name in columns)
     return f'<table class="scores paired"><thead><tr><th scope=col>Points</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
 
@@ -166,7 +168,7 @@ def confusion(system) -> str:
         recall = score["recall"].get(name)
         rows.append(f"<tr><th scope=row>{text(name)}</th>{cells}"
                     f'<td class="recall">{"–" if recall is None else f"{recall:.0f}%"}</td></tr>')
-    return (f"<figure tabindex=0><figcaption>{text(system.name)}</figcaption><table class=matrix><thead><tr><th></th>{head}"
+    return (f"<figure tabindex=0><figcaption>{math(system.name)}</figcaption><table class=matrix><thead><tr><th></th>{head}"
             f"</tr></thead><tbody>{''.join(rows)}</tbody></table></figure>")
 
 
@@ -179,14 +181,19 @@ def hue(label: str) -> int | None:
     return HUES.get(names.get(label.strip().lower()))
 
 
+def math(value) -> str:
+    """`pages.text` with R_E, R_answer, R_format as the paper sets them."""
+    return re.sub(r"\bR_(E|answer|format)\b", r"R<sub>\1</sub>", text(value))
+
+
 def sentence(words: str, labels: list[str], e_gt: str) -> tuple[str, bool]:
     """A sentence with its labels beside it, and whether it counts for e_gt (c of Eq. 4)."""
     counts = explanation_reward([labels], e_gt, neutral_filter=False) > 0
     first = next((x for x in labels if explanation_reward([[x]], e_gt, neutral_filter=False)), labels[0]) if labels else ""
     colour = hue(first) if labels else None
-    plain = colour is None or (first.strip().lower() == "neutral" and not counts)
-    style = "" if plain else f' style="--h:{colour}"'
-    return (f'<span class="sentence{" plain" if plain else ""}"{style}>{text(words)}<span class="tag">'
+    kind = "" if colour is not None else " grey" if counts else " plain"
+    style = "" if colour is None else f' style="--h:{colour}"'
+    return (f'<span class="sentence{kind}"{style}>{text(words)}<span class="tag">'
             f'{text(", ".join(labels) or "no label")}{" ✓" if counts else ""}</span></span>'), counts
 
 
@@ -209,18 +216,19 @@ def completion(title: str, output: str, e_gt: str, sentences: list[str], labels:
     if cut:
         body += f'<p class="note">cut after {TEXT} of {len(output)} characters</p>'
     marks = {True: ' <span class="ok">✓</span>', False: ' <span class="no">✗</span>', None: ""}
-    line = "".join(f"<span>{text(name)} <b>{text(value)}</b>{marks[right]}</span>" for name, value, right in facts)
+    line = "".join(f"<span>{math(name)} <b>{text(value)}</b>{marks[right]}</span>" for name, value, right in facts)
     edge = "" if run is None else f' style="--edge:var(--run{run})"'
-    return f'<article class="completion"{edge}><h4>{text(title)}</h4>{body}<p class="rewards">{line}</p></article>'
+    return f'<article class="completion"{edge}><h4>{math(title)}</h4>{body}<p class="rewards">{line}</p></article>'
 
 
 def case(heading: str, media: ClipMedia | None, columns: list[str]) -> str:
     """A clip with what was said about it. heading is HTML."""
     shown = ""
     if media and media.frames:
-        pictures = "".join(f'<img src="{uri}" alt="frame {n} of the clip" loading="lazy">' for n, uri in enumerate(media.frames, 1))
-        player = f'<video src="{media.player}" controls playsinline preload="metadata"></video>' if media.player else ""
-        shown = f'<div class="media">{pictures}{player}</div>'
+        pictures = "".join(f'<img src="{uri}" alt="frame {n} of the clip">' for n, uri in enumerate(media.frames, 1))
+        alone = "" if media.player else " alone"
+        player = f'<video src="{media.player}" poster="{media.frames[0]}" controls playsinline preload="none"></video>' if media.player else ""
+        shown = f'<div class="media{alone}" style="--ratio:{media.ratio:.3f}">{pictures}{player}</div>'
     if media and media.note:
         shown += f'<p class="note">{text(media.note)}</p>'
     return f'<figure class="case"><figcaption>{heading}</figcaption>{shown}<div class="columns">{"".join(columns)}</div></figure>'
@@ -230,7 +238,7 @@ def label_legend(labels: set[str]) -> str:
     """The emotions that occur, in the order of ERV_LABELS, each as a marked sentence shows it."""
     order = {name: i for i, name in enumerate(ERV_LABELS)}
     def mark(label: str) -> str:
-        colour = None if label == "neutral" else hue(label)
+        colour = hue(label)
         return (f'<li><span class="sentence plain">{text(label)}</span></li>' if colour is None else
                 f'<li><span class="sentence" style="--h:{colour}">{text(label)}</span></li>')
     return f'<ul class="legend">{"".join(mark(x) for x in sorted(labels, key=lambda x: (order.get(x, 99), x)))}</ul>'
