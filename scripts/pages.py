@@ -1,7 +1,7 @@
-"""What the report and the survey share: templates, text made safe for HTML, a clip's frames and its player as data URIs.
+"""What report and survey share: templates, text made safe for HTML, a clip's frames and its player as data URIs.
 
-A page is one file that asks no network for anything: its Content-Security-Policy allows data: alone, and styles, scripts,
-pictures and clips stand inside it. Frames are JPEG (PyAV encodes them), a player is the clip's own bytes.
+A page is one file that asks no network for anything: its Content-Security-Policy allows data: alone, and styles,
+scripts, pictures and clips stand inside it. Frames are JPEG (PyAV encodes them), a player is the clip's own bytes.
 """
 
 import base64
@@ -29,7 +29,7 @@ def fill(template: str, **parts: str) -> str:
 
 
 def text(value) -> str:
-    """Any value as text that HTML shows and never runs, also inside a quoted attribute; lone surrogates become U+FFFD."""
+    """Any value as text that HTML shows and never runs, also inside a quoted attribute; lone surrogates become `?`."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 

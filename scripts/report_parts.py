@@ -1,7 +1,7 @@
-"""The parts of report.py's page, each as HTML: curves (matplotlib SVG), tables, confusion matrices, completions, settings.
+"""The parts of report.py's page, each as HTML: curves (matplotlib SVG), tables, completions, settings.
 
-Every text that a model, a file or a user wrote goes through pages.text. Sizes do not grow with a run: a curve has at most
-POINTS points a run, a completion at most TEXT characters, a setting 200.
+Every text that a model, a file or a user wrote goes through pages.text. Sizes do not grow with a run: a curve has at
+most POINTS points a run, a completion at most TEXT characters, a setting 200.
 """
 
 import re
@@ -26,7 +26,8 @@ PANELS = {  # group -> key of metrics.jsonl -> (title, unit)
         "completion_length": ("Length", "tokens a completion"),
         "groups_without_spread": ("Groups without spread", "share")},
     "What a policy that cheats R_E would move": {
-        "sentences": ("Sentences", "an explanation"), "distinct_sentence_rate": ("Distinct sentences", "share of a text"),
+        "sentences": ("Sentences", "an explanation"),
+        "distinct_sentence_rate": ("Distinct sentences", "share of a text"),
         "neutral_share": ("Neutral sentences", "share"), "label_word_rate": ("Emotion named", "share of sentences")},
     "Optimizer": {
         "loss": ("Loss", ""), "grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", ""),
@@ -54,7 +55,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def panel(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]]) -> str:
-    """One small plot as SVG whose colours are the page's CSS variables. series: number of the run -> (steps, values)."""
+    """One small plot as SVG whose colours are the page's CSS variables. series: the run's number -> (steps, values)."""
     import io
 
     import matplotlib
@@ -86,6 +87,7 @@ def panel(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]]) -> str:
     for colour, variable in ((ink, "ink"), (muted, "muted"), (line, "line")):
         svg = svg.replace(colour, f"var(--{variable})")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font-size: \1px", svg)  # the page's own typeface
+    svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)  # as other versions of matplotlib write it
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)  # ids are unique in the page
     return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
 
@@ -111,11 +113,12 @@ def curves(runs: list) -> str:
                                f"{panel(key, series_of[key])}</div></figure>")
         if figures:
             body = f'<div class="panels">{"".join(figures)}</div>'
-            parts.append(f"<details><summary>{group}</summary>{body}</details>" if group == "Optimizer"
+            parts.append(f"<details><summary>{group}</summary>{body}</details>" if group == "Optimizer" and parts
                          else f"<h3>{math(group)}</h3>{body}")
     legend = "".join(
         f'<li><svg width="30" height="8" aria-hidden="true"><line x1="0" x2="30" y1="4" y2="4" stroke="var(--run{n})" '
-        f'stroke-width="2.5" stroke-dasharray="{" ".join(str(1.7 * d) for d in DASHES[n])}"/></svg>{math(run.name)}</li>'
+        f'stroke-width="2.5" stroke-dasharray="{" ".join(str(1.7 * d) for d in DASHES[n])}"/></svg>'
+        f"{math(run.name)}</li>"
         for n, run in enumerate(runs) if run.metrics)
     note = "Thin: each step; thick: running mean over a twentieth of the run. The horizontal axis counts steps."
     if left_out:
@@ -136,10 +139,16 @@ def score_table(systems: list) -> str:
             value, span = system.score.get(name), (system.score.get("intervals") or {}).get(name)
             cells.append(f'<td data-name="{name}">{"–" if value is None else f"{value:.1f}"}'
                          + (f"<small>{span[0]:.1f} to {span[1]:.1f}</small>" if span else "") + "</td>")
-        rows.append(f"<tr><th scope=row>{math(system.name)}<small>{text(system.dataset)}, {system.score['n']} clips</small>"
-                    f"</th>{''.join(cells)}</tr>")
+        about = f"{text(system.dataset)}, {system.score['n']} clips"
+        rows.append(f"<tr><th scope=row>{math(system.name)}<small>{about}</small></th>{''.join(cells)}</tr>")
+    return table_of("Percent", columns, rows)
+
+
+def table_of(corner: str, columns: list[str], rows: list[str]) -> str:
+    """Rows (HTML) under a head of metric names."""
     head = "".join(f"<th scope=col>{name}</th>" for name in columns)
-    return f'<table class="scores"><thead><tr><th scope=col>Percent</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return (f'<table class="scores"><thead><tr><th scope=col>{corner}</th>{head}</tr></thead>'
+            f'<tbody>{"".join(rows)}</tbody></table>')
 
 
 def paired_table(differences: list[tuple[str, dict]]) -> str:
@@ -153,8 +162,7 @@ def paired_table(differences: list[tuple[str, dict]]) -> str:
             cells.append(f'<td data-name="{metric}"{sure}>' + ("–" if point is None else
                          f"{point:+.1f}<small>{low:+.1f} to {high:+.1f}</small>".replace("-", "−")) + "</td>")
         rows.append(f"<tr><th scope=row>{math(name)}</th>{''.join(cells)}</tr>")
-    head = "".join(f"<th scope=col>{name}</th>" for name in columns)
-    return f'<table class="scores paired"><thead><tr><th scope=col>Points</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+    return table_of("Points", columns, rows)
 
 
 def confusion(system) -> str:
@@ -164,19 +172,20 @@ def confusion(system) -> str:
     rows = []
     for name, counts in zip(score["labels"], score["confusion"]):
         total = max(1, sum(counts))
-        cells = "".join(f'<td style="--r:{count / total:.3f}"{"" if count else " class=zero"}>{count}</td>' for count in counts)
+        cells = "".join(f'<td style="--r:{count / total:.3f}"{"" if count else " class=zero"}>{count}</td>'
+                        for count in counts)
         recall = score["recall"].get(name)
         rows.append(f"<tr><th scope=row>{text(name)}</th>{cells}"
                     f'<td class="recall">{"–" if recall is None else f"{recall:.0f}%"}</td></tr>')
-    return (f"<figure tabindex=0><figcaption>{math(system.name)}</figcaption><table class=matrix><thead><tr><th></th>{head}"
-            f"</tr></thead><tbody>{''.join(rows)}</tbody></table></figure>")
+    return (f"<figure tabindex=0><figcaption>{math(system.name)}</figcaption><table class=matrix>"
+            f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></figure>")
 
 
 # ---- completions -----------------------------------------------------------------------------------------------------
 
 
 def hue(label: str) -> int | None:
-    """Hue of a verifier's label, whichever head it comes from; None for GoEmotions' classes that the paper does not use."""
+    """Hue of a label of either head; None for neutral and for GoEmotions' classes that the paper does not use."""
     names = ALIASES | {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()}
     return HUES.get(names.get(label.strip().lower()))
 
@@ -188,9 +197,11 @@ def math(value) -> str:
 
 def sentence(words: str, labels: list[str], e_gt: str) -> tuple[str, bool]:
     """A sentence with its labels beside it, and whether it counts for e_gt (c of Eq. 4)."""
-    counts = explanation_reward([labels], e_gt, neutral_filter=False) > 0
-    first = next((x for x in labels if explanation_reward([[x]], e_gt, neutral_filter=False)), labels[0]) if labels else ""
-    colour = hue(first) if labels else None
+    def names(label: str) -> bool:
+        return explanation_reward([[label]], e_gt, neutral_filter=False) > 0
+
+    counts = any(map(names, labels))
+    colour = hue(next(filter(names, labels), labels[0])) if labels else None
     kind = "" if colour is not None else " grey" if counts else " plain"
     style = "" if colour is None else f' style="--h:{colour}"'
     return (f'<span class="sentence{kind}"{style}>{text(words)}<span class="tag">'
@@ -226,12 +237,15 @@ def case(heading: str, media: ClipMedia | None, columns: list[str]) -> str:
     shown = ""
     if media and media.frames:
         pictures = "".join(f'<img src="{uri}" alt="frame {n} of the clip">' for n, uri in enumerate(media.frames, 1))
-        alone = "" if media.player else " alone"
-        player = f'<video src="{media.player}" poster="{media.frames[0]}" controls playsinline preload="none"></video>' if media.player else ""
+        alone, player = " alone", ""
+        if media.player:
+            alone, player = "", (f'<video src="{media.player}" poster="{media.frames[0]}" controls playsinline '
+                                 'preload="none"></video>')
         shown = f'<div class="media{alone}" style="--ratio:{media.ratio:.3f}">{pictures}{player}</div>'
     if media and media.note:
         shown += f'<p class="note">{text(media.note)}</p>'
-    return f'<figure class="case"><figcaption>{heading}</figcaption>{shown}<div class="columns">{"".join(columns)}</div></figure>'
+    return (f'<figure class="case"><figcaption>{heading}</figcaption>{shown}'
+            f'<div class="columns">{"".join(columns)}</div></figure>')
 
 
 def label_legend(labels: set[str]) -> str:
@@ -251,8 +265,8 @@ def settings_tables(runs: list) -> str:
     """What differs between the runs in sight, everything else folded; versions, commit and command."""
     def table(rows: list[tuple[str, list]]) -> str:
         head = "".join(f"<th scope=col>{text(run.name)}</th>" for run in runs)
-        body = "".join(f"<tr><th scope=row>{text(name)}</th>" + "".join(f"<td>{text(str(v)[:200])}</td>" for v in values)
-                       + "</tr>" for name, values in rows)
+        body = "".join(f"<tr><th scope=row>{text(name)}</th>"
+                       + "".join(f"<td>{text(str(v)[:200])}</td>" for v in values) + "</tr>" for name, values in rows)
         return f'<table class="settings"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
 
     def gathered(field: str) -> list[tuple[str, list]]:
@@ -261,8 +275,9 @@ def settings_tables(runs: list) -> str:
 
     rows = gathered("settings")
     differ = [row for row in rows if len(set(map(str, row[1]))) > 1]
-    about = gathered("versions") + [("commit", [run.config.get("git_commit") or "–" for run in runs]),
-                                    ("command", [" ".join(map(str, run.config.get("command") or ["–"])) for run in runs])]
+    commands = [" ".join(map(str, run.config.get("command") or ["–"])) for run in runs]
+    about = [*gathered("versions"), ("commit", [run.config.get("git_commit") or "–" for run in runs]),
+             ("command", commands)]
     parts = [f"<h3>Settings in which the runs differ</h3>{table(differ)}"] if len(runs) > 1 and differ else []
     parts.append(f"<details><summary>All {len(rows)} settings</summary>{table(rows)}</details>")
     parts.append(f"<h3>Versions</h3>{table(about)}")

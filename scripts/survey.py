@@ -1,15 +1,15 @@
 """The human study of section 5.3 and appendix A: `survey.py make` writes its page, `survey.py score` reads the answers.
 
   make    --first FILE --second FILE --data dfew:/path --names Ours,Baseline --out DIR
-          two systems' predictions of the same clips (our JSONL, or the released forms with --data) -> DIR/survey.html and,
-          outside of DIR, DIR-key.json, which unblinds it and stays with you; send DIR to the raters, or the page alone
+          two systems' predictions of the same clips (our JSONL, or the released forms) -> DIR/survey.html and, outside
+          of DIR, DIR-key.json, which unblinds it and stays with you; send DIR to the raters, or the page alone
   score   --key DIR-key.json ANSWERS.json [...]
-          the raters' exported files -> win rate, scores, agreement with the judge, Krippendorff's alpha (tables 3 and 6)
+          the raters' exported files -> tables 3 and 6: win rate, scores; agreement with the judge, Krippendorff's alpha
 
-A clip takes three questions (figures 4 and 5): which emotion one explanation represents, read without the clip; then, with
-the clip, how well each of the two explanations reflects the emotion, 1 to 5. Clips are drawn as in section 5.3 among those
-that both systems answered right (A.2: and whose explanations the judge read so); which they are, their order, the sides,
-and whose explanation the first question shows (each system's in half of the clips) come from --seed.
+A clip takes three questions (figures 4 and 5): which emotion one explanation represents, read without the clip; then,
+with the clip, how well each of the two explanations reflects the emotion, 1 to 5. Clips are drawn as in section 5.3
+among those that both systems answered right (A.2: and whose explanations the judge read so); which they are, their
+order, the sides, and whose explanation the first question shows (each system's in half of the clips) come from --seed.
 The page is one file; more than --embed-mb of clips are copied into DIR/clips instead. It works from the disk, offline.
 """
 
@@ -53,7 +53,7 @@ def eligible(first: list[dict], second: list[dict], any_answer: bool) -> list[tu
                 said.append(normalize(row["judged_emotion"] or "", dataset))
             return all(emotion == normalize(truth, dataset) for emotion in said)
 
-        if extract_explanation(a["output"]) and extract_explanation(b["output"]) and (any_answer or (fits(a) and fits(b))):
+        if all(extract_explanation(row["output"]) and (any_answer or fits(row)) for row in (a, b)):
             pairs.append((a, b))
     return pairs
 
@@ -69,8 +69,8 @@ def draw(pairs: list[tuple[dict, dict]], count: int, seed: int, names: list[str]
         a = pair[0]
         explanations = [extract_explanation(row["output"]) for row in pair]
         name = f"q{number:02d}"
-        items.append({"id": name, "emotion_text": explanations[q], "left": explanations[l], "right": explanations[1 - l],
-                      "choices": list(labels(a["dataset"]))})
+        items.append({"id": name, "emotion_text": explanations[q], "left": explanations[l],
+                      "right": explanations[1 - l], "choices": list(labels(a["dataset"]))})
         key[name] = {"video_id": a["video_id"], "dataset": a["dataset"], "ground_truth": a["ground_truth"],
                      "left": names[l], "right": names[1 - l], "emotion_of": names[q],
                      "judged": {n: row.get("judged_emotion") for n, row in zip(names, pair)}}
@@ -88,8 +88,8 @@ def make(args) -> None:
     (first, _), (second, _) = (read_predictions(file, examples) for file in (args.first, args.second))
     pairs = eligible(first, second, args.any_answer)
     if len(pairs) < args.clips or args.clips < 1:
-        raise SettingsError(f"--clips {args.clips}: {len(pairs)} clips have an explanation of both systems"
-                            + ("" if args.any_answer else " with the right answer and emotion (--any-answer lifts this)"))
+        right = "" if args.any_answer else " with the right answer and emotion (--any-answer lifts this)"
+        raise SettingsError(f"--clips {args.clips}: {len(pairs)} clips have an explanation of both systems{right}")
     items, key = draw(pairs, args.clips, args.seed, names)
     paths = {example.video_id: example.path for example in examples}
     files = [paths[entry["video_id"]] for entry in key.values()]
@@ -97,14 +97,14 @@ def make(args) -> None:
         if not path.is_file():
             raise DataError(f"{path}: no such clip")
         if path.suffix.lower() not in PLAYABLE:
-            raise DataError(f"{path}: browsers do not play it; convert it first (ffmpeg -i IN -c:v libx264 -c:a aac OUT.mp4)")
+            raise DataError(f"{path}: browsers do not play it; convert it first (ffmpeg -i IN -c:v libx264 OUT.mp4)")
     embed = sum(path.stat().st_size for path in files) <= args.embed_mb * 1e6
     for item, path in zip(items, files):
         item["clip"] = (data_uri(PLAYABLE[path.suffix.lower()], path.read_bytes()) if embed else
                         f"clips/{item['id']}{path.suffix.lower()}")
     survey = hashlib.sha256(json.dumps([items, key, args.seed], sort_keys=True).encode()).hexdigest()[:12]
-    page = fill("survey.html", css=fill("page.css") + fill("survey.css"), script=fill("survey.js"), title=text(args.title),
-                data=json_script({"survey": survey, "items": items}))
+    page = fill("survey.html", css=fill("page.css") + fill("survey.css"), script=fill("survey.js"),
+                title=text(args.title), data=json_script({"survey": survey, "items": items}))
     if not embed:
         (out / "clips").mkdir(parents=True, exist_ok=True)
         for item, path in zip(items, files):
@@ -113,7 +113,7 @@ def make(args) -> None:
                           "choices": {item["id"]: item["choices"] for item in items}, "items": key})
     atomic_write(out / "survey.html", page)
     print(f"{out}/survey.html: survey {survey}, {len(items)} of {len(pairs)} clips, {3 * len(items)} questions, "
-          + (f"clips inside, {len(page) / 1e6:.1f} MB" if embed else f"clips beside it in {out}/clips: send the whole folder")
+          + (f"clips inside, {len(page) / 1e6:.1f} MB" if embed else "clips beside it: send the whole folder")
           + f"\n{key_file}: which system is which; keep it from the raters")
 
 

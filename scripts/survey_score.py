@@ -1,8 +1,8 @@
 """Raters' answers -> tables 3 and 6, agreement with the judge (appendix A.1) and Krippendorff's alpha.
 
-What the paper leaves open, and what is done here: a clip's score is the mean over its raters; a system wins a clip with the
-higher score, a tie is half a win for each; table 6's deviation is the sample deviation of the clips' scores. Top 1: the
-judge's emotion is the one that most raters chose in question 1; top 2: it is among the two chosen most; of emotions
+What the paper leaves open, and what is done here: a clip's score is the mean over its raters; a system wins a clip with
+the higher score, a tie is half a win for each; table 6's deviation is the sample deviation of the clips' scores. Top 1:
+the judge's emotion is the one that most raters chose in question 1; top 2: it is among the two chosen most; of emotions
 chosen equally often at the cut each counts with its share. Nothing is dropped in silence: `problems` names rater and
 question, and what can be read of a partial file is used.
 """
@@ -70,8 +70,8 @@ def read_raters(key: dict, files: list[str]) -> tuple[dict[str, dict], list[str]
             problems.append(f"{where}: not an export of the survey page: the file is left out")
             continue
         if content.get("survey") != key["survey"]:
-            problems.append(f"{where}: answers survey {content.get('survey')!r}, the key is of {key['survey']!r}: the file is "
-                            "left out")
+            problems.append(f"{where}: answers survey {content.get('survey')!r}, the key is of {key['survey']!r}: the "
+                            "file is left out")
             continue
         rater = str(content.get("rater") or "").strip()
         if not rater:
@@ -104,7 +104,7 @@ def read_raters(key: dict, files: list[str]) -> tuple[dict[str, dict], list[str]
 
 
 def top_share(votes: list[str], emotion: str, top: int) -> float:
-    """Whether `emotion` is among the `top` most chosen, as the chance of it when ties at the cut are broken at random."""
+    """Whether `emotion` is among the `top` most chosen: the chance of it where ties at the cut are broken at random."""
     counts = Counter(votes)
     if emotion not in counts:
         return 0.0
@@ -151,20 +151,27 @@ def score(key_file: str, files: list[str], resamples: int = 2000) -> dict:
     result["difference"] = [table[:, 0].mean() - table[:, 1].mean(), low, high]
     result["single comparisons"] = {"first": sum(a > b for a, b in pairwise), "second": sum(a < b for a, b in pairwise),
                                     "ties": sum(a == b for a, b in pairwise)}
-    result["alpha"] = {"emotion, nominal": krippendorff_alpha([votes[i] for i in items if i in votes]),
-                       **{f"scores, {metric}": krippendorff_alpha([x for name in systems for x in ratings[name].values()], metric)
-                          for metric in ("ordinal", "interval")}}
-    agreement = {}
-    for group in (*systems, "both"):
-        rows = [(votes[item], entry["judged"][entry["emotion_of"]], entry["dataset"]) for item, entry in items.items()
-                if item in votes and entry["judged"].get(entry["emotion_of"]) and group in ("both", entry["emotion_of"])]
-        if rows:
-            shares = [[top_share(v, normalize(judged, dataset) or judged, top) for top in (1, 2)] for v, judged, dataset in rows]
-            top1, top2 = 100 * np.mean(shares, axis=0)
-            single = [vote == normalize(judged, dataset) for v, judged, dataset in rows for vote in v]
-            agreement[group] = {"clips": len(rows), "top 1": top1, "top 2": top2, "single answers": 100 * np.mean(single)}
-    result["agreement"] = agreement
+    units = [values for name in systems for values in ratings[name].values()]
+    result["alpha"] = {"emotion, nominal": krippendorff_alpha(list(votes.values())),
+                       **{f"scores, {m}": krippendorff_alpha(units, m) for m in ("ordinal", "interval")}}
+    result["agreement"] = agreement(systems, items, votes)
     return _plain(result)
+
+
+def agreement(systems: list[str], items: dict, votes: dict[str, list[str]]) -> dict[str, dict]:
+    """Whose explanations question 1 showed -> how often raters and judge read the same emotion, percent of clips."""
+    result = {}
+    for group in (*systems, "both"):
+        pairs = []  # (votes, the judge's emotion)
+        for item, entry in items.items():
+            judged = entry["judged"].get(entry["emotion_of"])
+            if item in votes and judged and group in ("both", entry["emotion_of"]):
+                pairs.append((votes[item], normalize(judged, entry["dataset"]) or judged))
+        if pairs:
+            top1, top2 = (100 * np.mean([top_share(v, judged, top) for v, judged in pairs]) for top in (1, 2))
+            single = 100 * np.mean([vote == judged for v, judged in pairs for vote in v])
+            result[group] = {"clips": len(pairs), "top 1": top1, "top 2": top2, "single answers": single}
+    return result
 
 
 def _plain(value):
@@ -185,8 +192,8 @@ def report(result: dict) -> str:
     def number(value, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    lines = [f"survey {result['survey']}: {result['clips']} clips, {len(result['raters'])} raters, {result['answers']} of "
-             f"{result['expected']} answers", "",
+    lines = [f"survey {result['survey']}: {result['clips']} clips, {len(result['raters'])} raters, "
+             f"{result['answers']} of {result['expected']} answers", "",
              f"{'Table 3':22}{systems[0]:>{width}}{systems[1]:>{width}}{'paper: Ours':>16}{'R1-Omni':>10}",
              f"{'Win rate':22}" + "".join(f"{s['win rate']:>{width - 1}.1f}%" for s in scores)
              + f"{PAPER['win rate'][0]:>15}%{PAPER['win rate'][1]:>9}%",
@@ -197,15 +204,16 @@ def report(result: dict) -> str:
         spread = f"{s['mean']:.2f} ± {number(s['sd'], '.2f')}"
         lines.append(f"{name:22}{spread:>30}{number(s['sd of single scores'], '.2f'):>20}{f'{mean} ± {sd}':>16}")
     d, single = result["difference"], result["single comparisons"]
-    lines += ["", f"{systems[0]} - {systems[1]}: {d[0]:+.2f} (95% over clips {d[1]:+.2f} to {d[2]:+.2f}); {result['ties']} clips tied",
-              f"single comparisons: {systems[0]} higher {single['first']}, {systems[1]} higher {single['second']}, equal "
-              f"{single['ties']}", ""]
+    lines += ["", f"{systems[0]} - {systems[1]}: {d[0]:+.2f} (95% over clips {d[1]:+.2f} to {d[2]:+.2f}); "
+              f"{result['ties']} clips tied",
+              f"single comparisons: {systems[0]} higher {single['first']}, {systems[1]} higher {single['second']}, "
+              f"equal {single['ties']}", ""]
     lines.append(f"{'Judge and raters':22}{'clips':>7}{'top 1':>9}{'top 2':>9}{'single answers':>17}   (paper, Ours: "
                  f"{PAPER['top 1']}, {PAPER['top 2']})")
     for group, a in result["agreement"].items():
         lines.append(f"{group:22}{a['clips']:>7}{a['top 1']:>8.1f}%{a['top 2']:>8.1f}%{a['single answers']:>16.1f}%")
     if not result["agreement"]:
-        lines.append("  the predictions carry no judged_emotion: run scripts/evaluate.py first, and give its judged-1.jsonl")
+        lines.append("  the predictions carry no judged_emotion: give make the judged-1.jsonl of scripts/evaluate.py")
     lines += ["", "Krippendorff's alpha: " + ", ".join(f"{k} {number(v, '.3f')}" for k, v in result["alpha"].items())]
     if result["problems"]:
         lines += ["", f"{len(result['problems'])} problems:", *(f"  {line}" for line in result["problems"])]

@@ -34,6 +34,7 @@ function progress() {
   const bar = document.querySelector(".progress");
   bar.setAttribute("aria-valuenow", done);
   bar.setAttribute("aria-valuemax", total);
+  document.getElementById("partial").hidden = !state.rater || state.at < 1 || state.at > 2 * items.length;
   document.getElementById("count").textContent = state.rater ? `${done} of ${total} questions answered` : "";
 }
 
@@ -134,5 +135,7 @@ function download() {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
+
+document.getElementById("partial").addEventListener("click", download);
 
 show();
