@@ -145,7 +145,8 @@ def held_out_section(systems, clips: Clips, verifier, rules, chosen: list[str], 
         out.append(parts.case(f"<span>Clip <b>{text(video_id)}</b></span><span>truth <b>{text(e_gt)}</b></span>",
                               clips.media("test", video_id), columns))
     how = f"{len(out)} of {len(shared)}, evenly spaced in the file, not selected by content"
-    return (f'<p class="note">Held-out clips, {"as asked for (--show)" if chosen else how}. “Explanation” is the '
+    how = "as asked for (--show)" if chosen else how
+    return (f'<p class="note">Held-out clips of {text(systems[0].dataset)}, {how}. “Explanation” is the '
             "emotion that the judge reads in it. A sentence stands with its verifier's labels; ✓ marks the ones that "
             "count for the true emotion in R<sub>E</sub>.</p>" + "".join(out))
 

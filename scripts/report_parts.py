@@ -1,7 +1,7 @@
 """The parts of report.py's page, each as HTML: curves (matplotlib SVG), tables, completions, settings.
 
 Every text that a model, a file or a user wrote goes through pages.text. Sizes do not grow with a run: a curve has at
-most POINTS points a run, a completion at most TEXT characters, a setting 200.
+most POINTS points a run, a completion at most TEXT characters, a setting SETTING.
 """
 
 import re
@@ -13,7 +13,7 @@ from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.metrics import COLUMNS
 from erv_min.rewards import explanation_reward, extract_answer
 
-POINTS, TEXT = 400, 6000
+POINTS, TEXT, SETTING = 400, 6000, 600
 DASHES = ((), (6, 2), (2, 1.5), (7, 2, 2, 2), (4, 3), (1, 1), (9, 3), (3, 1, 1, 1))  # a run is not told by colour alone
 HUES = {"anger": 4, "disgust": 84, "fear": 268, "happiness": 44, "sadness": 212, "surprise": 324,
         "contempt": 22, "anxiety": 296, "helplessness": 186, "disappointment": 236}
@@ -265,9 +265,12 @@ def settings_tables(runs: list) -> str:
     """What differs between the runs in sight, everything else folded; versions, commit and command."""
     def table(rows: list[tuple[str, list]]) -> str:
         head = "".join(f"<th scope=col>{text(run.name)}</th>" for run in runs)
-        body = "".join(f"<tr><th scope=row>{text(name)}</th>"
-                       + "".join(f"<td>{text(str(v)[:200])}</td>" for v in values) + "</tr>" for name, values in rows)
-        return f'<table class="settings"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
+        body = ""
+        for name, values in rows:
+            cells = "".join(f"<td>{text(str(value)[:SETTING])}</td>" for value in values)
+            body += f"<tr><th scope=row>{text(name)}</th>{cells}</tr>"
+        return (f'<div class="wide"><table class="settings" style="min-width:{8 + 7 * len(runs)}rem"><thead><tr>'
+                f"<th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
     def gathered(field: str) -> list[tuple[str, list]]:
         names = dict.fromkeys(name for run in runs for name in run.config.get(field) or {})

@@ -7,7 +7,7 @@ from pages import read_objects
 
 from erv_min.errors import DataError
 from erv_min.files import read_json
-from erv_min.metrics import bootstrap, score
+from erv_min.metrics import COLUMNS, bootstrap, score
 
 RESAMPLES = 1000  # of the bootstrap
 NUMBER = (int, float)
@@ -70,6 +70,9 @@ def read_run(argument: str) -> Run:
                 "reward_format": NUMBER, "reward_answer": NUMBER, "reward_explanation": NUMBER}):
             if row["step"] != last:  # a resumed run samples some steps again: the later group stands
                 run.sampled[last := row["step"]] = []
+            if len(row["sentences"]) != len(row["labels"]) or not all(isinstance(x, list) for x in row["labels"]):
+                raise DataError(f"{run.folder / 'completions.jsonl'}, step {row['step']}: {len(row['sentences'])} "
+                                f"sentences and {str(row['labels'])[:60]} as their labels; expected a list for each")
             run.sampled[last].append(row)
     if has["metrics.json"]:
         read_evaluation(run)
@@ -86,14 +89,30 @@ def read_run(argument: str) -> Run:
 
 
 def check_score(value, where: str) -> dict:
-    shape = ("n", "labels", "confusion", "recall")
-    if not isinstance(value, dict) or any(key not in value for key in shape):
-        raise DataError(f"{where}: expected a score with {', '.join(shape)}, as erv_min.metrics.score gives it")
+    """A score as erv_min.metrics.score gives it: numbers or None, confusion matrix [C, C + 1]. Raises DataError."""
+    kinds = {"n": int, "labels": list, "confusion": list, "recall": dict}
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in kinds.items()):
+        raise DataError(f"{where}: expected a score with {', '.join(kinds)}, as erv_min.metrics.score gives it")
+    C, rows = len(value["labels"]), value["confusion"]
+    square = len(rows) == C and all(isinstance(row, list) and len(row) == C + 1 for row in rows)
+    if not square or not all(isinstance(count, int) for row in rows for count in row):
+        raise DataError(f"{where}: the confusion matrix does not have {C} rows of {C + 1} counts")
+    numbers = {**{name: value.get(name) for name in COLUMNS}, **value["recall"]}
+    for name, number in numbers.items():
+        if number is not None and not isinstance(number, NUMBER):
+            raise DataError(f"{where}: {name} is {str(number)[:60]!r}, no number")
     return value
 
 
 def predictions(path: Path) -> list[dict]:
-    return read_objects(path, {"video_id": str, "output": str, "ground_truth": str, "dataset": str})
+    """Rows of a predictions file, each clip of a data set once. Raises DataError."""
+    rows, seen = read_objects(path, {"video_id": str, "output": str, "ground_truth": str, "dataset": str}), set()
+    for row in rows:
+        key = row["dataset"], row["video_id"]
+        if key in seen:
+            raise DataError(f"{path}: clip {row['video_id']} of {row['dataset']} is there twice")
+        seen.add(key)
+    return rows
 
 
 def read_systems(run: Run) -> None:

@@ -51,8 +51,10 @@ def krippendorff_alpha(units: list[list], metric: str = "nominal") -> float | No
 
 def read_key(path: str) -> dict:
     key = read_json(path)
-    if not isinstance(key, dict) or not all(k in key for k in ("survey", "systems", "items", "choices")):
-        raise DataError(f"{path}: not the key that survey.py make wrote")
+    wanted = {"video_id", "dataset", "left", "right", "emotion_of", "judged"}
+    if not isinstance(key, dict) or not all(k in key for k in ("survey", "systems", "items", "choices")) or any(
+            not wanted <= set(entry) or item not in key["choices"] for item, entry in key["items"].items()):
+        raise DataError(f"{path}: not the key that survey.py make wrote, or edited since")
     return key
 
 

@@ -18,7 +18,8 @@ from erv_min.settings import GRPOSettings  # noqa: E402
 from erv_min.toy.world import WorldSettings, build_world  # noqa: E402
 from erv_min.train import provenance  # noqa: E402
 
-EVIL = "<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\"> She smiles."
+EVIL = ("<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\"> She smiles."
+        + "m" * 300)
 
 
 def lines(path: Path, rows: list[dict]) -> None:

@@ -41,7 +41,8 @@ def test_a_report_holds_every_part_and_runs_no_text(run):
     page = page_of([run])
     for part in ("Held-out results", "Paired differences", "Confusion matrices", "GRPO with R<sub>E</sub> − SFT",
                  "Entropy", "R<sub>answer</sub>", "KL to the reference", "Completions over the training",
-                 "sadness, anxiety", "group_size", "huggingface-hub", "data:image/jpeg;base64,", "data:video/mp4;base64,"):
+                 "sadness, anxiety", "group_size", "huggingface-hub", "data:image/jpeg;base64,",
+                 "data:video/mp4;base64,"):
         assert part in page, part
     assert "&lt;script&gt;document.title" in page and "<script" not in page and "onerror=\"" not in page
     assert not re.search(r'(?:src|href|poster)="(?!data:|#)', page) and "@import" not in page
@@ -109,6 +110,8 @@ def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
             ("completions.jsonl", '{"step": 3, "video_id": "1"}\n', "completions.jsonl, row 1: field 'ground_truth'"),
             ("evaluation.json", '{"SFT": {"WAR": 3}}', "evaluation.json, SFT: expected a score"),
             ("evaluation.json", "{", "evaluation.json: not a JSON file"),
+            ("evaluation.json", '{"SFT": {"n": 1, "labels": ["a"], "confusion": [[1]], "recall": {}}}', "1 rows of 2"),
+            ("predictions-SFT.jsonl", (run / "predictions-SFT.jsonl").read_text() * 2, "10004 of dfew is there twice"),
             ("config.json", '{"erv_min": 3}', "config.json: expected an object with erv_min.settings")):
         damaged = tmp_path / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
