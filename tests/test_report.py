@@ -1,0 +1,166 @@
+"""report.py: what stands on the page, that no text of a model runs in it, its bounds, and errors that name the file."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pages_material import ROOT, lines, make_run, prediction, run, truths, world  # noqa: F401
+
+from erv_min.emotions import ERV_LABELS
+from erv_min.errors import DataError, SettingsError
+from erv_min.metrics import bootstrap, score
+
+pytest.importorskip("matplotlib")
+
+import report  # noqa: E402
+import report_parts  # noqa: E402
+
+
+class Verifier:
+    """Says happiness of a smile, else neutral."""
+
+    labels = ERV_LABELS
+
+    def probabilities(self, sentences: list[str]) -> torch.Tensor:
+        said = ["happiness" if "smile" in sentence else "neutral" for sentence in sentences]
+        return torch.tensor([[0.9 * (label == emotion) for label in ERV_LABELS] for emotion in said])
+
+
+def page_of(folders: list[Path], clip_mb: float = 1.0, media_mb: float = 16.0) -> str:
+    runs = [report.read_run(str(folder)) for folder in folders]
+    return report.build(runs, report.Clips(runs, "", clip_mb, media_mb))
+
+
+def test_a_report_holds_every_part_and_runs_no_text(run):
+    page = page_of([run])
+    for part in ("Held-out results", "Paired differences", "Confusion matrices", "GRPO with R<sub>E</sub> − SFT",
+                 "Entropy", "R<sub>answer</sub>", "KL to the reference", "Completions over the training",
+                 "sadness, anxiety", "group_size", "huggingface-hub", "data:image/jpeg;base64,",
+                 "data:video/mp4;base64,"):
+        assert part in page, part
+    assert "&lt;script&gt;document.title" in page and "<script" not in page and "onerror=\"" not in page
+    assert not re.search(r'(?:src|href|poster)="(?!data:|#)', page) and "@import" not in page
+    # the SVGs take the page's colours
+    assert "var(--run0)" in page and "#0400" not in page and "DejaVu Sans'" not in page
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert "She smiles &amp; waves" in page and "No run names a verifier" in page
+
+
+def test_sentences_are_marked_as_eq_4_counts_them():
+    html, counts = report_parts.sentence("He cries.", ["anxiety", "sadness"], "sad")
+    assert counts and '--h:212' in html and "anxiety, sadness ✓" in html  # the colour of the label that counts
+    html, counts = report_parts.sentence("A room.", ["neutral"], "sad")
+    assert not counts and "plain" in html and "✓" not in html
+    html, counts = report_parts.sentence("A room.", ["neutral"], "neutral")
+    assert counts and "grey" in html and "neutral ✓" in html
+    html, counts = report_parts.sentence("Well.", ["amusement"], "happy")  # of GoEmotions' 28, not among the paper's 11
+    assert not counts and "plain" in html and "amusement" in html
+
+
+def test_outputs_without_labels_go_through_the_verifier(run, monkeypatch, truths):
+    monkeypatch.setattr(report, "find_verifier", lambda runs, given: (Verifier(), report.RewardSettings(), ""))
+    page = page_of([run])
+    assert page.count("She smiles &amp; waves SFT.") == 4
+    happy = sum(t == "happy" for t in truths["test"].values())
+    assert page.count('SFT.<span class="tag">happiness ✓') == happy
+    assert page.count('SFT.<span class="tag">happiness</span>') == 4 - happy
+
+
+def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path, world, truths):
+    other = make_run(tmp_path / "baseline", world, truths, w_explanation=0.0)
+    rows = map(json.loads, (other / "metrics.jsonl").read_text().splitlines())
+    lines(other / "metrics.jsonl", [{**row, "reward_explanation": 0.0} for row in rows])
+    lines(other / "predictions-GRPO-with-R_E.jsonl",
+          [prediction(i, t, "No.", "fear", "fear") for i, t in truths["test"].items()])
+    page = page_of([run, other])
+    table = page[page.index('<table class="scores">') : page.index("Paired differences")]
+    assert table.count("<th scope=row>") == 3
+    assert all(f"{name}: GRPO with R<sub>E</sub>" in table for name in ("ours", "baseline"))
+    assert "ours: SFT" not in table
+    assert "were not measured in baseline" in page and "Settings in which the runs differ" in page
+    assert "var(--run1)" in page and "R<sub>E</sub> (not rewarded)" in page
+
+
+def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    with pytest.raises(DataError, match="no run in it: expected config.json, metrics.jsonl"):
+        report.read_run(str(bare))
+    shutil.copy(run / "metrics.jsonl", bare)
+    page = page_of([bare])
+    for file in ("config.json", "completions.jsonl", "evaluation.json"):
+        assert f"{file} is not there" in page
+    assert "KL to the reference" in page and "Held-out results" not in page
+    shutil.copy(run / "completions.jsonl", bare)
+    assert "No clips were found" in page_of([bare])
+    shutil.copy(run / "evaluation.json", bare)
+    assert "predictions-SFT.jsonl is not there: no intervals" in page_of([bare])
+    for name, content, message in (
+            ("metrics.jsonl", '{"step": 0}\n{"step": 1', None),  # a row whose write was cut is no damage
+            ("metrics.jsonl", '{"step": 0\n{"step": 1}\n', "metrics.jsonl, line 1"),
+            ("metrics.jsonl", '[1]\n', "metrics.jsonl, row 1: expected a JSON object"),
+            ("metrics.jsonl", '{"step": 0, "kl": "high"}\n', "step 0: kl is 'high', no number"),
+            ("completions.jsonl", '{"step": 3, "video_id": "1"}\n', "completions.jsonl, row 1: field 'ground_truth'"),
+            ("evaluation.json", '{"SFT": {"WAR": 3}}', "evaluation.json, SFT: expected a score"),
+            ("evaluation.json", "{", "evaluation.json: not a JSON file"),
+            ("evaluation.json", '{"SFT": {"n": 1, "labels": ["a"], "confusion": [[1]], "recall": {}}}', "1 rows of 2"),
+            ("predictions-SFT.jsonl", (run / "predictions-SFT.jsonl").read_text() * 2, "10004 of dfew is there twice"),
+            ("config.json", '{"erv_min": 3}', "config.json: expected an object with erv_min.settings")):
+        damaged = tmp_path / "damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(run, damaged)
+        (damaged / name).write_text(content)
+        if message is None:
+            assert len(report.read_run(str(damaged)).metrics) == 1
+        else:
+            with pytest.raises(DataError, match=re.escape(message)):
+                report.read_run(str(damaged))
+
+
+def test_an_evaluation_folder_is_a_run_too(run, tmp_path):
+    rows = [json.loads(line) for line in (run / "predictions-SFT.jsonl").read_text().splitlines()]
+    lines(tmp_path / "judged-1.jsonl", rows)
+    result = {"dfew": {**score(rows, "dfew"), "intervals": bootstrap(rows, "dfew", 50)}}
+    metrics = {"system": "R1", "settings": {"data": ""}, "judges": {"lexicon": result}}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    page = page_of([f"Mine={tmp_path}"])
+    assert "R1<small>dfew, 4 clips" in page and "She smiles &amp; waves SFT." in page and " to " in page
+
+
+def test_a_long_run_makes_no_longer_page(tmp_path, world, truths):
+    long = make_run(tmp_path / "long", world, truths, steps=40)
+    rows = [json.loads(line) for line in (long / "completions.jsonl").read_text().splitlines()]
+    endless = {**rows[0], "completion": "w " * 9000, "sentences": ["w " * 9000]}
+    lines(long / "completions.jsonl", [{**endless, "step": step} for step in range(200)])
+    lines(long / "metrics.jsonl", [{"step": s, "kl": s % 7} for s in range(5000)])
+    page = page_of([long])
+    assert page.count('<span>Step <b>') == report.STEPS and "<b>1</b>" in page and "<b>200</b>" in page
+    assert len(page) < 800_000 and "cut after 6000 of 18000 characters" in page
+    assert "frames only: the clip has" in page_of([long], clip_mb=0.001)
+    few = page_of([long], media_mb=0.05)  # room for two or three clips
+    assert 1 < few.count('src="data:video') < 4 and "frames only: the page holds no more clips" in few
+    with pytest.raises(SettingsError, match="9 runs: a page holds at most 8"):
+        report.main([str(long)] * 9)
+
+
+def test_the_command_writes_the_page(run, tmp_path, capsys):
+    report.main([f"A run={run}", "--out", str(tmp_path / "page.html"), "--show", "10005"])
+    page = (tmp_path / "page.html").read_text()
+    assert "A run" in page and "as asked for" in page and page.count("She smiles &amp; waves SFT.") == 1
+    assert "not on the page" not in capsys.readouterr().out
+    with pytest.raises(SettingsError, match="--show 99999"):
+        report.main([str(run), "--out", str(tmp_path / "x.html"), "--show", "99999"])
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_scripts_end_with_a_named_error():
+    result = subprocess.run([sys.executable, ROOT / "scripts/report.py", "nowhere"], capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 1 and result.stderr.startswith("DataError: nowhere: no run in it")
