@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from erv_min.errors import ErvMinError, SettingsError
+from erv_min.errors import SettingsError
 from erv_min.files import atomic_write, read_json, read_jsonl, write_json
+from erv_min.launch import run_script
 from erv_min.metrics import COLUMNS, paired
 
 SCRIPTS = Path(__file__).parent
@@ -101,7 +102,7 @@ def run_all(plans: dict[int, dict], out: Path, workers: int) -> None:
     """
     done = {(seed, name) for seed, jobs in plans.items() for name, (_, product, _) in jobs.items() if product.exists()}
     todo = [(seed, name) for seed, jobs in plans.items() for name in jobs if (seed, name) not in done]
-    total, started, lock, stop = len(todo), time.time(), threading.Lock(), threading.Event()
+    total, started, stop = len(todo), time.time(), threading.Event()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     running: dict = {}
 
@@ -225,7 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)
