@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(**{f.name: settings[f.name] for f in fields(Options) if f.name in settings})
     limit = settings["memory_limit"]
     try:
+        _ = options.config  # named where it is wrong, before anything runs
         if limit and options.device.startswith("cuda"):
             whole = torch.cuda.get_device_properties(options.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), options.device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from erv_min.config import HumanOmniConfig, Qwen2Config, humanomni
 from erv_min.errors import SettingsError
 from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni, random_humanomni
+from erv_min.model.linear import linear
 from erv_min.policy import Prompts
 
 TEXT_TOKENS = 58  # of a prompt beside its clip: with it a prompt has 950 tokens at 0.5B and 2,126 at 7B
@@ -113,8 +114,7 @@ def timed(work: Callable, options: Options, warm: bool = True) -> tuple[float, P
 def ceilings(options: Options) -> dict[str, float]:
     """What this machine does at best, measured now: FLOP/s of a square matrix product (through the model's own
     `linear`, the faster of the libraries), bytes/s of a copy (read and write counted)."""
-    from erv_min.model.linear import linear
-    side, count = (1024, 2**24) if options.device == "cpu" and options.size == "toy" else (2048, 2**26)
+    side, count = (2048, 2**26) if options.size in ("0.5b", "7b") else (1024, 2**24)
     if options.device.startswith("cuda"):
         side, count = 8192, 2**28
     kwargs = dict(device=options.device, dtype=options.torch_dtype)
