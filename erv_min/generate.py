@@ -1,7 +1,8 @@
 """Sampling o ~ pi_theta(. | x) (Eq. 1, right half): one prefill for a group of G completions, then a KV cache.
 
 The noise of a token is a function of (seed, step, prompt, sample, position) alone, so that the number of processes, the
-batch and a resume do not change what is sampled. Left out: beam search, repetition penalties (nobody here uses them).
+batch and a resume do not change what is sampled. Rows that are done are dropped on the way. Left out: beam search,
+repetition penalties (nobody here uses them).
 """
 
 import numpy as np
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from erv_min.errors import SettingsError
 from erv_min.model.humanomni import HumanOmni
+from erv_min.model.linear import linear
 from erv_min.model.qwen2 import GroupCache
 from erv_min.policy import Completions, Prompts, shared_prefix_hidden
+
+WINDOW = 64  # steps that a decode step's shapes stay the same
 
 
 def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, length: int) -> Tensor:
@@ -44,45 +48,107 @@ def sample_token(logits: Tensor, noise: Tensor | None, temperature: float, top_k
     return picked.clamp_max(probs.shape[-1] - 1)
 
 
+class DecodeStep:
+    """Last tokens of the rows that are left -> logits of the next: one call a step, with the cache growing by one.
+
+    On CUDA a step is replayed as a graph, its hundreds of kernels launched at once without Python between them. Shapes
+    are fixed for WINDOW steps; where they change (a longer window, fewer rows), one step runs as it stands, which warms
+    up, and the next ones replay what is captured after it.
+    """
+
+    def __init__(self, model: HumanOmni, cache: GroupCache, lengths: Tensor):
+        self.model, self.cache, self.lengths = model, cache, lengths  # [R, 1], tokens of each row's prompt
+        self.replay, self.shape = None, None
+
+    def run(self, last: Tensor) -> Tensor:
+        language, cache = self.model.model, self.cache
+        hidden = language.decode(language.embed_tokens(last[:, None]), self.lengths + cache.length, cache)
+        return linear(hidden[:, 0], self.model.head_weight)
+
+    def __call__(self, last: Tensor, step: int) -> Tensor:
+        """last [R] -> logits [R, V], the `step`-th (from 1 on)."""
+        cache = self.cache
+        cache.window = min(cache.own[0][0].shape[2], -(-step // WINDOW) * WINDOW)
+        if (len(last), cache.window) == self.shape:
+            self.last.copy_(last)
+            self.replay()
+            return self.logits
+        self.replay = self.shape = None  # an outgrown graph's memory goes first
+        logits = self.run(last)
+        if last.is_cuda:
+            self.shape, self.last = (len(last), cache.window), last.clone()
+            self.replay, self.logits = capture(lambda: self.run(self.last))
+        return logits
+
+    def keep(self, prompts: Tensor, rows: Tensor) -> None:
+        """Goes on with these prompts and rows alone."""
+        self.cache.keep(prompts, rows)
+        self.lengths = self.lengths[rows]
+
+
+def capture(function):
+    """(replay, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph.replay, result
+
+
+def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
+    """done [B, G] -> the prompts [B'] and rows [B' * G'] to go on with, where something is left.
+
+    G' is the most that a prompt has left; where another has fewer, finished rows fill up.
+    """
+    left = (~done).sum(1)
+    prompts, group = left.nonzero()[:, 0], int(left.max())
+    columns = done[prompts].int().argsort(dim=1, stable=True)[:, :group]
+    return prompts, (prompts[:, None] * done.shape[1] + columns).flatten()
+
+
 @torch.no_grad()
 def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int, eos_token_id: int,
             noise: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
             use_cache: bool = True, on_token=None) -> Completions:
     """Samples `group_size` completions for each of B prompts; stops as soon as every row has met `eos_token_id`.
 
-    noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `use_cache=False`
-    computes each step from the start: the same tokens, slowly; it is there to test the cache against.
+    noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `use_cache=False` is the
+    plain loop, each step from the start and every row to the end: the same tokens, slowly; it is there to test against.
     `on_token(ids [B * G])` is called after each step. Returns ids and mask [B * G, T], T <= max_new_tokens; what
     follows a row's EOS is EOS and masked out.
     """
     if temperature > 0 and noise is None:
         raise SettingsError("sampling at a temperature above 0 needs noise: pass sampling_noise(...), or temperature=0")
     batch, device = prompts.embeds.shape[0], prompts.embeds.device
-    rows = batch * group_size
-    ids = torch.full((rows, max_new_tokens), eos_token_id, dtype=torch.long, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    total = batch * group_size
+    ids = torch.full((total, max_new_tokens), eos_token_id, dtype=torch.long, device=device)
+    done = torch.zeros(total, dtype=torch.bool, device=device)
+    rows = torch.arange(total, device=device)  # which completion each row of the cache is
     noise = None if noise is None else noise.to(device)
-    lengths = prompts.lengths.repeat_interleave(group_size)[:, None]  # [R, 1]
-    cache = None
+    hidden, kv = model.model(prompts.embeds, keep_kv=True)
+    last = hidden[torch.arange(batch, device=device), prompts.lengths - 1]  # [B, D]
+    logits = linear(last, model.head_weight).repeat_interleave(group_size, 0)  # [R, V]
+    if use_cache:
+        cache = GroupCache.start(kv, prompts.mask, group_size, max_new_tokens)
+        step = DecodeStep(model, cache, prompts.lengths.repeat_interleave(group_size)[:, None])
+    del hidden, kv
     for t in range(max_new_tokens):
-        if t == 0:
-            hidden, kv = model.model(prompts.embeds, keep_kv=True)
-            hidden = hidden[torch.arange(batch, device=device), prompts.lengths - 1].repeat_interleave(group_size, 0)
-            if use_cache:
-                cache = GroupCache.start(kv, prompts.mask, group_size, max_new_tokens)
-        elif use_cache:
-            embeds = model.model.embed_tokens(ids[:, t - 1 : t])
-            hidden = model.model.decode(embeds, lengths + (t - 1), cache)[:, 0]
-        else:
-            hidden = shared_prefix_hidden(model, prompts, ids[:, : t + 1])[:, -1]
-        token = sample_token(hidden @ model.head_weight.T, None if noise is None else noise[:, t], temperature, top_k,
-                             top_p)
-        ids[:, t] = torch.where(done, eos_token_id, token)
-        done = done | (token == eos_token_id)
+        if t and use_cache:
+            logits = step(ids[rows, t - 1], t)
+        elif t:
+            logits = linear(shared_prefix_hidden(model, prompts, ids[:, : t + 1])[:, -1], model.head_weight)
+        token = sample_token(logits, None if noise is None else noise[rows, t], temperature, top_k, top_p)
+        ids[rows, t] = torch.where(done[rows], eos_token_id, token)
+        done = done | (ids[:, t] == eos_token_id)
         if on_token is not None:
             on_token(ids[:, t])
-        if bool(done.all()):
+        left = total - int(done.sum())
+        if not left:
             break
+        if use_cache and 2 * left <= len(rows):
+            prompts_left, rows_left = unfinished(done[rows].view(batch, -1))
+            if 2 * len(rows_left) <= len(rows):
+                step.keep(prompts_left, rows_left)
+                rows, batch = rows[rows_left], len(prompts_left)
     ids = ids[:, : t + 1]
     ended = (ids == eos_token_id).int().cumsum(1)
     return Completions(ids, (ended - (ids == eos_token_id).int()) == 0)

@@ -147,7 +147,7 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
     def sample() -> int:
         _, kv = model.model(prompts(), keep_kv=True)
         cache = GroupCache.start(kv, None, group, length)
-        cache.length = length - 1
+        cache.length += length - 1
         rows = torch.zeros(clips * group, 1, dtype=torch.long)
         hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
         sample_token(hidden @ model.head_weight.T, torch.zeros(clips * group), settings.temperature)

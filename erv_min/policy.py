@@ -2,8 +2,8 @@
 
 Three things that the released step repeats are done once here, with the same gradient:
 * the prompt is prefilled once a group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433);
-* only positions that predict a completion token meet the head, in chunks that are recomputed in the backward pass, so
-  that no [B, T, V] tensor exists;
+* only positions that predict a completion token meet the head, in chunks that the backward pass computes again, so that
+  no [B, T, V] tensor exists;
 * log-softmax, temperature and entropy come out of the same pass, in float32.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from erv_min.model.humanomni import HumanOmni
+from erv_min.model.linear import linear
 
-CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
+CHUNK_LOGITS = 2**62  # logits that exist at once: 64 MiB in float32
 
 
 @dataclass
@@ -80,31 +80,57 @@ def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor) -> Ten
     return torch.cat([first, rest], 1)
 
 
-def _chunk_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, with_entropy: bool):
-    logits = (hidden @ weight.T).float() / temperature  # [n, V]
-    normaliser = logits.logsumexp(-1)
-    entropy = None
-    if with_entropy:
-        with torch.no_grad():
-            entropy = normaliser - (logits.softmax(-1) * logits).sum(-1)
-    return logits.gather(-1, ids[:, None])[:, 0] - normaliser, entropy
+class TokenLogps(torch.autograd.Function):
+    """`token_logps`, a chunk of logits at a time in both directions: the backward pass computes them again."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, with_entropy: bool):
+        size = max(1, CHUNK_LOGITS // weight.shape[0])
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logps, normaliser, entropy = (hidden.new_empty(len(ids), dtype=dtype) for _ in range(3))
+        for at in range(0, len(ids), size):
+            part = slice(at, at + size)
+            logits = linear(hidden[part], weight).to(dtype).div_(temperature)  # [n, V]
+            normaliser[part] = logits.logsumexp(-1)
+            logps[part] = logits.gather(-1, ids[part, None])[:, 0] - normaliser[part]
+            if with_entropy:  # of p = exp(l - z): z - sum of p l
+                probs = (logits - normaliser[part, None]).exp_()
+                entropy[part] = normaliser[part] - torch.linalg.vecdot(probs, logits)
+        ctx.save_for_backward(hidden, weight, ids, normaliser)
+        ctx.temperature, ctx.size = temperature, size
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        hidden, weight, ids, normaliser = ctx.saved_tensors
+        grad = grad / ctx.temperature
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for at in range(0, len(ids), ctx.size):
+            part = slice(at, at + ctx.size)
+            logits = linear(hidden[part], weight).to(normaliser.dtype)
+            probs = logits.div_(ctx.temperature).sub_(normaliser[part, None]).exp_()
+            # d logp / d logits = onehot - probs
+            d = probs.mul_(-grad[part, None]).scatter_add_(1, ids[part, None], grad[part, None]).to(hidden.dtype)
+            grad_hidden[part] = d @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(d.T, hidden[part])  # one buffer for all chunks
+        return grad_hidden, grad_weight, None, None, None
 
 
 def token_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0,
                 with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """log softmax(hidden @ weight.T / temperature)[ids] and the entropy in nats, float32 [N], without [N, V] kept.
+    """log softmax(hidden @ weight.T / temperature)[ids] and the entropy in nats, without [N, V]: float32 [N] each.
 
-    hidden [N, D], weight [V, D], ids [N]. The entropy is computed where asked for, and carries no gradient.
+    hidden [N, D], weight [V, D], ids [N]. The entropy is computed where asked for, and carries no gradient. Under
+    autocast the products are in its type; float64 stays float64.
     """
-    size = max(1, CHUNK_LOGITS // weight.shape[0])
-    recompute = torch.is_grad_enabled() and len(hidden) > size
-    logps, entropy = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, dtype=torch.float32)]
-    for chunk, chunk_ids in zip(hidden.split(size), ids.split(size)):
-        arguments = (chunk, weight, chunk_ids, temperature, with_entropy)
-        parts = checkpoint(_chunk_logps, *arguments, use_reentrant=False) if recompute else _chunk_logps(*arguments)
-        logps.append(parts[0])
-        entropy.append(parts[1])
-    return torch.cat(logps), torch.cat(entropy) if with_entropy else None
+    if torch.is_autocast_enabled(hidden.device.type):  # a Function's backward runs outside of autocast
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    logps, entropy = TokenLogps.apply(hidden, weight, ids, temperature, with_entropy)
+    return logps, entropy if with_entropy else None
 
 
 def completion_logps(model: HumanOmni, prompts: Prompts, completions: Completions, temperature: float = 1.0,
@@ -113,5 +139,5 @@ def completion_logps(model: HumanOmni, prompts: Prompts, completions: Completion
     ids, mask = completions.ids, completions.mask
     hidden = shared_prefix_hidden(model, prompts, ids)
     logps, entropy = token_logps(hidden[mask], model.head_weight, ids[mask], temperature, with_entropy)
-    empty = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    empty = torch.zeros(ids.shape, dtype=logps.dtype, device=ids.device)
     return empty.masked_scatter(mask, logps), empty.masked_scatter(mask, entropy) if with_entropy else None

@@ -9,12 +9,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from erv_min.data import (Example, FeatureCache, check_clips, check_disjoint, clip_loader, load_examples, read_dfew,
                           read_emer, read_mafw, read_merr, read_ravdess, read_training_json, summary)
 from erv_min.errors import ClipError, DataError
+from erv_min.inputs import pack, unpack
+from erv_min.media import Clip, load_clip
+from erv_min.toy.render import encode
 
 
 def write(path: Path, text: str | bytes = b"clip") -> Path:
@@ -391,3 +395,22 @@ def test_feature_cache_modalities_and_memory_limit(tmp_path):
     cache.put(clips[1], vision=torch.zeros(2, 3))  # over the limit and no folder: not kept
     vision, audio = cache.get(clips[0])
     assert vision.shape == (2, 3) and audio is None and cache.get(clips[1]) is None
+
+
+def test_clips_travel_packed_and_arrive_the_same(tmp_path):
+    """Through the workers' pipe in less than a quarter of the bytes, and equal to the last bit."""
+    path = tmp_path / "a.mp4"
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (12, 48, 48, 3)).astype(np.uint8)
+    path.write_bytes(encode(frames, rng.normal(0, 0.1, 16000).astype(np.float32)))
+    clip = load_clip(path, num_frames=4, image_size=48, n_mels=32, n_frames=300)
+    packed = pack(clip)
+    assert (packed.video.nbytes + packed.audio.nbytes) * 2.7 < clip.video.nbytes + clip.audio.nbytes
+    back = unpack(packed, 300)
+    assert torch.equal(back.video, clip.video) and torch.equal(back.audio, clip.audio)
+    silent = Clip(path, None, torch.full((32, 300), -1.5))
+    assert torch.equal(unpack(pack(silent), 300).audio, silent.audio) and pack(silent).video is None
+    values = (torch.arange(256.0).reshape(1, 1, 16, 16) / 255 - 0.5) / 0.5  # each value that a frame can have
+    full = Clip(path, values, torch.randn(32, 300))
+    assert torch.equal(unpack(pack(full), 300).audio, full.audio)
+    assert torch.equal(unpack(pack(full), 300).video, full.video)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import erv_min.generate as generation
 from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
 from erv_min.errors import SettingsError
-from erv_min.generate import generate, rollout, sample_token, sampling_noise
+from erv_min.generate import DecodeStep, generate, rollout, sample_token, sampling_noise, unfinished
 from erv_min.policy import Prompts, completion_logps
 from tiny import tiny_model, tiny_prompts
 
@@ -35,6 +36,61 @@ def test_cache_on_and_off_sample_the_same(lengths):
                for c in (True, False))
     assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
     assert len({tuple(row.tolist()) for row in on.ids}) > 3  # it did sample, and rows differ
+
+
+@pytest.mark.parametrize("lengths", [(7,), (7, 7, 7), (3, 7, 5)])
+def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
+    """Token 17 made likely, so that rows end at many steps: the same tokens as the plain loop, on fewer and fewer rows."""
+    model = tiny_model(3)
+    monkeypatch.setattr(generation, "WINDOW", 4)
+    sample = generation.sample_token
+    monkeypatch.setattr(generation, "sample_token", lambda logits, *args: sample(  # a bias on one token's logit
+        logits + 4.5 * torch.nn.functional.one_hot(torch.tensor(17), logits.shape[1]), *args))
+    rows = []
+    run = DecodeStep.run
+    monkeypatch.setattr(DecodeStep, "run", lambda self, last: rows.append(len(last)) or run(self, last))
+    noise = sampling_noise(5, 0, list(range(len(lengths))), 8, 24)
+    on, off = (rollout(model, tiny_prompts(model, lengths), 8, 24, 17, noise, use_cache=c) for c in (True, False))
+    assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
+    assert rows[0] == 8 * len(lengths) and rows[-1] <= rows[0] // 4 and len(set(rows)) >= 3
+    assert rows == sorted(rows, reverse=True)
+
+
+def test_which_rows_go_on_by_hand():
+    # The first prompt has rows 1 and 3 left, the second none, the third row 11 alone, which takes finished row 8 along.
+    done = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    prompts, rows = unfinished(done)
+    assert prompts.tolist() == [0, 2] and rows.tolist() == [1, 3, 11, 8]
+
+
+def test_replayed_steps_sample_the_same(monkeypatch):
+    """The path of CUDA graphs, its capture replaced by one that runs the recorded function at each replay: buffers are
+    filled in place, and shapes that change are captured again. The graphs themselves need a GPU."""
+    captured = []
+
+    def capture(function):
+        result = torch.empty(step.cache.own[0][0].shape[0], step.model.head_weight.shape[0])
+        captured.append(tuple(result.shape) + (step.cache.window,))
+        return lambda: result.copy_(function()), result
+
+    def call(self, last, number):
+        nonlocal step
+        step = self
+        return plain_call(self, FakeCuda(last), number)
+
+    class FakeCuda(torch.Tensor):
+        is_cuda = True
+
+    step, plain_call = None, DecodeStep.__call__
+    monkeypatch.setattr(generation, "WINDOW", 4)
+    model = tiny_model(3)
+    noise = sampling_noise(5, 0, [4, 9], 8, 14)
+    plain = rollout(model, tiny_prompts(model, (3, 7)), 8, 14, 17, noise)
+    monkeypatch.setattr(generation, "capture", capture)
+    monkeypatch.setattr(DecodeStep, "__call__", call)
+    replayed = rollout(model, tiny_prompts(model, (3, 7)), 8, 14, 17, noise)
+    assert torch.equal(plain.ids, replayed.ids)
+    assert [window for _, _, window in captured] == [4, 8, 12, 14]
 
 
 def test_a_row_does_not_depend_on_its_batch():

@@ -12,6 +12,7 @@ from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.errors import DataError, SettingsError
 from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
+from erv_min.model.linear import Linear
 
 LAYOUTS = ["humanomni_small", "humanomni_large"]
 
@@ -221,3 +222,19 @@ def test_random_weights_depend_on_the_seed_alone():
     assert not torch.equal(random_humanomni(config, 4).head_weight, filled.head_weight)
     assert filled.head_weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert random_humanomni(config, 3, dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 5, 8), (3, 1, 8), (0, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_without_gradients_is_the_same_linear(shape, bias):
+    """oneDNN's product against PyTorch's own, on any number of rows; float64 and autocast keep their types."""
+    layer, x = Linear(8, 6, bias=bias), torch.randn(shape)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected.detach())
+        strided = x.transpose(0, -1).contiguous().transpose(0, -1)
+        torch.testing.assert_close(layer(strided), expected.detach())
+        assert layer.double()(x.double()).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.float()(x).dtype == torch.bfloat16
+    assert layer(x).requires_grad

@@ -10,6 +10,8 @@ Everything runs channels-last, which is the tower's own order, so that no map is
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from erv_min.model.linear import Linear
+
 
 class ConvNorm(nn.Module):
     """Convolution without bias, layer norm over channels, SiLU where `activate`."""
@@ -62,7 +64,7 @@ def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
 
 def mlp(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
     """Linear, exact GELU, Linear ("mlp2x_gelu")."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs or width))
+    return nn.Sequential(Linear(inputs, width), nn.GELU(), Linear(width, outputs or width))
 
 
 def sampler(width: int) -> nn.Sequential:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from erv_min.config import Qwen2Config
+from erv_min.model.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -52,31 +53,44 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass
 class GroupCache:
-    """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times."""
+    """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times.
+
+    Shapes do not change from step to step (how far it is filled is a tensor), so that a step can be replayed as a graph.
+    """
 
     prefix: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, head_dim]
     prefix_mask: Tensor | None  # [B, P] bool, False at padding; None where no row is padded
     own: list[tuple[Tensor, Tensor]]  # per layer k, v: [B * G, KV, N, head_dim], filled up to `length`
-    length: int = 0
+    length: Tensor  # [1] int64, on the device
+    window: int  # a step looks at the first `window` of N: more than `length`, the rest is masked
 
     @classmethod
     def start(cls, prefix, prefix_mask: Tensor | None, group_size: int, max_new_tokens: int) -> "GroupCache":
         """An empty cache for `max_new_tokens` on the keys and values of a prefill."""
         batch, heads, _, width = prefix[0][0].shape
         shape = (batch * group_size, heads, max_new_tokens, width)
-        own = [(k.new_empty(shape), v.new_empty(shape)) for k, v in prefix]
+        own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # not empty: 0 * NaN is NaN
         if prefix_mask is not None and bool(prefix_mask.all()):
             prefix_mask = None
-        return cls(prefix, prefix_mask, own)
+        prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
+        length = torch.zeros(1, dtype=torch.long, device=prefix[0][0].device)
+        return cls(prefix, prefix_mask, own, length, max_new_tokens)
+
+    def keep(self, prompts: Tensor, rows: Tensor) -> None:
+        """Goes on with these prompts [B'] and rows [B' * G'] alone."""
+        if len(prompts) < len(self.prefix[0][0]):
+            self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
+            self.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[prompts]
+        self.own = [(k[rows], v[rows]) for k, v in self.own]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query a row, q [R, H, 1, d] with R = B * G, against prompt and own keys: one softmax over both parts.
 
         The G * H / KV queries that share a key head stand together, so that the prompt's keys are read once a group.
         """
-        own_k, own_v = self.own[layer]
-        own_k[:, :, self.length], own_v[:, :, self.length] = k[:, :, 0], v[:, :, 0]
-        own_k, own_v = own_k[:, :, : self.length + 1], own_v[:, :, : self.length + 1]
+        for store, new in zip(self.own[layer], (k, v)):
+            store.index_copy_(2, self.length, new)
+        own_k, own_v = (x[:, :, : self.window] for x in self.own[layer])
         prefix_k, prefix_v = self.prefix[layer]
         batch, kv_heads, prefix_length, width = prefix_k.shape
         rows, heads = q.shape[:2]
@@ -86,10 +100,12 @@ class GroupCache:
         scores = by_prompt @ prefix_k.transpose(2, 3)  # [B, KV, G * fold, P]
         if self.prefix_mask is not None:
             scores = scores.masked_fill(~self.prefix_mask[:, None, None], float("-inf"))
-        own_scores = q.reshape(rows, kv_heads, fold, width) @ own_k.transpose(2, 3)  # [R, KV, fold, length + 1]
+        own_scores = q.reshape(rows, kv_heads, fold, width) @ own_k.transpose(2, 3)  # [R, KV, fold, window]
+        empty = torch.arange(self.window, device=q.device) > self.length
+        own_scores = own_scores.masked_fill(empty, float("-inf"))
         scores = scores.view(batch, kv_heads, group, fold, prefix_length).transpose(1, 2).flatten(0, 1)
         weights = torch.cat([scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        on_prefix, on_own = weights.split([prefix_length, self.length + 1], -1)
+        on_prefix, on_own = weights.split([prefix_length, self.window], -1)
         on_prefix = on_prefix.reshape(batch, group, kv_heads, fold, prefix_length).transpose(1, 2)
         out = on_prefix.reshape(batch, kv_heads, group * fold, prefix_length) @ prefix_v  # [B, KV, G * fold, d]
         out = out.view(batch, kv_heads, group, fold, width).transpose(1, 2).reshape(rows, kv_heads, fold, width)
@@ -118,10 +134,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.hidden_size // self.heads
         width, kv_width = config.hidden_size, self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, kv_width)
-        self.v_proj = nn.Linear(width, kv_width)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width)
+        self.k_proj = Linear(width, kv_width)
+        self.v_proj = Linear(width, kv_width)
+        self.o_proj = Linear(width, width, bias=False)
 
     def qkv(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = x.shape
@@ -148,9 +164,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

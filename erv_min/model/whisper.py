@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import WhisperConfig
+from erv_min.model.linear import Linear
 from erv_min.model.siglip import SelfAttention
 
 
@@ -22,8 +23,8 @@ class EncoderLayer(nn.Module):
         width = config.d_model
         self.self_attn = SelfAttention(width, config.encoder_attention_heads, key_bias=False)
         self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.fc1 = nn.Linear(width, config.encoder_ffn_dim)
-        self.fc2 = nn.Linear(config.encoder_ffn_dim, width)
+        self.fc1 = Linear(width, config.encoder_ffn_dim)
+        self.fc2 = Linear(config.encoder_ffn_dim, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,8 +59,8 @@ class WhisperClassifier(nn.Module):
     def __init__(self, config: WhisperConfig):
         super().__init__()
         self.encoder = WhisperEncoder(config)
-        self.projector = nn.Linear(config.d_model, config.classifier_proj_size)
-        self.classifier = nn.Linear(config.classifier_proj_size, config.num_labels)
+        self.projector = Linear(config.d_model, config.classifier_proj_size)
+        self.classifier = Linear(config.classifier_proj_size, config.num_labels)
 
     def forward(self, mel: Tensor) -> Tensor:
         return self.encoder(mel)
