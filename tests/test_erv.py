@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from erv_min import audit, erv
+from erv_min import audit, checkpoint, erv
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.errors import CheckpointError, DataError, SettingsError
 from erv_min.files import read_json, read_jsonl
@@ -104,6 +105,7 @@ class FakeVerifier(erv.Verifier):
         return torch.tensor(rows).reshape(-1, 11)
 
 
+            row[ERV_LABELS.index("neutral")] = 0.1
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +311,7 @@ HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows f
 
 @pytest.mark.parametrize("way, expected", [
     ("repeat one sentence", ["His voice shows anger."] * 3), ("stuff label words", ["Anger, anger, anger."] * 3),
+    ("claim calm around one", ["The face is calm and neutral.", "His voice shows anger.", "The person is neutral."]),
     ("drop neutral sentences", HONEST[1:]), ("one sentence only", ["His voice shows anger."]),
     ("name the emotion in each", [s[:-1] + ", which shows anger." for s in HONEST]),
     ("two emotions in each", [s[:-1] + ", which shows anger or happiness." for s in HONEST]),
@@ -332,10 +335,13 @@ def test_audit_by_hand():
     assert list(rows) == ["honest", *audit.CHEATS]
     honest = rows["honest"].rewards
     assert honest == pytest.approx({"paper": 0.5, "gate_on_answer": 0.5, "phase_in_steps": 0.25, "length_target": 0.5,
-                                    "repeat_discount": 0.5})
+                                    "repeat_discount": 0.5, "no neutral filter": 1 / 3})
     assert rows["repeat one sentence"].rewards["paper"] == 1.0
     assert rows["one sentence only"].rewards == pytest.approx(honest | {
-        "paper": 1.0, "gate_on_answer": 1.0, "phase_in_steps": 0.5, "length_target": 4 / 14, "repeat_discount": 1.0})
+        "paper": 1.0, "gate_on_answer": 1.0, "phase_in_steps": 0.5, "length_target": 4 / 14, "repeat_discount": 1.0,
+        "no neutral filter": 1.0})
+    calm = rows["claim calm around one"].rewards  # two calm sentences, left out by the filter: 1 / (3 - 2)
+    assert calm["paper"] == 1.0 and calm["no neutral filter"] == pytest.approx(1 / 3)
     assert rows["wrong answer"].rewards["paper"] == 0.5 and rows["wrong answer"].rewards["gate_on_answer"] == 0.0
     assert rows["stuff label words"].statistics["distinct_sentence_rate"] == pytest.approx(1 / 3)
     assert rows["honest"].judged == 1.0 and "| one sentence only | 100.0 |" in audit.audit_table(list(rows.values()))
@@ -439,8 +445,14 @@ def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
     result = read_json(tmp_path / "audit.json")
     assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
     assert result["agreement"]["accuracy"] >= 0.8 and "| honest |" in capsys.readouterr().out
-    script.score(["--erv", str(trained), "--predictions", predictions, "--out", str(tmp_path / "score.json")])
-    assert read_json(tmp_path / "score.json")["reward_explanation"] == pytest.approx(2 / 3)
+    blind = erv.Verifier.load(trained)  # a second verifier that takes every sentence for disgust
+    blind.model.classifier["out_proj"].bias[1] = 100.0
+    checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
+    shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
+    script.score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
+                  str(tmp_path / "score.json")])
+    by_verifier = read_json(tmp_path / "score.json")
+    assert [x["reward_explanation"] for x in by_verifier.values()] == pytest.approx([2 / 3, 0])
     capsys.readouterr()
     script.score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
