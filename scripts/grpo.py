@@ -44,14 +44,21 @@ def prepare_toy(settings: GRPOSettings) -> None:
     world = world_folder(settings)
     same = ("--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu")
     prepare_world(world, settings.seed, base=not settings.model)
-    for given, name in ((settings.erv or not settings.w_explanation, "erv"), (settings.model, "sft")):
+    sources = ("--sources", "human") if settings.ablate == "augmentation" else ()
+    for given, name, more in ((settings.erv or not settings.w_explanation, erv_name(settings), sources),
+                              (settings.model, "sft", ())):
         folder = Path(settings.out, name)
         if not given and not (folder / "model.safetensors").exists():
-            finish(start(str(SCRIPTS / f"{name}.py"), *same, "--out", str(folder), "--resume"))
+            finish(start(str(SCRIPTS / f"{name[:3]}.py"), *same, "--out", str(folder), "--resume", *more))
     folder = Path(settings.out, "baseline")
     if settings.baseline and not (folder / "model.safetensors").exists():
         finish(start(str(SCRIPTS / "grpo.py"), *same, "--out", str(folder), "--model", settings.model or f"{settings.out}/sft",
                      "--w-explanation", "0", "--steps", str(settings.steps), "--eval-clips", "-1", "--resume"))
+
+
+def erv_name(settings: GRPOSettings) -> str:
+    """The toy verifier's folder in OUT; one trained without augmentation (table 2) has a name of its own."""
+    return "erv-unaugmented" if settings.ablate == "augmentation" else "erv"
 
 
 def reward_settings(settings: GRPOSettings) -> RewardSettings:
@@ -87,7 +94,10 @@ def main(argv: list[str] | None = None) -> None:
         if main_process():  # the others wait for it where the process group forms
             prepare_toy(settings)
         settings.model = settings.model or f"{settings.out}/sft"
-        settings.erv = settings.erv or f"{settings.out}/erv"
+        settings.erv = settings.erv or f"{settings.out}/{erv_name(settings)}"
+    elif settings.ablate == "augmentation" and not settings.erv:
+        raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
+                            "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
     elif settings.random_weights and main_process():
         prepare_world(world_folder(settings), settings.seed, base=False)
     elif settings.w_explanation and not settings.erv and not settings.random_weights:

@@ -14,7 +14,7 @@ from erv_min import audit, checkpoint, erv
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.errors import CheckpointError, DataError, SettingsError
 from erv_min.files import read_json, read_jsonl
-from erv_min.rewards import Reward, select_labels
+from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
 from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
@@ -49,14 +49,18 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def script():
-    path = Path(__file__).parent.parent / "scripts" / "erv.py"
-    spec = importlib.util.spec_from_file_location("erv_script", path)
+def load_script(name: str):
+    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_script", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["erv_script"] = module
+    sys.modules[f"{name}_script"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def script():
+    return load_script("erv")
 
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
@@ -101,11 +105,11 @@ class FakeVerifier(erv.Verifier):
     def probabilities(self, sentences):
         rows = [[0.9 if label in s.lower() else 0.1 for label in ERV_LABELS] for s in sentences]
         for row in rows:
+            row[ERV_LABELS.index("neutral")] = 0.1
             row[ERV_LABELS.index("neutral")] = 0.8 if max(row) < 0.5 else 0.1
         return torch.tensor(rows).reshape(-1, 11)
 
 
-            row[ERV_LABELS.index("neutral")] = 0.1
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,13 +288,6 @@ def test_agreement_by_hand():
         audit.agreement(["a"], [None], ("a",))
 
 
-def test_throughput_counts_both_ways():
-    result = erv.throughput(erv.Verifier(FakeModel(), FakeTokenizer(), ERV_LABELS), [["a", "bb"], ["a"]], rounds=1)
-    assert result["speedup"] == pytest.approx(result["batched"] / result["loop"])
-    with pytest.raises(SettingsError):
-        erv.throughput(FakeVerifier(), [[]])
-
-
 # ---- watched, and cheated --------------------------------------------------------------------------------------------
 
 
@@ -311,10 +308,10 @@ HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows f
 
 @pytest.mark.parametrize("way, expected", [
     ("repeat one sentence", ["His voice shows anger."] * 3), ("stuff label words", ["Anger, anger, anger."] * 3),
-    ("claim calm around one", ["The face is calm and neutral.", "His voice shows anger.", "The person is neutral."]),
     ("drop neutral sentences", HONEST[1:]), ("one sentence only", ["His voice shows anger."]),
     ("name the emotion in each", [s[:-1] + ", which shows anger." for s in HONEST]),
     ("two emotions in each", [s[:-1] + ", which shows anger or happiness." for s in HONEST]),
+    ("claim calm around one", ["The face is calm and neutral.", "His voice shows anger.", "The person is neutral."]),
     ("wrong answer", HONEST)])
 def test_ways_to_cheat(way, expected):
     assert audit.cheat(way, HONEST, "angry", [0.0, 0.9, 0.1], [True, False, False]) == expected
@@ -412,6 +409,54 @@ def test_options_of_training(folder, script, trained, tmp_path):
     script.train(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
                            "9", "--patience", "2"))
     assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
+
+
+def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
+    """Divergence 4: the trained 11 outputs, put where GoEmotions has them, give the same probabilities and R_E."""
+    small = erv.Verifier.load(trained)
+    wide = erv.fresh_head(small.model, 28)
+    with torch.no_grad():
+        wide.classifier["out_proj"].weight.zero_()
+        wide.classifier["out_proj"].bias.fill_(-9.0)
+        for part in ("weight", "bias"):
+            old, new = (getattr(m.classifier["out_proj"], part) for m in (small.model, wide))
+            new[[GOEMOTIONS_INDEX[x] for x in ERV_LABELS]] = old
+    checkpoint.save_erv(wide, tmp_path, GOEMOTIONS)
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    large, sentences = erv.Verifier.load(tmp_path), ["She laughs as she talks.", "He sobs as he talks.",
+                                                      "A man is in the office."]
+    probs = large.probabilities(sentences)
+    assert large.labels == GOEMOTIONS and probs[0].argmax() == 17 and probs[1].argmax() == 25  # joy, sadness
+    torch.testing.assert_close(probs[:, erv.erv_columns(large.labels)], small.probabilities(sentences))
+    sets = [select_labels(v.probabilities(sentences), v.labels) for v in (large, small)]
+    for e_gt, R_E in (("happy", 1 / 2), ("sad", 1 / 2), ("neutral", 1 / 3), ("fear", 0)):
+        assert explanation_reward(sets[0], e_gt) == explanation_reward(sets[1], e_gt) == R_E
+
+
+def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, monkeypatch):
+    """Table 2's row in one command on the toy; with real data the error says which verifier to train."""
+    grpo, commands = load_script("grpo"), []
+    monkeypatch.setattr(grpo, "start", lambda *command: commands.append(command))
+    monkeypatch.setattr(grpo, "finish", lambda process: None)
+    monkeypatch.setattr(grpo, "prepare_world", lambda *_, **__: None)
+    for ablate, name, sources in (("augmentation", "erv-unaugmented", ("--sources", "human")), ("", "erv", ())):
+        commands.clear()
+        grpo.prepare_toy(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate))
+        (made,) = (c for c in commands if c[0].endswith("erv.py"))
+        assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--resume") + 1:] == sources
+    with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):
+        grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
+
+
+def test_speed_of_all_ways_is_measured_on_equal_results():
+    speed = load_script("erv_speed")
+    completions = speed.step_sentences(2, repeats=0.5)
+    flat = [s for own in completions for s in own]
+    assert len(completions) == 32 and len(flat) == 160 and 60 < len(set(flat)) < 110  # 85 expected, deviation 6
+    assert len(set(s for own in speed.step_sentences(1, repeats=0) for s in own)) == 80
+    rows = list(speed.measure("toy", 1, rounds=1, transformers=False))
+    assert [row["way"] for row in rows] == ["one pass", "loop"] and rows[1]["times_the_loop"] == 1
+    assert all(row["sentences"] == 80 and row["sentences_per_s"] > 0 for row in rows)
 
 
 def test_patience_and_resampling_by_hand(script):

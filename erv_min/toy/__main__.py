@@ -1,4 +1,4 @@
-"""`python -m erv_min.toy FOLDER [--seed S]`: renders the embedded world into FOLDER and trains its base model."""
+"""`python -m erv_min.toy FOLDER [--seed S] [--exploitable]`: renders the embedded world and trains its base model."""
 
 import argparse
 import sys
@@ -13,9 +13,10 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path, help="where clip/, annotations, tokenizers and base/ go")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model's weights")
     parser.add_argument("--clips-only", action="store_true", help="render and annotate, train nothing")
+    parser.add_argument("--exploitable", action="store_true", help="with cues that are true of two emotions")
     arguments = parser.parse_args()
     try:
-        build_world(arguments.folder, WorldSettings(seed=arguments.seed))
+        build_world(arguments.folder, WorldSettings(seed=arguments.seed, exploitable=arguments.exploitable))
         if not arguments.clips_only and not (arguments.folder / "base" / "model.safetensors").exists():
             train_base(arguments.folder, arguments.seed)
     except ErvMinError as error:
