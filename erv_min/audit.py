@@ -214,7 +214,7 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
             paid = [r.total - settings.w_format * r.format - settings.w_answer * r.answer for r in scored]
             means[remedy.name] = sum(paid) / len(paid)
             if remedy.name == "paper":
-                statistics = explanation_statistics(texts, scored)
+                statistics = explanation_statistics(scored)
         said = judge([extract_explanation(text) for text in texts]) if judge else None
         judged = sum(j == e for j, e in zip(said, truths)) / len(said) if said else None
         rows.append(AuditRow(way, means, judged, statistics))

@@ -229,17 +229,17 @@ def sampling_weights(targets: Tensor) -> Tensor:
 # ---- watched while the reward is in use ------------------------------------------------------------------------------
 
 
-def explanation_statistics(completions: list[str], rewards: list) -> dict[str, float | None]:
+def explanation_statistics(rewards: list) -> dict[str, float | None]:
     """What a policy that cheats R_E would move, as means over completions; stands beside R_E in metrics.jsonl.
 
-    completions: texts; rewards: their `rewards.Reward`s. Sentences of an explanation; share of sentences whose only
-    label is neutral (None where no label was predicted); share of sentences that contain an emotion's name; distinct
-    sentences over all; words of the explanation.
+    rewards: `rewards.Reward`s of a step. Sentences of an explanation; share of sentences whose only label is neutral
+    (None where no label was predicted); share of sentences that contain an emotion's name; distinct sentences over
+    all; words of the explanation.
     """
     split = [r.sentences for r in rewards]
     judged = [label_set for r in rewards for label_set in (r.label_sets or [])]
     neutral = sum(list(x) == ["neutral"] for x in judged) / len(judged) if judged else None
-    total, n = sum(map(len, split)), max(1, len(completions))
+    total, n = sum(map(len, split)), max(1, len(rewards))
     named = sum(bool(label_words(sentence)) for sentences in split for sentence in sentences)
     distinct = [len(set(sentences)) / len(sentences) for sentences in split if sentences]
     return {"sentences": total / n, "neutral_share": neutral, "label_word_rate": named / max(1, total),

@@ -88,6 +88,7 @@ class GRPOSettings(Common):
     neutral_rule: str = setting("only", "a sentence is neutral where neutral is its only label, or any of its labels "
                                         "(divergence 2)", ("only", "any"))
     answer_rule: str = setting("paper", "how an answer is read (divergence 18)", ("paper", "released"))
+    sentence_rule: str = setting("released", "how an explanation is split (sentences.py)", ("released", "extended"))
     ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                           ("", "neutral-filtering", "sentence-level", "augmentation"))
     gate_on_answer: bool = setting(False, "R_E only where format and answer are right (remedy, as GRPO-CARE's bonus)")

@@ -341,7 +341,7 @@ def score(argv: list[str]) -> None:
                 print(f"{', '.join(names):>24}  {sentence}")
             continue
         mean = sum(r.explanation for r in rewards) / len(rewards)
-        results[folder] = {"reward_explanation": mean, **explanation_statistics(completions, rewards)}
+        results[folder] = {"reward_explanation": mean, **explanation_statistics(rewards)}
         print(f"{folder}: " + ", ".join(f"{name} {'-' if value is None else round(value, 4)}"
                                         for name, value in results[folder].items()))
     if args.out:

@@ -35,8 +35,8 @@ from erv_min.rewards import RewardSettings, format_reward, score_completions
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, parse
 from erv_min.stages import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
                             world_folder)
-from erv_min.train import (Run, batch_of_step, learning_rate, main_process, make_optimizer, prepare_out, start_world,
-                           sum_over_processes, update)
+from erv_min.train import (Run, batch_of_step, gather_lists, learning_rate, main_process, make_optimizer, prepare_out,
+                           start_world, sum_over_processes, update)
 
 
 def prepare_toy(settings: GRPOSettings) -> None:
@@ -64,6 +64,7 @@ def erv_name(settings: GRPOSettings) -> str:
 def reward_settings(settings: GRPOSettings) -> RewardSettings:
     return RewardSettings(
         tau=settings.tau, k=settings.k, neutral_rule=settings.neutral_rule, answer_rule=settings.answer_rule,
+        sentence_rule=settings.sentence_rule,
         neutral_filter=settings.ablate != "neutral-filtering", sentence_level=settings.ablate != "sentence-level",
         w_format=settings.w_format, w_answer=settings.w_answer, w_explanation=settings.w_explanation,
         gate_on_answer=settings.gate_on_answer, phase_in_steps=settings.phase_in_steps,
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                 parts.append(rollout(model, builder.prompts(inputs[at : at + settings.micro_batch]), G,
                                      settings.max_new_tokens, eos, noise, settings.temperature, settings.top_k))
         rolled = time.time() - started
-        sums = dict.fromkeys(SUMS, 0.0)
+        sums, scored = dict.fromkeys(SUMS, 0.0), []
         if inputs:
             completions = pad_together(parts, eos)
             texts = [builder.tokenizer.decode(ids[mask].tolist(), skip_special=True)
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             "completion_length": tokens / n, "ended": totals["ended"] / n,
             "groups_without_spread": totals["groups_without_spread"] / max(1, totals["groups"]),
             "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "seconds": seconds, "seconds_rollout": rolled,
-            **(explanation_statistics(texts, scored) if inputs else {})})
+            **explanation_statistics(gather_lists(scored, world))})
         if inputs and (step % settings.sample_every == 0 or step + 1 == total) and world.main:
             show(run, step, inputs[0], texts[:G], scored[:G])
         if (step + 1) % settings.save_every == 0 and step + 1 < total:

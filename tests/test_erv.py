@@ -1,5 +1,6 @@
 """erv.py and audit.py: loss, data, verifier, measures, ways to cheat; and scripts/erv.py end to end."""
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -14,7 +15,7 @@ from erv_min import audit, checkpoint, erv
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.errors import CheckpointError, DataError, SettingsError
 from erv_min.files import read_json, read_jsonl
-from erv_min.rewards import Reward, explanation_reward, select_labels
+from erv_min.rewards import Reward, RewardSettings, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
 from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
@@ -295,11 +296,11 @@ def test_explanation_statistics_by_hand():
     sentences, label_sets = ["He is here.", "He is angry.", "He is angry."], [["neutral"], ["anger"], ["anger"]]
     rewards = [Reward(1, 1, 0.5, 2.5, sentences, label_sets), Reward(1, 0, 0.0, 1.0, [], [])]
     # 3 sentences over 2 completions; 1 neutral of 3; 2 of 3 name an emotion; 2 distinct of 3; 3 + 3 + 3 words over 2.
-    assert erv.explanation_statistics(["x", "y"], rewards) == pytest.approx(
+    assert erv.explanation_statistics(rewards) == pytest.approx(
         {"sentences": 1.5, "neutral_share": 1 / 3, "label_word_rate": 2 / 3, "distinct_sentence_rate": 2 / 3,
          "explanation_words": 4.5})
-    assert erv.explanation_statistics(["x"], [Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
-    assert erv.explanation_statistics([], [])["sentences"] == 0
+    assert erv.explanation_statistics([Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
+    assert erv.explanation_statistics([])["sentences"] == 0
     assert erv.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
 
 
@@ -446,6 +447,19 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
         assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--resume") + 1:] == sources
     with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
+
+
+def test_every_reward_setting_has_an_option():
+    """What RewardSettings holds can be asked of scripts/grpo.py; table 2's two rows of R_E by --ablate."""
+    grpo = load_script("grpo")
+    other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
+                 w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
+                 repeat_discount=0.5)
+    assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
+    assert grpo.reward_settings(grpo.GRPOSettings()) == RewardSettings()
+    assert grpo.reward_settings(grpo.GRPOSettings(**other)) == RewardSettings(**other)
+    for ablate, field in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
+        assert grpo.reward_settings(grpo.GRPOSettings(ablate=ablate)) == RewardSettings(**{field: False})
 
 
 def test_speed_of_all_ways_is_measured_on_equal_results():
