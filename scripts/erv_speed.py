@@ -1,10 +1,11 @@
 """How fast the verifier scores a GRPO step: `python scripts/erv_speed.py [--size toy|base] [--repeats 0.3] ...`
 
-The same sentences four ways, in turn, in one process on one machine:
-  one pass    Verifier.probabilities: all completions at once, sorted by length, a repeated sentence scored once
-  loop        a forward pass a completion, its sentences padded to their longest, repeats and all
+The same sentences, with the same weights, in turn, in one process on one machine:
+  batched     Verifier.probabilities: all completions at once, sorted by length, a repeated sentence scored once
+  loop        our network, a forward pass a completion, its sentences padded to their longest, repeats and all
+  their loop  the same with transformers' RobertaForSequenceClassification
   pipeline    transformers' text-classification pipeline a completion, as it comes (one sentence a forward pass)
-  pipeline-N  the same over all completions at once with batch_size N
+  pipeline-64 the same over all completions at once with batch_size 64
 Sentences: the embedded world's, joined to the paper's lengths (figures 8 to 11: some 15 to 60 tokens). What is measured
 is the way, not the verifier's skill: its weights are random. Left out: the labels' selection, which is the same in all.
 """
@@ -55,23 +56,24 @@ def step_sentences(prompts: int, group: int = 16, per_completion: int = 5, repea
 
 def ways(verifier: Verifier, folder: Path | None) -> dict[str, Callable[[list[list[str]]], Tensor]]:
     """Name -> a function of completions that gives [S, K] probabilities; transformers' where `folder` is given."""
-    def loop(completions: list[list[str]]) -> Tensor:
+    def loop(model, completions: list[list[str]]) -> Tensor:
         rows = []
         with torch.inference_mode():
             for sentences in completions:
                 ids, mask = (x.to(verifier.device) for x in verifier.tokenizer.encode_batch(sentences))
-                rows.append(torch.sigmoid(verifier.model(ids, mask).float()).cpu())
+                out = model(ids, mask)
+                rows.append(torch.sigmoid(getattr(out, "logits", out).float()).cpu())
         return torch.cat(rows)
 
-    found = {"one pass": lambda completions: verifier.probabilities([s for own in completions for s in own]),
-             "loop": loop}
+    found = {"batched": lambda completions: verifier.probabilities([s for own in completions for s in own]),
+             "loop": lambda completions: loop(verifier.model, completions)}
     if folder is None:
         return found
     from transformers import PreTrainedTokenizerFast, RobertaForSequenceClassification, pipeline
 
-    classify = pipeline(
-        "text-classification", model=RobertaForSequenceClassification.from_pretrained(folder), device=verifier.device,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>"))
+    theirs = RobertaForSequenceClassification.from_pretrained(folder).to(verifier.device).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>")
+    classify = pipeline("text-classification", model=theirs, tokenizer=tokenizer, device=verifier.device)
 
     def through(completions: list[list[str]], size: int) -> Tensor:
         options = dict(top_k=None, function_to_apply="sigmoid", batch_size=size)
@@ -79,15 +81,31 @@ def ways(verifier: Verifier, folder: Path | None) -> dict[str, Callable[[list[li
         said = [{x["label"]: x["score"] for x in row} for sentences in given for row in classify(sentences, **options)]
         return torch.tensor([[row[label] for label in verifier.labels] for row in said])
 
-    return found | {"pipeline": lambda completions: through(completions, 1),
+    return found | {"their loop": lambda completions: loop(theirs, completions),
+                    "pipeline": lambda completions: through(completions, 1),
                     f"pipeline-{BATCH}": lambda completions: through(completions, BATCH)}
+
+
+def throughput(verifier: Verifier, completions: list[list[str]], rounds: int = 3, folder: Path | None = None,
+               ) -> dict[str, float]:
+    """Sentences a second of each way: the median of `rounds`, taken in turn after a short warm-up, so that all meet the
+    same load of the machine. Raises SettingsError where two differ by more than 1e-3 in any probability."""
+    found, expected = ways(verifier, folder), None
+    seconds = {name: [] for name in found}
+    for i in range(rounds + 1):
+        for name, way in found.items():
+            start = time.perf_counter()
+            probs = way(completions if i else completions[:8])
+            seconds[name] += [time.perf_counter() - start] if i else []
+            expected = probs if name == "batched" else expected
+            if (probs - expected).abs().max() > 1e-3:
+                raise SettingsError(f"{name} and batched give different probabilities: nothing to compare")
+    return {name: sum(map(len, completions)) / sorted(times)[len(times) // 2] for name, times in seconds.items()}
 
 
 def measure(size: str = "toy", prompts: int = 4, repeats: float = 0.3, rounds: int = 3, device: str = "cpu",
             transformers: bool = True) -> Iterator[dict]:
-    """A row a way: sentences per second (median of `rounds`, taken in turn after a warm-up), and times the loop's.
-
-    Raises SettingsError where two ways disagree by more than 1e-3 in any probability."""
+    """A row a way: what was measured on, sentences per second, and how many times the loop's."""
     completions = step_sentences(prompts, repeats=repeats)
     flat = [s for own in completions for s in own]
     tokenizer = roberta_tokenizer(flat)
@@ -96,22 +114,12 @@ def measure(size: str = "toy", prompts: int = 4, repeats: float = 0.3, rounds: i
         checkpoint.save_erv(scratch(size, tokenizer.get_vocab_size(), len(ERV_LABELS)), Path(folder), ERV_LABELS)
         tokenizer.save(f"{folder}/tokenizer.json")
         verifier = Verifier.load(folder, device)
-        found = ways(verifier, Path(folder) if transformers else None)
-        lengths = verifier.tokenizer.encode_batch(flat)[1].sum(1).float()
-        seconds, expected = {name: [] for name in found}, None
-        for i in range(rounds + 1):
-            for name, way in found.items():
-                start = time.perf_counter()
-                probs = way(completions if i else completions[:8])  # the warm-up is short
-                seconds[name] += [time.perf_counter() - start] if i else []
-                expected = probs if name == "one pass" else expected
-                if (probs - expected).abs().max() > 1e-3:
-                    raise SettingsError(f"{name} and one pass give different probabilities: nothing to compare")
-    rate = {name: len(flat) / sorted(times)[len(times) // 2] for name, times in seconds.items()}
+        tokens = verifier.tokenizer.encode_batch(flat)[1].sum().item() / len(flat)
+        rate = throughput(verifier, completions, rounds, Path(folder) if transformers else None)
     for name, value in rate.items():
         yield {"way": name, "size": size, "device": str(device), "threads": torch.get_num_threads(),
-               "sentences": len(flat), "distinct": len(set(flat)), "tokens_mean": lengths.mean().item(),
-               "sentences_per_s": value, "times_the_loop": value / rate["loop"]}
+               "sentences": len(flat), "distinct": len(set(flat)), "tokens_a_sentence": round(tokens, 1),
+               "sentences_per_s": round(value, 2), "times_the_loop": round(value / rate["loop"], 2)}
 
 
 if __name__ == "__main__":

@@ -469,7 +469,7 @@ def test_speed_of_all_ways_is_measured_on_equal_results():
     assert len(completions) == 32 and len(flat) == 160 and 60 < len(set(flat)) < 110  # 85 expected, deviation 6
     assert len(set(s for own in speed.step_sentences(1, repeats=0) for s in own)) == 80
     rows = list(speed.measure("toy", 1, rounds=1, transformers=False))
-    assert [row["way"] for row in rows] == ["one pass", "loop"] and rows[1]["times_the_loop"] == 1
+    assert [row["way"] for row in rows] == ["batched", "loop"] and rows[1]["times_the_loop"] == 1
     assert all(row["sentences"] == 80 and row["sentences_per_s"] > 0 for row in rows)
 
 
