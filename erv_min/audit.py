@@ -117,7 +117,8 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
 # ---- ways to cheat, and remedies -------------------------------------------------------------------------------------
 
 CHEATS = ("repeat one sentence", "stuff label words", "drop neutral sentences", "one sentence only",
-          "name the emotion in each", "two emotions in each", "copy the question", "another language", "wrong answer")
+          "name the emotion in each", "two emotions in each", "claim calm around one", "copy the question",
+          "another language", "wrong answer")
 SPANISH = dict(zip(ERV_LABELS, ("enojo", "asco", "miedo", "felicidad", "calma", "tristeza", "sorpresa", "desprecio",
                                 "ansiedad", "impotencia", "decepción")))
 
@@ -142,6 +143,8 @@ def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral:
     if way == "two emotions in each":
         other = "fear" if word == "happiness" else "happiness"
         return [f"{s.rstrip('.!? ')}, which shows {word} or {other}." for s in sentences]
+    if way == "claim calm around one":  # the filter leaves out what contradicts: found by a policy in the toy
+        return ["The face is calm and neutral.", best, "The person is neutral."]
     if way == "copy the question":
         return split_sentences(QUESTION)
     if way == "another language":
@@ -162,14 +165,13 @@ class Remedy:
 
 
 def remedies(honest_words: int) -> list[Remedy]:
-    """The paper's settings, then each optional remedy alone; the length term asks for an honest explanation's words.
-
-    Sources: R_E only where format and answer are right, FG-CE; R_E phased in over training (here half-way),
-    EmotionThinker; a length term, AffectGPT-R1; repeated sentences do not count: ours, after repetition penalties."""
+    """The paper's settings, then each optional remedy alone (sources: RewardSettings): R_E only where format and answer
+    are right; half-way through the phase-in; as many words as an honest explanation; repeated sentences do not count;
+    and table 2's row without neutral filtering, where a calm sentence lowers R_E as any other does."""
     return [Remedy("paper", {}), Remedy("gate_on_answer", {"gate_on_answer": True}),
             Remedy("phase_in_steps", {"phase_in_steps": 100}, step=50),
             Remedy("length_target", {"length_target": honest_words}),
-            Remedy("repeat_discount", {"repeat_discount": 1.0})]
+            Remedy("repeat_discount", {"repeat_discount": 1.0}), Remedy("no neutral filter", {"neutral_filter": False})]
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
             paid = [r.total - settings.w_format * r.format - settings.w_answer * r.answer for r in scored]
             means[remedy.name] = sum(paid) / len(paid)
             if remedy.name == "paper":
-                statistics = explanation_statistics(texts, scored)
+                statistics = explanation_statistics(scored)
         said = judge([extract_explanation(text) for text in texts]) if judge else None
         judged = sum(j == e for j, e in zip(said, truths)) / len(said) if said else None
         rows.append(AuditRow(way, means, judged, statistics))

@@ -8,7 +8,6 @@ Left out: distillation of the labelling LLM's probabilities (the paper trains on
 
 import hashlib
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from erv_min import checkpoint, config
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
-from erv_min.errors import CheckpointError, DataError, SettingsError
+from erv_min.errors import CheckpointError, DataError
 from erv_min.files import read_json, read_jsonl
 from erv_min.model.bert import RobertaClassifier
 from erv_min.tokenizer import EncoderTokenizer
@@ -32,13 +31,15 @@ class Verifier:
     """Sentences -> probabilities. One per run: GRPO scores all sentences of all completions of a step in one call."""
 
     def __init__(self, model: RobertaClassifier, tokenizer: EncoderTokenizer, labels: tuple[str, ...],
-                 device: str | torch.device = "cpu", token_budget: int = 16384):
+                 device: str | torch.device = "cpu", token_budget: int = 0):
+        """token_budget: padded tokens a forward pass; 0: what keeps a CPU's activations in its cache, or a GPU busy."""
         self.model = model.to(device).eval().requires_grad_(False)
-        self.tokenizer, self.labels, self.device, self.token_budget = tokenizer, tuple(labels), device, token_budget
+        self.tokenizer, self.labels, self.device = tokenizer, tuple(labels), device
+        self.token_budget = token_budget or (1024 if torch.device(device).type == "cpu" else 16384)
 
     @classmethod
     def load(cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", revision: str | None = None,
-             token_budget: int = 16384) -> "Verifier":
+             token_budget: int = 0) -> "Verifier":
         """Reads weights, config.json, tokenizer.json of a head of 11 or 28; raises CheckpointError on another."""
         folder = checkpoint.resolve(folder_or_repo, revision)
         model = checkpoint.load_erv(folder)
@@ -55,7 +56,7 @@ class Verifier:
             return torch.zeros(0, len(self.labels))
         ids, mask = self.tokenizer.encode_batch(unique)  # [U, L] each
         probs = torch.empty(len(unique), len(self.labels))
-        with torch.no_grad():
+        with torch.inference_mode():
             for rows, length in length_batches(mask.sum(1), self.token_budget):
                 batch = (x[rows, :length].to(self.device) for x in (ids, mask))
                 probs[rows] = torch.sigmoid(self.model(*batch).float()).cpu()
@@ -228,17 +229,17 @@ def sampling_weights(targets: Tensor) -> Tensor:
 # ---- watched while the reward is in use ------------------------------------------------------------------------------
 
 
-def explanation_statistics(completions: list[str], rewards: list) -> dict[str, float | None]:
+def explanation_statistics(rewards: list) -> dict[str, float | None]:
     """What a policy that cheats R_E would move, as means over completions; stands beside R_E in metrics.jsonl.
 
-    completions: texts; rewards: their `rewards.Reward`s. Sentences of an explanation; share of sentences whose only
-    label is neutral (None where no label was predicted); share of sentences that contain an emotion's name; distinct
-    sentences over all; words of the explanation.
+    rewards: `rewards.Reward`s of a step. Sentences of an explanation; share of sentences whose only label is neutral
+    (None where no label was predicted); share of sentences that contain an emotion's name; distinct sentences over
+    all; words of the explanation.
     """
     split = [r.sentences for r in rewards]
     judged = [label_set for r in rewards for label_set in (r.label_sets or [])]
     neutral = sum(list(x) == ["neutral"] for x in judged) / len(judged) if judged else None
-    total, n = sum(map(len, split)), max(1, len(completions))
+    total, n = sum(map(len, split)), max(1, len(rewards))
     named = sum(bool(label_words(sentence)) for sentences in split for sentence in sentences)
     distinct = [len(set(sentences)) / len(sentences) for sentences in split if sentences]
     return {"sentences": total / n, "neutral_share": neutral, "label_word_rate": named / max(1, total),
@@ -252,26 +253,3 @@ LABEL_WORDS = frozenset(ERV_LABELS) | frozenset(ALIASES)
 def label_words(sentence: str) -> list[str]:
     """The emotion names (labels and their aliases) that stand in a sentence as whole words."""
     return [word for word in re.findall(r"[a-z]+", sentence.lower()) if word in LABEL_WORDS]
-
-
-def throughput(verifier: Verifier, completions: list[list[str]], rounds: int = 3) -> dict[str, float]:
-    """Sentences per second over completions (lists of sentences): one batched pass against one call a completion.
-
-    The median of `rounds` runs of each, taken in turn after a warm-up, so that both meet the same machine load."""
-    everything = [sentence for sentences in completions for sentence in sentences]
-    if not everything:
-        raise SettingsError("throughput needs at least one sentence")
-
-    def loop() -> None:
-        for sentences in completions:
-            verifier.probabilities(sentences)
-
-    seconds = {"batched": [], "loop": []}
-    for i in range(rounds + 1):
-        for name, work in (("batched", lambda: verifier.probabilities(everything)), ("loop", loop)):
-            start = time.perf_counter()
-            work()
-            if i:
-                seconds[name].append(time.perf_counter() - start)
-    rate = {name: len(everything) / sorted(times)[len(times) // 2] for name, times in seconds.items()}
-    return rate | {"speedup": rate["batched"] / rate["loop"]}

@@ -120,7 +120,14 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Eq. 5's parameters. Defaults: the paper, or divergences.md where it is undefined."""
+    """Eq. 5's parameters. Defaults: the paper, or where it is undefined the README's table of divergences.
+
+    The remedies against reward hacking, off by default, take an idea each from the literature; the forms are ours.
+    gate_on_answer: GRPO-CARE (arXiv 2506.16141), whose consistency bonus lifts only what is also correct.
+    phase_in_steps: EmotionThinker (2601.15668), whose reasoning reward comes in progressively. length_target:
+    AffectGPT-R1 (2508.01318), with a term on length; here from below, since R_E invites short explanations.
+    repeat_discount: the repetition penalty of Demystifying Long Chain-of-Thought (2502.03373), on whole sentences.
+    """
 
     tau: float = 0.5  # divergence 1
     k: int = 2
@@ -132,11 +139,10 @@ class RewardSettings:
     w_format: float = 1.0
     w_answer: float = 1.0
     w_explanation: float = 1.0
-    # Remedies against reward hacking. The ideas have sources, the forms are ours.
-    gate_on_answer: bool = False  # R_E only where format and answer are right (FG-CE)
-    phase_in_steps: int = 0  # R_E's weight grows linearly over the first N steps (EmotionThinker, arXiv 2601.15668)
-    length_target: int = 0  # R_E shrinks with an explanation of fewer words (length term: AffectGPT-R1, 2508.01318)
-    repeat_discount: float = 0.0  # a repeated sentence adds 1 - this to c, and still 1 to N (repetition penalties)
+    gate_on_answer: bool = False  # R_E only where format and answer are right
+    phase_in_steps: int = 0  # R_E's weight grows linearly over the first N steps
+    length_target: int = 0  # R_E shrinks with an explanation of fewer words
+    repeat_discount: float = 0.0  # a repeated sentence adds 1 - this to c, and still 1 to N
 
     def __post_init__(self):
         for name, ok in (("tau", 0 <= self.tau <= 1), ("k", self.k >= 1), ("phase_in_steps", self.phase_in_steps >= 0),

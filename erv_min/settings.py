@@ -131,9 +131,10 @@ class GRPOSettings(Common):
     neutral_rule: str = setting("only", "a sentence is neutral where neutral is its only label, or any of its labels "
                                         "(divergence 2)", ("only", "any"))
     answer_rule: str = setting("paper", "how an answer is read (divergence 18)", ("paper", "released"))
-    ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: give --erv a verifier trained "
-                              "without it)", ("", "neutral-filtering", "sentence-level"))
-    gate_on_answer: bool = setting(False, "R_E only where format and answer are right (remedy, FG-CE)")
+    sentence_rule: str = setting("released", "how an explanation is split (sentences.py)", ("released", "extended"))
+    ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
+                          ("", "neutral-filtering", "sentence-level", "augmentation"))
+    gate_on_answer: bool = setting(False, "R_E only where format and answer are right (remedy, as GRPO-CARE's bonus)")
     phase_in_steps: int = setting(0, "R_E grows linearly over the first steps (remedy, EmotionThinker)")
     length_target: int = setting(0, "length term on the explanation, in words (remedy, AffectGPT-R1)")
     repeat_discount: float = setting(0.0, "discount of repeated sentences, 1: they do not count (remedy)")

@@ -262,7 +262,7 @@ def print_report(report: dict) -> None:
 
 def options(description: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--erv", required=True, help="the verifier: a folder or a hub repository")
+    parser.add_argument("--erv", required=True, help="the verifier: a folder or a hub repository; score: or several, A,B")
     parser.add_argument("--data", default="", help="explanations with labels: toy:/world, json:dfew:/file.json")
     parser.add_argument("--predictions", default="", help="or JSONL rows of video_id, output, ground_truth, dataset")
     parser.add_argument("--text", default="", help="score: one explanation")
@@ -316,30 +316,37 @@ def audit(argv: list[str]) -> None:
         x = result["agreement"]
         kappa = "undefined" if x["kappa"] is None else f"{x['kappa']:.3f}"
         print(f"verifier and judge on {x['sentences']} different sentences ({x['unanswered']} without an answer): "
-              f"accuracy {x['accuracy']:.3f}, kappa {kappa}")
+              f"accuracy {x['accuracy']:.3f}, kappa {kappa}; precision and recall, the judge as truth: "
+              + ", ".join(f"{name} {y['precision'] or 0:.2f} {y['recall'] or 0:.2f}"
+                          for name, y in x["per_class"].items()))
     if args.out:
         write_json(args.out, result)
 
 
 def score(argv: list[str]) -> None:
-    """Prints each sentence with its emotions for --text; for rows, mean R_E and the watched statistics."""
-    args = options("R_E and the emotions of each sentence, by any verifier (a second one shows blind spots).", argv)
-    verifier, settings = Verifier.load(args.erv, args.device), RewardSettings(tau=args.tau, k=args.k)
+    """Prints each sentence with its emotions for --text; for rows, mean R_E by each verifier and the watched statistics.
+
+    A second verifier, trained on other data, shows what a policy gained from the first one's blind spots."""
+    args = options("R_E and the emotions of each sentence, by one or several verifiers.", argv)
+    settings, results = RewardSettings(tau=args.tau, k=args.k), {}
     if args.text:
         found = [(args.text if "<think>" in args.text else sft_target(args.text, "neutral"), "neutral", "mafw")]
     else:
         found = read_completions(args)[:args.limit or None]
-    rewards = [score_completions([c], [e], d, verifier.probabilities, verifier.labels, settings)[0]
-               for c, e, d in found]
-    if args.text:
-        for sentence, names in zip(rewards[0].sentences, rewards[0].label_sets):
-            print(f"{', '.join(names):>24}  {sentence}")
-        return
-    result = {"rows": len(found), "reward_explanation": sum(r.explanation for r in rewards) / len(rewards),
-              **explanation_statistics([c for c, _, _ in found], rewards)}
-    print("\n".join(f"{name:>24}  {value if value is None else round(value, 4)}" for name, value in result.items()))
+    completions, truths, datasets = (list(column) for column in zip(*found))
+    for folder in args.erv.split(","):
+        verifier = Verifier.load(folder, args.device)
+        rewards = score_completions(completions, truths, datasets, verifier.probabilities, verifier.labels, settings)
+        if args.text:
+            for sentence, names in zip(rewards[0].sentences, rewards[0].label_sets):
+                print(f"{', '.join(names):>24}  {sentence}")
+            continue
+        mean = sum(r.explanation for r in rewards) / len(rewards)
+        results[folder] = {"reward_explanation": mean, **explanation_statistics(rewards)}
+        print(f"{folder}: " + ", ".join(f"{name} {'-' if value is None else round(value, 4)}"
+                                        for name, value in results[folder].items()))
     if args.out:
-        write_json(args.out, result)
+        write_json(args.out, results)
 
 
 if __name__ == "__main__":

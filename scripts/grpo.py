@@ -35,8 +35,8 @@ from erv_min.rewards import RewardSettings, format_reward, score_completions
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, parse
 from erv_min.stages import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
                             world_folder)
-from erv_min.train import (Run, batch_of_step, learning_rate, main_process, make_optimizer, prepare_out, start_world,
-                           sum_over_processes, update)
+from erv_min.train import (Run, batch_of_step, gather_lists, learning_rate, main_process, make_optimizer, prepare_out,
+                           start_world, sum_over_processes, update)
 
 
 def prepare_toy(settings: GRPOSettings) -> None:
@@ -44,19 +44,27 @@ def prepare_toy(settings: GRPOSettings) -> None:
     world = world_folder(settings)
     same = ("--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu")
     prepare_world(world, settings.seed, base=not settings.model)
-    for given, name in ((settings.erv or not settings.w_explanation, "erv"), (settings.model, "sft")):
+    sources = ("--sources", "human") if settings.ablate == "augmentation" else ()
+    for given, name, more in ((settings.erv or not settings.w_explanation, erv_name(settings), sources),
+                              (settings.model, "sft", ())):
         folder = Path(settings.out, name)
         if not given and not (folder / "model.safetensors").exists():
-            finish(start(str(SCRIPTS / f"{name}.py"), *same, "--out", str(folder), "--resume"))
+            finish(start(str(SCRIPTS / f"{name[:3]}.py"), *same, "--out", str(folder), "--resume", *more))
     folder = Path(settings.out, "baseline")
     if settings.baseline and not (folder / "model.safetensors").exists():
         finish(start(str(SCRIPTS / "grpo.py"), *same, "--out", str(folder), "--model", settings.model or f"{settings.out}/sft",
                      "--w-explanation", "0", "--steps", str(settings.steps), "--eval-clips", "-1", "--resume"))
 
 
+def erv_name(settings: GRPOSettings) -> str:
+    """The toy verifier's folder in OUT; one trained without augmentation (table 2) has a name of its own."""
+    return "erv-unaugmented" if settings.ablate == "augmentation" else "erv"
+
+
 def reward_settings(settings: GRPOSettings) -> RewardSettings:
     return RewardSettings(
         tau=settings.tau, k=settings.k, neutral_rule=settings.neutral_rule, answer_rule=settings.answer_rule,
+        sentence_rule=settings.sentence_rule,
         neutral_filter=settings.ablate != "neutral-filtering", sentence_level=settings.ablate != "sentence-level",
         w_format=settings.w_format, w_answer=settings.w_answer, w_explanation=settings.w_explanation,
         gate_on_answer=settings.gate_on_answer, phase_in_steps=settings.phase_in_steps,
@@ -87,7 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         if main_process():  # the others wait for it where the process group forms
             prepare_toy(settings)
         settings.model = settings.model or f"{settings.out}/sft"
-        settings.erv = settings.erv or f"{settings.out}/erv"
+        settings.erv = settings.erv or f"{settings.out}/{erv_name(settings)}"
+    elif settings.ablate == "augmentation" and not settings.erv:
+        raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
+                            "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
     elif settings.random_weights and main_process():
         prepare_world(world_folder(settings), settings.seed, base=False)
     elif settings.w_explanation and not settings.erv and not settings.random_weights:
@@ -142,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                 parts.append(rollout(model, builder.prompts(inputs[at : at + settings.micro_batch]), G,
                                      settings.max_new_tokens, eos, noise, settings.temperature, settings.top_k))
         rolled = time.time() - started
-        sums = dict.fromkeys(SUMS, 0.0)
+        sums, scored = dict.fromkeys(SUMS, 0.0), []
         if inputs:
             completions = pad_together(parts, eos)
             texts = [builder.tokenizer.decode(ids[mask].tolist(), skip_special=True)
@@ -206,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             "completion_length": tokens / n, "ended": totals["ended"] / n,
             "groups_without_spread": totals["groups_without_spread"] / max(1, totals["groups"]),
             "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "seconds": seconds, "seconds_rollout": rolled,
-            **(explanation_statistics(texts, scored) if inputs else {})})
+            **explanation_statistics(gather_lists(scored, world))})
         if inputs and (step % settings.sample_every == 0 or step + 1 == total) and world.main:
             show(run, step, inputs[0], texts[:G], scored[:G])
         if (step + 1) % settings.save_every == 0 and step + 1 < total:

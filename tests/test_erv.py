@@ -1,7 +1,9 @@
 """erv.py and audit.py: loss, data, verifier, measures, ways to cheat; and scripts/erv.py end to end."""
 
+import dataclasses
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from erv_min import audit, erv
+from erv_min import audit, checkpoint, erv
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.errors import CheckpointError, DataError, SettingsError
 from erv_min.files import read_json, read_jsonl
-from erv_min.rewards import Reward, select_labels
+from erv_min.rewards import Reward, RewardSettings, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
 from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
@@ -48,14 +50,18 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def script():
-    path = Path(__file__).parent.parent / "scripts" / "erv.py"
-    spec = importlib.util.spec_from_file_location("erv_script", path)
+def load_script(name: str):
+    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_script", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["erv_script"] = module
+    sys.modules[f"{name}_script"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def script():
+    return load_script("erv")
 
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
@@ -100,6 +106,7 @@ class FakeVerifier(erv.Verifier):
     def probabilities(self, sentences):
         rows = [[0.9 if label in s.lower() else 0.1 for label in ERV_LABELS] for s in sentences]
         for row in rows:
+            row[ERV_LABELS.index("neutral")] = 0.1
             row[ERV_LABELS.index("neutral")] = 0.8 if max(row) < 0.5 else 0.1
         return torch.tensor(rows).reshape(-1, 11)
 
@@ -282,13 +289,6 @@ def test_agreement_by_hand():
         audit.agreement(["a"], [None], ("a",))
 
 
-def test_throughput_counts_both_ways():
-    result = erv.throughput(erv.Verifier(FakeModel(), FakeTokenizer(), ERV_LABELS), [["a", "bb"], ["a"]], rounds=1)
-    assert result["speedup"] == pytest.approx(result["batched"] / result["loop"])
-    with pytest.raises(SettingsError):
-        erv.throughput(FakeVerifier(), [[]])
-
-
 # ---- watched, and cheated --------------------------------------------------------------------------------------------
 
 
@@ -296,11 +296,11 @@ def test_explanation_statistics_by_hand():
     sentences, label_sets = ["He is here.", "He is angry.", "He is angry."], [["neutral"], ["anger"], ["anger"]]
     rewards = [Reward(1, 1, 0.5, 2.5, sentences, label_sets), Reward(1, 0, 0.0, 1.0, [], [])]
     # 3 sentences over 2 completions; 1 neutral of 3; 2 of 3 name an emotion; 2 distinct of 3; 3 + 3 + 3 words over 2.
-    assert erv.explanation_statistics(["x", "y"], rewards) == pytest.approx(
+    assert erv.explanation_statistics(rewards) == pytest.approx(
         {"sentences": 1.5, "neutral_share": 1 / 3, "label_word_rate": 2 / 3, "distinct_sentence_rate": 2 / 3,
          "explanation_words": 4.5})
-    assert erv.explanation_statistics(["x"], [Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
-    assert erv.explanation_statistics([], [])["sentences"] == 0
+    assert erv.explanation_statistics([Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
+    assert erv.explanation_statistics([])["sentences"] == 0
     assert erv.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
 
 
@@ -312,6 +312,7 @@ HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows f
     ("drop neutral sentences", HONEST[1:]), ("one sentence only", ["His voice shows anger."]),
     ("name the emotion in each", [s[:-1] + ", which shows anger." for s in HONEST]),
     ("two emotions in each", [s[:-1] + ", which shows anger or happiness." for s in HONEST]),
+    ("claim calm around one", ["The face is calm and neutral.", "His voice shows anger.", "The person is neutral."]),
     ("wrong answer", HONEST)])
 def test_ways_to_cheat(way, expected):
     assert audit.cheat(way, HONEST, "angry", [0.0, 0.9, 0.1], [True, False, False]) == expected
@@ -332,10 +333,13 @@ def test_audit_by_hand():
     assert list(rows) == ["honest", *audit.CHEATS]
     honest = rows["honest"].rewards
     assert honest == pytest.approx({"paper": 0.5, "gate_on_answer": 0.5, "phase_in_steps": 0.25, "length_target": 0.5,
-                                    "repeat_discount": 0.5})
+                                    "repeat_discount": 0.5, "no neutral filter": 1 / 3})
     assert rows["repeat one sentence"].rewards["paper"] == 1.0
     assert rows["one sentence only"].rewards == pytest.approx(honest | {
-        "paper": 1.0, "gate_on_answer": 1.0, "phase_in_steps": 0.5, "length_target": 4 / 14, "repeat_discount": 1.0})
+        "paper": 1.0, "gate_on_answer": 1.0, "phase_in_steps": 0.5, "length_target": 4 / 14, "repeat_discount": 1.0,
+        "no neutral filter": 1.0})
+    calm = rows["claim calm around one"].rewards  # two calm sentences, left out by the filter: 1 / (3 - 2)
+    assert calm["paper"] == 1.0 and calm["no neutral filter"] == pytest.approx(1 / 3)
     assert rows["wrong answer"].rewards["paper"] == 0.5 and rows["wrong answer"].rewards["gate_on_answer"] == 0.0
     assert rows["stuff label words"].statistics["distinct_sentence_rate"] == pytest.approx(1 / 3)
     assert rows["honest"].judged == 1.0 and "| one sentence only | 100.0 |" in audit.audit_table(list(rows.values()))
@@ -408,6 +412,67 @@ def test_options_of_training(folder, script, trained, tmp_path):
     assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
 
 
+def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
+    """Divergence 4: the trained 11 outputs, put where GoEmotions has them, give the same probabilities and R_E."""
+    small = erv.Verifier.load(trained)
+    wide = erv.fresh_head(small.model, 28)
+    with torch.no_grad():
+        wide.classifier["out_proj"].weight.zero_()
+        wide.classifier["out_proj"].bias.fill_(-9.0)
+        for part in ("weight", "bias"):
+            old, new = (getattr(m.classifier["out_proj"], part) for m in (small.model, wide))
+            new[[GOEMOTIONS_INDEX[x] for x in ERV_LABELS]] = old
+    checkpoint.save_erv(wide, tmp_path, GOEMOTIONS)
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    large, sentences = erv.Verifier.load(tmp_path), ["She laughs as she talks.", "He sobs as he talks.",
+                                                      "A man is in the office."]
+    probs = large.probabilities(sentences)
+    assert large.labels == GOEMOTIONS and probs[0].argmax() == 17 and probs[1].argmax() == 25  # joy, sadness
+    torch.testing.assert_close(probs[:, erv.erv_columns(large.labels)], small.probabilities(sentences))
+    sets = [select_labels(v.probabilities(sentences), v.labels) for v in (large, small)]
+    for e_gt, R_E in (("happy", 1 / 2), ("sad", 1 / 2), ("neutral", 1 / 3), ("fear", 0)):
+        assert explanation_reward(sets[0], e_gt) == explanation_reward(sets[1], e_gt) == R_E
+
+
+def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, monkeypatch):
+    """Table 2's row in one command on the toy; with real data the error says which verifier to train."""
+    grpo, commands = load_script("grpo"), []
+    monkeypatch.setattr(grpo, "start", lambda *command: commands.append(command))
+    monkeypatch.setattr(grpo, "finish", lambda process: None)
+    monkeypatch.setattr(grpo, "prepare_world", lambda *_, **__: None)
+    for ablate, name, sources in (("augmentation", "erv-unaugmented", ("--sources", "human")), ("", "erv", ())):
+        commands.clear()
+        grpo.prepare_toy(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate))
+        (made,) = (c for c in commands if c[0].endswith("erv.py"))
+        assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--resume") + 1:] == sources
+    with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):
+        grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
+
+
+def test_every_reward_setting_has_an_option():
+    """What RewardSettings holds can be asked of scripts/grpo.py; table 2's two rows of R_E by --ablate."""
+    grpo = load_script("grpo")
+    other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
+                 w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
+                 repeat_discount=0.5)
+    assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
+    assert grpo.reward_settings(grpo.GRPOSettings()) == RewardSettings()
+    assert grpo.reward_settings(grpo.GRPOSettings(**other)) == RewardSettings(**other)
+    for ablate, field in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
+        assert grpo.reward_settings(grpo.GRPOSettings(ablate=ablate)) == RewardSettings(**{field: False})
+
+
+def test_speed_of_all_ways_is_measured_on_equal_results():
+    speed = load_script("erv_speed")
+    completions = speed.step_sentences(2, repeats=0.5)
+    flat = [s for own in completions for s in own]
+    assert len(completions) == 32 and len(flat) == 160 and 60 < len(set(flat)) < 110  # 85 expected, deviation 6
+    assert len(set(s for own in speed.step_sentences(1, repeats=0) for s in own)) == 80
+    rows = list(speed.measure("toy", 1, rounds=1, transformers=False))
+    assert [row["way"] for row in rows] == ["batched", "loop"] and rows[1]["times_the_loop"] == 1
+    assert all(row["sentences"] == 80 and row["sentences_per_s"] > 0 for row in rows)
+
+
 def test_patience_and_resampling_by_hand(script):
     epochs = [{"macro_f1": x} for x in (0.5, 0.7, 0.7, 0.6)]
     assert [script.waited(epochs[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]  # an equal score is not a better one
@@ -439,8 +504,14 @@ def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
     result = read_json(tmp_path / "audit.json")
     assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
     assert result["agreement"]["accuracy"] >= 0.8 and "| honest |" in capsys.readouterr().out
-    script.score(["--erv", str(trained), "--predictions", predictions, "--out", str(tmp_path / "score.json")])
-    assert read_json(tmp_path / "score.json")["reward_explanation"] == pytest.approx(2 / 3)
+    blind = erv.Verifier.load(trained)  # a second verifier that takes every sentence for disgust
+    blind.model.classifier["out_proj"].bias[1] = 100.0
+    checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
+    shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
+    script.score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
+                  str(tmp_path / "score.json")])
+    by_verifier = read_json(tmp_path / "score.json")
+    assert [x["reward_explanation"] for x in by_verifier.values()] == pytest.approx([2 / 3, 0])
     capsys.readouterr()
     script.score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
