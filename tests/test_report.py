@@ -124,6 +124,16 @@ def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
                 report.read_run(str(damaged))
 
 
+def test_a_resumed_runs_later_groups_stand(run, tmp_path):
+    rows = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()][:2]
+    steps = [0, 20, 40, 20, 40, 60]  # stopped after step 40, resumed from a checkpoint before step 20
+    lines(tmp_path / "completions.jsonl", [{**row, "step": step, "video_id": str(n)} for n, step in enumerate(steps)
+                                           for row in rows])
+    sampled = report.read_run(str(tmp_path)).sampled
+    assert {step: [row["video_id"] for row in group] for step, group in sampled.items()} == {
+        0: ["0", "0"], 20: ["3", "3"], 40: ["4", "4"], 60: ["5", "5"]}
+
+
 def test_an_evaluation_folder_is_a_run_too(run, tmp_path):
     rows = [json.loads(line) for line in (run / "predictions-SFT.jsonl").read_text().splitlines()]
     lines(tmp_path / "judged-1.jsonl", rows)
@@ -137,7 +147,7 @@ def test_an_evaluation_folder_is_a_run_too(run, tmp_path):
 def test_a_long_run_makes_no_longer_page(tmp_path, world, truths):
     long = make_run(tmp_path / "long", world, truths, steps=40)
     rows = [json.loads(line) for line in (long / "completions.jsonl").read_text().splitlines()]
-    endless = {**rows[0], "completion": "w " * 9000, "sentences": ["w " * 9000]}
+    endless = {**rows[0], "completion": "w " * 9000, "sentences": ["w " * 9000], "labels": [["neutral"]]}
     lines(long / "completions.jsonl", [{**endless, "step": step} for step in range(200)])
     lines(long / "metrics.jsonl", [{"step": s, "kl": s % 7} for s in range(5000)])
     page = page_of([long])
