@@ -69,8 +69,10 @@ def ways(verifier: Verifier, folder: Path | None) -> dict[str, Callable[[list[li
              "loop": lambda completions: loop(verifier.model, completions)}
     if folder is None:
         return found
-    from transformers import PreTrainedTokenizerFast, RobertaForSequenceClassification, pipeline
-
+    try:
+        from transformers import PreTrainedTokenizerFast, RobertaForSequenceClassification, pipeline
+    except ImportError as error:
+        raise SettingsError("to compare with transformers: pip install transformers") from error
     theirs = RobertaForSequenceClassification.from_pretrained(folder).to(verifier.device).eval()
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>")
     classify = pipeline("text-classification", model=theirs, tokenizer=tokenizer, device=verifier.device)
@@ -103,17 +105,22 @@ def throughput(verifier: Verifier, completions: list[list[str]], rounds: int = 3
     return {name: sum(map(len, completions)) / sorted(times)[len(times) // 2] for name, times in seconds.items()}
 
 
+def prepare(size: str, sentences: list[str], folder: Path, device: str = "cpu") -> Verifier:
+    """A verifier of random weights, "toy" or "base", in `folder` as transformers reads it too."""
+    tokenizer = roberta_tokenizer(sentences)
+    torch.manual_seed(0)
+    checkpoint.save_erv(scratch(size, tokenizer.get_vocab_size(), len(ERV_LABELS)), folder, ERV_LABELS)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Verifier.load(folder, device)
+
+
 def measure(size: str = "toy", prompts: int = 4, repeats: float = 0.3, rounds: int = 3, device: str = "cpu",
             transformers: bool = True) -> Iterator[dict]:
     """A row a way: what was measured on, sentences per second, and how many times the loop's."""
     completions = step_sentences(prompts, repeats=repeats)
     flat = [s for own in completions for s in own]
-    tokenizer = roberta_tokenizer(flat)
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_erv(scratch(size, tokenizer.get_vocab_size(), len(ERV_LABELS)), Path(folder), ERV_LABELS)
-        tokenizer.save(f"{folder}/tokenizer.json")
-        verifier = Verifier.load(folder, device)
+        verifier = prepare(size, flat, Path(folder), device)
         tokens = verifier.tokenizer.encode_batch(flat)[1].sum().item() / len(flat)
         rate = throughput(verifier, completions, rounds, Path(folder) if transformers else None)
     for name, value in rate.items():
