@@ -41,6 +41,7 @@ class Common:
     seed: int = setting(17, "seed of data order, sampling and random weights")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
     save_every: int = setting(100, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept, the newest ones; where one is damaged the one before it is used")
     device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
     dtype: str = setting("float32", "compute type; weights and optimizer stay float32", ("float32", "bfloat16"))
     sharding: str = setting("none", "how weights lie on several processes: none (whole on each), hand (fsdp.py), torch "
@@ -160,7 +161,7 @@ def parse(cls: type, presets: dict[str, dict], description: str, argv: list[str]
 
 def check(settings) -> None:
     """Raises SettingsError on values that cannot work together."""
-    for name in ("batch_size", "micro_batch", "group_size", "max_new_tokens", "mu", "num_frames", "k", "save_every"):
+    for name in ("batch_size", "micro_batch", "group_size", "max_new_tokens", "mu", "num_frames", "k", "save_every", "keep"):
         if getattr(settings, name, 1) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
     for name in ("lr", "beta", "epsilon", "temperature", "steps"):
