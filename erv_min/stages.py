@@ -19,7 +19,7 @@ from erv_min.inputs import PromptBuilder
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.settings import DIMENSIONS, STARTS, Common, GRPOSettings
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.train import STOPPED, World
+from erv_min.train import STOPPED, World, gather_lists
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -85,7 +85,8 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
     cache = None
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
-        key = f"{tower_key(model)}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
+        towers = gather_lists([tower_key(model)] if world.main else [], world)[0]  # others may have shapes alone
+        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
         cache = FeatureCache(folder, key)
     return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 

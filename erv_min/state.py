@@ -163,7 +163,7 @@ def _read_state(place: Path, held: Sharded | dict[str, nn.Parameter], optimizer:
         different = sorted(k for k in there.keys() | shapes.keys() if there.get(k) != shapes.get(k))
         raise CheckpointError(f"{place}: holds other parameters than this run trains, e.g. {different[:3]}; "
                               "resume with the settings it was started with")
-    units = {u.name or "root": u for u in held.units} if sharded else {}
+    units = {u.name or "root": u for u in held.units if u.shard.requires_grad} if sharded else {}
     try:
         with contextlib.ExitStack() as stack, torch.no_grad():
             files = [stack.enter_context(safe_open(place / Path(name).name, "pt")) for name in sorted(state["files"])]
