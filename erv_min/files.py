@@ -31,7 +31,7 @@ def disk_errors(path: str | Path, size: int):
 def atomic_write(path: str | Path, content: bytes | str) -> None:
     """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # half a surrogate
     with disk_errors(path, len(data)), replacing(path) as f:
         f.write(data)
 
@@ -82,7 +82,7 @@ def append_jsonl(path: str | Path, value) -> None:
     """Appends one JSON object as one line; a partial last line, left by a stop, is ended first and so never glued to."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    line = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"  # half a surrogate: its escape
     with disk_errors(path, len(line)), open(path, "a+b") as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
             cut_partial_line(path)
@@ -110,7 +110,7 @@ def read_jsonl(path: str | Path) -> list:
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             if number == len(lines):  # no newline at its end: the write was cut
                 break
             raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -218,8 +219,11 @@ class Run:
             if self.world.main:
                 for row in [self._cut(self.out / name) for name in LOGS][0]:
                     self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0
-                for leftover in self.out.glob(".state-*"):
-                    shutil.rmtree(leftover)
+                for path in self.out.glob(".*"):  # what was being written when the run was killed
+                    if re.fullmatch(r"\.state-\d+", path.name):
+                        shutil.rmtree(path)
+                    elif re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
+                        path.unlink()
             self.skipped, self.in_a_row = everyones((self.skipped, self.in_a_row))[0]  # nobody appends before the cut
         return self.first_step
 

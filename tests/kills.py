@@ -202,8 +202,9 @@ def differences(a: Path, b: Path) -> list[str]:
     steps = [row["step"] for row in rows(b / "metrics.jsonl")]
     if steps != list(range(len(steps))):
         found.append(f"steps {steps}")
-    states = [path.relative_to(a) for path in sorted(a.glob("state-*/*.safetensors"))]
-    if states != [path.relative_to(b) for path in sorted(b.glob("state-*/*.safetensors"))]:
+    last = max(path.name for path in a.glob("state-*"))  # the one before may be SIGTERM's
+    states = [path.relative_to(a) for path in sorted(a.glob(f"{last}/*.safetensors"))]
+    if last != max(path.name for path in b.glob("state-*")) or len(list(b.glob("state-*"))) != 2:
         found.append("names of states")
     for name in [Path("model.safetensors"), *states]:
         one, two = (load_file(x / name) if (x / name).exists() else {} for x in (a, b))
