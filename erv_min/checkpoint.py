@@ -117,6 +117,8 @@ def tower_place(name: str | None, tower: Tower, where: Path):
     known tower's name stands for that tower. Raises CheckpointError where nothing is left to try.
     """
     name = name or tower.usual
+    if name and (not isinstance(name, str) or len(name) > 1000 or "\0" in name):
+        raise CheckpointError(f"{where}: {tower.key} is {str(name)[:80]!r}, not a tower's folder or repository")
     if name and (Path(name) / "config.json").exists():
         return name, None
     for component in reversed(Path(name or "").parts):

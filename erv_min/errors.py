@@ -23,3 +23,11 @@ class JudgeError(ErvMinError):
 
 class SettingsError(ErvMinError):
     """Settings that contradict each other or name something unknown."""
+
+
+class DiskError(ErvMinError):
+    """A disk without room for what has to be written; what was there before is kept."""
+
+
+class NumbersError(ErvMinError):
+    """Losses or gradients that are not finite, several steps in a row."""

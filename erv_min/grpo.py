@@ -56,8 +56,8 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
     """
     inside = mask.bool()
     logps, old_logps, ref_logps = (x.masked_fill(~inside, 0.0) for x in (logps, old_logps, ref_logps))
-    ratio = (logps - old_logps.detach()).exp()
-    gain = advantages[:, None]
+    log_ratio, gain = logps - old_logps.detach(), advantages[:, None]
+    ratio = log_ratio.masked_fill((log_ratio > 80) & (gain > 0), 80.0).exp()  # clipped anyway; exp's gradient: 0 * inf
     surrogate = (ratio * gain).minimum(ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
     loss = -surrogate
     if beta:

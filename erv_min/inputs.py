@@ -104,10 +104,16 @@ class PromptBuilder:
         return self.tokenizer.encode(prompt), gate_text(question, self.modality, self.stage)
 
     def features(self, inputs: list[Inputs]) -> None:
-        """Runs the towers, in one batch, on the clips that do not have their features yet, and fills the cache."""
+        """Runs the towers on the clips that do not have their features yet, and fills the cache.
+
+        In one batch, but clip by clip where they are kept: a batch's other clips change a clip's last bits, and which
+        they are depends on where a run was stopped and resumed.
+        """
         todo = [x for x in inputs if x.clip is not None]
-        if not todo:
-            return
+        for part in [[x] for x in todo] if self.cache is not None else [todo] if todo else []:
+            self._features(part)
+
+    def _features(self, todo: list[Inputs]) -> None:
         device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
         trains = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
         if todo[0].clip.video is not None:

@@ -89,7 +89,8 @@ class ChatClient:
         rows = read_jsonl(self.cache)
         if not self.cache.read_bytes().endswith(b"\n"):  # a cut last line would swallow the next one appended
             atomic_write(self.cache, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return {row["key"]: row["raw"] for row in rows}
+        return {row["key"]: row["raw"] for row in rows if isinstance(row, dict)  # what is no answer is asked again
+                and isinstance(row.get("key"), str) and isinstance(row.get("raw"), str)}
 
     def key(self, prompt: str, temperature: float = 0.0, seed: int | None = None) -> str:
         """sha256 of model and prompt (and of temperature and seed where the answer is drawn)."""

@@ -1,4 +1,4 @@
-"""Three ways to spread a run over processes, with one interface, and the training state of the sharded one.
+"""Three ways to spread a run over processes, with one interface.
 
 `Sharded` (fsdp.py, by hand), `FullyShard` (PyTorch's own, for clusters that outgrow a teaching implementation, and to
 compare with) and `Replicated` (whole on every process). What they share: `run(function, *args)` is a forward pass,
@@ -7,26 +7,20 @@ saving. Left out: checkpoints of PyTorch's distributed format.
 """
 
 import contextlib
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
 
 from erv_min.checkpoint import save_humanomni
-from erv_min.errors import CheckpointError, SettingsError
-from erv_min.files import fsync_folder, read_json, write_json
-from erv_min.fsdp import Sharded, Unit, unit_modules, world
+from erv_min.errors import SettingsError
+from erv_min.fsdp import Sharded, unit_modules, world
 from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni
 from erv_min.policy import Completions, Prompts, completion_logps
+from erv_min.state import full
 
 
 def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
@@ -188,89 +182,3 @@ def save_model(run, folder: str | Path) -> None:
             pass
     if world()[1] > 1:
         dist.barrier()
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that fully_shard cut; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def as_held(like: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor cut and placed as `like` is."""
-    if hasattr(like, "full_tensor"):
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return value.to(like)
-
-
-# ---- training state: each process writes its shards, any number of processes reads them ------------------------------
-
-
-def save_state(folder: str | Path, step: int, sharded: Sharded, optimizer: torch.optim.Optimizer) -> None:
-    """Writes FOLDER/state-STEP/RANK.safetensors, then state.json, which makes it the state; the one before goes.
-
-    Several machines need FOLDER on a shared disk.
-    """
-    folder = Path(folder)
-    place = folder / f"state-{step:06d}"
-    place.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, shard in sharded.parameters().items():
-        tensors[f"param.{name}"] = shard.detach()
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state.get(shard, {}).items()}
-    path = place / f"{sharded.rank:05d}.safetensors"
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
-    with open(path, "rb+") as f:
-        os.fsync(f.fileno())
-    fsync_folder(place)
-    if sharded.size > 1:
-        dist.barrier()
-    if sharded.rank == 0:
-        units = {u.name or "root": u.numel for u in sharded.units if u.shard.requires_grad}
-        write_json(folder / "state.json", {"step": step, "folder": place.name, "ranks": sharded.size, "numel": units})
-        for old in folder.glob("state-*"):
-            if old != place:
-                shutil.rmtree(old)
-
-
-def load_state(folder: str | Path, sharded: Sharded, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the state back, written by any number of processes; returns its number of steps, 0 where there is none.
-
-    Raises CheckpointError where it is damaged or of other parameters.
-    """
-    folder = Path(folder)
-    if not (folder / "state.json").exists():
-        return 0
-    state = read_json(folder / "state.json")
-    units = {u.name or "root": u for u in sharded.units if u.shard.requires_grad}
-    if state["numel"] != {name: unit.numel for name, unit in units.items()}:
-        different = sorted(k for k in state["numel"].keys() | units.keys()
-                           if k not in units or state["numel"].get(k) != units[k].numel)
-        raise CheckpointError(f"{folder}/state.json: holds other parameters than this run trains, e.g. {different[:3]};"
-                              " resume with the settings it was started with")
-    paths = [folder / state["folder"] / f"{rank:05d}.safetensors" for rank in range(state["ranks"])]
-    try:
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-            keys = set(files[0].keys())
-            for name, unit in units.items():
-                unit.shard.copy_(_read(files, f"param.{name}", unit, sharded))
-                if f"step.{name}" in keys:
-                    optimizer.state[unit.shard] = {"step": files[0].get_tensor(f"step.{name}")} | {
-                        key: _read(files, f"{key}.{name}", unit, sharded).to(unit.shard)
-                        for key in ("exp_avg", "exp_avg_sq")}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / state['folder']}: damaged ({error}); delete {folder}/state.json to start "
-                              "again") from None
-    return state["step"]
-
-
-def _read(files: list, key: str, unit: Unit, sharded: Sharded) -> Tensor:
-    """This process's shard of a flat vector that was cut into len(files) others."""
-    length, old = len(unit.shard), -(-unit.numel // len(files))
-    start, stop = sharded.rank * length, min((sharded.rank + 1) * length, unit.numel)
-    pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]
-              for i, f in enumerate(files) if start < min((i + 1) * old, stop) and i * old < stop]
-    out = torch.zeros(length)
-    if pieces:
-        out[: stop - start] = torch.cat(pieces)
-    return out

@@ -70,6 +70,8 @@ def find_annotation(root: Path, *names: str) -> Path:
 
 def inside(root: Path, name: str, where: str) -> Path:
     """root/name. Raises DataError where that leaves `root`. Symbolic links are kept: data roots are full of them."""
+    if "\0" in name or any(len(part.encode(errors="replace")) > 250 for part in Path(name).parts):
+        raise DataError(f"{where}: {name[:80]!r}... cannot be a file's name")
     path = Path(os.path.abspath(Path(root) / name))
     if not path.is_relative_to(os.path.abspath(root)):
         raise DataError(f"{where}: {name!r} lies outside the data root {root}; "
@@ -99,7 +101,7 @@ def check_label(text: str, dataset: str, where: str) -> str:
 def label_from_id(text: str, dataset: str, where: str) -> str:
     """1-based label id -> label."""
     names = labels(dataset)
-    if not text.isdecimal() or not 1 <= int(text) <= len(names):
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= len(names):
         raise DataError(f"{where}: label id {text!r} is not in 1..{len(names)} ({', '.join(names)})")
     return names[int(text) - 1]
 
@@ -122,7 +124,7 @@ def read_dfew(root: str | Path, split: str) -> list[Example]:
         row = [field.strip() for field in row]
         if not any(row) or (line == 1 and not row[-1].isdecimal()):  # blank, or the header
             continue
-        if len(row) != 2 or not row[0].isdecimal():
+        if len(row) != 2 or not row[0].isdecimal() or len(row[0]) > 20:
             raise DataError(f"{path}, line {line}: expected `clip number,label id`, found {','.join(row)!r}")
         number = row[0]
         once(seen, int(number), line, path)
@@ -279,8 +281,8 @@ def _csv(rows, path: Path):
 def _json(path: Path, kind: type, form: str):
     try:
         value = json.loads(read_text(path), object_pairs_hook=lambda pairs: _no_twice(pairs, path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: expected {form}, found a {type(value).__name__}")
     return value

@@ -26,7 +26,7 @@ def clip_key(name: str) -> str:
     """A clip's name however a system writes it: without folders, suffix and leading zeros."""
     stem = PurePosixPath(str(name).strip().replace("\\", "/")).name
     stem = re.sub(r"\.(mp4|avi|mkv|webm|mov|wav|flac)$", "", stem, flags=re.IGNORECASE)
-    return str(int(stem)) if stem.isdecimal() else stem
+    return stem.lstrip("0") or "0" if stem.isdecimal() else stem
 
 
 def by_clip(examples: list[Example]) -> dict[str, Example]:
@@ -89,14 +89,17 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
 def _jsonl_row(row, where: str) -> dict:
     if not isinstance(row, dict) or "video_id" not in row or not isinstance(row.get("output"), str):
         raise DataError(f"{where}: expected fields video_id and output (text), found {str(row)[:80]}")
+    for field in ("ground_truth", "dataset"):
+        if not isinstance(row.get(field, ""), str):
+            raise DataError(f"{where}: field {field} is not text: {str(row[field])[:80]}")
     return {**row, "video_id": str(row["video_id"])}
 
 
 def _judged_rows(text: str, path: Path) -> list[dict]:
     try:
         entries = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
     rows, seen = [], set()
     for number, entry in enumerate(entries):
         for clip, judged in entry.items() if isinstance(entry, dict) else (("?", None),):

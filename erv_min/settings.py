@@ -90,6 +90,7 @@ class Common(Clips, Policy):
     seed: int = setting(17, "seed of data order, sampling and random weights")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
     save_every: int = setting(100, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept, the newest ones; where one is damaged the one before it is used")
     sharding: str = setting("none", "how weights lie on several processes: none (whole on each), hand (fsdp.py), torch "
                                     "(PyTorch's fully_shard)", ("none", "hand", "torch"))
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
@@ -209,7 +210,7 @@ def parse(cls: type, presets: dict[str, dict], description: str, argv: list[str]
 
 def check(settings) -> None:
     """Raises SettingsError on values that cannot work together."""
-    for name in ("batch_size", "micro_batch", "group_size", "max_new_tokens", "mu", "num_frames", "k", "save_every"):
+    for name in ("batch_size", "micro_batch", "group_size", "max_new_tokens", "mu", "num_frames", "k", "save_every", "keep"):
         if getattr(settings, name, 1) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
     for name in ("lr", "beta", "epsilon", "temperature", "steps", "allow_missing"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.train import World, gather_lists
+from erv_min.train import STOPPED, World, gather_lists
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -34,8 +35,13 @@ def start(*command: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Waits for an earlier stage; exits with its status if it failed."""
-    if status := process.wait():
+    """Waits for an earlier stage, handing SIGTERM on to it; ends as it does if it stopped or failed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    status = process.wait()
+    signal.signal(signal.SIGTERM, before)
+    if status == STOPPED:
+        raise SystemExit(STOPPED)
+    if status:
         raise SystemExit(f"'{' '.join(process.args)}' ended with status {status}: its message stands above")
 
 

@@ -1,8 +1,9 @@
 """What the stage scripts share: processes, optimizer, learning rate, the run's folder, logs, checkpoints, resume.
 
 A run's folder holds `config.json` (every setting, versions, git commit), `metrics.jsonl` (one object a step),
-`state.safetensors` (parameters and optimizer, replaced whole), and at the end `model.safetensors`.
+`state-STEP/` (parameters and optimizer, state.py), and at the end `model.safetensors`.
 No random state is saved because there is none: data order and sampling noise are functions of the seed and the step.
+SIGTERM, a cluster's warning, writes a state at the end of the step and ends the run with exit code STOPPED.
 """
 
 import dataclasses
@@ -11,6 +12,9 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,15 +23,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from erv_min.errors import CheckpointError, SettingsError
-from erv_min.files import append_jsonl, atomic_write, fsync_folder, read_json, write_json
+from erv_min.errors import DiskError, NumbersError, SettingsError
+from erv_min.files import append_jsonl, atomic_write, gigabytes, read_json, read_jsonl, write_json
 from erv_min.fsdp import Sharded
 from erv_min.launch import join
-from erv_min.parallel import as_held, average_gradients, full, load_state, save_state
+from erv_min.parallel import average_gradients
+from erv_min.state import everyones, load_state, save_state, state_bytes
+
+STOPPED = 75  # exit code after SIGTERM: the state is written, start again with --resume (sysexits.h: EX_TEMPFAIL)
+TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 
 # ----------------------------------------------------------------------------------------------------- processes
 
@@ -81,11 +87,7 @@ def sum_over_processes(values: dict[str, float], world: World) -> dict[str, floa
 
 def gather_lists(rows: list, world: World) -> list:
     """Concatenates each process's list, in rank order, on every process."""
-    if world.size == 1:
-        return rows
-    parts = [None] * world.size
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
+    return [row for part in everyones(rows) for row in part]
 
 
 # ----------------------------------------------------------------------------------------- optimizer and schedule
@@ -108,12 +110,15 @@ def make_optimizer(params: list[Tensor], weight_decay: float = 0.0) -> torch.opt
 
 
 def update(optimizer: torch.optim.Optimizer, params: list[Tensor], lr: float, max_grad_norm: float, world: World,
-           clip: Callable[[float], float] | None = None) -> float:
+           clip: Callable[[float], float] | None = None, loss: float = 0.0) -> float:
     """One optimizer step on gradients averaged over processes and clipped to a global norm; returns the norm before.
 
-    `clip` does both where given (of `Sharded` and its like). Gradients are cleared. A norm that is not finite leaves the
-    weights alone.
+    `clip` does both where given (of `Sharded` and its like). Gradients are cleared. A norm, or a `loss` of any process,
+    that is not finite leaves the weights alone; the norm is not finite then.
     """
+    if not math.isfinite(loss):
+        grad = next(p.grad for p in params if p.grad is not None)
+        grad.fill_(math.nan)  # the norm tells every process
     if clip is None:
         average_gradients(params)
         norm = float(nn.utils.clip_grad_norm_(params, max_grad_norm))
@@ -173,94 +178,124 @@ def provenance(settings) -> dict:
 
 
 class Run:
-    """A run's folder on the main process: logs, checkpoints and resume. Other processes only read."""
+    """A run's folder: logs, states, resume, and what to do about SIGTERM and numbers that are not finite.
+
+    The main process writes; where not said otherwise every process must call each method.
+    """
 
     def __init__(self, out: str | Path, settings, world: World, total_steps: int, towers: dict | None = None):
         self.out, self.world, self.total_steps = Path(out), world, total_steps
-        self.metrics, self.state = self.out / "metrics.jsonl", self.out / "state.safetensors"
+        self.metrics = self.out / "metrics.jsonl"
+        self.save_every, self.keep = getattr(settings, "save_every", 100), getattr(settings, "keep", 2)
         self.settings = provenance(settings) | ({"towers": towers} if towers else {})
         self.started, self.first_step = time.time(), 0
+        self.stop, self.watched, self.skipped, self.in_a_row = False, [], 0, 0
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         if world.main:
             self.out.mkdir(parents=True, exist_ok=True)
             config = self.out / "config.json"
             write_json(config, {**(read_json(config) if config.exists() else {}), "erv_min": self.settings})
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Appends {"step": step, ...} to metrics.jsonl and shows a line with rate and time left."""
-        if not self.world.main:
-            return
-        append_jsonl(self.metrics, {"step": step, **values})
-        done, elapsed = step + 1 - self.first_step, time.time() - self.started
-        if step + 1 == self.total_steps or step % 10 == 0:
-            left = elapsed / done * (self.total_steps - step - 1)
-            shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN)
-            print(f"step {step + 1}/{self.total_steps} {shown} | {done / elapsed:.2f} steps/s, "
-                  f"{datetime.timedelta(seconds=round(left))} left", flush=True)
+    def _on_sigterm(self, *_) -> None:
+        self.stop = True  # checkpoint() acts on it; further signals change nothing: torchrun and a cluster both send one
 
-    def save(self, step: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, policy=None) -> None:
-        """Writes the training state after `step` steps; the old one stays until the new one is whole. All must call it.
+    def begin(self, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, resume: bool, policy=None) -> int:
+        """Checks the disk; with `resume` puts the last state back and cuts the logs to it. Returns the steps done.
 
-        Of a `Sharded` policy each process writes its shards.
+        Raises DiskError, CheckpointError.
         """
-        if isinstance(policy, Sharded):
-            return save_state(self.out, step, policy, optimizer)
-        tensors = {f"param.{n}": full(p.detach()) for n, p in params.items()}
-        for name, p in params.items():
-            tensors |= {f"{key}.{name}": full(value.detach()) for key, value in optimizer.state.get(p, {}).items()}
-        if not self.world.main:
-            return
-        temporary = self.out / ".state.safetensors"
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)})
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, self.state)
-        fsync_folder(self.out)
+        held = policy if isinstance(policy, Sharded) else params
+        model = sum(p.numel() * p.element_size() for p in (policy.model.parameters() if policy else params.values()))
+        size = sum_over_processes({"state": state_bytes(held), "model": model * (held is policy or self.world.main)},
+                                  self.world)
+        needed = (self.keep + 1) * size["state"] + size["model"]
+        there = [*self.out.glob("*state-*/*"), *self.out.glob("model.safetensors")]
+        free = shutil.disk_usage(self.out).free + sum(path.stat().st_size for path in there)
+        if needed > free:
+            raise DiskError(f"{self.out}: {gigabytes(needed)} are needed ({self.keep + 1} states of "
+                            f"{gigabytes(size['state'])} and the model), {gigabytes(free)} are free: make room, give "
+                            "another --out or a smaller --keep")
+        if resume:
+            self.first_step = load_state(self.out, held, optimizer)
+            if self.world.main:
+                for row in [self._cut(self.out / name) for name in LOGS][0]:
+                    self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0
+                for path in self.out.glob(".*"):  # what was being written when the run was killed
+                    if re.fullmatch(r"\.state-\d+", path.name):
+                        shutil.rmtree(path)
+                    elif re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
+                        path.unlink()
+            self.skipped, self.in_a_row = everyones((self.skipped, self.in_a_row))[0]  # nobody appends before the cut
+        return self.first_step
 
-    def resume(self, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, policy=None) -> int:
-        """Puts the saved state back and cuts metrics.jsonl to it; returns the number of steps done, 0 without a state."""
-        sharded = isinstance(policy, Sharded)
-        if (other := self.state if sharded else self.out / "state.json").exists():
-            raise CheckpointError(f"{other}: written {'without' if sharded else 'with'} --sharding hand; resume that way")
-        if sharded:
-            self.first_step = load_state(self.out, policy, optimizer)
-            self._cut_metrics(self.first_step)
-            return self.first_step
-        if not self.state.exists():
-            self._cut_metrics(0)
-            return 0
-        try:
-            with safe_open(self.state, "pt") as f:
-                step = int(f.metadata()["step"])
-                saved = {k: f.get_tensor(k) for k in f.keys()}
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.state}: damaged ({error}); delete it to start again") from None
-        names = {k.removeprefix("param.") for k in saved if k.startswith("param.")}
-        if names != set(params):
-            raise CheckpointError(f"{self.state}: holds other parameters than this run trains, e.g. "
-                                  f"{sorted(names ^ set(params))[:3]}; resume with the settings it was started with")
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(as_held(p, saved[f"param.{name}"]))
-                state = {k: saved[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in saved}
-                if state:
-                    optimizer.state[p] = {k: v if k == "step" else as_held(p, v) for k, v in state.items()}
-        self._cut_metrics(step)
-        self.first_step = step
-        return step
+    def _cut(self, path: Path) -> list[dict]:
+        """Leaves the rows of steps before the first that is still to do; returns them."""
+        rows = [row for row in read_jsonl(path) if row["step"] < self.first_step] if path.exists() else []
+        if path.exists():
+            atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return rows
 
-    def _cut_metrics(self, step: int) -> None:
-        if self.world.main and self.metrics.exists():
-            lines = self.metrics.read_text().split("\n")
-            kept = [line for line in lines[:-1] if line and json.loads(line)["step"] < step]
-            atomic_write(self.metrics, "".join(line + "\n" for line in kept))
+    def watch(self, names: list[str], values: Tensor) -> None:
+        """Remembers a pass's rows [R, ...] and their gradients until `log`, which names those that are not finite."""
+        self.watched.append((names, values.detach()))
+        values.register_hook(lambda grad: self.watched.append((names, grad)))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Appends {"step": step, ...} to metrics.jsonl and shows a line with rate and time left.
+
+        A "grad_norm" that is not finite is a skipped step: the row says why. Raises NumbersError after TOO_MANY in a row.
+        """
+        values, skip = {**values, "skipped": self.skipped}, not math.isfinite(values.get("grad_norm", 0.0))
+        self.in_a_row = self.in_a_row + 1 if skip else 0
+        if skip:
+            self.skipped += 1
+            why = list(dict.fromkeys(name for names, x in self.watched for name, ok in
+                                     zip(names, x.flatten(1).isfinite().all(1).tolist()) if not ok))
+            names = list(dict.fromkeys(name for names, _ in self.watched for name in names))
+            parts = everyones((why, names))
+            why, names = ([name for part in parts for name in part[i]] for i in (0, 1))
+            values |= {"skipped": self.skipped, "skipped_because": f"not finite: log-probabilities or their gradient of "
+                       f"{'; '.join(why[:8])}" if why else "a gradient inside the model is not finite, the losses are; "
+                       f"in the batch: {'; '.join(names[:8])}"}
+        self.watched.clear()
+        if self.world.main:
+            append_jsonl(self.metrics, {"step": step} | {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
+            done, elapsed = step + 1 - self.first_step, time.time() - self.started
+            if skip:
+                print(f"step {step + 1}: skipped, {values['skipped_because']}", flush=True)
+            if step + 1 == self.total_steps or step % 10 == 0:
+                left = elapsed / done * (self.total_steps - step - 1)
+                shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN)
+                print(f"step {step + 1}/{self.total_steps} {shown} | {done / elapsed:.2f} steps/s, "
+                      f"{datetime.timedelta(seconds=round(left))} left", flush=True)
+        if self.in_a_row >= TOO_MANY:
+            raise NumbersError(f"{self.metrics}: {TOO_MANY} steps in a row up to step {step + 1} were skipped, the last: "
+                               f"{values['skipped_because']}. Look at these clips; a lower --lr or float32 may help")
+
+    def checkpoint(self, done: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, policy=None) -> None:
+        """After `done` steps: writes the state where it is due. After SIGTERM, too, and then ends with STOPPED."""
+        stop = sum_over_processes({"stop": float(self.stop)}, self.world)["stop"] > 0
+        if stop or done % self.save_every == 0 or done == self.total_steps:
+            if self.world.main and self.metrics.exists():
+                with open(self.metrics, "rb+") as f:
+                    os.fsync(f.fileno())  # the state never knows more steps than the log
+            save_state(self.out, done, policy if isinstance(policy, Sharded) else params, optimizer, self.keep)
+        if stop:
+            if self.world.main:
+                print(f"SIGTERM: the state after step {done} of {self.total_steps} is in {self.out}; go on with "
+                      f"--resume (exit code {STOPPED})", flush=True)
+            raise SystemExit(STOPPED)
 
     def finish(self) -> None:
-        """Adds the run's settings to the model's config.json, so that one file says what made the weights."""
+        """Adds the run's settings to the model's config.json: one file says what made the weights. SIGTERM ends again."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.world.main:
             config = self.out / "config.json"
             write_json(config, {**read_json(config), "erv_min": self.settings})
 
 
+LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl")
 SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
          "tokens_per_s")
 

@@ -5,10 +5,9 @@ safetensors as a stream. What the tensors mean is checkpoint.py's business. Left
 """
 
 import json
-import os
 import pickle
-import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from erv_min.errors import CheckpointError, DataError
-from erv_min.files import fsync_folder, read_json
+from erv_min.files import disk_errors, read_json, replacing
 
 # Exact names: openai/whisper-large-v3 also holds model.fp32-*.safetensors, twice the size.
 SAFE_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
@@ -58,7 +57,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
             return opener(folder / names[0])
         if (index := folder / names[1]).exists():
             shards = read_object(index).get("weight_map")
-            inside = isinstance(shards, dict) and all(isinstance(s, str) and Path(s).name == s for s in shards.values())
+            inside = isinstance(shards, dict) and all(isinstance(s, str) and Path(s).name == s and len(s) < 250 for s in shards.values())
             if not inside:
                 raise CheckpointError(f"{index}: field 'weight_map' must map tensor names to files of this folder")
             if absent := sorted({s for s in shards.values() if not (folder / s).exists()}):
@@ -144,11 +143,12 @@ def fill(model: nn.Module, stored: dict[str, Stored], may_miss: set[str], dtype:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None,
-                      stream: Iterable[tuple[str, Tensor]] | None = None) -> None:
+                      stream: Iterable[tuple[str, Tensor]] | None = None) -> int:
     """Writes `path` whole or not at all, one tensor at a time: no second copy of the model exists, on GPU or CPU.
 
     `dtype` None keeps each tensor's own. With `stream`, that is where the tensors come from, in the order of `tensors`,
-    which then gives names, shapes and types alone (sharded models: one unit is whole at a time).
+    which then gives names, shapes and types alone (sharded models: one unit is whole at a time). Returns the CRC-32 of
+    the file. Raises DiskError where there is no room.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
@@ -158,21 +158,15 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype
         offset += size
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(len(head).to_bytes(8, "little") + head)
-            for name, (got, tensor) in zip(tensors, stream or tensors.items()):
-                if got != name:
-                    raise CheckpointError(f"{path}: tensor {got} comes where {name} was announced")
-                tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-                f.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    head = len(head).to_bytes(8, "little") + head
+    crc = zlib.crc32(head)
+    with disk_errors(path, len(head) + offset), replacing(path) as f:
+        f.write(head)
+        for name, (got, tensor) in zip(tensors, stream or tensors.items()):
+            if got != name:
+                raise CheckpointError(f"{path}: tensor {got} comes where {name} was announced")
+            tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            crc = zlib.crc32(data, crc)
+            f.write(data)
+    return crc

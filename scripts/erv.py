@@ -74,6 +74,7 @@ class ERVSettings:
     seed: int = setting(17, "seed of data order, dropout, split and random weights")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
     save_every: int = setting(200, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept, the newest ones; where one is damaged the one before it is used")
     device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
     dtype: str = setting("float32", "compute type; weights and optimizer stay float32", ("float32", "bfloat16"))
 
@@ -178,7 +179,7 @@ def train(argv: list[str]) -> None:
     per_epoch = math.ceil(len(rows) / settings.batch_size)
     steps = settings.steps or per_epoch * settings.epochs
     run = Run(out, settings, world, steps)
-    first = run.resume(params, optimizer) if settings.resume else 0
+    first = run.begin(params, optimizer, settings.resume)
     verifier = Verifier(model, tokenizer, labels, world.device)
     model.requires_grad_(True)
     epochs_done = [x for x in read_jsonl(out / "epochs.jsonl") if x["step"] <= first] if first else []
@@ -200,10 +201,11 @@ def train(argv: list[str]) -> None:
         batch = [x[part].to(world.device) for x in (ids[:, :length], mask[:, :length], wanted)]
         with compute:
             logits = model(batch[0], batch[1])
+        run.watch([rows[i].key[:80] for i in part], logits)
         loss = erv_loss(logits.float(), batch[2], pos_weight) * (len(part) * world.size / len(picked))
         loss.backward()
         lr = learning_rate(step, steps, settings.lr, settings.warmup, settings.schedule)
-        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world)
+        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, loss=loss.item())
         seconds = time.perf_counter() - start_time
         run.log(step, {"epoch": step / per_epoch, "loss": loss.item(), "lr": lr, "grad_norm": norm,
                        "examples_per_s": len(picked) / seconds, "tokens_per_s": int(batch[1].sum()) / seconds,
@@ -220,8 +222,7 @@ def train(argv: list[str]) -> None:
                     save_file({k: v.cpu() for k, v in model.state_dict().items()}, out / "best.safetensors")
             if settings.patience and waited(epochs_done) >= settings.patience:
                 break
-        if (step + 1) % settings.save_every == 0:
-            run.save(step + 1, params, optimizer)
+        run.checkpoint(step + 1, params, optimizer)
     trained = time.perf_counter() - began
 
     if not world.main:

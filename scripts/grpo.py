@@ -10,6 +10,7 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 
 import copy
 import json
+import math
 import time
 from pathlib import Path
 
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = training_examples(settings, "train", world)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
     run = Run(settings.out, settings, world, total, model.tower_source)
-    first = run.resume(params, optimizer, policy) if settings.resume else 0
+    first = run.begin(params, optimizer, settings.resume, policy)
     if world.main:
         print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "
               f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters on this process", flush=True)
@@ -180,8 +181,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # 4. mu updates on this batch.
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
-        old = [None] * len(passes)
+        old, norms = [None] * len(passes), []
         for iteration in range(settings.mu):
+            loss_sum = 0.0
             for j in range(todo):
                 if j >= len(passes):
                     policy(idle_loss, model, settings.modality).backward()
@@ -191,9 +193,11 @@ def main(argv: list[str] | None = None) -> None:
                 part = slice(at * G, (at + len(chunk)) * G)
                 own = rows_of(completions, at * G, settings.micro_batch * G)
                 logps, entropy = policy(builder.logps, chunk, own, with_entropy=True)
+                run.watch([f"{x.example.video_id}, completion {i}" for x in chunk for i in range(G)], logps)
                 old[j] = logps.detach() if old[j] is None else old[j]
                 loss = grpo_loss(logps, old[j], ref_logps[j], advantages[part], own.mask, settings.beta, settings.epsilon)
                 (loss * len(own.ids) / rows * world.size).backward()  # the update averages over processes
+                loss_sum += loss.detach()
                 if iteration == settings.mu - 1:
                     count = own.mask.sum().item()
                     sums["loss"] += loss.item() * len(own.ids)
@@ -201,7 +205,9 @@ def main(argv: list[str] | None = None) -> None:
                     sums["entropy"] += (entropy * own.mask).sum().item()
                     sums["clip_fraction"] += clip_fraction(logps.detach(), old[j], advantages[part], own.mask,
                                                            settings.epsilon).item() * count
-            norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip)
+            norms.append(update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip,
+                                float(loss_sum)))
+        norm = next((x for x in norms if not math.isfinite(x)), norms[-1])
         if inputs:
             sums.update(
                 rows=float(len(texts)), tokens=float(completions.mask.sum()), reward=float(rewards.sum()),
@@ -220,9 +226,7 @@ def main(argv: list[str] | None = None) -> None:
             **explanation_statistics(gather_lists(scored, world))})
         if inputs and (step % settings.sample_every == 0 or step + 1 == total) and world.main:
             show(run, step, inputs[0], texts[:G], scored[:G])
-        if (step + 1) % settings.save_every == 0 and step + 1 < total:
-            run.save(step + 1, params, optimizer, policy)
-    run.save(total, params, optimizer, policy)
+        run.checkpoint(step + 1, params, optimizer, policy)
     save_model(policy, settings.out)
     if world.main:
         run.finish()

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
     total = settings.steps or max(1, settings.epochs * len(units) // units_per_step)
     run = Run(settings.out, settings, world, total, model.tower_source)
-    first = run.resume(params, optimizer, policy) if settings.resume else 0
+    first = run.begin(params, optimizer, settings.resume, policy)
     if world.main:
         print(f"SFT: {len(examples)} targets of {len({e.path for e in examples})} clips, {total} steps, "
               f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters on this process", flush=True)
@@ -95,16 +95,17 @@ def main(argv: list[str] | None = None) -> None:
             at = passes[j]
             labels = pad_targets([t for ts in targets[at : at + units_per_pass] for t in ts], tokenizer.pad_id, world.device)
             logps, _ = policy(builder.logps, [x for _, x in inputs[at : at + units_per_pass]], labels)
+            run.watch([f"{unit[0].video_id}, target {i}" for unit, _ in inputs[at : at + units_per_pass]
+                       for i in range(len(unit))], logps)
             loss = sft_loss(logps, labels.mask, max(1, denominator)) * world.size  # the update averages over processes
             loss.backward()
             loss_sum += loss.item() / world.size
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
-        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip)
+        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip,
+                      loss_sum)
         run.log(step, {"loss": sum_over_processes({"loss": loss_sum}, world)["loss"], "lr": lr, "grad_norm": norm,
                        "tokens": totals["tokens"], "tokens_per_s": totals["tokens"] / (time.time() - started)})
-        if (step + 1) % settings.save_every == 0 and step + 1 < total:
-            run.save(step + 1, params, optimizer, policy)
-    run.save(total, params, optimizer, policy)
+        run.checkpoint(step + 1, params, optimizer, policy)
     save_model(policy, settings.out)
     if world.main:
         run.finish()

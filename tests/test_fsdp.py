@@ -26,11 +26,12 @@ from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.launch import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.parallel import FullyShard, Replicated, idle_loss, load_state, save_state
+from erv_min.parallel import FullyShard, Replicated, idle_loss
 from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
 from erv_min.policy import Completions, Prompts, completion_logps, pad_targets
 from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.sft import sft_loss
+from erv_min.state import load_state, save_state
 
 WAYS = {"none": Replicated, "hand": Sharded, "torch": FullyShard}
 CLIPS, STEPS, GROUP, LR = 4, 5, 2, 1e-3
@@ -493,14 +494,14 @@ def test_a_state_of_two_processes_goes_on_four_and_then_on_one(runs, tmp_path):
     """Two steps on 2 processes, one on 4, two on 1: the weights of five steps without a stop."""
     run, optimizer = start("hand", "sft", F32)
     shutil.copytree(runs / "run", tmp_path / "run")
-    assert [p.name for p in sorted((tmp_path / "run").glob("*/*"))] == [f"{r:05d}.safetensors" for r in range(4)]
+    assert [p.name for p in sorted((tmp_path / "run").glob("state-000003/*.*s"))] == [f"{r:05d}.safetensors" for r in range(4)]
     assert load_state(tmp_path / "run", run, optimizer) == 3
     sft(run, optimizer, range(3, 5))
     keep(run, 0, tmp_path / "end")
     straight = runs / f"{name_of('hand', 'sft', F32, False, 1)}.safetensors"
     assert apart(straight, tmp_path / "end") < 1e-5
     save_state(tmp_path / "run", 5, run, optimizer)
-    assert [p.name for p in (tmp_path / "run").glob("state-*")] == ["state-000005"]
+    assert [p.name for p in sorted((tmp_path / "run").glob("state-*"))] == ["state-000003", "state-000005"]
 
 
 def test_states_that_do_not_fit_are_refused(runs, tmp_path):
@@ -510,7 +511,8 @@ def test_states_that_do_not_fit_are_refused(runs, tmp_path):
         load_state(runs / "run", run, optimizer)
     run, optimizer = start("hand", "sft", F32)
     shutil.copytree(runs / "run", tmp_path / "run")
-    damaged = sorted((tmp_path / "run").glob("*/*"))[2]
+    shutil.rmtree(tmp_path / "run" / "state-000002")
+    damaged = tmp_path / "run" / "state-000003" / "00002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="state-000003: damaged.*delete"):
         load_state(tmp_path / "run", run, optimizer)

@@ -25,7 +25,7 @@ from test_judge import good, serve  # noqa: E402, F401  (a fixture)
 
 from erv_min import stages  # noqa: E402
 from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: E402
-from erv_min.config import TOWERS, humanomni, read_tower, roberta, towers_json  # noqa: E402
+from erv_min.config import TOWERS, read_tower, roberta, towers_json  # noqa: E402
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: E402
 from erv_min.errors import CheckpointError, DataError  # noqa: E402
 from erv_min.erv import Verifier  # noqa: E402
