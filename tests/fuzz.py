@@ -3,7 +3,7 @@
     python tests/fuzz.py clips|annotations|checkpoints|predictions|explanations [--count 1000] [--seed 0] [--keep FOLDER]
 
 Input i of a kind is a function of (kind, seed, i). Each has SECONDS and may not let memory grow past MEGABYTES; a crash
-of the process, an unnamed error, or code run from a file counts as a failure. Inputs that fail are kept in FOLDER.
+of the process, an unnamed error, or code run from a file counts as a failure. Inputs that kill it are kept in FOLDER.
 Prints a JSON report.
 """
 

@@ -91,6 +91,12 @@ def test_a_shard_with_a_name_too_long(tmp_path):
         open_weights(tmp_path)
 
 
+def test_a_damaged_pickle_may_raise_anything(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02u.")  # SETITEMS without anything to set: an IndexError
+    with pytest.raises(CheckpointError, match="damaged, or holds code"):
+        open_weights(tmp_path)
+
+
 def test_rows_of_a_judge_s_cache_that_are_no_answers_are_asked_again(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     (tmp_path / "c").write_text('{"key": ["k"], "raw": "x"}\n[]\n{"raw": "x"}\n{"key": "k", "raw": "happy"}\n')
@@ -153,7 +159,7 @@ def test_a_run_writes_down_no_environment(tmp_path, monkeypatch):
 
 
 def test_no_shell_and_no_unpickling_of_files():
-    """pickle is used between a process and its own decoders (data.py), and to name torch.load's error (weights.py)."""
+    """pickle is used between a process and its own decoders alone (data.py)."""
     for path in [*ROOT.glob("erv_min/**/*.py"), *ROOT.glob("scripts/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
