@@ -265,7 +265,7 @@ class Checkpoints:
         from erv_min.checkpoint import load_erv, load_humanomni
         from erv_min.state import load_state
         from erv_min.train import make_optimizer
-        kind = rng.choice(("erv",) * 6 + ("policy", "run"))
+        kind = rng.choice(("erv",) * 12 + ("policy", "run", "run"))
         place, pwned = folder / "x" / self.places[kind].name, folder / "pwned"
         shutil.rmtree(folder / "x", ignore_errors=True)
         shutil.copytree(self.places[kind], place)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from erv_min.config import read_bert
 from erv_min.data import load_examples
 from erv_min.errors import CheckpointError, DataError, JudgeError
 from erv_min.files import append_jsonl, read_jsonl, write_json
@@ -50,7 +51,7 @@ def test_half_a_surrogate_is_kept_as_its_escape(tmp_path):
 
 @pytest.mark.parametrize("name", ["train.json", "rows.jsonl", "judged.json"])
 def test_json_nested_beyond_the_parser_is_a_data_error(tmp_path, name):
-    (tmp_path / name).write_text("[" * 200_000)
+    (tmp_path / name).write_text("[" * 200_000 + "\n")
     with pytest.raises(DataError, match=name):
         {"train.json": lambda: load_examples(f"json:{tmp_path / name}"), "rows.jsonl": lambda: read_jsonl(tmp_path / name),
          "judged.json": lambda: read_predictions(str(tmp_path / name), load_small(tmp_path))}[name]()
@@ -95,6 +96,15 @@ def test_a_damaged_pickle_may_raise_anything(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02u.")  # SETITEMS without anything to set: an IndexError
     with pytest.raises(CheckpointError, match="damaged, or holds code"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("field,value", [("pad_token_id", 10**6), ("num_hidden_layers", 10**9), ("vocab_size", 10**30)])
+def test_a_config_of_absurd_sizes(field, value):
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+             "max_position_embeddings": 20, "model_type": "roberta", "num_labels": 11}
+    assert read_bert(sizes, "here").vocab_size == 50
+    with pytest.raises(CheckpointError, match=f"here: .*{field}"):
+        read_bert(sizes | {field: value}, "here")
 
 
 def test_rows_of_a_judge_s_cache_that_are_no_answers_are_asked_again(tmp_path, monkeypatch):
