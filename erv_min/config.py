@@ -174,7 +174,12 @@ def read_part(kind: type, values: dict, where: str, **given):
         numeric = not isinstance(value, bool) and (isinstance(value, int) or (not is_size and isinstance(value, float)))
         if not (isinstance(value, bool) if f.type is bool else numeric and value >= 0):
             raise CheckpointError(f"{where}: field {f.name!r} must be {f.type.__name__}, is {value!r}")
-    return kind(**chosen)
+        if is_size and value > (1000 if "layers" in f.name else 2**24):
+            raise CheckpointError(f"{where}: field {f.name!r} is {value}: no model is that large")
+    part = kind(**chosen)
+    if kind is BertConfig and part.pad_token_id >= part.vocab_size:
+        raise CheckpointError(f"{where}: pad_token_id {part.pad_token_id} is outside the vocabulary of {part.vocab_size}")
+    return part
 
 
 def read_tower(kind: type, values: dict, where: str):

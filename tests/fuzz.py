@@ -3,7 +3,7 @@
     python tests/fuzz.py clips|annotations|checkpoints|predictions|explanations [--count 1000] [--seed 0] [--keep FOLDER]
 
 Input i of a kind is a function of (kind, seed, i). Each has SECONDS and may not let memory grow past MEGABYTES; a crash
-of the process, an unnamed error, or code run from a file counts as a failure. Inputs that fail are kept in FOLDER.
+of the process, an unnamed error, or code run from a file counts as a failure. Inputs that kill it are kept in FOLDER.
 Prints a JSON report.
 """
 
@@ -265,7 +265,7 @@ class Checkpoints:
         from erv_min.checkpoint import load_erv, load_humanomni
         from erv_min.state import load_state
         from erv_min.train import make_optimizer
-        kind = rng.choice(("erv",) * 6 + ("policy", "run"))
+        kind = rng.choice(("erv",) * 12 + ("policy", "run", "run"))
         place, pwned = folder / "x" / self.places[kind].name, folder / "pwned"
         shutil.rmtree(folder / "x", ignore_errors=True)
         shutil.copytree(self.places[kind], place)

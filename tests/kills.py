@@ -34,7 +34,7 @@ WATCHED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shu
 STAGES = {
     "sft": ["--steps", "14", "--batch-size", "4", "--micro-batch", "2", "--targets-per-clip", "2", "--save-every", "3",
             "--workers", "0"],
-    "erv": ["--steps", "90", "--batch-size", "16", "--save-every", "7"],
+    "erv": ["--steps", "90", "--batch-size", "16", "--save-every", "7", "--dropout", "0.1"],
     "grpo": ["--steps", "8", "--batch-size", "4", "--micro-batch", "2", "--group-size", "4", "--max-new-tokens", "16",
              "--mu", "2", "--eval-clips", "-1", "--save-every", "2", "--sample-every", "1", "--workers", "1"],
 }
@@ -104,9 +104,9 @@ def break_sampling(script) -> None:
     if hasattr(script, "sampling_noise"):
         script.sampling_noise = lambda seed, step, prompts, group, length: torch.rand(
             len(prompts) * group, length, generator=generator, dtype=torch.float64)
-    elif script.__name__ == "sft":
-        script.batch_of_step = lambda count, size, seed, step: torch.randint(count, (size,), generator=generator).tolist()
     else:
+        script.batch_of_step = lambda count, size, seed, step: torch.randint(count, (size,), generator=generator).tolist()
+    if script.__name__ == "erv":
         manual_seed(5)
         torch.manual_seed = lambda seed: generator
 
@@ -229,9 +229,13 @@ def trial(name: str, folder: Path, kills: int, rng: random.Random, broken: bool)
     while sum(landed.values()) < kills:
         out, runs, in_this_run = folder / f"{name}-{runs}", runs + 1, 0
         while True:
-            kind = rng.choice(("time", "operation", "writing", "SIGTERM")) if (
-                in_this_run < 5 and sum(landed.values()) < kills) else "none"
-            number = {"operation": rng.randint(1, operations[0]), "writing": rng.randint(1, operations[1])}.get(kind, 0)
+            kind = rng.choice(("time", "operation", "writing", "SIGTERM"))
+            if broken:  # where there is a state to go on from: a start from nothing would hide what is left out
+                kind = "writing"
+            if in_this_run == 5 or sum(landed.values()) == kills:
+                kind = "none"
+            number = {"operation": rng.randint(1, operations[0]),
+                      "writing": rng.randint(operations[1] // 2 if broken else 1, operations[1])}.get(kind, 0)
             job = Job(log, processes, stage, name, folder / "world", out, number, kind == "writing", broken)
             if kind in ("time", "SIGTERM") and not job.wait(rng.uniform(0, seconds)):
                 if kind == "SIGTERM":

@@ -22,7 +22,7 @@ from erv_min.train import STOPPED, Run, World, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 ALONE = World(0, 1, torch.device("cpu"))
-KILLS = int(os.environ.get("ERV_MIN_KILLS", 3))
+KILLS = int(os.environ.get("ERV_MIN_KILLS", 2))
 
 
 def kill(folder: Path, *options: str) -> dict:
@@ -46,12 +46,12 @@ def test_a_killed_run_resumes_to_the_same_bits(folder, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "erv", "grpo"])
+@pytest.mark.parametrize("stage", ["erv", "grpo"])
 def test_the_comparison_sees_a_sampling_state_that_was_left_out(folder, stage):
     (folder / "broken").mkdir(exist_ok=True)
     if not (folder / "broken/world").exists():
         (folder / "broken/world").symlink_to(folder / "world")
-    report = kill(folder / "broken", "--stages", stage, "--kills", "3", "--broken")[stage]
+    report = kill(folder / "broken", "--stages", stage, "--kills", "1", "--broken")[stage]
     assert report["differences"] and all("metrics.jsonl" in found for found in report["differences"])
     assert all(any("state-" in line for line in found) for found in report["differences"])
 
