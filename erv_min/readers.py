@@ -281,8 +281,10 @@ def _csv(rows, path: Path):
 def _json(path: Path, kind: type, form: str):
     try:
         value = json.loads(read_text(path), object_pairs_hook=lambda pairs: _no_twice(pairs, path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise DataError(f"{path}: not JSON of any use (nested too deep)") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: expected {form}, found a {type(value).__name__}")
     return value

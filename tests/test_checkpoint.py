@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
-from erv_min import weights
 from erv_min.checkpoint import (load_erv, load_humanomni, resolve, save_erv, save_humanomni, text_gate_folder,
                                 tower_place, ALL_TOWERS)
 from erv_min.config import BERT_BASE, SIGLIP_SO400M, WHISPER_LARGE_V3, humanomni, roberta
@@ -108,7 +107,7 @@ def test_a_write_that_fails_leaves_the_old_file(folder, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_humanomni(model, folder)
     assert (folder / "model.safetensors").read_bytes() == before

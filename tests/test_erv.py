@@ -505,7 +505,9 @@ def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
     assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
     assert result["agreement"]["accuracy"] >= 0.8 and "| honest |" in capsys.readouterr().out
     blind = erv.Verifier.load(trained)  # a second verifier that takes every sentence for disgust
-    blind.model.classifier["out_proj"].bias[1] = 100.0
+    with torch.no_grad():
+        blind.model.classifier["out_proj"].weight.zero_()
+        blind.model.classifier["out_proj"].bias.copy_(torch.where(torch.arange(11) == ERV_LABELS.index("disgust"), 9.0, -9.0))
     checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
     script.score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
