@@ -15,7 +15,7 @@ from torch import Tensor
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.linear import linear
 
-CHUNK_LOGITS = 2**62  # logits that exist at once: 64 MiB in float32
+CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 
 
 @dataclass

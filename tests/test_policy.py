@@ -94,6 +94,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
     """The most bytes alive at a time in forward and backward, hidden states and the head's gradient apart."""
+    assert 4 * policy.CHUNK_LOGITS <= 2**27  # bytes that are set aside for logits on any machine
     monkeypatch.setattr(policy, "CHUNK_LOGITS", 2**12)
 
     def peak(vocab: int, length: int) -> int:
