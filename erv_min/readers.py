@@ -282,7 +282,7 @@ def _json(path: Path, kind: type, form: str):
     try:
         value = json.loads(read_text(path), object_pairs_hook=lambda pairs: _no_twice(pairs, path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: expected {form}, found a {type(value).__name__}")
     return value

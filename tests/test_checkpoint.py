@@ -108,7 +108,7 @@ def test_a_write_that_fails_leaves_the_old_file(folder, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr("erv_min.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_humanomni(model, folder)
     assert (folder / "model.safetensors").read_bytes() == before
