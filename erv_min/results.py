@@ -99,7 +99,7 @@ def _judged_rows(text: str, path: Path) -> list[dict]:
     try:
         entries = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
+        raise DataError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
     rows, seen = [], set()
     for number, entry in enumerate(entries):
         for clip, judged in entry.items() if isinstance(entry, dict) else (("?", None),):

@@ -141,13 +141,13 @@ def _damage(place: Path) -> str:
         for name, file in sorted(state["files"].items())[rank::size]:
             path = place / Path(name).name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
-                return f"{name} is {'cut' if path.is_file() else 'missing'}"
+                return f"{name!r} is {'cut' if path.is_file() else 'missing'}"
             crc = 0
             with open(path, "rb") as f:
                 while block := f.read(1 << 24):
                     crc = zlib.crc32(block, crc)
             if crc != file["crc32"]:
-                return f"{name} has changed since it was written"
+                return f"{name!r} has changed since it was written"
     except (DataError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"state.json: {type(error).__name__} {error}"
     return ""
