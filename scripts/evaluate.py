@@ -71,16 +71,22 @@ def figures(rows: list[dict], rule: str = "paper", resamples: int = 1000, seed: 
     return results
 
 
-def judged_by(judges: list[str], rows: list[dict], settings: EvaluateSettings, device="cpu") -> dict[str, list[dict]]:
+def make_judges(specs: list[str], settings: EvaluateSettings, device="cpu") -> dict:
+    """Judge by name. Raises JudgeError: an unknown one, or a missing key, is told before the predictions begin."""
+    cache = settings.judge_cache or Path(settings.out) / "judge-cache.jsonl"
+    hosted = {"concurrency": settings.concurrency}
+    return {spec: make_judge(spec, cache, device, **(hosted if spec.partition(":")[0] in ("openai", "gemini", "hf") else {}))
+            for spec in specs}
+
+
+def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
     """Judge -> rows with its emotions. Without a judge: the emotions that the predictions bring, or none."""
     if not judges:
         return {"as in the file" if any("judged_emotion" in row for row in rows) else "no judge": rows}
-    cache = settings.judge_cache or Path(settings.out) / "judge-cache.jsonl"
     result = {}
-    for spec in judges:
-        hosted = {"concurrency": settings.concurrency} if spec.partition(":")[0] in ("openai", "gemini", "hf") else {}
-        result[spec] = [{k: v for k, v in row.items() if k not in ("judged_emotion", "judge_status")} for row in rows]
-        judge_rows(result[spec], make_judge(spec, cache, device, **hosted))
+    for name, judge in judges.items():
+        result[name] = [{k: v for k, v in row.items() if k not in ("judged_emotion", "judge_status")} for row in rows]
+        judge_rows(result[name], judge)
     return result
 
 
@@ -132,11 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     if not judges and settings.data.startswith("toy:"):
         judges = ["lexicon"]
     world = start_world(settings.device)
+    judges = make_judges(judges, settings, world.device) if world.main else {}
     rows, lost = predictions_of(settings, world)
     if not world.main:
         return
     out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
-    judged = judged_by(judges, rows, settings, world.device)
+    judged = judged_by(judges, rows)
     results = {judge: figures(part, settings.rule, settings.bootstrap, settings.seed) for judge, part in judged.items()}
     agreements = {}
     for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):

@@ -385,7 +385,7 @@ class Explanations:
                                   repeat_discount=0.5, length_target=20)
         rewards = score_completions([text], ["happy"], "dfew", verifier, ERV_LABELS, settings)
         extract_answer(text, "released")
-        statistics = explanation_statistics([text], rewards)
+        statistics = explanation_statistics(rewards)
         assert 0 <= rewards[0].total <= 3
         append_jsonl(folder / "log.jsonl", {"completion": text[:1000], **statistics})
 

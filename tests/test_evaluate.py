@@ -19,7 +19,7 @@ from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixt
 from erv_min.checkpoint import save_humanomni  # noqa: E402
 from erv_min.config import humanomni  # noqa: E402
 from erv_min.data import Example, load_examples  # noqa: E402
-from erv_min.errors import DataError, SettingsError  # noqa: E402
+from erv_min.errors import DataError, JudgeError, SettingsError  # noqa: E402
 from erv_min.files import read_json, read_jsonl  # noqa: E402
 from erv_min.model.humanomni import HumanOmni, init_weights  # noqa: E402
 from erv_min.results import clip_key, read_predictions  # noqa: E402
@@ -242,6 +242,14 @@ def test_undecodable_and_missing_clips_are_listed(world, tmp_path):
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(rows) == 4 and metrics["missing"] == [test[2].video_id] and test[1].path.name in metrics["failed"][0]
     assert (tmp_path / "out" / "missing_clips.txt").read_text() == f"{test[2].path}\n"
+
+
+def test_a_wrong_judge_is_told_before_the_predictions_begin(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for judge, told in (("openai:gpt-4.1-mini", "OPENAI_API_KEY"), ("oracle", "expected openai:MODEL")):
+        with pytest.raises(JudgeError, match=told):
+            run_model(world, tmp_path / "out", "--judge", judge)
+        assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
 def test_augment_describes_training_clips(world, tmp_path, capsys):
