@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
 from erv_min.errors import CheckpointError, DataError, DiskError
-from erv_min.files import disk_errors, fsync_folder, gigabytes, read_json, write_json
+from erv_min.files import disk_errors, fsync_folder, read_json, write_json
 from erv_min.fsdp import Sharded, Unit, world
 from erv_min.weights import write_safetensors
 

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
-from erv_min import weights
 from erv_min.checkpoint import (load_erv, load_humanomni, resolve, save_erv, save_humanomni, text_gate_folder,
                                 tower_place, ALL_TOWERS)
 from erv_min.config import BERT_BASE, SIGLIP_SO400M, WHISPER_LARGE_V3, humanomni, roberta
