@@ -117,11 +117,13 @@ class FullyShard:
         for module in self.modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        with torch.no_grad():
-            yield
-        for module in self.modules:
-            module.set_reshard_after_forward(module is not self.run, recurse=False)
-            module.reshard()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in self.modules:
+                module.set_reshard_after_forward(module is not self.run, recurse=False)
+                module.reshard()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.trained

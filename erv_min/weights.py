@@ -56,7 +56,8 @@ def open_weights(folder: Path) -> dict[str, Stored]:
             return opener(folder / names[0])
         if (index := folder / names[1]).exists():
             shards = read_object(index).get("weight_map")
-            inside = isinstance(shards, dict) and all(isinstance(s, str) and Path(s).name == s and len(s) < 250 for s in shards.values())
+            inside = isinstance(shards, dict) and all(isinstance(s, str) and Path(s).name == s and len(s) < 250
+                                                      for s in shards.values())
             if not inside:
                 raise CheckpointError(f"{index}: field 'weight_map' must map tensor names to files of this folder")
             if absent := sorted({s for s in shards.values() if not (folder / s).exists()}):

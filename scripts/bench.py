@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
                 row = {"bench": name, "variant": "ours", "ratio_time": None, "ratio_memory": None} | row
                 machine = {"matmul_limit": best["flops"], "copy_limit": best["bytes"], "torch": torch.__version__,
                            "threads": torch.get_num_threads()}
-                print(json.dumps(row | asdict(options) | machine) if settings["json"] else show(row), flush=True)
+                print(json.dumps(asdict(options) | machine | row) if settings["json"] else show(row), flush=True)
                 total = row.get("total_bytes") or (0 if options.device.startswith("cuda") else resident("VmHWM"))
                 if limit and row["variant"] == "ours" and total > limit:
                     raise SettingsError(f"{name} needed {total / 2**30:.2f} GiB, --memory-limit is {limit / 2**30:.2f}")
