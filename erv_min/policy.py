@@ -106,7 +106,9 @@ class TokenLogps(torch.autograd.Function):
         hidden, weight, ids, normaliser = ctx.saved_tensors
         grad = grad / ctx.temperature
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # one buffer for all chunks, in float32: in bfloat16 later chunks would be lost
+            grad_weight = torch.zeros(weight.shape, dtype=normaliser.dtype, device=weight.device)
         for at in range(0, len(ids), ctx.size):
             part = slice(at, at + ctx.size)
             logits = linear(hidden[part], weight).to(normaliser.dtype)
@@ -114,9 +116,11 @@ class TokenLogps(torch.autograd.Function):
             # d logp / d logits = onehot - probs
             d = probs.mul_(-grad[part, None]).scatter_add_(1, ids[part, None], grad[part, None]).to(hidden.dtype)
             grad_hidden[part] = d @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(d.T, hidden[part])  # one buffer for all chunks
-        return grad_hidden, grad_weight, None, None, None
+            if grad_weight is not None and d.dtype == grad_weight.dtype:
+                grad_weight.addmm_(d.T, hidden[part])
+            elif grad_weight is not None:
+                grad_weight += d.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def token_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0,

@@ -235,10 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if len(args.runs) > RUNS:
         raise SettingsError(f"{len(args.runs)} runs: a page holds at most {RUNS}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise SettingsError('the curves need matplotlib: pip install -e ".[report]"') from None
+    parts.need_matplotlib()  # before anything is read
     runs = [read_run(argument) for argument in args.runs]
     for run in runs:
         if sum(other.name == run.name for other in runs) > 1:

@@ -10,6 +10,7 @@ import numpy as np
 from pages import ClipMedia, text
 
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
+from erv_min.errors import SettingsError
 from erv_min.metrics import COLUMNS
 from erv_min.rewards import explanation_reward, extract_answer
 
@@ -54,10 +55,19 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array([w[np.isfinite(w)].mean() if np.isfinite(w).any() else np.nan for w in windows])
 
 
+def need_matplotlib() -> None:
+    """Raises SettingsError with the way to get it where it is missing: it is an extra, for the curves alone."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise SettingsError('the curves need matplotlib: pip install -e ".[report]"') from None
+
+
 def panel(name: str, series: dict[int, tuple[np.ndarray, np.ndarray]]) -> str:
     """One small plot as SVG whose colours are the page's CSS variables. series: the run's number -> (steps, values)."""
     import io
 
+    need_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
