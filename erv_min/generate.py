@@ -15,7 +15,7 @@ from erv_min.model.linear import linear
 from erv_min.model.qwen2 import GroupCache
 from erv_min.policy import Completions, Prompts, shared_prefix_hidden
 
-WINDOW = 64  # steps that a decode step's shapes stay the same
+WINDOW = 64  # steps that a decode step's shapes stay the same on CUDA
 
 
 def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, length: int) -> Tensor:
@@ -51,9 +51,9 @@ def sample_token(logits: Tensor, noise: Tensor | None, temperature: float, top_k
 class DecodeStep:
     """Last tokens of the rows that are left -> logits of the next: one call a step, with the cache growing by one.
 
-    On CUDA a step is replayed as a graph, its hundreds of kernels launched at once without Python between them. Shapes
-    are fixed for WINDOW steps; where they change (a longer window, fewer rows), one step runs as it stands, which warms
-    up, and the next ones replay what is captured after it.
+    On CUDA a step is replayed as a graph, its hundreds of kernels launched at once without Python between them. There
+    shapes are fixed for WINDOW steps; where they change (a longer window, fewer rows), one step runs as it stands, which
+    warms up, and the next ones replay what is captured after it. Elsewhere a step looks at what is filled alone.
     """
 
     def __init__(self, model: HumanOmni, cache: GroupCache, lengths: Tensor):
@@ -67,8 +67,8 @@ class DecodeStep:
 
     def __call__(self, last: Tensor, step: int) -> Tensor:
         """last [R] -> logits [R, V], the `step`-th (from 1 on)."""
-        cache = self.cache
-        cache.window = min(cache.own[0][0].shape[2], -(-step // WINDOW) * WINDOW)
+        cache, same = self.cache, WINDOW if last.is_cuda else 1
+        cache.window = min(cache.own[0][0].shape[2], -(-step // same) * same)
         if (len(last), cache.window) == self.shape:
             self.last.copy_(last)
             self.replay()
@@ -135,7 +135,8 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
         if t and use_cache:
             logits = step(ids[rows, t - 1], t)
         elif t:
-            logits = linear(shared_prefix_hidden(model, prompts, ids[:, : t + 1])[:, -1], model.head_weight)
+            _, rest = shared_prefix_hidden(model, prompts, ids[:, : t + 1], torch.ones_like(ids[:, : t + 1], dtype=torch.bool))
+            logits = linear(rest.view(total, t, -1)[:, -1], model.head_weight)
         token = sample_token(logits, None if noise is None else noise[rows, t], temperature, top_k, top_p)
         ids[rows, t] = torch.where(done[rows], eos_token_id, token)
         done = done | (ids[:, t] == eos_token_id)

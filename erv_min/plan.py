@@ -22,7 +22,7 @@ from erv_min.errors import SettingsError
 from erv_min.fsdp import Sharded
 from erv_min.generate import sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
-from erv_min.model.qwen2 import GroupCache
+from erv_min.model.qwen2 import GroupCache, Packing
 from erv_min.policy import token_logps
 from erv_min.settings import TRAINABLE, GRPOSettings, SFTSettings
 
@@ -139,10 +139,11 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         total = hidden.shape[1]
         ids = torch.zeros(clips * group, length, dtype=torch.long)
         mask = torch.ones(1, 1, length - 1, total + length - 1, dtype=torch.bool)
-        positions = torch.zeros(clips * group, length - 1, dtype=torch.long)
-        rest, _ = model.model(model.model.embed_tokens(ids[:, 1:]), positions, past=kv, mask=mask)
-        hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0)[:, None], rest], 1)
-        return token_logps(hidden.flatten(0, 1), model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
+        packing = Packing(clips * group, length - 1, torch.zeros(clips * group * (length - 1), dtype=torch.long))
+        places = packing.places[None]
+        rest, _ = model.model(model.model.embed_tokens(places), places, past=kv, mask=mask, packing=packing)
+        hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0), rest[0]])
+        return token_logps(hidden, model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
 
     def sample() -> int:
         _, kv = model.model(prompts(), keep_kv=True)

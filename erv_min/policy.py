@@ -1,7 +1,8 @@
 """log pi_theta(y_t | x, y_<t) of G completions on a shared prompt: what Eq. 2 and Eq. 3 are made of.
 
-Three things that the released step repeats are done once here, with the same gradient:
+What the released step repeats or pads is done once here, with the same gradient:
 * the prompt is prefilled once a group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433);
+* completions of unequal length stand one after the other: no layer but attention sees padding;
 * only positions that predict a completion token meet the head, in chunks that the backward pass computes again, so that
   no [B, T, V] tensor exists;
 * log-softmax, temperature and entropy come out of the same pass, in float32.
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.linear import linear
+from erv_min.model.qwen2 import Packing
 
 CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 
@@ -61,23 +63,25 @@ def completion_mask(prompt_mask: Tensor, group_size: int, length: int) -> Tensor
     return torch.cat([on_prompt, causal.expand(rows, 1, length, length)], -1)
 
 
-def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor) -> Tensor:
-    """Hidden states that predict each completion token: [R, T, D] for ids [R, T], each prompt computed once.
+def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states that predict each completion token, each prompt computed once and no padding of the completions.
 
-    Position t = 0 is predicted by the prompt's last token, t >= 1 by completion token t - 1.
+    ids, mask [R, T] -> first [R, D], which the prompt's last token gives, and rest [N, D], where `mask[:, 1:]` is True,
+    row by row: completion token t - 1 predicts the t-th.
     """
     batch, rows, length = prompts.embeds.shape[0], *ids.shape
     group = rows // batch
     last = prompts.lengths - 1  # [B]
     hidden, kv = model.model(prompts.embeds, keep_kv=True)
-    first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(group, 0)[:, None]  # [R, 1, D]
+    first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(group, 0)  # [R, D]
     if length == 1:
-        return first
-    steps = torch.arange(1, length, device=ids.device)
-    position_ids = last.repeat_interleave(group)[:, None] + steps  # [R, T - 1]
-    mask = completion_mask(prompts.mask, group, length - 1)
-    rest, _ = model.model(model.model.embed_tokens(ids[:, :-1]), position_ids, past=kv, mask=mask)
-    return torch.cat([first, rest], 1)
+        return first, first[:0]
+    packing = Packing.of(mask[:, 1:])
+    positions = (last.repeat_interleave(group)[:, None] + torch.arange(1, length, device=ids.device)).flatten()
+    embeds = model.model.embed_tokens(ids[:, :-1].flatten()[packing.places][None])
+    rest, _ = model.model(embeds, positions[packing.places][None], past=kv,
+                          mask=completion_mask(prompts.mask, group, length - 1), packing=packing)
+    return first, rest[0]
 
 
 class TokenLogps(torch.autograd.Function):
@@ -141,7 +145,13 @@ def completion_logps(model: HumanOmni, prompts: Prompts, completions: Completion
                      with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
     """log pi(o_t | x, o_<t) at each completion token, and the entropy where asked for: float32 [R, T], 0 outside the mask."""
     ids, mask = completions.ids, completions.mask
-    hidden = shared_prefix_hidden(model, prompts, ids)
-    logps, entropy = token_logps(hidden[mask], model.head_weight, ids[mask], temperature, with_entropy)
-    empty = torch.zeros(ids.shape, dtype=logps.dtype, device=ids.device)
-    return empty.masked_scatter(mask, logps), empty.masked_scatter(mask, entropy) if with_entropy else None
+    first, rest = shared_prefix_hidden(model, prompts, ids, mask)
+    found = token_logps(torch.cat([first, rest]), model.head_weight, torch.cat([ids[:, 0], ids[:, 1:][mask[:, 1:]]]),
+                        temperature, with_entropy)
+
+    def padded(values: Tensor) -> Tensor:  # [R + N] -> [R, T]
+        empty = values.new_zeros(len(ids), ids.shape[1] - 1)
+        on_rest = empty.masked_scatter(mask[:, 1:], values[len(ids):])
+        return torch.cat([values[: len(ids), None], on_rest], 1).masked_fill(~mask, 0)
+
+    return padded(found[0]), padded(found[1]) if with_entropy else None

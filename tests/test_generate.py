@@ -112,7 +112,10 @@ def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
     noise = sampling_noise(0, 0, [0, 1], 4, 6)
     completions = rollout(model, prompts, 4, 6, 17, noise)
     from erv_min.policy import shared_prefix_hidden
-    probs = (shared_prefix_hidden(model, prompts, completions.ids) @ model.head_weight.T).softmax(-1)
+    rows, length = completions.ids.shape
+    first, rest = shared_prefix_hidden(model, prompts, completions.ids, torch.ones(rows, length, dtype=torch.bool))
+    hidden = torch.cat([first[:, None], rest.view(rows, length - 1, -1)], 1)
+    probs = (hidden @ model.head_weight.T).softmax(-1)
     cumulative = probs.double().cumsum(-1)
     upper = cumulative.gather(-1, completions.ids[..., None])[..., 0]
     lower = upper - probs.gather(-1, completions.ids[..., None])[..., 0]

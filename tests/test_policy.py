@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import erv_min.policy as policy
+from erv_min.model.qwen2 import Packing
 from erv_min.policy import Completions, Prompts, completion_logps, token_logps
 from erv_min.sft import group_targets, sft_loss
 from erv_min.data import Example
@@ -53,6 +54,22 @@ def test_shared_prompt_equals_repeated_prompt(prompt_lengths, recompute, tied, d
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 30
     for name, g in gradients[0].items():
         assert (g - gradients[1][name]).norm() <= tolerance * g.norm() + 1e-9, name
+
+
+def test_packing_by_hand():
+    packing = Packing.of(torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
+    assert packing.places.tolist() == [0, 1, 3, 4, 5]
+    x = torch.arange(1.0, 6)[None, None, :, None]  # one head, width 1: the tokens 1 to 5
+    assert packing.unpack(x)[:, 0, :, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert torch.equal(packing.pack(packing.unpack(x)), x)
+
+
+def test_no_layer_computes_the_padding_of_completions():
+    """Completions of 5, 1, 2 and 2 tokens: the second pass has the 4 + 0 + 1 + 1 tokens that predict another one."""
+    model, completions, seen = tiny_model(), completions_of((5, 1, 2, 2)), []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
+    completion_logps(model, tiny_prompts(model, (3, 7)), completions)
+    assert seen == [(2, 7), (1, 6)]
 
 
 def test_padding_of_prompts_gets_no_gradient():

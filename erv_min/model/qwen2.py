@@ -112,6 +112,30 @@ class GroupCache:
         return (out + on_own @ own_v).reshape(rows, heads, 1, width)
 
 
+@dataclass
+class Packing:
+    """R rows of unequal length written one after the other, without padding: all but attention works on this form."""
+
+    rows: int
+    length: int  # T, of the longest row
+    places: Tensor  # [N] int64: where each token stands among R * T
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Packing":
+        """mask [R, T] bool, True at the tokens that are there."""
+        return cls(*mask.shape, mask.flatten().nonzero()[:, 0])
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, H, N, d] -> [R, H, T, d], 0 at padding."""
+        _, heads, _, width = x.shape
+        padded = x.new_zeros(self.rows * self.length, heads, width).index_copy(0, self.places, x[0].transpose(0, 1))
+        return padded.view(self.rows, self.length, heads, width).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[R, H, T, d] -> [1, H, N, d]."""
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1)[None]
+
+
 def attend_past(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
     """q [R, H, T, d] against the prompt's keys `past` [B, KV, P, d] (R = B * G) and the completion's own [R, KV, T, d].
 
@@ -146,12 +170,12 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         return rotate(q, rope), rotate(k, rope), v  # [B, heads, L, d], [B, KV, L, d] twice
 
-    def forward(self, x: Tensor, rope, past, mask) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, rope, past, mask, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x, rope)
         if past is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
         else:
-            out = attend_past(q, k, v, past, mask)
+            out = packing.pack(attend_past(*map(packing.unpack, (q, k, v)), past, mask))
         return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
 
     def decode(self, x: Tensor, rope, cache: GroupCache, layer: int) -> Tensor:
@@ -182,8 +206,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, past=None, mask=None) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn(self.input_layernorm(x), rope, past, mask)
+    def forward(self, x: Tensor, rope, past=None, mask=None, packing=None) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(self.input_layernorm(x), rope, past, mask, packing)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
@@ -205,18 +229,18 @@ class Qwen2(nn.Module):
         self.recompute = False  # recompute each layer in the backward pass in place of keeping its activations
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past=None, mask: Tensor | None = None,
-                keep_kv: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+                packing: Packing | None = None, keep_kv: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """[B, L, D] -> hidden states after the final norm [B, L, D], and per layer (k, v) [B, KV, L, d] if `keep_kv`.
 
-        position_ids [B, L] default to 0..L-1. `past` (the kv of an earlier call on the prompts) needs `mask`, see
-        `attend_past`.
+        position_ids [B, L] default to 0..L-1. With `past` (the kv of an earlier call on the prompts) embeddings,
+        positions and result are packed, [1, N, D], as `packing` says, and `mask` is needed: see `attend_past`.
         """
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
         x, kv = inputs_embeds, []
         for i, layer in enumerate(self.layers):
-            arguments = (x, rope, None if past is None else past[i], mask)
+            arguments = (x, rope, None if past is None else past[i], mask, packing)
             if self.recompute and torch.is_grad_enabled():
                 x, k, v = checkpoint(layer, *arguments, use_reentrant=False)
             else:
