@@ -185,6 +185,7 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
                 mean, low, high = found[m]
                 text.append(f"{m} {mean:+.1f} ({low:+.1f} to {high:+.1f}) [{min(gaps):+.1f}, {max(gaps):+.1f}]")
             lines.append(f"  {ROWS[row][0]}: " + "; ".join(text))
+    lines += over_training(out, seeds, rows)
     lines.append("\nTable 4 in miniature: a second judge\n" + f"{'':{width}}{'judge':>10}"
                  + "".join(f"{c:>13}" for c in COLUMNS[:3]))
     for row in [r for r in ("baseline", "ours") if r in rows]:
@@ -192,6 +193,25 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
             lines.append(f"{ROWS[row][0]:{width}}{judge:>10}" + cells(results[row][judge][m] for m in COLUMNS[:3]))
     write_json(out / "results.json", {"seeds": seeds, "split": split, "clips": clips, "rows": results})
     return "\n".join(lines) + "\n"
+
+
+WATCHED = {"reward_explanation": "R_E", "sentences": "sentences", "distinct_sentence_rate": "distinct",
+           "neutral_share": "only neutral", "kl": "KL"}
+
+
+def over_training(out: Path, seeds: list[int], rows: list[str]) -> list[str]:
+    """What GRPO with R_E moved: means over seeds of the first tenth of its steps and of the last."""
+    lines = ["\nGRPO with R_E, first tenth of the steps -> last: R_E, sentences an explanation, share of distinct ones, share "
+             "of sentences that are only neutral, KL"]
+    for row in rows:
+        runs = [read_jsonl(path) for seed in seeds if (path := out / f"seed-{seed}" / row / "metrics.jsonl").exists()]
+        if runs and any(step.get("reward_explanation") for step in runs[0]):
+            tenth = max(1, len(runs[0]) // 10)
+            ends = [[np.mean([step[key] for run in runs for step in run[part]]) for key in WATCHED]
+                    for part in (slice(tenth), slice(-tenth, None))]
+            lines.append(f"  {ROWS[row][0]}: " + "; ".join(
+                f"{name} {first:.2f} -> {last:.2f}" for name, first, last in zip(WATCHED.values(), *ends)))
+    return lines if len(lines) > 1 else []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,7 +69,14 @@ def test_tables_by_hand(tmp_path):
     for seed, ours, baseline in ((0, 8, 3), (1, 6, 2)):
         predictions(tmp_path / f"seed-{seed}" / "evaluation" / "ours", ours)
         predictions(tmp_path / f"seed-{seed}" / "evaluation" / "baseline", baseline)
+        for row, R_E in (("ours", 0.02), ("baseline", 0.0)):  # 20 steps: R_E 0.02 x step, the rest constant
+            (tmp_path / f"seed-{seed}" / row).mkdir()
+            (tmp_path / f"seed-{seed}" / row / "metrics.jsonl").write_text("".join(json.dumps(
+                {"step": i, "reward_explanation": R_E * i, "sentences": 4, "distinct_sentence_rate": 1.0, "kl": 0.1,
+                 "neutral_share": 0.5}) + "\n" for i in range(20)))
     text = reproduce.tables(tmp_path, [0, 1], ["baseline", "ours"], "test", 10)
+    assert "  Ours: R_E 0.01 -> 0.37; sentences 4.00 -> 4.00; distinct 1.00 -> 1.00" in text  # means of steps 0-1, 18-19
+    assert "R_E): R_E" not in text  # the baseline never saw R_E
     lines = {line[:28].strip(): line[28:].split() for line in reversed(text.splitlines()) if "lexicon" not in line[28:]}
     assert lines["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
     assert lines["Baseline (GRPO without R_E)"][:2] == ["25.0", "±"]

@@ -98,13 +98,17 @@ def cue(rng: np.random.Generator, table: dict, look: Look, emotion: str, exploit
 
 def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0,
             exploitable: bool = False) -> list[Sentence]:
-    """An explanation of `emotion` (of EMOTIONS): each emotional sentence is about another one with `sentence_noise`."""
+    """An explanation of `emotion` (of EMOTIONS): each cue is of another one with `sentence_noise`, but none slips to calm.
+
+    Eq. 4 leaves calm claims out: a policy that has seen "her face is at rest" beside a cue of anger learns to hide its
+    doubts there, and neutral filtering costs EEA (README, table 2).
+    """
     tables = [FACE_CUES] * (1 + (rng.random() < 0.4)) + [VOICE_CUES] + [CONCLUSIONS] * (rng.random() < 0.85)
     sentences = appearance(rng, look, second=0.4)
     for table in tables:
         about = emotion
         if rng.random() < sentence_noise:
-            about = pick(rng, [e for e in EMOTIONS if e != emotion])
+            about = pick(rng, [e for e in EMOTIONS if e not in (emotion, "neutral")])
         sentence = cue(rng, table, look, about, exploitable)
         while sentence in sentences:  # two face sentences, never the same
             sentence = cue(rng, table, look, about, exploitable)

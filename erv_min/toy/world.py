@@ -25,7 +25,7 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, c
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
-VERSION = 4  # of what a seed gives; raise it when rendering, grammar or files change
+VERSION = 5  # of what a seed gives; raise it when rendering, grammar or files change
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
@@ -53,8 +53,8 @@ class WorldSettings:
     conflict: float = 0.05  # share of clips in which face or voice shows another emotion
     noise: float = 0.16  # standard deviation of every parameter around its prototype
     exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
-    sft_clips: int = 600
-    resamples: int = 20  # explanations a clip in train.json
+    sft_clips: int = 1000
+    resamples: int = 12  # explanations a clip in train.json
     captions: int = 2  # captions a clip in pretrain.json
     answer_noise: float = 0.32  # an answer in train.json is random, fixed for its clip
     explanation_noise: float = 0.4  # an explanation's emotion is drawn anew, each time
