@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a completion, logps")
     parser.add_argument("--clips", type=int, default=8, help="clips, data")
+    parser.add_argument("--prompts", type=int, default=1, help="of --group completions of five sentences each, erv")
+    parser.add_argument("--repeats", type=float, default=0.3, help="share of sentences that their group has already, erv")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--versus", default="", choices=("", "naive", "transformers"))

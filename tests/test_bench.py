@@ -10,8 +10,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import bench  # noqa: E402
 from benches.common import Options, Peak, language_flops, linear_weights, prompt_tokens  # noqa: E402
+from benches.erv import prepare, step_sentences, throughput  # noqa: E402
 from benches.step import naive_logps, prompts_of  # noqa: E402
 from erv_min.config import humanomni  # noqa: E402
+from erv_min.errors import SettingsError  # noqa: E402
 from erv_min.policy import Completions, completion_logps  # noqa: E402
 from tiny import tiny_model  # noqa: E402
 
@@ -33,6 +35,23 @@ def test_rows(capsys, name, versus):
         assert rows[-1]["ratio_time"] == pytest.approx(rows[0]["seconds"] / rows[-1]["seconds"])
     if name == "data":
         assert 0 <= rows[0]["stall"] <= 1
+
+
+def test_sentences_of_the_verifiers_bench_repeat_as_asked():
+    completions = step_sentences(2, repeats=0.5)
+    flat = [s for own in completions for s in own]
+    assert len(completions) == 32 and len(flat) == 160 and 60 < len(set(flat)) < 110  # 85 expected, deviation 6
+    assert len(set(s for own in step_sentences(1, repeats=0) for s in own)) == 80
+
+
+def test_ways_that_differ_are_not_compared(monkeypatch, tmp_path):
+    completions = step_sentences(1, 4)
+    verifier = prepare("toy", [s for own in completions for s in own], tmp_path)
+    assert set(throughput(verifier, completions, rounds=1)) == {"batched", "loop"}
+    right = verifier.probabilities
+    monkeypatch.setattr(verifier, "probabilities", lambda sentences: right(sentences) + 0.01)
+    with pytest.raises(SettingsError, match="different probabilities"):
+        throughput(verifier, completions, rounds=1)
 
 
 def test_memory_limit(capsys):

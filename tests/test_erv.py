@@ -462,17 +462,6 @@ def test_every_reward_setting_has_an_option():
         assert grpo.reward_settings(grpo.GRPOSettings(ablate=ablate)) == RewardSettings(**{field: False})
 
 
-def test_speed_of_all_ways_is_measured_on_equal_results():
-    speed = load_script("erv_speed")
-    completions = speed.step_sentences(2, repeats=0.5)
-    flat = [s for own in completions for s in own]
-    assert len(completions) == 32 and len(flat) == 160 and 60 < len(set(flat)) < 110  # 85 expected, deviation 6
-    assert len(set(s for own in speed.step_sentences(1, repeats=0) for s in own)) == 80
-    rows = list(speed.measure("toy", 1, rounds=1, transformers=False))
-    assert [row["way"] for row in rows] == ["batched", "loop"] and rows[1]["times_the_loop"] == 1
-    assert all(row["sentences"] == 80 and row["sentences_per_s"] > 0 for row in rows)
-
-
 def test_patience_and_resampling_by_hand(script):
     epochs = [{"macro_f1": x} for x in (0.5, 0.7, 0.7, 0.6)]
     assert [script.waited(epochs[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]  # an equal score is not a better one

@@ -128,7 +128,7 @@ def test_annotations(small):
     assert len({n for part in numbers.values() for n in part}) == 36 and len(truth) == 66
     assert all((small / "clip" / f"{n}.mp4").is_file() for n in truth)
     entries = read_json(small / "train.json")
-    assert len(entries) == 12 * 20 and len({e["video"] for e in entries}) == 12
+    assert len(entries) == 12 * WorldSettings.resamples and len({e["video"] for e in entries}) == 12
     human, gpt = entries[0]["conversations"]
     assert human == {"from": "human", "value": f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"}
     assert gpt["from"] == "gpt" and gpt["value"].startswith("<think>") and gpt["value"].endswith("</answer>")
@@ -157,10 +157,11 @@ def test_explanations_are_loosely_tied_to_answers_and_answers_to_labels():
     clips = sample_clips(settings)
     entries = world.sft_entries(clips, settings)
     answers = [e["conversations"][1]["value"].split("<answer>")[1][:-9] for e in entries]
-    labels = [c.label for c in clips for _ in range(20)]
+    labels = [c.label for c in clips for _ in range(settings.resamples)]
     right = np.mean([a == b for a, b in zip(answers, labels)])
     assert abs(right - (0.68 + 0.32 / 7)) < 0.04
-    assert all(len(set(answers[i:i + 20])) == 1 for i in range(0, len(answers), 20))  # fixed for its clip
+    assert all(len(set(answers[i:i + settings.resamples])) == 1  # fixed for its clip
+               for i in range(0, len(answers), settings.resamples))
     thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
     judged = lexicon.LexiconJudge().judge(thoughts, EMOTIONS)
     assert abs(np.mean([a == b for a, b in zip(judged, answers)]) - (0.6 + 0.4 / 7)) < 0.05
@@ -262,6 +263,14 @@ def test_judges_share_nothing_with_the_labeller():
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert imported == {"re"}
+
+
+def test_slips_are_of_another_emotion_but_never_calm():
+    rng = np.random.default_rng(0)
+    slipped = [e for _ in range(600) for s in text.explain(rng, LOOKS[0], "sad", 0.3) for e in s.emotions if e != "sad"]
+    assert set(slipped) == set(EMOTIONS) - {"sad", "neutral"}
+    cues = [e for _ in range(600) for s in text.explain(rng, LOOKS[0], "neutral", 0.3) for e in s.emotions]
+    assert 0.25 < np.mean([e != "neutral" for e in cues]) < 0.35
 
 
 def test_exploitable_world_has_cues_of_two_emotions():

@@ -35,6 +35,8 @@ class Options:
     recompute: bool = True
     tokens: int = 512  # of a completion, logps
     clips: int = 8  # data
+    prompts: int = 1  # of `group` completions of five sentences each, erv
+    repeats: float = 0.3  # share of sentences that repeat one of their group, erv
 
     @property
     def config(self) -> HumanOmniConfig:
