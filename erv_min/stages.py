@@ -113,10 +113,13 @@ def start_model(settings: Common, stage: str, world: World) -> tuple[HumanOmni, 
 
 
 def tower_key(model: HumanOmni) -> str:
-    """Names the frozen towers by their weights: features kept on disk are never taken for those of other towers."""
-    sums = [p.detach().double().abs().sum().item() for tower in (model.model.vision_tower, model.model.audio_tower)
-            for p in tower.parameters()]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()
+    """Names the frozen towers by their weights' bytes: features kept on disk are never taken for those of other towers."""
+    digest = hashlib.sha256()
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        for name, weight in tower.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def training_examples(settings: Common, split: str, world: World) -> list[Example]:
