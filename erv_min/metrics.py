@@ -192,12 +192,12 @@ def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, 
 def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
     """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa", "per_class"}; shares, not percent.
 
-    Rows where either gave no emotion (None) are left out and counted. Cohen's kappa = (p_o - p_e) / (1 - p_e), None
-    where p_e = 1 (both always say the same one word). per_class: of the rows where either said it, the share where both
-    did. Raises DataError where nothing is left."""
+    Rows where either gave no emotion (None) are left out and counted; accuracy and kappa are None where nothing is left
+    (a policy that does not explain). Cohen's kappa = (p_o - p_e) / (1 - p_e), None where p_e = 1 (both always say the
+    same one word). per_class: of the rows where either said it, the share where both did."""
     pairs = [(a, b) for a, b in zip(judged_a, judged_b, strict=True) if a is not None and b is not None]
     if not pairs:
-        raise DataError("no explanation has an emotion from both judges")
+        return {"n": 0, "left_out": len(judged_a), "accuracy": None, "kappa": None, "per_class": {}}
     n, names = len(pairs), sorted({x for pair in pairs for x in pair})
     p_o = sum(a == b for a, b in pairs) / n
     p_e = sum(sum(a == x for a, _ in pairs) * sum(b == x for _, b in pairs) for x in names) / n**2

@@ -118,6 +118,9 @@ def report(name: str, results: dict[str, dict], agreements: dict) -> str:
                            f"the list, {result['judge_errors']} judge errors")
         parts.append(confusion_text(first))
         for pair, value in agreements.get(dataset, {}).items():
+            if not value["n"]:
+                parts.append(f"{pair}: no explanation has an emotion from both judges ({value['left_out']} left out)")
+                continue
             kappa = f"{value['kappa']:.3f}" if value["kappa"] is not None else "-"
             parts.append(f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, "
                          f"kappa {kappa} ({value['left_out']} left out)")

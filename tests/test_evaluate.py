@@ -155,6 +155,16 @@ def test_two_judges_and_their_agreement(serve, tmp_path, capsys):  # noqa: F811
     assert set(api.asked.values()) == {1}
 
 
+def test_answers_without_explanations_are_judged_by_two_as_well(tmp_path, capsys):
+    rows = [{"video_id": str(i), "output": f"<think></think><answer>{answer}</answer>", "ground_truth": "sad",
+             "dataset": "dfew"} for i, answer in enumerate(("sad", "happy"))]
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.main(["--predictions", path, "--judge", "lexicon", "--judge", "lexicon2", "--out", f"{tmp_path}/out"])
+    assert "lexicon and lexicon2: no explanation has an emotion from both judges (2 left out)" in capsys.readouterr().out
+    found = read_json(tmp_path / "out" / "metrics.json")["judges"]["lexicon"]["dfew"]
+    assert (found["WAR"], found["EEA"], found["FCR"]) == (50, 0, 0)
+
+
 def test_too_many_missing_predictions(tmp_path):
     golden_files(tmp_path, "DFEW")
     text = (tmp_path / "results.txt").read_text()

@@ -172,8 +172,7 @@ def test_agreement_by_hand():
     assert (found["n"], found["left_out"], found["accuracy"], found["kappa"]) == (4, 1, 0.75, 0.5)
     assert found["per_class"] == {"sad": 2 / 3, "happy": 1 / 2}
     assert agreement(["sad"], ["sad"])["kappa"] is None
-    with pytest.raises(DataError, match="both"):
-        agreement([None], ["sad"])
+    assert agreement([None], ["sad"]) == {"n": 0, "left_out": 1, "accuracy": None, "kappa": None, "per_class": {}}
 
 
 def test_table():
