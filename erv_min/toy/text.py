@@ -98,10 +98,10 @@ def cue(rng: np.random.Generator, table: dict, look: Look, emotion: str, exploit
 
 def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0,
             exploitable: bool = False) -> list[Sentence]:
-    """An explanation of `emotion` (of EMOTIONS): each cue is of another one with `sentence_noise`, but none slips to calm.
+    """An explanation of `emotion` (of EMOTIONS): each emotional sentence is about another one with `sentence_noise`.
 
-    Eq. 4 leaves calm claims out: a policy that has seen "her face is at rest" beside a cue of anger learns to hide its
-    doubts there, and neutral filtering costs EEA (README, table 2).
+    A slip is never to neutral: "her face is at rest" beside a cue of anger is what Eq. 4 does not count, and texts that
+    mix the two would show a policy where to hide its doubts.
     """
     tables = [FACE_CUES] * (1 + (rng.random() < 0.4)) + [VOICE_CUES] + [CONCLUSIONS] * (rng.random() < 0.85)
     sentences = appearance(rng, look, second=0.4)
