@@ -101,7 +101,8 @@ def spread(items: list, count: int) -> list:
 
 def results_section(systems: list[System]) -> str:
     out = parts.score_table(systems)
-    out += ('<p class="note">Under each figure its 95% interval (percentile bootstrap over clips). EEA: the judge '
+    spans = any(system.score.get("intervals") for system in systems)
+    out += ('<p class="note">' + "Under each figure its 95% interval (percentile bootstrap over clips). " * spans + "EEA: the judge "
             "reads the true emotion in the explanation; FCR: explanation, answer and truth agree; EPC: explanation and "
             "answer agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right answers.</p>")
     differences, first = [], {}

@@ -207,7 +207,8 @@ def over_training(out: Path, seeds: list[int], rows: list[str]) -> list[str]:
         runs = [read_jsonl(path) for seed in seeds if (path := out / f"seed-{seed}" / row / "metrics.jsonl").exists()]
         if runs and any(step.get("reward_explanation") for step in runs[0]):
             tenth = max(1, len(runs[0]) // 10)
-            ends = [[np.mean([step[key] for run in runs for step in run[part]]) for key in WATCHED]
+            ends = [[np.nanmean([float("nan") if step[key] is None else step[key] for run in runs for step in run[part]])
+                     for key in WATCHED]  # None: a step without a single sentence
                     for part in (slice(tenth), slice(-tenth, None))]
             lines.append(f"  {ROWS[row][0]}: " + "; ".join(
                 f"{name} {first:.2f} -> {last:.2f}" for name, first, last in zip(WATCHED.values(), *ends)))

@@ -72,8 +72,8 @@ def test_tables_by_hand(tmp_path):
         for row, R_E in (("ours", 0.02), ("baseline", 0.0)):  # 20 steps: R_E 0.02 x step, the rest constant
             (tmp_path / f"seed-{seed}" / row).mkdir()
             (tmp_path / f"seed-{seed}" / row / "metrics.jsonl").write_text("".join(json.dumps(
-                {"step": i, "reward_explanation": R_E * i, "sentences": 4, "distinct_sentence_rate": 1.0, "kl": 0.1,
-                 "neutral_share": 0.5}) + "\n" for i in range(20)))
+                {"step": i, "reward_explanation": R_E * i, "sentences": 4, "distinct_sentence_rate": 1.0 if i else None,
+                 "kl": 0.1, "neutral_share": 0.5}) + "\n" for i in range(20)))
     text = reproduce.tables(tmp_path, [0, 1], ["baseline", "ours"], "test", 10)
     assert "  Ours: R_E 0.01 -> 0.37; sentences 4.00 -> 4.00; distinct 1.00 -> 1.00" in text  # means of steps 0-1, 18-19
     assert "R_E): R_E" not in text  # the baseline never saw R_E
