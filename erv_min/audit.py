@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erv_min.emotions import ERV_LABELS, to_erv
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.erv import Verifier, erv_columns, explanation_statistics
 from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences

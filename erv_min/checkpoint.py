@@ -19,11 +19,11 @@ from huggingface_hub import snapshot_download
 
 from erv_min.config import (TOWERS, BertConfig, SiglipConfig, WhisperConfig, config_json, read_bert, read_humanomni,
                             read_tower, towers_json)
-from erv_min.errors import CheckpointError, SettingsError
-from erv_min.files import atomic_write, write_json
+from erv_min.run.errors import CheckpointError, SettingsError
+from erv_min.run.files import atomic_write, write_json
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import PARTS, HumanOmni
-from erv_min.weights import BIN_FILES, SAFE_FILES, Stored, fill, open_weights, read_object, write_safetensors
+from erv_min.run.weights import BIN_FILES, SAFE_FILES, Stored, fill, open_weights, read_object, write_safetensors
 
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",

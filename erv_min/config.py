@@ -7,7 +7,7 @@ where a folder has one, else from the tower's own repository, or, for the known 
 
 from dataclasses import asdict, dataclass, field, fields
 
-from erv_min.errors import CheckpointError, SettingsError
+from erv_min.run.errors import CheckpointError, SettingsError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Divergences 4 (the verifier's labels) and 18 (aliases). Left out: synonyms (`joy
 than the data set's is another answer, in the release as here, so that figures stay comparable.
 """
 
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 
 LABELS: dict[str, tuple[str, ...]] = {
     "dfew": ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"),  # label ids 1..7

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from erv_min import checkpoint, config
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
-from erv_min.errors import CheckpointError, DataError
-from erv_min.files import read_json, read_jsonl
+from erv_min.run.errors import CheckpointError, DataError
+from erv_min.run.files import read_json, read_jsonl
 from erv_min.model.bert import RobertaClassifier
 from erv_min.tokenizer import EncoderTokenizer
 

@@ -39,16 +39,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from erv_min.model.projector import VisualProjector
+from erv_min.run.processes import rank_and_size
 
 # torch 2.13 renamed these two and warns of the old names
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 ALIGN = 64  # elements: each parameter starts where a GPU's vector loads want it
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -110,7 +106,7 @@ class Sharded:
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16,
                  master: torch.dtype = torch.float32, prefetch: bool = True):
         self.model, self.device, self.compute, self.prefetch = model, torch.device(device), compute, prefetch
-        self.rank, self.size = world()
+        self.rank, self.size = rank_and_size()
         self.units, self.root = [], []
         self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
         self.back = []  # units whose backward is still to come, last first

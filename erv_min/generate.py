@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.model.humanomni import HumanOmni
-from erv_min.model.linear import linear
+from erv_min.run.onednn import linear
 from erv_min.model.qwen2 import GroupCache
-from erv_min.policy import Completions, Prompts, shared_prefix_hidden
+from erv_min.logps import Completions, Prompts, shared_prefix_hidden
 
 WINDOW = 64  # steps that a decode step's shapes stay the same on CUDA
 

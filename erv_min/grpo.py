@@ -12,7 +12,7 @@ With mu = 1 the ratio is 1 and nothing is clipped: the gradient is then exactly 
 
 from torch import Tensor
 
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 
 
 def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4) -> Tensor:

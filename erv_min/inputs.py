@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from erv_min.data import Example, FeatureCache, clip_loader
-from erv_min.errors import ClipError
+from erv_min.data.cache import FeatureCache
+from erv_min.data.loader import clip_loader
+from erv_min.data.readers import Example
+from erv_min.run.errors import ClipError
 from erv_min.media import Clip, load_clip
 from erv_min.model.humanomni import HumanOmni
-from erv_min.policy import Completions, Prompts, completion_logps
+from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, gate_text, question_with_subtitle, render
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Protocol
 
 from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
-from erv_min.errors import JudgeError
-from erv_min.files import append_jsonl, atomic_write, read_jsonl
+from erv_min.run.errors import JudgeError
+from erv_min.run.files import append_jsonl, atomic_write, read_jsonl
 from erv_min.prompts import judge_prompt
 from erv_min.rewards import extract_explanation
 

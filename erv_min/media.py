@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from erv_min.errors import ClipError, SettingsError
+from erv_min.run.errors import ClipError, SettingsError
 
 SAMPLE_RATE = 16_000
 N_FFT, HOP = 400, 160  # Whisper's window and step: 25 ms and 10 ms

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from erv_min.emotions import labels, normalize
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 
 COLUMNS = ("EEA", "FCR", "EPC", "WAR", "UAR")  # table 1's order
 METRICS = (*COLUMNS, "EEA_answered", "FCR/WAR")

@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from erv_min.config import HumanOmniConfig
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.fsdp import Sharded
 from erv_min.generate import sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.model.qwen2 import GroupCache, Packing
-from erv_min.policy import token_logps
-from erv_min.settings import TRAINABLE, GRPOSettings, SFTSettings
+from erv_min.logps import token_logps
+from erv_min.run.settings import TRAINABLE, GRPOSettings, SFTSettings
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
 RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from erv_min.emotions import ALIASES, GOEMOTIONS, GOEMOTIONS_INDEX, normalize
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.sentences import split_sentences
 
 # ---- reading a completion --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ model of language.
 
 import re
 
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 
 ABBREVIATIONS = frozenset("mr mrs ms dr prof st sr jr vs etc fig approx inc ltd e.g i.e cf".split())
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

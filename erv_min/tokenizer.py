@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from erv_min.errors import CheckpointError
+from erv_min.run.errors import CheckpointError
 from erv_min.prompts import SYSTEM
 
 VIDEO_ID, AUDIO_ID = -201, -202  # stand for the modality tokens of Eq. 1 until the model splices them in

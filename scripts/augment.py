@@ -20,19 +20,19 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from erv_min.data import check_clips, check_disjoint, load_examples, summary
+from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
 from erv_min.emotions import ERV_LABELS, to_erv
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.erv import counts_table, read_rows
-from erv_min.files import atomic_write, read_jsonl
+from erv_min.run.files import atomic_write, read_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
-from erv_min.launch import run_script
+from erv_min.run.processes import run_script
 from erv_min.prompts import complement_prompt, label_prompt
-from erv_min.results import predict_to_file
+from erv_min.data.predictions import predict_to_file
 from erv_min.rewards import extract_explanation
-from erv_min.settings import PredictionSettings, add_options
-from erv_min.stages import load_policy
-from erv_min.train import start_world
+from erv_min.run.settings import PredictionSettings, add_options
+from erv_min.run.start import load_policy
+from erv_min.run.processes import join_processes
 
 
 def write_rows(path: str | Path, rows: list[dict]) -> None:
@@ -184,14 +184,14 @@ def describe(settings: PredictionSettings) -> None:
     for part in re.split(r",(?=\w+:)", settings.data):
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
             check_disjoint(examples, load_examples(part, "test"))
-    world, out = start_world(settings.device), Path(settings.out)
-    if world.main:
+    processes, out = join_processes(settings.device), Path(settings.out)
+    if processes.main:
         print(summary(examples), flush=True)
     examples = check_clips([replace(e, split="train") for e in examples], settings.allow_missing,
-                           out / "missing_clips.txt" if world.main else None)
+                           out / "missing_clips.txt" if processes.main else None)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
-    rows, failed = predict_to_file(load_policy(settings, world), examples, world, out, settings)
-    if world.main:
+    rows, failed = predict_to_file(load_policy(settings, processes), examples, processes, out, settings)
+    if processes.main:
         good, empty = described(rows, settings.model, settings.seed)
         write_rows(out / "descriptions.jsonl", good)
         write_rows(out / "descriptions.rejected.jsonl", empty)

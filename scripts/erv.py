@@ -25,21 +25,23 @@ from torch import Tensor
 
 from erv_min import audit as measures
 from erv_min import checkpoint
-from erv_min.data import load_examples
+from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, labels as dataset_labels
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.erv import (Row, Verifier, counts_table, erv_columns, erv_loss, explanation_statistics, fresh_head,
                          max_tokens, positive_weights, read_rows, sampling_weights, scratch, split_rows, targets)
-from erv_min.files import append_jsonl, atomic_write, read_jsonl, write_json
+from erv_min.run.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.judge import make_judge
 from erv_min.model.bert import RobertaClassifier, set_dropout
-from erv_min.launch import run_script
+from erv_min.run.processes import run_script
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
-from erv_min.settings import check, parse, setting
-from erv_min.stages import prepare_world, world_folder
+from erv_min.run.settings import check, parse, setting
+from erv_min.run.start import prepare_world, world_folder
 from erv_min.tokenizer import EncoderTokenizer
-from erv_min.train import Run, batch_of_step, learning_rate, make_optimizer, prepare_out, start_world, update
+from erv_min.run.folder import Run, prepare_out
+from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.processes import join_processes
 
 
 @dataclass
@@ -148,7 +150,7 @@ def train(argv: list[str]) -> None:
     settings = parse(ERVSettings, PRESETS, __doc__, argv)
     check(settings)
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
-    out, world = Path(settings.out), start_world(settings.device)
+    out, processes = Path(settings.out), join_processes(settings.device)
     settings.resume = prepare_out(out, settings.resume)
     if settings.random_weights:
         settings.init = "scratch:base"
@@ -160,15 +162,15 @@ def train(argv: list[str]) -> None:
     # Data, table 5's counts, network.
     rows, valid = read_data(settings)
     model, folder = starting_point(settings)
-    model.to(world.device)
+    model.to(processes.device)
     set_dropout(model, settings.dropout)
     tokenizer = EncoderTokenizer(folder, max_length=max_tokens(model))
     labels = tuple(ERV_LABELS) if settings.head == len(ERV_LABELS) else tuple(GOEMOTIONS)
     ids, mask = tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
     wanted = targets([row.labels for row in rows], settings.head)  # [N, K]
-    pos_weight = positive_weights(wanted).to(world.device) if settings.balance == "weight" else None
+    pos_weight = positive_weights(wanted).to(processes.device) if settings.balance == "weight" else None
     weights = sampling_weights(wanted) if settings.balance == "resample" else None
-    if world.main:
+    if processes.main:
         shared = len({row.text for row in valid} & {row.text for row in rows})
         print(f"{counts_table(rows)}\n{len(valid)} held-out rows, {shared} of their texts also in training\n"
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters from {settings.init}", flush=True)
@@ -178,34 +180,34 @@ def train(argv: list[str]) -> None:
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
     per_epoch = math.ceil(len(rows) / settings.batch_size)
     steps = settings.steps or per_epoch * settings.epochs
-    run = Run(out, settings, world, steps)
+    run = Run(out, settings, processes, steps)
     first = run.begin(params, optimizer, settings.resume)
-    verifier = Verifier(model, tokenizer, labels, world.device)
+    verifier = Verifier(model, tokenizer, labels, processes.device)
     model.requires_grad_(True)
     epochs_done = [x for x in read_jsonl(out / "epochs.jsonl") if x["step"] <= first] if first else []
-    if world.main:
+    if processes.main:
         atomic_write(out / "epochs.jsonl", "")
         for line in epochs_done:
             append_jsonl(out / "epochs.jsonl", line)
-    compute = (torch.autocast(world.device.type, torch.bfloat16) if settings.dtype == "bfloat16"
+    compute = (torch.autocast(processes.device.type, torch.bfloat16) if settings.dtype == "bfloat16"
                else contextlib.nullcontext())
     began = time.perf_counter()
 
     for step in range(first, steps):
         model.train()
         start_time = time.perf_counter()
-        torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + world.rank)  # dropout: a function of seed and step
+        torch.manual_seed((settings.seed * 1_000_003 + step) * 64 + processes.rank)  # dropout: a function of seed and step
         picked = batch_rows(settings, weights, len(rows), step)
-        part = picked[world.rank::world.size]
+        part = picked[processes.rank::processes.size]
         length = int(mask[part].sum(1).max())
-        batch = [x[part].to(world.device) for x in (ids[:, :length], mask[:, :length], wanted)]
+        batch = [x[part].to(processes.device) for x in (ids[:, :length], mask[:, :length], wanted)]
         with compute:
             logits = model(batch[0], batch[1])
         run.watch([rows[i].key[:80] for i in part], logits)
-        loss = erv_loss(logits.float(), batch[2], pos_weight) * (len(part) * world.size / len(picked))
+        loss = erv_loss(logits.float(), batch[2], pos_weight) * (len(part) * processes.size / len(picked))
         loss.backward()
         lr = learning_rate(step, steps, settings.lr, settings.warmup, settings.schedule)
-        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, loss=loss.item())
+        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, processes, loss=loss.item())
         seconds = time.perf_counter() - start_time
         run.log(step, {"epoch": step / per_epoch, "loss": loss.item(), "lr": lr, "grad_norm": norm,
                        "examples_per_s": len(picked) / seconds, "tokens_per_s": int(batch[1].sum()) / seconds,
@@ -215,7 +217,7 @@ def train(argv: list[str]) -> None:
             line = {"step": step + 1, "macro_f1": report["at_tau"]["macro_f1"],
                     "micro_f1": report["at_tau"]["micro_f1"], "loss": report["loss"], "ece": report["ece"]}
             epochs_done.append(line)
-            if world.main:
+            if processes.main:
                 append_jsonl(out / "epochs.jsonl", line)
                 print("held out: " + " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"), flush=True)
                 if settings.patience and waited(epochs_done) == 0:
@@ -225,7 +227,7 @@ def train(argv: list[str]) -> None:
         run.checkpoint(step + 1, params, optimizer)
     trained = time.perf_counter() - began
 
-    if not world.main:
+    if not processes.main:
         return
     if settings.patience and (out / "best.safetensors").exists():
         model.load_state_dict(load_file(out / "best.safetensors"))

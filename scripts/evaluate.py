@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
-from erv_min.data import check_clips, load_examples, summary
-from erv_min.errors import DataError, SettingsError
-from erv_min.files import atomic_write, write_json
+from erv_min.data.examples import check_clips, load_examples, summary
+from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.files import atomic_write, write_json
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
-from erv_min.launch import run_script
-from erv_min.results import predict_to_file, read_predictions
-from erv_min.settings import PredictionSettings, parser_for, setting
-from erv_min.stages import load_policy
-from erv_min.train import start_world
+from erv_min.run.processes import run_script
+from erv_min.data.predictions import predict_to_file, read_predictions
+from erv_min.run.settings import PredictionSettings, parser_for, setting
+from erv_min.run.start import load_policy
+from erv_min.run.processes import join_processes
 
 
 @dataclass
@@ -39,7 +39,7 @@ class EvaluateSettings(PredictionSettings):
     concurrency: int = setting(8, "requests to a hosted judge at once")
 
 
-def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]:
+def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
     """Rows to judge, and what is told beside the figures: the clips that did not get that far, {"missing": [...],
     "unknown": [...], "failed": [...]}, and of a model its "towers"."""
     examples = load_examples(settings.data, settings.split)[: settings.limit or None] if settings.data else []
@@ -49,12 +49,12 @@ def predictions_of(settings: EvaluateSettings, world) -> tuple[list[dict], dict]
             raise DataError(f"{settings.predictions}: no prediction for {len(lost['missing'])} of {len(examples)} "
                             f"clips, the first: {lost['missing'][0]}; give the same split, or --allow-missing")
         return rows, lost | {"failed": []}
-    if world.main:
+    if processes.main:
         print(summary(examples), flush=True)
     out = Path(settings.out)
-    found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if world.main else None)
-    builder = load_policy(settings, world)
-    rows, failed = predict_to_file(builder, found, world, out, settings)
+    found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if processes.main else None)
+    builder = load_policy(settings, processes)
+    rows, failed = predict_to_file(builder, found, processes, out, settings)
     there = {example.path for example in found}
     return rows, {"missing": [e.video_id for e in examples if e.path not in there], "unknown": [], "failed": failed,
                   "towers": builder.model.tower_source}
@@ -140,10 +140,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError("--model needs clips: --data dfew:/path or toy:/world")
     if not judges and settings.data.startswith("toy:"):
         judges = ["lexicon"]
-    world = start_world(settings.device)
-    judges = make_judges(judges, settings, world.device) if world.main else {}
-    rows, lost = predictions_of(settings, world)
-    if not world.main:
+    processes = join_processes(settings.device)
+    judges = make_judges(judges, settings, processes.device) if processes.main else {}
+    rows, lost = predictions_of(settings, processes)
+    if not processes.main:
         return
     out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
     judged = judged_by(judges, rows)

@@ -17,27 +17,28 @@ from pathlib import Path
 import torch
 
 from erv_min.checkpoint import load_humanomni
-from erv_min.data import load_examples
+from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS
-from erv_min.errors import ClipError, SettingsError
+from erv_min.run.errors import ClipError, SettingsError
 from erv_min.erv import explanation_statistics
-from erv_min.files import append_jsonl, atomic_write, write_json
+from erv_min.run.files import append_jsonl, atomic_write, write_json
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3
 from erv_min.inputs import PromptBuilder, clip_inputs
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import score, table
-from erv_min.launch import run_script
+from erv_min.run.processes import Processes, run_script
 from erv_min.model.humanomni import trainable
-from erv_min.parallel import idle_loss, rounds, save_model, spread
-from erv_min.policy import Completions
-from erv_min.predict import predict
+from erv_min.run.sharding import idle_loss, rounds, save_model, spread
+from erv_min.logps import Completions
+from erv_min.data.predictions import predict
 from erv_min.rewards import RewardSettings, format_reward, score_completions
-from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, parse
-from erv_min.stages import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
-                            world_folder)
-from erv_min.train import (Run, batch_of_step, gather_lists, learning_rate, main_process, make_optimizer, prepare_out,
-                           start_world, sum_over_processes, update)
+from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, parse
+from erv_min.run.start import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
+                               world_folder)
+from erv_min.run.folder import Run, prepare_out
+from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.processes import Processes, gather_lists, main_process, join_processes, all_reduce_sum
 
 
 def prepare_toy(settings: GRPOSettings) -> None:
@@ -104,32 +105,32 @@ def main(argv: list[str] | None = None) -> None:
         prepare_world(world_folder(settings), settings.seed, base=False)
     elif settings.w_explanation and not settings.erv and not settings.random_weights:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
-    world = start_world(settings.device)
+    processes = join_processes(settings.device)
 
     # Policy, frozen reference (the features of the towers are the policy's), verifier, optimizer.
-    model, builder = start_model(settings, "grpo", world)
+    model, builder = start_model(settings, "grpo", processes)
     towers = (model.model.vision_tower, model.model.audio_tower)
     ref_model = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False).eval()
     ref_model.model.vision_tower = ref_model.model.audio_tower = None
     ref_builder = PromptBuilder(ref_model, builder.tokenizer, builder.gate_tokenizer, None, settings.modality,
                                 settings.prompt_stage)
     trainable(model, TRAINABLE["grpo"])
-    policy = spread(model, settings.sharding, world.device, getattr(torch, settings.dtype))
-    reference = spread(ref_model, settings.sharding, world.device, getattr(torch, settings.dtype), frozen=True)
+    policy = spread(model, settings.sharding, processes.device, getattr(torch, settings.dtype))
+    reference = spread(ref_model, settings.sharding, processes.device, getattr(torch, settings.dtype), frozen=True)
     params = policy.parameters()
     optimizer = make_optimizer(list(params.values()), settings.weight_decay)
-    verifier = start_verifier(settings, world.device)
+    verifier = start_verifier(settings, processes.device)
     rules, G, eos = reward_settings(settings), settings.group_size, builder.tokenizer.eos_id
-    examples = training_examples(settings, "train", world)
+    examples = training_examples(settings, "train", processes)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
-    run = Run(settings.out, settings, world, total, model.tower_source)
+    run = Run(settings.out, settings, processes, total, model.tower_source)
     first = run.begin(params, optimizer, settings.resume, policy)
-    if world.main:
+    if processes.main:
         print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "
               f"{sum(p.numel() for p in params.values()) / 1e6:.2f} M trainable parameters on this process", flush=True)
 
-    # Each process takes every world.size-th prompt of a step's batch; clips are decoded ahead in that order.
-    batches = [batch_of_step(len(examples), settings.batch_size, settings.seed, s)[world.rank :: world.size]
+    # Each process takes every processes.size-th prompt of a step's batch; clips are decoded ahead in that order.
+    batches = [batch_of_step(len(examples), settings.batch_size, settings.seed, s)[processes.rank :: processes.size]
                for s in range(first, total)]
     stream = clip_inputs([examples[i] for batch in batches for i in batch], model, builder.cache, settings.modality,
                          settings.num_frames, settings.geometry, settings.workers)
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             datasets = [x.example.dataset for x in inputs for _ in range(G)]
             scored = score_completions(texts, truths, datasets, verifier.probabilities if verifier else None,
                                        verifier.labels if verifier else ERV_LABELS, rules, step=step)
-            rewards = torch.tensor([r.total for r in scored], dtype=torch.float32, device=world.device)
+            rewards = torch.tensor([r.total for r in scored], dtype=torch.float32, device=processes.device)
             advantages = group_advantages(rewards, G)
 
         # Reference log-probs, once. With shards every process makes as many passes as the busiest.
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 own = rows_of(completions, passes[j] * G, settings.micro_batch * G)
                 ref_logps.append(reference(ref_builder.logps, inputs[passes[j] : passes[j] + settings.micro_batch], own)[0])
-        rows = sum_over_processes({"rows": float(len(inputs) * G)}, world)["rows"]
+        rows = all_reduce_sum({"rows": float(len(inputs) * G)})["rows"]
 
         # 4. mu updates on this batch.
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
                 run.watch([f"{x.example.video_id}, completion {i}" for x in chunk for i in range(G)], logps)
                 old[j] = logps.detach() if old[j] is None else old[j]
                 loss = grpo_loss(logps, old[j], ref_logps[j], advantages[part], own.mask, settings.beta, settings.epsilon)
-                (loss * len(own.ids) / rows * world.size).backward()  # the update averages over processes
+                (loss * len(own.ids) / rows * processes.size).backward()  # the update averages over processes
                 loss_sum += loss.detach()
                 if iteration == settings.mu - 1:
                     count = own.mask.sum().item()
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
                     sums["entropy"] += (entropy * own.mask).sum().item()
                     sums["clip_fraction"] += clip_fraction(logps.detach(), old[j], advantages[part], own.mask,
                                                            settings.epsilon).item() * count
-            norms.append(update(optimizer, list(params.values()), lr, settings.max_grad_norm, world, policy.clip,
+            norms.append(update(optimizer, list(params.values()), lr, settings.max_grad_norm, processes, policy.clip,
                                 float(loss_sum)))
         norm = next((x for x in norms if not math.isfinite(x)), norms[-1])
         if inputs:
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
                 reward_explanation=sum(r.explanation for r in scored), groups=float(len(inputs)),
                 groups_without_spread=float((rewards.view(-1, G).std(1) == 0).sum()) if G > 1 else float(len(inputs)),
                 ended=float((completions.ids.masked_fill(~completions.mask, -1) == eos).any(1).sum()))
-        totals = sum_over_processes(sums, world)
+        totals = all_reduce_sum(sums)
         n, tokens, seconds = max(1, totals["rows"]), max(1, totals["tokens"]), time.time() - started
         run.log(step, {
             **{k: totals[k] / n for k in ("loss", "reward", "reward_format", "reward_answer", "reward_explanation")},
@@ -223,16 +224,16 @@ def main(argv: list[str] | None = None) -> None:
             "completion_length": tokens / n, "ended": totals["ended"] / n,
             "groups_without_spread": totals["groups_without_spread"] / max(1, totals["groups"]),
             "lr": lr, "grad_norm": norm, "tokens_per_s": tokens / seconds, "seconds": seconds, "seconds_rollout": rolled,
-            **explanation_statistics(gather_lists(scored, world))})
-        if inputs and (step % settings.sample_every == 0 or step + 1 == total) and world.main:
+            **explanation_statistics(gather_lists(scored))})
+        if inputs and (step % settings.sample_every == 0 or step + 1 == total) and processes.main:
             show(run, step, inputs[0], texts[:G], scored[:G])
         run.checkpoint(step + 1, params, optimizer, policy)
     save_model(policy, settings.out)
-    if world.main:
+    if processes.main:
         run.finish()
         print(f"GRPO done: {settings.out}/model.safetensors", flush=True)
     if toy and not settings.data and settings.eval_clips >= 0:  # other data: scripts/evaluate.py on its own test split
-        evaluate(settings, builder, world)
+        evaluate(settings, builder, processes)
 
 
 SUMS = ("loss", "kl", "entropy", "clip_fraction", "rows", "tokens", "reward", "reward_format", "reward_answer",
@@ -253,7 +254,7 @@ def show(run: Run, step: int, x, texts: list[str], scored: list) -> None:
     print(f"    {texts[0].rsplit('</think>', 1)[-1].strip()}", flush=True)
 
 
-def evaluate(settings: GRPOSettings, builder: PromptBuilder, world) -> None:
+def evaluate(settings: GRPOSettings, builder: PromptBuilder, processes: Processes) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
     examples = load_examples(f"toy:{world_folder(settings)}", "test")[: settings.eval_clips or None]
     systems = {"SFT": settings.model, "GRPO with R_E" if settings.w_explanation else "GRPO without R_E": settings.out}
@@ -261,19 +262,19 @@ def evaluate(settings: GRPOSettings, builder: PromptBuilder, world) -> None:
         systems = {"SFT": settings.model, "GRPO without R_E": f"{settings.out}/baseline", "GRPO with R_E": settings.out}
     judge, scores, kept = make_judge("lexicon"), {}, {}
     for name, folder in systems.items():
-        model = load_humanomni(folder, torch.float32, world.device)
+        model = load_humanomni(folder, torch.float32, processes.device)
         own = PromptBuilder(model, builder.tokenizer, builder.gate_tokenizer, builder.cache, settings.modality,
                             settings.prompt_stage)
-        rows, _ = predict(own, examples, world, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
+        rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
                           batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
                           workers=settings.workers)
-        if world.main:
+        if processes.main:
             judge_rows(rows, judge)
             scores[name] = score(rows, rows[0]["dataset"])
             kept[name] = 100 * sum(format_reward(row["output"]) for row in rows) / len(rows)
             atomic_write(Path(settings.out, f"predictions-{name.replace(' ', '-')}.jsonl"),
                          "".join(json.dumps(row) + "\n" for row in rows))
-    if not world.main:
+    if not processes.main:
         return
     write_json(Path(settings.out, "evaluation.json"), scores)
     print(f"\n{len(examples)} held-out clips, explanations judged by the lexicon, percent:\n{table(scores)}\n\nfiles: "

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from erv_min.data import Example
+from erv_min.data.readers import Example
 from erv_min.emotions import to_erv
-from erv_min.errors import ClipError, DataError, SettingsError
+from erv_min.run.errors import ClipError, DataError, SettingsError
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import PromptBuilder, clip_inputs
-from erv_min.launch import run_script
-from erv_min.readers import CLIP_SUFFIXES, read_text
+from erv_min.run.processes import run_script
+from erv_min.data.readers import CLIP_SUFFIXES, read_text
 from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,
                              sentences_of)
-from erv_min.settings import Answers, parser_for, setting
-from erv_min.stages import load_policy
-from erv_min.train import start_world
+from erv_min.run.settings import Answers, parser_for, setting
+from erv_min.run.start import load_policy
+from erv_min.run.processes import join_processes
 
 
 def find_clips(names: list[str]) -> list[Path]:
@@ -98,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError("--explain-reward LABEL and --erv FOLDER go together")
     if args.explain_reward:
         to_erv(args.explain_reward)  # an unknown label is said before the model is loaded
-    clips, world = find_clips(names), start_world(args.device)
-    builder = load_policy(args, world, lambda line: print(line, file=sys.stderr))
-    verifier = Verifier.load(args.erv, world.device) if args.erv else None
+    clips, processes = find_clips(names), join_processes(args.device)
+    builder = load_policy(args, processes, lambda line: print(line, file=sys.stderr))
+    verifier = Verifier.load(args.erv, processes.device) if args.erv else None
     examples = [Example(path.stem, path, "", "", subtitle=args.subtitle) for path in clips]
     num_frames = args.num_frames or builder.model.config.num_frames
     stream = clip_inputs(examples, builder.model, None, args.modality, num_frames, args.geometry,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from erv_min.errors import SettingsError
-from erv_min.files import atomic_write, read_json, read_jsonl, write_json
-from erv_min.launch import run_script
+from erv_min.run.errors import SettingsError
+from erv_min.run.files import atomic_write, read_json, read_jsonl, write_json
+from erv_min.run.processes import run_script
 from erv_min.metrics import COLUMNS, paired
 
 SCRIPTS = Path(__file__).parent

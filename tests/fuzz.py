@@ -177,7 +177,7 @@ class Annotations:
                                                         "clip": str(i)}) for i in range(3)))}
 
     def run(self, rng, folder):
-        from erv_min.data import check_clips, load_examples, summary
+        from erv_min.data.examples import check_clips, load_examples, summary
         from erv_min.erv import counts_table, read_rows
         name = rng.choice(list(self.files))
         file, content = self.files[name]
@@ -225,8 +225,8 @@ class Checkpoints:
         from erv_min.emotions import ERV_LABELS
         from erv_min.model.bert import RobertaClassifier
         from erv_min.model.humanomni import random_humanomni
-        from erv_min.state import save_state
-        from erv_min.train import make_optimizer
+        from erv_min.run.state import save_state
+        from erv_min.run.optimizer import make_optimizer
         config = replace(roberta("toy", len(ERV_LABELS)), vocab_size=50)
         torch.manual_seed(0)
         self.model = RobertaClassifier(config)
@@ -263,8 +263,8 @@ class Checkpoints:
         import torch
         from safetensors.torch import load_file, save_file
         from erv_min.checkpoint import load_erv, load_humanomni
-        from erv_min.state import load_state
-        from erv_min.train import make_optimizer
+        from erv_min.run.state import load_state
+        from erv_min.run.optimizer import make_optimizer
         kind = rng.choice(("erv",) * 12 + ("policy", "run", "run"))
         place, pwned = folder / "x" / self.places[kind].name, folder / "pwned"
         shutil.rmtree(folder / "x", ignore_errors=True)
@@ -309,7 +309,7 @@ class Checkpoints:
 
 class Predictions:
     def __init__(self, folder: Path):
-        from erv_min.data import Example
+        from erv_min.data.readers import Example
         self.examples = [Example(str(i), Path(f"{i}.mp4"), "happy", "dfew", split="test") for i in range(5)]
         self.rows = [{"video_id": str(i), "output": "<think>She smiles.</think><answer>happy</answer>", "ground_truth": "happy",
                       "dataset": "dfew"} for i in range(5)]
@@ -318,10 +318,10 @@ class Predictions:
 
     def run(self, rng, folder):
         from erv_min.emotions import labels
-        from erv_min.files import append_jsonl, write_json
+        from erv_min.run.files import append_jsonl, write_json
         from erv_min.judge import ChatClient, judge_rows, make_judge, read_answer
         from erv_min.metrics import score
-        from erv_min.results import read_predictions
+        from erv_min.data.predictions import read_predictions
         for _ in range(3):
             said = mutate_text(rng.choice(("happy", "Answer: Happy.", "The emotion is sad", "neutral\n")), rng)
             judgement = read_answer(said.decode("utf-8", rng.choice(("replace", "ignore", "surrogateescape"))), labels("dfew"))
@@ -362,7 +362,7 @@ class Explanations:
         import torch
         from erv_min.emotions import ERV_LABELS
         from erv_min.erv import explanation_statistics
-        from erv_min.files import append_jsonl
+        from erv_min.run.files import append_jsonl
         from erv_min.rewards import RewardSettings, extract_answer, score_completions
         tags = ("<think>", "</think>", "<answer>", "</answer>", '"', ". ", "!? ", "\n", "\0", "\x1b[31m", "\u202e", "happy", "。")
         kind = rng.random()
@@ -399,7 +399,7 @@ KINDS = {"clips": Clips, "annotations": Annotations, "checkpoints": Checkpoints,
 def worker(kind: str, count: int, seed: int, first: int, folder: Path) -> None:
     """Inputs first..count; a line of JSON each on stdout."""
     import torch
-    from erv_min.errors import ErvMinError
+    from erv_min.run.errors import ErvMinError
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

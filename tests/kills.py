@@ -68,7 +68,7 @@ def prepare(folder: Path) -> None:
 
 def count_operations(out: Path, kill_at: int, writing_only: bool) -> None:
     """Counts operations on files of `out` and tensors written; SIGKILL at number `kill_at`; OUT.operations: all of them."""
-    from erv_min import train, weights
+    from erv_min.run import folder, weights
     counts, inside = [0, 0], [False]  # all; while a state is written
 
     def operation(event: str, arguments: tuple) -> None:
@@ -80,7 +80,7 @@ def count_operations(out: Path, kill_at: int, writing_only: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(operation)
-    crc32, save_state = weights.zlib.crc32, train.save_state
+    crc32, save_state = weights.zlib.crc32, folder.save_state
 
     class Zlib:
         @staticmethod
@@ -95,7 +95,7 @@ def count_operations(out: Path, kill_at: int, writing_only: bool) -> None:
         if not kill_at:
             Path(f"{out}.operations").write_text(json.dumps(counts))
 
-    weights.zlib, train.save_state = Zlib, saving
+    weights.zlib, folder.save_state = Zlib, saving
 
 
 def break_sampling(script) -> None:

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "tools"))
 
 import survey  # noqa: E402
 import survey_score  # noqa: E402, F401
 
-from erv_min.data import load_examples  # noqa: E402
-from erv_min.metrics import score  # noqa: E402
-from erv_min.settings import GRPOSettings  # noqa: E402
-from erv_min.toy.world import WorldSettings, build_world  # noqa: E402
-from erv_min.train import provenance  # noqa: E402
+from erv_min.data.examples import load_examples  # noqa: F401
+from erv_min.metrics import score  # noqa: F401
+from erv_min.run.settings import GRPOSettings  # noqa: F401
+from erv_min.toy.world import WorldSettings, build_world  # noqa: F401
+from erv_min.run.folder import provenance  # noqa: F401
 
 EVIL = ("<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\"> She smiles."
         + "m" * 300)

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import augment  # noqa: E402
 from test_judge import bad, good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
-from erv_min.data import Example  # noqa: E402
-from erv_min.errors import DataError  # noqa: E402
-from erv_min.files import read_jsonl  # noqa: E402
-from erv_min.judge import ChatClient  # noqa: E402
+from erv_min.data.readers import Example  # noqa: F401
+from erv_min.run.errors import DataError  # noqa: F401
+from erv_min.run.files import read_jsonl  # noqa: F401
+from erv_min.judge import ChatClient  # noqa: F401
 
 MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
         "helplessness",

@@ -1,4 +1,4 @@
-"""scripts/bench.py at toy size: every bench runs and gives rows that can be read. Times are not judged here."""
+"""scripts/tools/bench.py at toy size: every bench runs and gives rows that can be read. Times are not judged here."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
 import bench  # noqa: E402
 from benches.common import Options, Peak, language_flops, linear_weights, prompt_tokens  # noqa: E402
 from benches.erv import prepare, step_sentences, throughput  # noqa: E402
 from benches.step import naive_logps, prompts_of  # noqa: E402
-from erv_min.config import humanomni  # noqa: E402
-from erv_min.errors import SettingsError  # noqa: E402
-from erv_min.policy import Completions, completion_logps  # noqa: E402
+from erv_min.config import humanomni  # noqa: F401
+from erv_min.run.errors import SettingsError  # noqa: F401
+from erv_min.logps import Completions, completion_logps  # noqa: F401
 from tiny import tiny_model  # noqa: E402
 
 FIELDS = {"bench", "variant", "seconds", "tokens_per_s", "peak_bytes", "ratio_time", "ratio_memory", "ceiling_fraction",

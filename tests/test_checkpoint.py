@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from erv_min.checkpoint import (load_erv, load_humanomni, resolve, save_erv, save_humanomni, text_gate_folder,
                                 tower_place, ALL_TOWERS)
 from erv_min.config import BERT_BASE, SIGLIP_SO400M, WHISPER_LARGE_V3, humanomni, roberta
-from erv_min.errors import CheckpointError
+from erv_min.run.errors import CheckpointError
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import random_humanomni
 

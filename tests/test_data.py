@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from erv_min.data import (Example, FeatureCache, check_clips, check_disjoint, clip_loader, load_examples, read_dfew,
-                          read_emer, read_mafw, read_merr, read_ravdess, read_training_json, summary)
-from erv_min.errors import ClipError, DataError
+from erv_min.data.cache import FeatureCache
+from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
+from erv_min.data.loader import clip_loader
+from erv_min.data.readers import Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json
+from erv_min.run.errors import ClipError, DataError
 from erv_min.inputs import pack, unpack
 from erv_min.media import Clip, load_clip
 from erv_min.toy.render import encode

@@ -4,8 +4,8 @@ import pytest
 
 from conftest import GOLDEN
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, LABELS, labels, normalize, to_erv
-from erv_min.errors import DataError, SettingsError
-from erv_min.files import read_json
+from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.files import read_json
 
 
 def test_label_ids_are_the_data_sets():

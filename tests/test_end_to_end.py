@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.model.humanomni import random_humanomni
-from erv_min.stages import tower_key
+from erv_min.run.start import tower_key
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
 

@@ -13,8 +13,8 @@ import torch
 
 from erv_min import audit, checkpoint, erv
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
-from erv_min.errors import CheckpointError, DataError, SettingsError
-from erv_min.files import read_json, read_jsonl
+from erv_min.run.errors import CheckpointError, DataError, SettingsError
+from erv_min.run.files import read_json, read_jsonl
 from erv_min.rewards import Reward, RewardSettings, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look

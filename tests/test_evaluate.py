@@ -16,15 +16,16 @@ import infer  # noqa: E402
 from conftest import GOLDEN  # noqa: E402
 from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
-from erv_min.checkpoint import save_humanomni  # noqa: E402
-from erv_min.config import humanomni  # noqa: E402
-from erv_min.data import Example, load_examples  # noqa: E402
-from erv_min.errors import DataError, JudgeError, SettingsError  # noqa: E402
-from erv_min.files import read_json, read_jsonl  # noqa: E402
-from erv_min.model.humanomni import HumanOmni, init_weights  # noqa: E402
-from erv_min.results import clip_key, read_predictions  # noqa: E402
-from erv_min.rewards import RewardSettings  # noqa: E402
-from erv_min.toy.world import WorldSettings, build_world  # noqa: E402
+from erv_min.checkpoint import save_humanomni  # noqa: F401
+from erv_min.config import humanomni  # noqa: F401
+from erv_min.data.examples import load_examples  # noqa: F401
+from erv_min.data.readers import Example  # noqa: F401
+from erv_min.run.errors import DataError, JudgeError, SettingsError  # noqa: F401
+from erv_min.run.files import read_json, read_jsonl  # noqa: F401
+from erv_min.model.humanomni import HumanOmni, init_weights  # noqa: F401
+from erv_min.data.predictions import clip_key, read_predictions  # noqa: F401
+from erv_min.rewards import RewardSettings  # noqa: F401
+from erv_min.toy.world import WorldSettings, build_world  # noqa: F401
 
 
 def clips(*labels: str, dataset: str = "dfew") -> list[Example]:
@@ -219,7 +220,7 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="other settings"):
         run_model(world, tmp_path / "whole", "--resume", "--temperature", "0")
 
-    from erv_min import results
+    from erv_min.data import predictions as results
     chunked = evaluate.predict_to_file
     monkeypatch.setattr(evaluate, "predict_to_file", lambda *args, **kwargs: chunked(*args, chunk=2, **kwargs))
     rows = run_model(world, tmp_path / "chunks")

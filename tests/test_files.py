@@ -2,8 +2,8 @@
 
 import pytest
 
-from erv_min.errors import DataError
-from erv_min.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from erv_min.run.errors import DataError
+from erv_min.run.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -20,18 +20,18 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from erv_min.config import humanomni
-from erv_min.errors import CheckpointError, ClipError
+from erv_min.run.errors import CheckpointError, ClipError
 from erv_min.fsdp import ALIGN, Sharded
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
-from erv_min.launch import join, leave, run_script
+from erv_min.run.processes import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.parallel import FullyShard, Replicated, idle_loss
+from erv_min.run.sharding import FullyShard, Replicated, idle_loss
 from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
-from erv_min.policy import Completions, Prompts, completion_logps, pad_targets
-from erv_min.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
+from erv_min.logps import Completions, Prompts, completion_logps, pad_targets
+from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.sft import sft_loss
-from erv_min.state import load_state, save_state
+from erv_min.run.state import load_state, save_state
 
 WAYS = {"none": Replicated, "hand": Sharded, "torch": FullyShard}
 CLIPS, STEPS, GROUP, LR = 4, 5, 2, 1e-3
@@ -635,7 +635,7 @@ def test_plan_says_what_helps():
 
 @pytest.mark.parametrize("gpu,verdict", [("3090-24", "FITS on 2 x 3090-24"), (None, "invalid choice: 'b200'")])
 def test_plan_script(gpu, verdict):
-    script = str(Path(__file__).parent.parent / "scripts" / "plan.py")
+    script = str(Path(__file__).parent.parent / "scripts" / "tools" / "plan.py")
     options = ["--preset", "toy", "--gpus", "2", "--stage", "sft", "--gpu", gpu or "b200"]
     out = subprocess.run([sys.executable, script, *options], text=True, capture_output=True)
     assert (out.returncode == 0) == (gpu is not None)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 import erv_min.generate as generation
 from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.generate import DecodeStep, generate, rollout, sample_token, sampling_noise, unfinished
-from erv_min.policy import Prompts, completion_logps
+from erv_min.logps import Prompts, completion_logps
 from tiny import tiny_model, tiny_prompts
 
 
@@ -111,7 +111,7 @@ def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
     prompts = tiny_prompts(model)
     noise = sampling_noise(0, 0, [0, 1], 4, 6)
     completions = rollout(model, prompts, 4, 6, 17, noise)
-    from erv_min.policy import shared_prefix_hidden
+    from erv_min.logps import shared_prefix_hidden
     rows, length = completions.ids.shape
     first, rest = shared_prefix_hidden(model, prompts, completions.ids, torch.ones(rows, length, dtype=torch.bool))
     hidden = torch.cat([first[:, None], rest.view(rows, length - 1, -1)], 1)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GOLDEN
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3, masked_mean
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from erv_min import judge as judge_module
-from erv_min.errors import DataError, JudgeError
+from erv_min.run.errors import DataError, JudgeError
 from erv_min.judge import ChatClient, ErvJudge, Judgement, make_judge, permuted, read_answer
 
 KEY = "sk-planted-0123456789"

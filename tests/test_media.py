@@ -15,9 +15,8 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from erv_min import media
-from erv_min.errors import ClipError, SettingsError
-from erv_min.media import (has_audio, load_clip, load_frames, load_waveform, log_mel, pixel_values,
-                           sample_frame_indices)
+from erv_min.run.errors import ClipError, SettingsError
+from erv_min.media import has_audio, load_clip, load_frames, load_waveform, log_mel, pixel_values, sample_frame_indices
 
 MEDIA = GOLDEN / "media"
 

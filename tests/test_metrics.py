@@ -3,8 +3,8 @@
 import pytest
 
 from conftest import GOLDEN
-from erv_min.errors import DataError, SettingsError
-from erv_min.files import read_json
+from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.files import read_json
 from erv_min.metrics import COLUMNS, agreement, bootstrap, paired, read_prediction, score, table
 
 RECORDED = read_json(GOLDEN / "text/metrics.json")

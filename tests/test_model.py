@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
-from erv_min.model.linear import Linear
+from erv_min.run.onednn import Linear
 
 LAYOUTS = ["humanomni_small", "humanomni_large"]
 

@@ -6,16 +6,18 @@ import math
 import pytest
 import torch
 
-from erv_min.errors import NumbersError
+from erv_min.run.errors import NumbersError
 from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3, masked_mean
-from erv_min.policy import Completions, completion_logps
+from erv_min.logps import Completions, completion_logps
 from erv_min.rewards import RewardSettings, score_completions
-from erv_min.settings import SFTSettings
+from erv_min.run.settings import SFTSettings
 from erv_min.sft import sft_loss
-from erv_min.train import Run, World, make_optimizer, update
+from erv_min.run.folder import Run
+from erv_min.run.optimizer import make_optimizer, update
+from erv_min.run.processes import Processes
 from tiny import tiny_model, tiny_prompts
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def gradient(loss_of, logps):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import erv_min.policy as policy
+import erv_min.logps as policy
 from erv_min.model.qwen2 import Packing
-from erv_min.policy import Completions, Prompts, completion_logps, token_logps
+from erv_min.logps import Completions, Prompts, completion_logps, token_logps
 from erv_min.sft import group_targets, sft_loss
-from erv_min.data import Example
+from erv_min.data.readers import Example
 from erv_min.plan import Live
 from tiny import tiny_model, tiny_prompts
 

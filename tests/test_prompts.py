@@ -8,8 +8,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from conftest import GOLDEN
-from erv_min.errors import CheckpointError, SettingsError
-from erv_min.files import read_json
+from erv_min.run.errors import CheckpointError, SettingsError
+from erv_min.run.files import read_json
 from erv_min.prompts import (QUESTION, REASONING_SUFFIX, complement_prompt, gate_text, human_question, judge_prompt,
                              label_prompt, question_with_subtitle, render, sft_target, user_turn)
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer, sft_ids

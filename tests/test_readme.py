@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "tools")]
 import augment  # noqa: E402
 import erv  # noqa: E402
 import evaluate  # noqa: E402
 import infer  # noqa: E402
 import plan  # noqa: E402
 
-from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, parse  # noqa: E402
+from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, parse  # noqa: F401
 
 
 class Started(Exception):
@@ -37,7 +37,7 @@ def parse_only(script: str, argv: list[str], patch) -> None:
     elif script in ("sft", "grpo"):
         parse({"sft": SFTSettings, "grpo": GRPOSettings}[script], PRESETS[script], "", argv)
     else:
-        module, name = {"evaluate": (evaluate, "start_world"), "infer": (infer, "find_clips"),
+        module, name = {"evaluate": (evaluate, "join_processes"), "infer": (infer, "find_clips"),
                         "plan": (plan, "plan")}[script]
         patch.setattr(module, name, begin)
         with pytest.raises(Started):

@@ -23,17 +23,17 @@ from test_checkpoint import SMALL, tensors, tower_folder  # noqa: E402
 from test_evaluate import world  # noqa: E402, F401  (a fixture)
 from test_judge import good, serve  # noqa: E402, F401  (a fixture)
 
-from erv_min import stages  # noqa: E402
-from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: E402
-from erv_min.config import TOWERS, read_tower, roberta, towers_json  # noqa: E402
-from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: E402
-from erv_min.errors import CheckpointError, DataError  # noqa: E402
-from erv_min.erv import Verifier  # noqa: E402
-from erv_min.files import read_json, read_jsonl, write_json  # noqa: E402
-from erv_min.judge import HostedJudge  # noqa: E402
-from erv_min.model.bert import RobertaClassifier  # noqa: E402
-from erv_min.settings import SFTSettings  # noqa: E402
-from erv_min.train import World  # noqa: E402
+from erv_min.run import start as stages  # noqa: F401
+from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: F401
+from erv_min.config import TOWERS, read_tower, roberta, towers_json  # noqa: F401
+from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
+from erv_min.run.errors import CheckpointError, DataError  # noqa: F401
+from erv_min.erv import Verifier  # noqa: F401
+from erv_min.run.files import read_json, read_jsonl, write_json  # noqa: F401
+from erv_min.judge import HostedJudge  # noqa: F401
+from erv_min.model.bert import RobertaClassifier  # noqa: F401
+from erv_min.run.settings import SFTSettings  # noqa: F401
+from erv_min.run.processes import Processes  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("StarJiaxing/HumanOmni-0.5B", "StarJiaxing/HumanOmni-7B", "StarJiaxing/EMER-SFT-0.5B",
@@ -215,12 +215,12 @@ def test_a_process_without_weights_takes_the_towers_key_from_the_first(world, tm
     """With --sharding hand only the first process holds weights: the others cannot name the towers by themselves."""
     def start(rank):
         settings = SFTSettings(model=str(world / "model"), sharding="hand", cache_features=str(tmp_path / "cache"))
-        return stages.start_model(settings, "sft", World(rank, 2, torch.device("cpu")))[1].cache.key
+        return stages.start_model(settings, "sft", Processes(rank, 2, torch.device("cpu")))[1].cache.key
 
     said = []
-    monkeypatch.setattr(stages, "gather_lists", lambda rows, world: said.append(rows) or rows)
+    monkeypatch.setattr(stages, "gather_lists", lambda rows: said.append(rows) or rows)
     first = start(0)
-    monkeypatch.setattr(stages, "gather_lists", lambda rows, world: rows + said[0])
+    monkeypatch.setattr(stages, "gather_lists", lambda rows: rows + said[0])
     assert start(1) == first
 
 

@@ -13,7 +13,7 @@ import torch
 from pages_material import ROOT, lines, make_run, prediction, run, truths, world  # noqa: F401
 
 from erv_min.emotions import ERV_LABELS
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.metrics import bootstrap, score
 
 pytest.importorskip("matplotlib")
@@ -171,6 +171,6 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
 
 
 def test_scripts_end_with_a_named_error():
-    result = subprocess.run([sys.executable, ROOT / "scripts/report.py", "nowhere"], capture_output=True, text=True,
+    result = subprocess.run([sys.executable, ROOT / "scripts/tools/report.py", "nowhere"], capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 1 and result.stderr.startswith("DataError: nowhere: no run in it")

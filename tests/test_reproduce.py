@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from erv_min.errors import SettingsError
+from erv_min.run.errors import SettingsError
 from erv_min.metrics import score
-from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, parse
+from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, parse
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 spec = importlib.util.spec_from_file_location("reproduce", SCRIPTS / "reproduce.py")

@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from erv_min import train
-from erv_min.errors import CheckpointError, DiskError
-from erv_min.files import append_jsonl, atomic_write
-from erv_min.settings import SFTSettings
-from erv_min.state import load_state, save_state, saved_states
-from erv_min.train import STOPPED, Run, World, make_optimizer
+from erv_min.run.optimizer import update
+from erv_min.run.errors import CheckpointError, DiskError
+from erv_min.run.files import append_jsonl, atomic_write
+from erv_min.run.settings import SFTSettings
+from erv_min.run.state import load_state, save_state, saved_states
+from erv_min.run.folder import STOPPED, Run
+from erv_min.run.optimizer import make_optimizer
+from erv_min.run.processes import Processes
 
 ROOT = Path(__file__).parent.parent
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 KILLS = int(os.environ.get("ERV_MIN_KILLS", 2))
 
 
@@ -91,7 +93,7 @@ def small(seed: int = 0):
 def train_steps(model, optimizer, steps) -> None:
     for step in steps:
         model(torch.full((1, 3), float(step + 1))).pow(2).sum().backward()
-        train.update(optimizer, list(model.parameters()), 0.1, 1.0, ALONE)
+        update(optimizer, list(model.parameters()), 0.1, 1.0, ALONE)
 
 
 def states_of(out: Path, steps=(1, 2, 3), keep: int = 2):

@@ -8,8 +8,8 @@ import torch
 
 from conftest import GOLDEN
 from erv_min.emotions import GOEMOTIONS
-from erv_min.errors import DataError, SettingsError
-from erv_min.files import read_json
+from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.files import read_json
 from erv_min.rewards import (RewardSettings, answer_reward, explanation_reward, extract_answer, extract_explanation,
                              format_reward, score_completions, select_labels, split_sentences)
 

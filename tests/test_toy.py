@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from erv_min.errors import SettingsError
-from erv_min.files import read_json, read_jsonl
+from erv_min.run.errors import SettingsError
+from erv_min.run.files import read_json, read_jsonl
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.toy import lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice

@@ -8,14 +8,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from erv_min import train
-from erv_min.errors import SettingsError
-from erv_min.launch import leave
-from erv_min.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
-from erv_min.train import (Run, World, average_gradients, batch_of_step, gather_lists, learning_rate, make_optimizer,
-                           prepare_out, sum_over_processes, update)
+from erv_min.run.errors import SettingsError
+from erv_min.run.processes import leave
+from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
+from erv_min.run.folder import Run, prepare_out
+from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.processes import Processes, all_reduce_sum, gather_lists, join_processes
+from erv_min.run.sharding import average_gradients
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def test_learning_rate_by_hand():
@@ -108,15 +109,15 @@ def test_config_says_what_made_the_run(tmp_path):
 
 def _process(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    world = World(rank, size, torch.device("cpu"))
+    world = Processes(rank, size, torch.device("cpu"))
     p, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
     p.grad = torch.full((2, 2), float(rank + 1))
     if rank == 1:
         unused.grad = torch.tensor([2.0, 4.0, 6.0])
     average_gradients([p, unused])
     assert torch.equal(p.grad, torch.full((2, 2), 1.5)) and unused.grad.tolist() == [1, 2, 3]
-    assert sum_over_processes({"a": rank, "b": 1.0}, world) == {"a": 1, "b": 2}
-    assert gather_lists([rank, str(rank)], world) == [0, "0", 1, "1"]
+    assert all_reduce_sum({"a": rank, "b": 1.0}) == {"a": 1, "b": 2}
+    assert gather_lists([rank, str(rank)]) == [0, "0", 1, "1"]
     leave()
 
 
@@ -125,7 +126,7 @@ def test_gradients_and_sums_over_two_processes(tmp_path):
 
 
 def test_start_world_alone():
-    assert train.start_world("cpu") == ALONE
+    assert join_processes("cpu") == ALONE
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match="no CUDA device"):
-            train.start_world("cuda")
+            join_processes("cuda")

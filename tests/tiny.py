@@ -6,7 +6,7 @@ import torch
 
 from erv_min.config import humanomni
 from erv_min.model.humanomni import HumanOmni, init_weights
-from erv_min.policy import Prompts
+from erv_min.logps import Prompts
 
 
 def tiny_model(seed: int = 0, dtype=torch.float32, **text) -> HumanOmni:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from erv_min.config import HumanOmniConfig
-from erv_min.errors import DataError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.bert import BertEncoder
 from erv_min.model.projector import VisualProjector, mlp
 from erv_min.model.qwen2 import Qwen2, RMSNorm

@@ -10,7 +10,7 @@ Everything runs channels-last, which is the tower's own order, so that no map is
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erv_min.model.linear import Linear
+from erv_min.run.onednn import Linear
 
 
 class ConvNorm(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from erv_min.config import Qwen2Config
-from erv_min.model.linear import Linear
+from erv_min.run.onednn import Linear
 
 
 class RMSNorm(nn.Module):

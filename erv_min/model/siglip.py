@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import SiglipConfig
-from erv_min.model.linear import Linear
+from erv_min.run.onednn import Linear
 
 
 class SelfAttention(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import WhisperConfig
-from erv_min.model.linear import Linear
+from erv_min.run.onednn import Linear
 from erv_min.model.siglip import SelfAttention
 
 

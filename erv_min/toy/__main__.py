@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from erv_min.errors import ErvMinError
+from erv_min.run.errors import ErvMinError
 from erv_min.toy.base import train_base
 from erv_min.toy.world import WorldSettings, build_world
 

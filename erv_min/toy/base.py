@@ -17,20 +17,21 @@ from torch import Tensor, nn
 
 from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
-from erv_min.data import Example
-from erv_min.errors import ClipError
-from erv_min.files import read_jsonl
+from erv_min.data.readers import Example
+from erv_min.run.errors import ClipError
+from erv_min.run.files import read_jsonl
 from erv_min.inputs import clip_inputs
 from erv_min.model.humanomni import HumanOmni, init_weights, trainable
-from erv_min.policy import Prompts, completion_logps, pad_targets
+from erv_min.logps import Prompts, completion_logps, pad_targets
 from erv_min.prompts import gate_text, render, sft_target
-from erv_min.readers import read_training_json
+from erv_min.data.readers import read_training_json
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
-from erv_min.train import World, batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.processes import Processes
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def look_targets(look: dict) -> list[float]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from erv_min.emotions import LABELS, to_erv
-from erv_min.toy.lexicon import LexiconJudge, SecondJudge  # noqa: F401  (the judges of this world's text)
+from erv_min.toy.lexicon import LexiconJudge, SecondJudge  # noqa: F401
 from erv_min.toy.render import FACE, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7

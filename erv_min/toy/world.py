@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from erv_min.errors import SettingsError
-from erv_min.files import atomic_write, read_json, write_json
+from erv_min.run.errors import SettingsError
+from erv_min.run.files import atomic_write, read_json, write_json
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.toy import text
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, clamp, draw, encode, voice

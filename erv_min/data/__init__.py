@@ -1,0 +1,1 @@
+"""The data sets' own files, decoding ahead of the model, kept features, predictions."""

@@ -1,0 +1,104 @@
+"""Examples of any mixture of data sets: `load_examples("dfew:/path,mafw:/path", split)`, and whether their clips are there.
+
+Annotations are read by readers.py; `check_clips` leaves out and lists what is not on the disk.
+"""
+
+import logging
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from erv_min.data.readers import (Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json)  # noqa: F401
+from erv_min.emotions import labels
+from erv_min.run.errors import DataError
+from erv_min.run.files import atomic_write
+
+log = logging.getLogger("erv_min")
+PAPER_COUNTS = {("dfew", "train"): 9362, ("dfew", "test"): 2342, ("mafw", "train"): 7341, ("mafw", "test"): 1831,
+                ("emer", "train"): 332, ("merr", "train"): 4487}  # section 4.1
+SPEC = "name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, json; several joined by commas"
+
+
+def load_examples(spec: str, split: str = "train") -> list[Example]:
+    """Reads a mixture such as "dfew:/path,mafw:/path".
+
+    split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split) |
+    "tune" (a toy world's clips to tune settings on).
+    EMER and MERR-fine have a training split alone, RAVDESS a test split alone. `json:[dataset:]/file.json[@/clips]`
+    is a training JSON in the released form. Raises DataError for an unknown name or split, and for damaged files.
+    """
+    examples = []
+    for part in re.split(r",(?=\w+:)", spec.strip()):
+        name, colon, path = part.strip().partition(":")
+        name = name.lower()
+        if not colon or not path:
+            raise DataError(f"--data {part!r}: expected {SPEC}")
+        if split not in ("train", "test", "sft", "tune") or (split == "tune" and name != "toy"):
+            raise DataError(f"--data {part!r}, split {split!r}: expected train, test or sft (of toy: tune)")
+        if name in ("emer", "merr", "ravdess") and (split == "test") != (name == "ravdess"):
+            raise DataError(f"--data {part}: {name} has no {split} split; it is "
+                            + ("R1-Omni's out-of-distribution test" if name == "ravdess" else "training data alone"))
+        official = "test" if split == "test" else "train"
+        if name == "toy":
+            if not (Path(path) / "world.json").is_file():
+                raise DataError(f"{path}: no finished toy world (world.json is written last); render it again")
+            found = (read_training_json(Path(path) / "train.json", path, "dfew") if split == "sft"
+                     else read_dfew(path, split))
+        elif name == "json":
+            dataset, file, clips = re.fullmatch(r"(?:(\w+):)?(.+?)(?:@(.+))?", path).groups()
+            found = read_training_json(file, clips, dataset, split)
+        elif name in ("dfew", "mafw"):
+            found = {"dfew": read_dfew, "mafw": read_mafw}[name](path, official)
+        elif name in ("emer", "merr", "ravdess"):
+            found = {"emer": read_emer, "merr": read_merr, "ravdess": read_ravdess}[name](path)
+        else:
+            raise DataError(f"--data {part!r}: unknown data set {name!r}; expected {SPEC}")
+        if len(found) != PAPER_COUNTS.get((name, official), len(found)):
+            log.warning("%s %s: %d examples, the paper has %d (section 4.1): another version, or a part of it?",
+                        name, official, len(found), PAPER_COUNTS[name, official])
+        examples += found
+    return examples
+
+
+def check_clips(examples: list[Example], allow_missing: float = 0.01,
+                report: str | Path | None = None) -> list[Example]:
+    """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, a clip a line.
+
+    Raises DataError where more than the fraction `allow_missing` of the clips is missing, or all of them.
+    """
+    found = {path: path.is_file() for path in {example.path for example in examples}}
+    missing = sorted(str(path) for path, there in found.items() if not there)
+    if report and missing:
+        atomic_write(report, "".join(f"{path}\n" for path in missing))
+    if missing:
+        text = (f"{len(missing)} of {len(found)} clips are missing ({len(missing) / len(found):.1%}), the first: "
+                f"{missing[0]}" + (f"; all of them: {report}" if report else ""))
+        if len(missing) > allow_missing * len(found) or len(missing) == len(found):
+            raise DataError(f"{text}. Check the data root, or allow more than {allow_missing:.1%} (--allow-missing)")
+        log.warning(text)
+    return [example for example in examples if found[example.path]]
+
+
+def check_disjoint(train: list[Example], test: list[Example]) -> None:
+    """Raises DataError where a clip is in both lists (by its path, or by data set and id)."""
+    keys = {key for example in train for key in (os.path.realpath(example.path), (example.dataset, example.video_id))}
+    shared = [example for example in test
+              if os.path.realpath(example.path) in keys or (example.dataset, example.video_id) in keys]
+    if shared:
+        raise DataError(f"{len(shared)} clips are in training and test data, the first: {shared[0].path}; "
+                        "take the same official split for both")
+
+
+def summary(examples: list[Example]) -> str:
+    """One line a data set and split: clips, entries, missing clips, examples per class in the order of its list."""
+    lines = []
+    for dataset, split in dict.fromkeys((example.dataset, example.split) for example in examples):
+        part = [example for example in examples if (example.dataset, example.split) == (dataset, split)]
+        clips = {example.path for example in part}
+        missing = sum(not path.is_file() for path in clips)
+        count = Counter(example.label for example in part)
+        classes = ", ".join(f"{label} {count[label]}" for label in labels(dataset))
+        lines.append(f"{dataset} {split}: {len(clips) - missing} clips found, {missing} missing, "
+                     f"{len(part)} examples ({classes})")
+    return "\n".join(lines)

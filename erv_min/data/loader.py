@@ -1,0 +1,100 @@
+"""Clips decoded in worker processes ahead of the model, in order. A clip that cannot be decoded comes as its ClipError."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import torch
+
+from erv_min.run.errors import ClipError
+
+
+def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -> Iterator[tuple]:
+    """Yields (example, load(example) | ClipError) in order, decoded by `workers` processes ahead of the consumer.
+
+    At most workers * prefetch clips are under way or waiting. A clip that breaks is tried once more and then comes out
+    as its ClipError: the consumer leaves it out and lists it. A decoder that dies (a crash in a codec, out of memory)
+    counts as a broken clip too: what it had taken along is decoded again, one by one. workers 0 decodes inline.
+    Clips travel as bytes through a pipe, so that neither /dev/shm nor the limit of open files is in the way.
+    """
+    if workers == 0:
+        for example in examples:
+            yield example, _load_twice(load, example)
+        return
+    waiting: deque = deque()  # (example, future)
+    pool = _pool(workers, load)
+    try:
+        rest = iter(examples)
+        while True:
+            while len(waiting) < workers * prefetch and (example := next(rest, None)) is not None:
+                waiting.append((example, pool.submit(_decode, example)))
+            if not waiting:
+                return
+            try:
+                example, future = waiting[0]
+                result = pickle.loads(future.result())
+                waiting.popleft()
+                yield example, result
+            except BrokenProcessPool:  # a worker died, and the pool with it: which clip was it?
+                pool.shutdown()
+                suspects, waiting = waiting, deque()
+                for example, future in suspects:
+                    if not future.done() or future.exception() is not None:
+                        yield example, _decode_alone(load, example)
+                    else:
+                        yield example, pickle.loads(future.result())
+                pool = _pool(workers, load)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load_twice(load: Callable, example):
+    for attempt in (1, 2):
+        try:
+            return load(example)
+        except ClipError as error:
+            failure = error
+        except Exception as error:  # whatever a decoder throws is about this clip, and is named
+            failure = ClipError(f"{getattr(example, 'path', example)}: {type(error).__name__}: {error}")
+    return failure
+
+
+def _pool(workers: int, load: Callable) -> ProcessPoolExecutor:
+    # Forked where there is fork: workers start at once and `load` may be a closure; they never touch CUDA.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (load, os.getpid()))
+
+
+def _start_worker(load: Callable, parent: int) -> None:
+    global _load
+    _load = load
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # the parent is gone: no orphans
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _decode(example) -> bytes:
+    return pickle.dumps(_load_twice(_load, example), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _decode_alone(load: Callable, example):
+    """One clip in a process of its own, whose death is this clip's error."""
+    with _pool(1, load) as pool:
+        try:
+            return pickle.loads(pool.submit(_decode, example).result())
+        except BrokenProcessPool:
+            return ClipError(f"{getattr(example, 'path', example)}: the decoder process died twice on it "
+                             "(a crash in a codec, or out of memory)")

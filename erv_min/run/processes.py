@@ -1,0 +1,144 @@
+"""How the processes of a job meet and part: torchrun's rendezvous, and an end without hangs and aborts.
+
+`torchrun --nproc_per_node=N script.py` starts them; several machines add torchrun's own options (`--nnodes`,
+`--rdzv-backend c10d --rdzv-endpoint HOST:PORT`), and `--max-restarts` starts all of them again after a failure.
+"""
+
+import dataclasses
+import datetime
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from erv_min.run.errors import ErvMinError, SettingsError
+
+
+def join(backend: str, timeout_minutes: float = 60) -> None:
+    """Joins the process group that torchrun describes.
+
+    torchrun's own store outlives a restart (--max-restarts) and with it the addresses of processes that are gone
+    (pytorch#135712), so each restart meets under a name of its own. Where several machines count their restarts apart,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them makes torchrun give every restart a new store.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
+                            timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def leave() -> None:
+    """Ends this process, one of several that are through. Alone it does nothing.
+
+    The interpreter is not shut down: a gloo thread that lets go of a tensor meanwhile would ask for the interpreter,
+    which aborts the process (pytorch#190489).
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        _exit(0)
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main` and ends its process: one line for a named error, a traceback for another, status 1.
+
+    Where processes work together, one that fails goes at once: its shutdown would wait for collectives that the others
+    never finish. These then fail as well, and wait for torchrun to end them, so that it names the one that began.
+    """
+    try:
+        main()
+        leave()
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ErvMinError):
+            error = SystemExit(f"{type(error).__name__}: {error}")
+        if not dist.is_initialized():
+            raise error
+        if isinstance(error, SystemExit):
+            if not isinstance(error.code, str):
+                _exit(error.code or 0)
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
+            print("another process of this job ended: its error stands above, or is the system's", file=sys.stderr)
+            time.sleep(10)
+        _exit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among all: rank, world size and device. One process needs no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def main_process() -> bool:
+    """Whether this is the first of torchrun's processes (or the only one); known before they join."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def join_processes(device: str = "", timeout_minutes: float = 60) -> Processes:
+    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+        torch.cuda.set_device(chosen)
+    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    if size > 1 and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        join(backend, timeout_minutes)
+    return Processes(rank, size, chosen)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
+    """Sums of a dictionary of numbers over processes (the keys must be the same everywhere)."""
+    if rank_and_size()[1] == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
+def gather_lists(rows: list) -> list:
+    """Concatenates each process's list, in rank order, on every process."""
+    return [row for part in all_gather_object(rows) for row in part]
+
+
+def all_gather_object(value) -> list:
+    """Each process's value, in rank order, on every process."""
+    if rank_and_size()[1] == 1:
+        return [value]
+    parts = [None] * rank_and_size()[1]
+    dist.all_gather_object(parts, value)
+    return parts

@@ -1,0 +1,190 @@
+"""A run's training state on disk: written whole or not at all, checksummed, the newest few kept.
+
+FOLDER/state-STEP/ holds RANK.safetensors (of a `Sharded` model each process's shards, which any number of processes
+can read; else one file with everything) and state.json with shapes, sizes and checksums. It is written as .state-STEP
+and renamed when all of it is on the disk; only then do older ones go. Several machines need FOLDER on a shared disk.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
+
+from erv_min.run.errors import CheckpointError, DataError, DiskError
+from erv_min.run.files import disk_errors, fsync_folder, read_json, write_json
+from erv_min.fsdp import Sharded, Unit
+from erv_min.run.processes import all_gather_object, rank_and_size
+from erv_min.run.weights import write_safetensors
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that fully_shard cut; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def as_held(like: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor cut and placed as `like` is."""
+    if hasattr(like, "full_tensor"):
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value.to(like)
+
+
+def saved_states(folder: str | Path) -> list[Path]:
+    """The state folders of a run, newest first."""
+    found = (path for path in Path(folder).glob("state-*") if path.name.removeprefix("state-").isdecimal())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("state-")), reverse=True)
+
+
+def _about(held: Sharded | dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], dict[str, list[int]]]:
+    """(what the optimizer holds by name, shapes by name that do not depend on the number of processes)."""
+    if isinstance(held, Sharded):
+        return held.parameters(), {u.name or "root": [u.numel] for u in held.units if u.shard.requires_grad}
+    return held, {name: list(p.shape) for name, p in held.items()}
+
+
+def state_bytes(held: Sharded | dict[str, nn.Parameter]) -> int:
+    """Size of this process's part of one state: parameters and AdamW's two moments."""
+    params, _ = _about(held)
+    mine = isinstance(held, Sharded) or rank_and_size()[0] == 0
+    return 3 * sum(p.numel() * p.element_size() for p in params.values()) * mine
+
+
+def save_state(folder: str | Path, step: int, held: Sharded | dict[str, nn.Parameter],
+               optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
+    """Writes the state after `step` steps and keeps `keep` in all; every process must call it.
+
+    `held`: a `Sharded` model, or its parameters by name. Raises DiskError on every process where there is no room on
+    one of them: then the states there were are left as they are.
+    """
+    folder, (rank, _), sharded = Path(folder), rank_and_size(), isinstance(held, Sharded)
+    place, target = folder / f".state-{step:06d}", folder / f"state-{step:06d}"
+    params, shapes = _about(held)
+    tensors = {f"param.{name}": p.detach() for name, p in params.items()}
+    tensors |= {f"{key}.{name}": value for name, p in params.items() for key, value in optimizer.state.get(p, {}).items()}
+    stream = ((key, full(value)) for key, value in tensors.items())
+    entry, problem = None, None
+    try:
+        if sharded or rank == 0:
+            place.mkdir(parents=True, exist_ok=True)
+            path, like = place / f"{rank:05d}.safetensors", {k: v.to("meta") for k, v in tensors.items()}
+            with disk_errors(path, size := state_bytes(held)):
+                if shutil.disk_usage(folder).free < size:
+                    raise OSError(errno.ENOSPC, "no room")
+                crc = write_safetensors(path, like, stream=stream)
+            entry = path.name, {"bytes": path.stat().st_size, "crc32": crc}
+    except DiskError as error:
+        problem = str(error)
+    for _ in stream:  # what full() gathers needs every process, also where writing failed
+        pass
+    parts = all_gather_object((entry, problem))
+    if problems := [p for _, p in parts if p]:
+        if rank == 0:
+            shutil.rmtree(place, ignore_errors=True)
+        raise DiskError(f"the state after step {step} could not be written: {problems[0]}")
+    if rank == 0:
+        files = dict(entry for entry, _ in parts if entry)
+        write_json(place / "state.json", {"step": step, "sharded": sharded, "shapes": shapes, "files": files})
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(place, target)
+        fsync_folder(folder)
+        states = saved_states(folder)
+        at = states.index(target)
+        for old in states[:at] + states[at + keep :]:  # a later one was damaged: the run went on from one before it
+            shutil.rmtree(old)
+
+
+def load_state(folder: str | Path, held: Sharded | dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Puts the newest state that is whole back; returns its number of steps, 0 where there is none.
+
+    A damaged one is named, and the one before is used. Raises CheckpointError where none is left, or where it is of
+    other parameters. Every process must call it.
+    """
+    rank, found = rank_and_size()[0], saved_states(folder)
+    for place in found:
+        damage = [x for x in all_gather_object(_damage(place)) if x]
+        if not damage:
+            return _read_state(place, held, optimizer)
+        if rank == 0:
+            print(f"{place}: damaged ({damage[0]}); the state before it is used", flush=True)
+    if found:
+        raise CheckpointError(f"{found[0]}: damaged ({damage[0]}), and no state before it is whole; delete "
+                              f"{folder}/state-* to start again")
+    return 0
+
+
+def _damage(place: Path) -> str:
+    """What is wrong with a state folder, "" if nothing; each process checks its share of the files."""
+    rank, size = rank_and_size()
+    try:
+        state = read_json(place / "state.json")
+        if not isinstance(state["step"], int) or not state["files"]:
+            return "state.json names no step or no file"
+        for name, file in sorted(state["files"].items())[rank::size]:
+            path = place / Path(name).name
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
+                return f"{name!r} is {'cut' if path.is_file() else 'missing'}"
+            crc = 0
+            with open(path, "rb") as f:
+                while block := f.read(1 << 24):
+                    crc = zlib.crc32(block, crc)
+            if crc != file["crc32"]:
+                return f"{name!r} has changed since it was written"
+    except (DataError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"state.json: {type(error).__name__} {error}"
+    return ""
+
+
+def _read_state(place: Path, held: Sharded | dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    state, sharded = read_json(place / "state.json"), isinstance(held, Sharded)
+    params, shapes = _about(held)
+    if state.get("sharded") is not sharded:
+        raise CheckpointError(f"{place}: written {'without' if sharded else 'with'} --sharding hand; resume that way")
+    if state.get("shapes") != shapes:
+        there = state["shapes"] if isinstance(state.get("shapes"), dict) else {}
+        different = sorted(k for k in there.keys() | shapes.keys() if there.get(k) != shapes.get(k))
+        raise CheckpointError(f"{place}: holds other parameters than this run trains, e.g. {different[:3]}; "
+                              "resume with the settings it was started with")
+    units = {u.name or "root": u for u in held.units if u.shard.requires_grad} if sharded else {}
+    try:
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            files = [stack.enter_context(safe_open(place / Path(name).name, "pt")) for name in sorted(state["files"])]
+            keys = set(files[0].keys())
+
+            def read(key: str, name: str) -> Tensor:
+                if sharded:
+                    return _shard(files, key, units[name], held)
+                value = files[0].get_tensor(key)
+                if list(value.shape) != shapes[name]:
+                    raise ValueError(f"{key} has shape {list(value.shape)}")
+                return as_held(params[name], value)
+
+            for name, p in params.items():
+                p.copy_(read(f"param.{name}", name))
+                if f"step.{name}" in keys:
+                    optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}")} | {
+                        key: read(f"{key}.{name}", name).to(p) for key in MOMENTS[1:]}
+    except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"{place}: its tensors are not those of a state ({error}); delete it") from None
+    return state["step"]
+
+
+def _shard(files: list, key: str, unit: Unit, sharded: Sharded) -> Tensor:
+    """This process's shard of a flat vector that was cut into len(files) others."""
+    length, old = len(unit.shard), -(-unit.numel // len(files))
+    start, stop = sharded.rank * length, min((sharded.rank + 1) * length, unit.numel)
+    pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]
+              for i, f in enumerate(files) if start < min((i + 1) * old, stop) and i * old < stop]
+    out = torch.zeros(length)
+    if pieces:
+        out[: stop - start] = torch.cat(pieces)
+    return out

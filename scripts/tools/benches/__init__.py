@@ -1,0 +1,1 @@
+"""What scripts/tools/bench.py measures, a module each: `measure(options) -> Iterator[dict]`."""

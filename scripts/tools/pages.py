@@ -1,0 +1,100 @@
+"""What report and survey share: templates, text made safe for HTML, a clip's frames and its player as data URIs.
+
+A page is one file that asks no network for anything: its Content-Security-Policy allows data: alone, and styles,
+scripts, pictures and clips stand inside it. Frames are JPEG (PyAV encodes them), a player is the clip's own bytes.
+"""
+
+import base64
+import html
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from erv_min.run.errors import ClipError, DataError
+from erv_min.run.files import read_jsonl
+from erv_min.media import load_frames
+
+TEMPLATES = Path(__file__).parent / "templates"
+PLAYABLE = {".mp4": "video/mp4", ".m4v": "video/mp4", ".webm": "video/webm"}  # what every browser opens
+
+
+def fill(template: str, **parts: str) -> str:
+    """A template of scripts/templates with each {{name}} replaced, in one pass: what is put in is not read again."""
+    text = (TEMPLATES / template).read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], text)
+
+
+def text(value) -> str:
+    """Any value as text that HTML shows and never runs, also inside a quoted attribute; lone surrogates become `?`."""
+    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+
+
+def json_script(value) -> str:
+    """JSON for a <script type="application/json">: no `<` in it, so that no text can close the element."""
+    return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c")
+
+
+def read_objects(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
+    """The rows of a JSONL file, each with these fields of these types. Raises DataError naming file, row and field."""
+    rows = read_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {number}: expected a JSON object, found {str(row)[:60]}")
+        for name, kind in fields.items():
+            if not isinstance(row.get(name), kind) or (isinstance(row[name], bool) and kind is not bool):
+                raise DataError(f"{path}, row {number}: field {name!r} is {'missing' if name not in row else 'wrong'}"
+                                f"{'' if name not in row else ': ' + repr(row[name])[:60]}; was the file edited?")
+    return rows
+
+
+# ---- clips -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ClipMedia:
+    """A clip in a page: frames and player as data URIs; `note` says why there is no player, or no frames."""
+
+    frames: list[str] = field(default_factory=list)
+    player: str = ""
+    note: str = ""
+    ratio: float = 1.0  # width / height
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def jpeg(frame: torch.Tensor, width: int = 200) -> bytes:
+    """uint8 [H, W, 3] -> JPEG, scaled down to `width` where it is wider; sides are even (4:2:0)."""
+    import av
+    scale = min(1.0, width / frame.shape[1])
+    height, width = (max(2, round(side * scale / 2) * 2) for side in frame.shape[:2])
+    pixels = F.interpolate(frame.permute(2, 0, 1)[None].float(), (height, width), mode="area")[0]  # [3, H', W']
+    picture = av.VideoFrame.from_ndarray(pixels.round().byte().permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+    codec = av.CodecContext.create("mjpeg", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuvj420p", 1
+    codec.options = {"qmin": "3", "qmax": "3"}
+    packets = codec.encode(picture.reformat(width, height, "yuvj420p", dst_color_range="JPEG")) + codec.encode(None)
+    return b"".join(bytes(packet) for packet in packets)
+
+
+def clip_media(path: Path, frames: int = 4, max_bytes: int = 1_000_000) -> ClipMedia:
+    """A clip's sampled frames, and its player where the file is at most `max_bytes` and of a form that browsers play.
+
+    A clip that cannot be decoded gives the reason as `note` and nothing else.
+    """
+    try:
+        shown = load_frames(path, frames)
+    except ClipError as error:
+        return ClipMedia(note=str(error))
+    pictures, ratio = [data_uri("image/jpeg", jpeg(frame)) for frame in shown], shown.shape[2] / shown.shape[1]
+    size, kind = path.stat().st_size, PLAYABLE.get(path.suffix.lower())
+    if kind is None:
+        return ClipMedia(pictures, "", f"frames only: browsers do not play {path.suffix or 'this file'}", ratio)
+    if size > max_bytes:
+        return ClipMedia(pictures, "", f"frames only: the clip has {size / 1e6:.2f} MB", ratio)
+    return ClipMedia(pictures, data_uri(kind, path.read_bytes()), "", ratio)

@@ -1,0 +1,155 @@
+"""The human study of section 5.3 and appendix A: `survey.py make` writes its page, `survey.py score` reads the answers.
+
+  make    --first FILE --second FILE --data dfew:/path --names Ours,Baseline --out DIR
+          two systems' predictions of the same clips (our JSONL, or the released forms) -> DIR/survey.html and, outside
+          of DIR, DIR-key.json, which unblinds it and stays with you; send DIR to the raters, or the page alone
+  score   --key DIR-key.json ANSWERS.json [...]
+          the raters' exported files -> tables 3 and 6: win rate, scores; agreement with the judge, Krippendorff's alpha
+
+A clip takes three questions (figures 4 and 5): which emotion one explanation represents, read without the clip; then,
+with the clip, how well each of the two explanations reflects the emotion, 1 to 5. Clips are drawn as in section 5.3
+among those that both systems answered right (A.2: and whose explanations the judge read so); which they are, their
+order, the sides, and whose explanation the first question shows (each system's in half of the clips) come from --seed.
+The page is one file; more than --embed-mb of clips are copied into DIR/clips instead. It works from the disk, offline.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from pages import PLAYABLE, data_uri, fill, json_script, text
+from survey_score import report, score
+
+from erv_min.data.examples import load_examples
+from erv_min.emotions import labels, normalize
+from erv_min.run.errors import DataError, ErvMinError, SettingsError
+from erv_min.run.files import atomic_write, write_json
+from erv_min.metrics import read_prediction
+from erv_min.data.predictions import read_predictions
+from erv_min.rewards import extract_explanation
+
+# ---- make ------------------------------------------------------------------------------------------------------------
+
+
+def eligible(first: list[dict], second: list[dict], any_answer: bool) -> list[tuple[dict, dict]]:
+    """Pairs of rows of one clip that may be shown: explanations in both, and, unless any_answer, both answers right and
+    (where they were judged) both explanations judged so. Raises DataError where two rows disagree about the truth."""
+    other, pairs = {row["video_id"]: row for row in second}, []
+    for a in first:
+        b = other.get(a["video_id"])
+        if b is None:
+            continue
+        if (a["ground_truth"], a["dataset"]) != (b["ground_truth"], b["dataset"]):
+            raise DataError(f"clip {a['video_id']}: the two files disagree about its label or data set")
+
+        def fits(row: dict) -> bool:
+            truth, dataset = row["ground_truth"], row["dataset"]
+            said = [read_prediction(row["output"], dataset)[0]]
+            if "judged_emotion" in row:
+                said.append(normalize(row["judged_emotion"] or "", dataset))
+            return all(emotion == normalize(truth, dataset) for emotion in said)
+
+        if all(extract_explanation(row["output"]) and (any_answer or fits(row)) for row in (a, b)):
+            pairs.append((a, b))
+    return pairs
+
+
+def draw(pairs: list[tuple[dict, dict]], count: int, seed: int, names: list[str]) -> tuple[list[dict], dict]:
+    """(items for the page, what the key says of each): drawn, ordered and sided by `seed`, balanced where it can be."""
+    rng = random.Random(seed)
+    chosen = rng.sample(pairs, count)
+    half = [i % 2 for i in range(count)]  # 0: the first system
+    left, asked = rng.sample(half, count), rng.sample(half, count)
+    items, key = [], {}
+    for number, (pair, l, q) in enumerate(zip(chosen, left, asked), 1):
+        a = pair[0]
+        explanations = [extract_explanation(row["output"]) for row in pair]
+        name = f"q{number:02d}"
+        items.append({"id": name, "emotion_text": explanations[q], "left": explanations[l],
+                      "right": explanations[1 - l], "choices": list(labels(a["dataset"]))})
+        key[name] = {"video_id": a["video_id"], "dataset": a["dataset"], "ground_truth": a["ground_truth"],
+                     "left": names[l], "right": names[1 - l], "emotion_of": names[q],
+                     "judged": {n: row.get("judged_emotion") for n, row in zip(names, pair)}}
+    return items, key
+
+
+def make(args) -> None:
+    out, key_file = Path(args.out), Path(f"{args.out.rstrip('/')}-key.json")
+    if key_file.exists() or (out / "survey.html").exists():
+        raise SettingsError(f"{out}: a survey is there already; answers belong to its key. Take another --out")
+    names = [name.strip() for name in args.names.split(",")]
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise SettingsError(f"--names {args.names!r}: expected two different names joined by a comma")
+    examples = load_examples(args.data, args.split)
+    (first, _), (second, _) = (read_predictions(file, examples) for file in (args.first, args.second))
+    pairs = eligible(first, second, args.any_answer)
+    if len(pairs) < args.clips or args.clips < 1:
+        right = "" if args.any_answer else " with the right answer and emotion (--any-answer lifts this)"
+        raise SettingsError(f"--clips {args.clips}: {len(pairs)} clips have an explanation of both systems{right}")
+    items, key = draw(pairs, args.clips, args.seed, names)
+    paths = {example.video_id: example.path for example in examples}
+    files = [paths[entry["video_id"]] for entry in key.values()]
+    for path in files:
+        if not path.is_file():
+            raise DataError(f"{path}: no such clip")
+        if path.suffix.lower() not in PLAYABLE:
+            raise DataError(f"{path}: browsers do not play it; convert it first (ffmpeg -i IN -c:v libx264 OUT.mp4)")
+    embed = sum(path.stat().st_size for path in files) <= args.embed_mb * 1e6
+    for item, path in zip(items, files):
+        item["clip"] = (data_uri(PLAYABLE[path.suffix.lower()], path.read_bytes()) if embed else
+                        f"clips/{item['id']}{path.suffix.lower()}")
+    survey = hashlib.sha256(json.dumps([items, key, args.seed], sort_keys=True).encode()).hexdigest()[:12]
+    page = fill("survey.html", css=fill("page.css") + fill("survey.css"), script=fill("survey.js"),
+                title=text(args.title), data=json_script({"survey": survey, "items": items}))
+    if not embed:
+        (out / "clips").mkdir(parents=True, exist_ok=True)
+        for item, path in zip(items, files):
+            shutil.copyfile(path, out / item["clip"])
+    write_json(key_file, {"survey": survey, "seed": args.seed, "systems": names, "files": [args.first, args.second],
+                          "choices": {item["id"]: item["choices"] for item in items}, "items": key})
+    atomic_write(out / "survey.html", page)
+    print(f"{out}/survey.html: survey {survey}, {len(items)} of {len(pairs)} clips, {3 * len(items)} questions, "
+          + (f"clips inside, {len(page) / 1e6:.1f} MB" if embed else "clips beside it: send the whole folder")
+          + f"\n{key_file}: which system is which; keep it from the raters")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("make", help="write the survey page and its key").add_argument
+    add("--first", required=True, help="predictions of the first system (of table 3's first column)")
+    add("--second", required=True, help="predictions of the second")
+    add("--names", default="Ours,Baseline", help="their names in the tables; the page does not show them")
+    add("--data", required=True, help="the clips, 'mafw:/path', 'toy:/world'")
+    add("--split", default="test", choices=("test", "train"), help="split of --data")
+    add("--out", required=True, help="folder of the page")
+    add("--clips", type=int, default=28, help="clips to ask about (the paper: 28 comparisons)")
+    add("--any-answer", action="store_true", help="also clips with a wrong answer or emotion")
+    add("--seed", type=int, default=0, help="seed of choice, order and sides")
+    add("--title", default="How well do these explanations fit the video?", help="heading of the page")
+    add("--embed-mb", type=float, default=32, help="clips inside the page up to so much; 0: always beside it")
+    add = commands.add_parser("score", help="read the raters' files").add_argument
+    add("answers", nargs="+", help="JSON files that raters exported")
+    add("--key", required=True, help="the key that make wrote")
+    add("--out", default="", help="also write all figures as JSON")
+    args = parser.parse_args(argv)
+    if args.command == "make":
+        return make(args)
+    result = score(args.key, args.answers)
+    print(report(result))
+    if args.out:
+        write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ErvMinError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
