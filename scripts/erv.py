@@ -37,7 +37,7 @@ from erv_min.run.processes import run_script
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
 from erv_min.run.settings import check, parse, setting
-from erv_min.run.start import prepare_world, world_folder
+from erv_min.toy.chain import prepare_world, world_folder
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.run.folder import Run, prepare_out
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update

@@ -9,58 +9,30 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 """
 
 import copy
-import json
 import math
 import time
 from pathlib import Path
 
 import torch
 
-from erv_min.checkpoint import load_humanomni
-from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS
 from erv_min.run.errors import ClipError, SettingsError
 from erv_min.erv import explanation_statistics
-from erv_min.run.files import append_jsonl, atomic_write, write_json
+from erv_min.run.files import append_jsonl
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3
 from erv_min.inputs import PromptBuilder, clip_inputs
-from erv_min.judge import judge_rows, make_judge
-from erv_min.metrics import score, table
-from erv_min.run.processes import Processes, run_script
+from erv_min.run.processes import run_script
 from erv_min.model.humanomni import trainable
 from erv_min.run.sharding import idle_loss, rounds, save_model, spread
 from erv_min.logps import Completions
-from erv_min.data.predictions import predict
-from erv_min.rewards import RewardSettings, format_reward, score_completions
+from erv_min.rewards import RewardSettings, score_completions
 from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, parse
-from erv_min.run.start import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
-                               world_folder)
+from erv_min.run.start import start_model, start_verifier, training_examples
+from erv_min.toy import chain
 from erv_min.run.folder import Run, prepare_out
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
-from erv_min.run.processes import Processes, gather_lists, main_process, join_processes, all_reduce_sum
-
-
-def prepare_toy(settings: GRPOSettings) -> None:
-    """World, verifier and SFT of the toy preset, where they are not there yet, each by the command a user would type."""
-    world = world_folder(settings)
-    same = ("--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu")
-    prepare_world(world, settings.seed, base=not settings.model)
-    sources = ("--sources", "human") if settings.ablate == "augmentation" else ()
-    for given, name, more in ((settings.erv or not settings.w_explanation, erv_name(settings), sources),
-                              (settings.model, "sft", ())):
-        folder = Path(settings.out, name)
-        if not given and not (folder / "model.safetensors").exists():
-            finish(start(str(SCRIPTS / f"{name[:3]}.py"), *same, "--out", str(folder), "--resume", *more))
-    folder = Path(settings.out, "baseline")
-    if settings.baseline and not (folder / "model.safetensors").exists():
-        finish(start(str(SCRIPTS / "grpo.py"), *same, "--out", str(folder), "--model", settings.model or f"{settings.out}/sft",
-                     "--w-explanation", "0", "--steps", str(settings.steps), "--eval-clips", "-1", "--resume"))
-
-
-def erv_name(settings: GRPOSettings) -> str:
-    """The toy verifier's folder in OUT; one trained without augmentation (table 2) has a name of its own."""
-    return "erv-unaugmented" if settings.ablate == "augmentation" else "erv"
+from erv_min.run.processes import gather_lists, join_processes, all_reduce_sum
 
 
 def reward_settings(settings: GRPOSettings) -> RewardSettings:
@@ -93,17 +65,12 @@ def main(argv: list[str] | None = None) -> None:
     settings.out = settings.out or "runs/toy"
     settings.resume = prepare_out(Path(settings.out), settings.resume)
     toy = settings.preset == "toy" and not settings.random_weights
-    if toy:
-        if main_process():  # the others wait for it where the process group forms
-            prepare_toy(settings)
-        settings.model = settings.model or f"{settings.out}/sft"
-        settings.erv = settings.erv or f"{settings.out}/{erv_name(settings)}"
+    if toy or settings.random_weights:
+        chain.prepare(settings, Path(__file__).parent)
     elif settings.ablate == "augmentation" and not settings.erv:
         raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
                             "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
-    elif settings.random_weights and main_process():
-        prepare_world(world_folder(settings), settings.seed, base=False)
-    elif settings.w_explanation and not settings.erv and not settings.random_weights:
+    elif settings.w_explanation and not settings.erv:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
     processes = join_processes(settings.device)
 
@@ -233,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         run.finish()
         print(f"GRPO done: {settings.out}/model.safetensors", flush=True)
     if toy and not settings.data and settings.eval_clips >= 0:  # other data: scripts/evaluate.py on its own test split
-        evaluate(settings, builder, processes)
+        chain.compare(settings, builder, processes)
 
 
 SUMS = ("loss", "kl", "entropy", "clip_fraction", "rows", "tokens", "reward", "reward_format", "reward_answer",
@@ -252,37 +219,6 @@ def show(run: Run, step: int, x, texts: list[str], scored: list) -> None:
     for sentence, labels in zip(r.sentences, r.label_sets):
         print(f"    [{', '.join(labels)}] {sentence}")
     print(f"    {texts[0].rsplit('</think>', 1)[-1].strip()}", flush=True)
-
-
-def evaluate(settings: GRPOSettings, builder: PromptBuilder, processes: Processes) -> None:
-    """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
-    examples = load_examples(f"toy:{world_folder(settings)}", "test")[: settings.eval_clips or None]
-    systems = {"SFT": settings.model, "GRPO with R_E" if settings.w_explanation else "GRPO without R_E": settings.out}
-    if settings.baseline:
-        systems = {"SFT": settings.model, "GRPO without R_E": f"{settings.out}/baseline", "GRPO with R_E": settings.out}
-    judge, scores, kept = make_judge("lexicon"), {}, {}
-    for name, folder in systems.items():
-        model = load_humanomni(folder, torch.float32, processes.device)
-        own = PromptBuilder(model, builder.tokenizer, builder.gate_tokenizer, builder.cache, settings.modality,
-                            settings.prompt_stage)
-        rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
-                          batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
-                          workers=settings.workers)
-        if processes.main:
-            judge_rows(rows, judge)
-            scores[name] = score(rows, rows[0]["dataset"])
-            kept[name] = 100 * sum(format_reward(row["output"]) for row in rows) / len(rows)
-            atomic_write(Path(settings.out, f"predictions-{name.replace(' ', '-')}.jsonl"),
-                         "".join(json.dumps(row) + "\n" for row in rows))
-    if not processes.main:
-        return
-    write_json(Path(settings.out, "evaluation.json"), scores)
-    print(f"\n{len(examples)} held-out clips, explanations judged by the lexicon, percent:\n{table(scores)}\n\nfiles: "
-          + ", ".join(f"{k} {v}" for k, v in systems.items()) + f", evaluation {settings.out}/evaluation.json")
-    ours, sft = scores[name], scores["SFT"]
-    print(f"{name} over SFT on {len(examples)} held-out clips: "
-          + ", ".join(f"{m} {ours[m] - sft[m]:+.1f}" for m in ("EEA", "FCR", "EPC", "WAR", "UAR"))
-          + f"; {kept[name]:.1f}% of its outputs keep the format (SFT: {kept['SFT']:.1f}%)", flush=True)
 
 
 if __name__ == "__main__":

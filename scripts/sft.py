@@ -22,7 +22,8 @@ from erv_min.logps import pad_targets
 from erv_min.prompts import sft_target
 from erv_min.run.settings import PRESETS, TRAINABLE, SFTSettings, parse
 from erv_min.sft import group_targets, sft_loss
-from erv_min.run.start import prepare_world, start_model, training_examples, world_folder
+from erv_min.run.start import start_model, training_examples
+from erv_min.toy.chain import prepare_world, world_folder
 from erv_min.run.folder import Run, prepare_out
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
 from erv_min.run.processes import main_process, join_processes, all_reduce_sum
@@ -36,9 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
     if settings.preset == "toy" or settings.random_weights:
         base = not (settings.model or settings.random_weights)
+        settings.world = str(world_folder(settings))
         if main_process():
-            prepare_world(world_folder(settings), settings.seed, base)
-        settings.model = str(world_folder(settings) / "base") if base else settings.model
+            prepare_world(Path(settings.world), settings.seed, base)
+        settings.model = f"{settings.world}/base" if base else settings.model
     processes = join_processes(settings.device)
 
     # Model, targets and optimizer.

@@ -437,14 +437,12 @@ def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
 def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, monkeypatch):
     """Table 2's row in one command on the toy; with real data the error says which verifier to train."""
     grpo, commands = load_script("grpo"), []
-    monkeypatch.setattr(grpo, "start", lambda *command: commands.append(command))
-    monkeypatch.setattr(grpo, "finish", lambda process: None)
-    monkeypatch.setattr(grpo, "prepare_world", lambda *_, **__: None)
-    for ablate, name, sources in (("augmentation", "erv-unaugmented", ("--sources", "human")), ("", "erv", ())):
+    monkeypatch.setattr(grpo.chain, "run", lambda *given: commands.extend(given))
+    for ablate, name, sources in (("augmentation", "erv-unaugmented", ["--sources", "human"]), ("", "erv", [])):
         commands.clear()
-        grpo.prepare_toy(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate))
+        grpo.chain.prepare(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate), Path("scripts"))
         (made,) = (c for c in commands if c[0].endswith("erv.py"))
-        assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--resume") + 1:] == sources
+        assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--out") + 2:] == sources
     with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
 

@@ -2,6 +2,8 @@
 
 import ast
 import io
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +18,8 @@ from tokenizers import Tokenizer
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
-from erv_min.toy import lexicon, text, world
+from erv_min.run.settings import PRESETS, GRPOSettings, parse
+from erv_min.toy import chain, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS, ERV_NAMES
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
@@ -284,3 +287,79 @@ def test_exploitable_world_has_cues_of_two_emotions():
     clip = WorldSettings(exploitable=True, test=0, pretrain=0)
     rows, _ = world.erv_pairs(sample_clips(clip), clip)
     assert any(len(r["truth"]) == 2 and r["text"].count(".") == 1 for r in rows)
+
+
+# ------------------------------------------------------------------------------- the stages before GRPO, and its table
+
+def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
+    """--baseline trains with Ours' settings, not with the preset's: the two stand in one table."""
+    commands = []
+    monkeypatch.setattr(chain, "run", lambda *given: commands.extend(given))
+    given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
+             "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
+    settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
+    chain.prepare(settings, tmp_path / "scripts")
+    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
+    assert all(Path(c[0]).parent == tmp_path / "scripts" for c in commands[1:])  # not the package's own place
+    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
+    assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
+    assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="", baseline=False,
+                           eval_clips=-1, resume=True)
+    commands.clear()
+    for name in ("sft", "erv-unaugmented", "baseline"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    chain.prepare(settings, tmp_path / "scripts")
+    assert [c[:2] for c in commands] == [["-m", "erv_min.toy"]]  # the world alone is not there
+
+
+def python(code: str) -> list[str]:
+    return ["-c", f"import os, signal, sys, time; {code}"]
+
+
+def test_stages_side_by_side(tmp_path, monkeypatch):
+    """Each waits for the other's file, so they run together; on one thread, outside torchrun's group."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    a, b = tmp_path / "a", tmp_path / "b"
+    meet = ("open({!r}, 'w').write(os.environ.get('RANK', 'alone') + os.environ['OMP_NUM_THREADS'])\n"
+            "while not os.path.exists({!r}): time.sleep(0.01)")
+    chain.run(python(meet.format(str(a), str(b))), python(meet.format(str(b), str(a))))
+    assert a.read_text() == b.read_text() == "alone1"
+
+
+def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
+    mark = tmp_path / "stopped"
+    waits = python(f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75))); open({str(mark) + '.on'!r}, 'w'); "
+                   "time.sleep(60)")
+    ready = f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(mark) + '.on'!r}), True)]; "
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="sys.exit.3.* ended with status 3"):
+        chain.run(waits, python(ready + "sys.exit(3)"))
+    assert mark.exists() and signal.getsignal(signal.SIGTERM) is before
+    for code in (75, f"os.kill({os.getpid()}, 15) or time.sleep(60)"):  # one stops; this process is told to stop
+        mark.unlink(), Path(f"{mark}.on").unlink()
+        with pytest.raises(SystemExit) as stopped:
+            chain.run(python(ready + f"sys.exit({code})"), waits)
+        assert stopped.value.code == 75 and mark.exists()
+
+
+# --------------------------------------------------------------------------------- of the grammar, and true of the clip
+
+def test_what_the_world_writes_is_of_its_grammar():
+    """Every sentence of every explanation is found in the right person, with the emotion that its record names."""
+    rng = np.random.default_rng(0)
+    for clip in sample_clips(replace(SMALL, train=200)):
+        for exploitable in (False, True):
+            for s in text.explain(rng, clip.look, clip.label, 0.2, exploitable):
+                assert text.grammar(clip.look.woman)[s.text][1] == s.emotions
+    assert len(text.grammar(True)) == len(text.grammar(False)) == 20 + 12 + 5 + 4 + 2 + 3 + 1 + 21 + 14 + 21 + 6
+
+
+def test_sentences_counted_by_hand():
+    clip = {"look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}
+    sentences = ["A woman is in the garden.", "Her mouth droops.", "Her face beams.", "The voice is thin and shaky.",
+                 "She is sad.",  # of the grammar; a conclusion is no cue
+                 "He sobs as he talks.", "She freeurprised.", "He glares wears a tone.", "her mouth droops.", ""]
+    assert text.check_sentences(sentences, clip) == {"sentences": 10, "formed": 5, "cues": 3, "true": 2}
+    assert text.check_sentences([], clip)["sentences"] == 0

@@ -1,10 +1,6 @@
-"""How a stage gets what it starts from: model and tokenizers, clips, and, for the toy preset, the stages before it."""
+"""How a stage gets what it starts from: model and tokenizers, clips, verifier. (The toy's stages before it: toy/chain.py.)"""
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,44 +19,7 @@ from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.run.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.run.folder import STOPPED
 from erv_min.run.processes import Processes, gather_lists
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-def start(*command: str) -> subprocess.Popen:
-    """Starts `python command`, an earlier stage as a user would type it, outside this process's torchrun group."""
-    group = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {k: v for k, v in os.environ.items() if k not in group and not k.startswith("TORCHELASTIC")}
-    print("$ python", *command, flush=True)
-    return subprocess.Popen([sys.executable, *command], env=environment)
-
-
-def finish(process: subprocess.Popen) -> None:
-    """Waits for an earlier stage, handing SIGTERM on to it; ends as it does if it stopped or failed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    status = process.wait()
-    signal.signal(signal.SIGTERM, before)
-    if status == STOPPED:
-        raise SystemExit(STOPPED)
-    if status:
-        raise SystemExit(f"'{' '.join(process.args)}' ended with status {status}: its message stands above")
-
-
-def world_folder(settings) -> Path:
-    """Where the embedded world lies: --world, else in OUT or beside it, else (to be made) in OUT for GRPO, beside others."""
-    if settings.world:
-        return Path(settings.world)
-    inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
-    found = next((path for path in (inside, beside) if (path / "world.json").exists()), None)
-    return found or (inside if isinstance(settings, GRPOSettings) else beside)
-
-
-def prepare_world(world: Path, seed: int, base: bool) -> None:
-    """Renders the embedded world, and trains its base model if `base`, where they are not there yet."""
-    if not (world / ("base/model.safetensors" if base else "world.json")).exists():
-        finish(start("-m", "erv_min.toy", str(world), "--seed", str(seed), *([] if base else ["--clips-only"])))
 
 
 def load_model(settings: Policy, name: str, dtype: torch.dtype, device, show=print):
@@ -96,7 +55,7 @@ def start_model(settings: Common, stage: str, processes: Processes) -> tuple[Hum
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
         model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
-        model.source_folder, model.gate_folder = (world_folder(settings) / "tokenizers" / x for x in ("lm", "text_gate"))
+        model.source_folder, model.gate_folder = (Path(settings.world, "tokenizers", x) for x in ("lm", "text_gate"))
         tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
     else:
         name = settings.model or STARTS[stage].get(settings.preset)
@@ -127,7 +86,7 @@ def tower_key(model: HumanOmni) -> str:
 
 def training_examples(settings: Common, split: str, processes: Processes) -> list[Example]:
     """The clips to train on, counted and checked; the list of missing ones is OUT/missing_clips.txt."""
-    examples = load_examples(settings.data or f"toy:{world_folder(settings)}", split)
+    examples = load_examples(settings.data or f"toy:{settings.world}", split)
     if processes.main:
         print(summary(examples), flush=True)
     examples = examples if settings.subtitles else [replace(example, subtitle="") for example in examples]
@@ -140,5 +99,5 @@ def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | N
         return None
     if settings.erv:
         return Verifier.load(settings.erv, device)
-    tokenizer = EncoderTokenizer(world_folder(settings) / "tokenizers" / "erv")
+    tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
     return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)).to(device).eval(), tokenizer, ERV_LABELS)

@@ -6,13 +6,16 @@ An explanation has 4 or 5 short sentences: appearance and background (neutral), 
 figure 6): it reads the generator's own record of cues, not the words. The judges read words: `lexicon.py`.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import numpy as np
 
 from erv_min.emotions import LABELS, to_erv
 from erv_min.toy.lexicon import LexiconJudge, SecondJudge  # noqa: F401
-from erv_min.toy.render import FACE, VOICE, Look
+from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
@@ -72,17 +75,22 @@ def _fill(template: str, look: Look) -> str:
     return template.format(S=s.capitalize(), s=s, P=p.capitalize(), p=p)
 
 
-def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sentence]:
-    """One neutral sentence about the clip, with probability `second` two."""
+def appearances(look: Look) -> tuple[list[str], list[str]]:
+    """What can be said about the clip besides the expression: first sentences, and second ones."""
     who = "woman" if look.woman else "man"
-    first = (f"A {who} in a {look.shirt} shirt is in the {look.room}.",
+    first = [f"A {who} in a {look.shirt} shirt is in the {look.room}.",
              f"A {who} with {look.hair} hair is in the {look.room}.",
-             f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}.")
+             f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}."]
     more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}."]
     if look.glasses:
         more.append("{S} has glasses.")
-    sentences = [pick(rng, first)] + ([pick(rng, more)] if rng.random() < second else [])
-    return [Sentence(_fill(s, look)) for s in sentences]
+    return first, [_fill(s, look) for s in more]
+
+
+def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sentence]:
+    """One neutral sentence about the clip, with probability `second` two."""
+    first, more = appearances(look)
+    return [Sentence(pick(rng, first)), *([Sentence(pick(rng, more))] if rng.random() < second else [])]
 
 
 def cue(rng: np.random.Generator, table: dict, look: Look, emotion: str, exploitable: bool) -> Sentence:
@@ -118,6 +126,33 @@ def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: 
 
 def join(sentences: list[Sentence]) -> str:
     return " ".join(s.text for s in sentences)
+
+
+# ------------------------------------------------------------------------------ is it of this grammar, and is it true?
+
+@lru_cache
+def grammar(woman: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Every sentence that an explanation about a woman (or a man) can hold -> (its subject, the emotions it conveys).
+
+    Subjects: "look", "face", "voice", "conclusion".
+    """
+    looks = [Look(woman, *values, 0) for values in product(SHIRTS, HAIRS, (True, False), (True, False), ROOMS)]
+    found = {sentence: ("look", ()) for look in looks for part in appearances(look) for sentence in part}
+    for subject, table in (("face", FACE_CUES), ("voice", VOICE_CUES), ("conclusion", CONCLUSIONS)):
+        found |= {_fill(words, looks[0]): (subject, (emotion,)) for emotion in EMOTIONS for words in table[emotion]}
+    return found | {_fill(words, looks[0]): ("voice" if "voice" in words else "face", pair) for pair, words in SHARED_CUES}
+
+
+def check_sentences(sentences: list[str], clip: dict) -> Counter:
+    """Counts over the sentences of one explanation, and the clip's row of params.jsonl, the truth.
+
+    "sentences": all; "formed": of the grammar and in the clip's person; "cues": of these about face or voice; "true":
+    cues that convey what the clip's face (voice) shows. true / cues is the explanation's grounding.
+    """
+    known = grammar(clip["look"]["woman"])
+    formed = [known[sentence] for sentence in sentences if sentence in known]
+    cues = [clip[f"{subject}_shows"] in emotions for subject, emotions in formed if subject in ("face", "voice")]
+    return Counter(sentences=len(sentences), formed=len(formed), cues=len(cues), true=sum(cues))
 
 
 # ------------------------------------------------------------------------------------------------------- captions
