@@ -3,16 +3,21 @@
 Each of N processes keeps 1/N of every parameter, of its gradient and of its optimizer state, and computes on its own
 part of the batch. A unit is a decoder layer, a tower's block or a stage of the projector; what remains (embeddings,
 head, norms) is the root. A unit's parameters lie behind each other in one flat vector, padded and cut into N equal
-shards, which are all that stays. One differentiable operation, `Gather`, does the rest:
+shards, which are all that stays. The life of a unit in a pass:
 
-    forward:  all-gather the shards in the compute type; its views stand in the modules while the unit runs;
-    backward: reduce-scatter the gradients in float32 onto the shards.
+    all_gather      its shards, in the compute type, become one flat vector;
+    attach          views of that vector stand in the modules while the unit runs;
+    reshard         the views are taken out again, and the vector is freed;
+    all_gather      once more, where the backward pass asks for a weight (or recomputes the layer);
+    reduce_scatter  its gradients, in float32, become the mean over processes of this process's shard.
 
-Nothing full outlives its unit: where autograd would keep a weight for the backward pass, a recipe is kept in its place
-(`_pack`), and the weight is gathered again when it is asked for. A recomputed layer gathers once more by itself. The
-root stays through a pass. The next unit's all-gather runs beside this one's compute, a reduce-scatter beside the next
-unit's backward, so that two units at most are full at a time. On CUDA both run on NCCL's own stream, which waits for
-the compute stream where they start; `work.wait()` makes the compute stream wait for them and holds their memory.
+`Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: where
+autograd would save a weight for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that
+unit again. (With recomputation those hooks have little to do. They stay, because without it a step takes three quarters
+of the time.) The root stays gathered through a pass. The next unit's all-gather runs beside this one's compute
+(`prefetch`), a reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On
+CUDA both run on NCCL's own stream, which waits for the compute stream where they start; `work.wait()` makes the compute
+stream wait for them and holds their memory.
 
 | what                                                                    | type                      |
 |-------------------------------------------------------------------------|---------------------------|
@@ -23,10 +28,10 @@ the compute stream where they start; `work.wait()` makes the compute stream wait
 | log-softmax, log-probs, entropy, KL, rewards, advantages, loss          | float32                   |
 | shards of the reference policy (frozen, never exported)                 | compute                   |
 
-compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order: the
-same number of passes a step (parallel.idle_loss fills in where data ran out). A module is copied before it is sharded,
-not after. Left out: tensor and sequence parallelism, CPU offload; parallel.FullyShard is the way out, the same
-interface on PyTorch's own `fully_shard`.
+compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order, in the
+same number of passes per step; the training scripts give every process equal work. A module is copied before it is
+sharded, not after. Left out: tensor and sequence parallelism, CPU offload; run/sharding.FullyShard is the way out, the
+same interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
@@ -87,16 +92,16 @@ class Gather(torch.autograd.Function):
     def forward(ctx, shard: Tensor, unit: Unit, sharded: "Sharded") -> tuple[Tensor, ...]:
         ctx.unit, ctx.sharded = unit, sharded
         ctx.set_materialize_grads(False)  # an unused parameter's gradient comes as None
-        return unit.views(sharded._take(unit))
+        return unit.views(sharded._all_gather(unit))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
-        ctx.sharded._reduce(ctx.unit, grads)  # adds to shard.grad by itself, when the reduction is done
+        ctx.sharded._reduce_scatter(ctx.unit, grads)  # adds to shard.grad itself, when the reduction is done
         return None, None, None
 
 
 class Sharded:
-    """A model whose parameters live as shards; `self(function, ...)` runs a forward pass.
+    """A model whose parameters live as shards; `with sharded.forward_pass():` is a forward pass.
 
     The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
     by one flat Parameter a unit, `shard`, or `frozen_shard` where requires_grad was off. `compute` is the type of
@@ -110,10 +115,10 @@ class Sharded:
         self.units, self.root = [], []
         self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
         self.back = []  # units whose backward is still to come, last first
-        self.lent = {}  # storage of a gathered vector -> its unit, while it stands in its modules
+        self.attached = {}  # storage of a gathered vector -> its unit, while it stands in its modules
         self.again = None, None  # the unit gathered last for the backward pass, and its flat vector
         self.reducing = None  # (unit, gradient, buffer, work) of a reduce-scatter under way
-        self.forward_pass = False
+        self.in_forward = False
         owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
         places, names = {}, {}
         for name, p in model.named_parameters(remove_duplicate=False):
@@ -149,13 +154,9 @@ class Sharded:
         owner.register_parameter("shard" if unit.shard.requires_grad else "frozen_shard", unit.shard)
         return unit
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains: the shard of each trainable unit, by the unit's name."""
-        return {unit.name or "root": unit.shard for unit in self.units if unit.shard.requires_grad}
+    # ---- collectives ----------------------------------------------------------------------------------------------
 
-    # ---- gather and reduce ----------------------------------------------------------------------------------------
-
-    def _start(self, unit: Unit, dtype: torch.dtype | None = None) -> None:
+    def _start_all_gather(self, unit: Unit, dtype: torch.dtype | None = None) -> None:
         """Starts the all-gather of `unit`, unless it is under way."""
         if unit.pending is None:
             shard = unit.shard.detach().to(dtype or self.compute)
@@ -165,19 +166,19 @@ class Sharded:
             else:
                 unit.pending = full.copy_(shard), None
 
-    def _take(self, unit: Unit, dtype: torch.dtype | None = None) -> Tensor:
-        """The full flat vector of `unit`; it is the caller's to keep or drop."""
-        self._start(unit, dtype)
+    def _all_gather(self, unit: Unit, dtype: torch.dtype | None = None) -> Tensor:
+        """The full flat vector of `unit`; it is freed when the caller drops it."""
+        self._start_all_gather(unit, dtype)
         (full, work), unit.pending = unit.pending, None
         if work is not None:
             work.wait()
         return full
 
-    def _reduce(self, unit: Unit, grads: tuple[Tensor | None, ...]) -> None:
-        """Starts the reduce-scatter of the mean gradient over processes, in float32; adds up the one before it."""
+    def _reduce_scatter(self, unit: Unit, grads: tuple[Tensor | None, ...]) -> None:
+        """Starts the reduce-scatter of the mean gradient over processes, in float32; ends the one before it."""
         if self.again[0] is unit:
-            self.again = None, None  # its weights have done their work
-        self._settle()
+            self.again = None, None  # this unit's backward pass is done: its flat vector is freed
+        self._end_reduce_scatter()
         buffer = torch.zeros(self.size * len(unit.shard), device=self.device)  # padding included
         for view, grad in zip(unit.views(buffer), grads):
             if grad is not None:
@@ -187,9 +188,9 @@ class Sharded:
         else:
             mean = torch.empty(len(unit.shard), device=self.device)
             self.reducing = unit, mean, buffer, reduce_scatter(mean, buffer, async_op=True)
-        torch.autograd.Variable._execution_engine.queue_callback(self._rest)
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
 
-    def _settle(self) -> None:
+    def _end_reduce_scatter(self) -> None:
         """Waits for the reduce-scatter under way and adds its result to the shard's gradient."""
         if self.reducing is not None:
             (unit, mean, _, work), self.reducing = self.reducing, None
@@ -198,47 +199,47 @@ class Sharded:
                 mean /= self.size
             unit.shard.grad = mean if unit.shard.grad is None else unit.shard.grad.add_(mean)
 
-    def _rest(self) -> None:
-        """Finishes what is under way: gradients are complete and nothing full is left. The end of a backward pass."""
-        self._settle()
+    def _end_pass(self) -> None:
+        """Ends every collective under way: gradients are complete and nothing full is left but what stands attached."""
+        self._end_reduce_scatter()
         for unit in self.units:
             if unit.pending is not None:
-                self._take(unit)  # a prefetch that nobody came for
+                self._all_gather(unit)  # prefetched for a pass that ended before it was used
         self.back, self.again = [], (None, None)
 
     # ---- a unit's life in a pass ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _gathered(self, units: list[Unit]):
+    def _attached(self, units: list[Unit]):
         """The parameters of `units` stand in their modules inside, where module.weight finds them; no longer after."""
         try:
             for unit in units:
                 params = Gather.apply(unit.shard, unit, self)
                 unit.attached = storage_of(params[0])
-                self.lent[unit.attached] = unit
+                self.attached[unit.attached] = unit
                 for param, places in zip(params, unit.places):
                     for module, attribute in places:
                         module.__dict__[attribute] = param
-                self._note(unit)
+                self._prefetch_after(unit)
             yield
-        finally:  # also where a recomputation stops half way, as soon as it has what it came for
+        finally:  # also where a recomputation stops half way, as soon as it has the tensors that it came for
             for unit in units:
-                self.lent.pop(unit.attached, None)
+                self.attached.pop(unit.attached, None)
                 unit.attached = 0
                 for module, attribute in (place for places in unit.places for place in places):
                     module.__dict__.pop(attribute, None)
 
     def _around(self, forward: Callable, units: list[Unit]) -> Callable:
-        """A module's `forward` with its units gathered around it, unless they stand there already (in `whole`)."""
-        def gathered(*args, **kwargs):
-            with self._gathered([] if units[0].attached else units):
+        """A module's `forward` with its units attached around it, unless they stand there already (in `unsharded`)."""
+        def attached_forward(*args, **kwargs):
+            with self._attached([] if units[0].attached else units):
                 return forward(*args, **kwargs)
-        return gathered
+        return attached_forward
 
-    def _note(self, unit: Unit) -> None:
+    def _prefetch_after(self, unit: Unit) -> None:
         """Keeps the order of units, and starts the all-gather of the one that comes next."""
         coming = None
-        if self.forward_pass:
+        if self.in_forward:
             self.seen.append(unit)
             if torch.is_grad_enabled() and unit not in self.root:
                 self.back.append(unit)
@@ -250,11 +251,11 @@ class Sharded:
             if self.back:
                 coming = self.back[-1]
         if self.prefetch and coming is not None:
-            self._start(coming)
+            self._start_all_gather(coming)
 
     def _pack(self, saved: Tensor):
-        """What autograd keeps in place of a tensor: for a view of gathered parameters, how to get it again."""
-        unit = self.lent.get(storage_of(saved))
+        """What autograd saves in place of a tensor: for a view of gathered parameters, how to get it again."""
+        unit = self.attached.get(storage_of(saved))
         if unit is None or unit in self.root:
             return saved.detach()
         return unit, saved.shape, saved.stride(), saved.storage_offset()
@@ -264,40 +265,47 @@ class Sharded:
             return kept
         unit, shape, stride, offset = kept
         if self.again[0] is not unit:
-            self.again = None, None  # a frozen unit: no gradient of its own ended its turn
-            self.again = unit, self._take(unit)
-            self._note(unit)
+            self.again = None, None  # a frozen unit has no reduce-scatter that would have freed it
+            self.again = unit, self._all_gather(unit)
+            self._prefetch_after(unit)
         return self.again[1].as_strided(shape, stride, offset)
 
-    def __call__(self, function: Callable, *args, **kwargs):
-        """function(*args, **kwargs) as one forward pass: units gathered as they run, the root all through."""
-        if self.root and self.root[0].attached:  # inside `whole`
-            return function(*args, **kwargs)
-        self._rest()
-        self.seen, self.forward_pass = [], True
-        keeping = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
-        try:
-            with self._gathered(self.root), keeping:
-                return function(*args, **kwargs)
-        finally:
-            self.order, self.forward_pass = self.seen, False
+    # ---- the interface that run/sharding.py describes --------------------------------------------------------------
 
     @contextlib.contextmanager
-    def whole(self, *parts: str):
-        """The whole model in the compute type, for sampling: one all-gather a unit, dropped at the end. No gradients.
+    def forward_pass(self):
+        """A forward pass of the model inside: units gathered as they run, the root all through. Its backward pass may
+        follow after the block."""
+        if self.root and self.root[0].attached:  # inside `unsharded`
+            yield
+            return
+        self._end_pass()
+        self.seen, self.in_forward = [], True
+        saving = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
+        try:
+            with self._attached(self.root), saving:
+                yield
+        finally:
+            self.order, self.in_forward = self.seen, False
 
-        With `parts`, units whose names begin so, and the root.
+    @contextlib.contextmanager
+    def unsharded(self, *parts: str):
+        """The whole model in the compute type, for sampling: one all-gather per unit, dropped at the end. No gradients.
+
+        With `parts`, the units whose names begin so, and the root.
         """
-        self._rest()
+        self._end_pass()
         units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
-        with torch.no_grad(), self._gathered(units):
+        with torch.no_grad(), self._attached(units):
             yield
 
-    # ---- a step, and a model on disk ------------------------------------------------------------------------------
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains: the shard of each trainable unit, by the unit's name."""
+        return {unit.name or "root": unit.shard for unit in self.units if unit.shard.requires_grad}
 
-    def clip(self, max_norm: float) -> float:
+    def clip_gradients(self, max_norm: float) -> float:
         """Scales gradients to a global norm of at most `max_norm`; returns the norm before. An element counts once."""
-        grads = [p.grad for p in self.parameters().values() if p.grad is not None]
+        grads = [p.grad for p in self.named_parameters().values() if p.grad is not None]
         total = sum((g.norm().square() for g in grads), torch.zeros((), device=self.device))
         if self.size > 1:
             dist.all_reduce(total)
@@ -306,15 +314,38 @@ class Sharded:
             grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
         return norm.item()
 
-    def shapes(self) -> dict[str, Tensor]:
-        """Released name -> an empty tensor of the parameter's shape and type, in the order of `tensors`."""
+    def full_shapes(self) -> dict[str, Tensor]:
+        """Released name -> an empty tensor of the parameter's shape and type, in the order of `full_tensors`."""
         return {name: torch.empty(shape, dtype=unit.shard.dtype, device="meta")
                 for unit in self.units for name, shape in zip(unit.names, unit.shapes)}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Full parameters unit by unit, on process 0; the others must run through it too. Nothing is held twice."""
-        self._rest()
+        self._end_pass()
         for unit in self.units:
-            full = self._take(unit, unit.shard.dtype)
+            full = self._all_gather(unit, unit.shard.dtype)
             if self.rank == 0:
                 yield from zip(unit.names, unit.views(full))
+
+    # ---- training states (run/state.py): every process writes and reads its own shards ------------------------------
+
+    every_process_writes = True
+
+    def state_shapes(self) -> dict[str, list[int]]:
+        """Shapes of what is trained, by name, that do not depend on the number of processes."""
+        return {unit.name or "root": [unit.numel] for unit in self.units if unit.shard.requires_grad}
+
+    def to_full(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def read(self, files: list, key: str, name: str) -> Tensor:
+        """This process's shard of `key`, whose flat vector was cut into len(files) pieces, one per process then."""
+        unit = next(unit for unit in self.units if unit.shard.requires_grad and (unit.name or "root") == name)
+        length, old = len(unit.shard), -(-unit.numel // len(files))
+        start, stop = self.rank * length, min((self.rank + 1) * length, unit.numel)
+        pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]
+                  for i, f in enumerate(files) if start < min((i + 1) * old, stop) and i * old < stop]
+        shard = torch.zeros(length)
+        if pieces:
+            shard[: stop - start] = torch.cat(pieces)
+        return shard

@@ -13,7 +13,7 @@ from erv_min.run.errors import SettingsError
 from erv_min.model.humanomni import HumanOmni
 from erv_min.run.onednn import linear
 from erv_min.model.qwen2 import GroupCache
-from erv_min.logps import Completions, Prompts, shared_prefix_hidden
+from erv_min.logps import Completions, Prompts
 
 WINDOW = 64  # steps that a decode step's shapes stay the same on CUDA
 
@@ -108,36 +108,29 @@ def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int, eos_token_id: int,
             noise: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-            use_cache: bool = True, on_token=None) -> Completions:
+            on_token=None) -> Completions:
     """Samples `group_size` completions for each of B prompts; stops as soon as every row has met `eos_token_id`.
 
-    noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `use_cache=False` is the
-    plain loop, each step from the start and every row to the end: the same tokens, slowly; it is there to test against.
-    `on_token(ids [B * G])` is called after each step. Returns ids and mask [B * G, T], T <= max_new_tokens; what
-    follows a row's EOS is EOS and masked out.
+    noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `on_token(ids [B * G])` is
+    called after each step. Returns ids and mask [B * G, T], T <= max_new_tokens (what follows a row's EOS is EOS and
+    masked out), and at temperatures above 0 log pi(o_t) at that temperature, before top_k and top_p cut it.
     """
     if temperature > 0 and noise is None:
         raise SettingsError("sampling at a temperature above 0 needs noise: pass sampling_noise(...), or temperature=0")
-    batch, device = prompts.embeds.shape[0], prompts.embeds.device
-    total = batch * group_size
+    device, total = prompts.embeds.device, prompts.embeds.shape[0] * group_size
     ids = torch.full((total, max_new_tokens), eos_token_id, dtype=torch.long, device=device)
+    logps = torch.zeros(total, max_new_tokens, device=device) if temperature > 0 else None
     done = torch.zeros(total, dtype=torch.bool, device=device)
     rows = torch.arange(total, device=device)  # which completion each row of the cache is
     noise = None if noise is None else noise.to(device)
-    hidden, kv = model.model(prompts.embeds, keep_kv=True)
-    last = hidden[torch.arange(batch, device=device), prompts.lengths - 1]  # [B, D]
-    logits = linear(last, model.head_weight).repeat_interleave(group_size, 0)  # [R, V]
-    if use_cache:
-        cache = GroupCache.start(kv, prompts.mask, group_size, max_new_tokens)
-        step = DecodeStep(model, cache, prompts.lengths.repeat_interleave(group_size)[:, None])
-    del hidden, kv
+
+    logits, step = prefill(model, prompts, group_size, max_new_tokens)  # [R, V]
     for t in range(max_new_tokens):
-        if t and use_cache:
+        if t:
             logits = step(ids[rows, t - 1], t)
-        elif t:
-            _, rest = shared_prefix_hidden(model, prompts, ids[:, : t + 1], torch.ones_like(ids[:, : t + 1], dtype=torch.bool))
-            logits = linear(rest.view(total, t, -1)[:, -1], model.head_weight)
         token = sample_token(logits, None if noise is None else noise[rows, t], temperature, top_k, top_p)
+        if logps is not None:
+            logps[rows, t] = (logits.float() / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
         ids[rows, t] = torch.where(done[rows], eos_token_id, token)
         done = done | (ids[:, t] == eos_token_id)
         if on_token is not None:
@@ -145,21 +138,32 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
         left = total - int(done.sum())
         if not left:
             break
-        if use_cache and 2 * left <= len(rows):
-            prompts_left, rows_left = unfinished(done[rows].view(batch, -1))
+        if 2 * left <= len(rows):  # half of the rows are finished: go on without them, where whole prompts allow it
+            prompts_left, rows_left = unfinished(done[rows].view(-1, group_size))
             if 2 * len(rows_left) <= len(rows):
                 step.keep(prompts_left, rows_left)
-                rows, batch = rows[rows_left], len(prompts_left)
+                rows, group_size = rows[rows_left], len(rows_left) // len(prompts_left)
+
     ids = ids[:, : t + 1]
     ended = (ids == eos_token_id).int().cumsum(1)
-    return Completions(ids, (ended - (ids == eos_token_id).int()) == 0)
+    mask = (ended - (ids == eos_token_id).int()) == 0
+    return Completions(ids, mask, None if logps is None else logps[:, : t + 1].masked_fill(~mask, 0))
+
+
+def prefill(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> tuple[Tensor, DecodeStep]:
+    """Each prompt once: logits [B * G, V] of the first token, and the step that gives those of the next."""
+    hidden, kv = model.model(prompts.embeds, keep_kv=True)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), prompts.lengths - 1]  # [B, D]
+    logits = linear(last, model.head_weight).repeat_interleave(group_size, 0)
+    cache = GroupCache.start(kv, prompts.mask, group_size, max_new_tokens)
+    return logits, DecodeStep(model, cache, prompts.lengths.repeat_interleave(group_size)[:, None])
 
 
 @torch.no_grad()
 def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, audio: Tensor | None = None,
              gate_ids: Tensor | None = None, gate_mask: Tensor | None = None, group_size: int = 1,
              max_new_tokens: int = 512, temperature: float = 0.3, eos_token_id: int | None = None, seed: int = 0,
-             use_cache: bool = True, on_token=None) -> Tensor:
+             on_token=None) -> Tensor:
     """Completions of one prompt: ids [group_size, <= max_new_tokens], right-filled with EOS. Eq. 1.
 
     input_ids [L] with -201 / -202 where the clip's tokens go; video [T, 3, S, S] or [1, T, 3, S, S]; audio [mels, F]
@@ -171,4 +175,4 @@ def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, a
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     noise = sampling_noise(seed, 0, [0], group_size, max_new_tokens) if temperature > 0 else None
     return rollout(model, Prompts(embeds, mask), group_size, max_new_tokens, eos, noise, temperature,
-                   use_cache=use_cache, on_token=on_token).ids
+                   on_token=on_token).ids

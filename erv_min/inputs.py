@@ -1,24 +1,26 @@
-"""From examples to prompts: decode ahead, towers once a clip, the text around them (Eq. 1, left half).
+"""From clips to prompts (Eq. 1, left half): decode ahead, frozen towers once per clip, the text around them.
 
-    examples in training order -> clip_inputs (worker processes, feature cache) -> Inputs
-    Inputs of a batch -> PromptBuilder.prompts -> Prompts (embeddings [B, P, D]) for policy, reference and sampling alike
+    examples, in training order -> clip_inputs / training_inputs (worker processes, feature cache) -> Inputs, one per clip
+    Inputs -> Collator -> Batch: ids, gate ids and tower features, made once per step
+    Batch -> embed(model, ...) -> Prompts: X_m [B, P, D], for policy, reference and sampling alike
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from erv_min.config import HumanOmniConfig
 from erv_min.data.cache import FeatureCache
 from erv_min.data.loader import clip_loader
 from erv_min.data.readers import Example
-from erv_min.run.errors import ClipError
+from erv_min.logps import Prompts
 from erv_min.media import Clip, load_clip
 from erv_min.model.humanomni import HumanOmni
-from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, gate_text, question_with_subtitle, render
+from erv_min.run.errors import ClipError
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 
 
@@ -28,8 +30,90 @@ class Inputs:
 
     example: Example
     clip: Clip | None = None
-    vision: Tensor | None = None  # [T, N, C]
-    audio: Tensor | None = None  # [P, C]
+    features: tuple[Tensor | None, Tensor | None] | None = None  # vision [T, N, C], audio [P, C]
+
+
+@dataclass
+class Batch:
+    """What a forward pass needs of B clips. Rows are right-padded; `part[a:b]` is a Batch of some of them."""
+
+    examples: list[Example]
+    input_ids: Tensor  # [B, L] int64, -201 and -202 where the clip's tokens go
+    attention_mask: Tensor  # [B, L] bool
+    gate_ids: Tensor  # [B, Q] int64, or [1, Q] where all clips share one question
+    gate_mask: Tensor  # like gate_ids
+    video: Tensor | None = None  # [B, T, 3, S, S]: pixels, where the vision tower trains
+    vision: Tensor | None = None  # [B, T, N, C]: what the frozen vision tower made of them
+    audio: Tensor | None = None  # [B, P, C]: features, pooled
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        tensors = {name: x if x is None or name in ("gate_ids", "gate_mask") and len(x) == 1 else x[part]
+                   for name, x in vars(self).items() if name != "examples"}
+        return Batch(self.examples[part], **tensors)
+
+
+def embed(model: HumanOmni, batch: Batch) -> Prompts:
+    """X_m = Concat(X_v, X_a, X_p) of Eq. 1 for each clip: projectors and text gate on the features, spliced into the text."""
+    return Prompts(*model.prompt_embeds(
+        batch.input_ids, video=batch.video, gate_ids=batch.gate_ids, gate_mask=batch.gate_mask,
+        attention_mask=batch.attention_mask, video_features=batch.vision, audio_features=batch.audio))
+
+
+class Collator:
+    """Clips -> Batch: the question as ids, tokenised once per text, and the frozen towers, run once per clip."""
+
+    def __init__(self, model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer,
+                 cache: FeatureCache | None = None, modality: str = "video_audio", stage: str = "inference",
+                 question: str = f"{QUESTION} {REASONING_SUFFIX}"):
+        self.model, self.tokenizer, self.gate_tokenizer, self.cache = model, tokenizer, gate_tokenizer, cache
+        self.modality, self.stage, self.question, self.texts = modality, stage, question, {}
+
+    def text(self, example: Example) -> tuple[list[int], str]:
+        """input_ids with placeholders, and what the text gate reads."""
+        if example.subtitle not in self.texts:
+            question = question_with_subtitle(self.question, example.subtitle)
+            prompt = render(question, self.modality, self.stage, system=self.tokenizer.system)
+            self.texts[example.subtitle] = (self.tokenizer.encode(prompt), gate_text(question, self.modality, self.stage))
+        return self.texts[example.subtitle]
+
+    @torch.no_grad()
+    def features(self, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
+        """(vision [T, N, C], audio [P, C]) of a clip: what its cache holds, or from the towers, clip by clip, so that the
+        other clips of a batch cannot change its last bits. Where the vision tower trains, its place holds the pixels."""
+        if x.features is None:
+            vision, audio = x.clip.video, x.clip.audio
+            if vision is not None and not self.vision_trains:
+                vision = self.model.vision_features(vision[None])[0]
+            if audio is not None:
+                audio = self.model.audio_features(audio[None])[0]
+            if self.cache is not None:
+                self.cache.put(x.example, vision, audio)
+            x.features, x.clip = (vision, audio), None
+        return x.features
+
+    @property
+    def vision_trains(self) -> bool:
+        return any(p.requires_grad for p in self.model.model.vision_tower.parameters())
+
+    def __call__(self, inputs: list[Inputs]) -> Batch:
+        device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
+        rows, gates = zip(*(self.text(x.example) for x in inputs))
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        gate_ids, gate_mask = self.gate_tokenizer.encode_batch(list(gates[:1] if len(set(gates)) == 1 else gates))
+        vision, audio = ([None if x is None else x.to(device, dtype) for x in part]
+                         for part in zip(*map(self.features, inputs)))
+        vision, audio = (None if part[0] is None else torch.stack(part) for part in (vision, audio))
+        pixels = {"video": vision} if self.vision_trains else {"vision": vision}
+        return Batch([x.example for x in inputs], ids, torch.arange(width, device=device) < lengths[:, None],
+                     gate_ids.to(device), gate_mask.to(device), audio=audio, **pixels)
+
+
+# ---- decoding ahead of the model -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -71,87 +155,40 @@ def unpack(clip: Clip, n_frames: int) -> Clip:
     return Clip(clip.path, video, audio)
 
 
-def clip_inputs(order: list[Example], model: HumanOmni, cache: FeatureCache | None, modality: str = "video_audio",
-                num_frames: int = 8, geometry: str = "pad", workers: int = 2) -> Iterator[Inputs | ClipError]:
+def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None,
+                modality: str = "video_audio", num_frames: int = 8, geometry: str = "pad",
+                workers: int = 2) -> Iterator[Inputs | ClipError]:
     """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
 
-    A clip that cannot be decoded comes as its ClipError: the caller leaves it out of the batch and lists it.
+    A clip that cannot be decoded comes as its ClipError, never as another clip.
     """
-    config = model.config
+    n_frames = 2 * config.audio.max_source_positions
     load = partial(load_job, modality=modality, num_frames=num_frames, image_size=config.vision.image_size,
-                   n_mels=config.audio.num_mel_bins, n_frames=2 * config.audio.max_source_positions, geometry=geometry)
+                   n_mels=config.audio.num_mel_bins, n_frames=n_frames, geometry=geometry)
     jobs = (Job(example, cache is not None and cache.has(example)) for example in order)
     for job, clip in clip_loader(jobs, load, workers=workers):
         if job.cached:
             if (features := cache.get(job.example)) is not None:
-                yield Inputs(job.example, None, *features)
+                yield Inputs(job.example, None, features)
                 continue
             ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)  # damaged in the cache: made again
-        yield clip if isinstance(clip, ClipError) else Inputs(job.example, unpack(clip, 2 * config.audio.max_source_positions))
+        yield clip if isinstance(clip, ClipError) else Inputs(job.example, unpack(clip, n_frames))
 
 
-class PromptBuilder:
-    """Turns a batch of `Inputs` into `Prompts`; holds the tokenizers and the rendered question."""
+def training_inputs(places: Iterable[int], example_at: Callable[[int], Example], count: int,
+                    on_error: Callable[[int, ClipError], None], **how) -> Iterator[tuple[int, Inputs]]:
+    """(place, Inputs) for each of `places` in the order of training: every process has equal work, whatever breaks.
 
-    def __init__(self, model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer,
-                 cache: FeatureCache | None = None, modality: str = "video_audio", stage: str = "inference",
-                 question: str = f"{QUESTION} {REASONING_SUFFIX}"):
-        self.model, self.tokenizer, self.gate_tokenizer, self.cache = model, tokenizer, gate_tokenizer, cache
-        self.modality, self.stage, self.question = modality, stage, question
-
-    def text(self, example: Example) -> tuple[list[int], str]:
-        """input_ids with placeholders, and what the text gate reads, of one example."""
-        question = question_with_subtitle(self.question, example.subtitle)
-        prompt = render(question, self.modality, self.stage, system=self.tokenizer.system)
-        return self.tokenizer.encode(prompt), gate_text(question, self.modality, self.stage)
-
-    def features(self, inputs: list[Inputs]) -> None:
-        """Runs the towers on the clips that do not have their features yet, and fills the cache.
-
-        In one batch, but clip by clip where they are kept: a batch's other clips change a clip's last bits, and which
-        they are depends on where a run was stopped and resumed.
-        """
-        todo = [x for x in inputs if x.clip is not None]
-        for part in [[x] for x in todo] if self.cache is not None else [todo] if todo else []:
-            self._features(part)
-
-    def _features(self, todo: list[Inputs]) -> None:
-        device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
-        trains = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
-        if todo[0].clip.video is not None:
-            with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
-                vision = self.model.vision_features(torch.stack([x.clip.video for x in todo]).to(device, dtype))
-            for x, v in zip(todo, vision):
-                x.vision = v
-        if todo[0].clip.audio is not None:
-            with torch.no_grad():
-                audio = self.model.audio_features(torch.stack([x.clip.audio for x in todo]).to(device, dtype))
-            for x, a in zip(todo, audio):
-                x.audio = a
-        for x in todo:
-            x.clip = None
-            if self.cache is not None:
-                self.cache.put(x.example, x.vision, x.audio)
-
-    def logps(self, inputs: list[Inputs], completions: Completions, with_entropy: bool = False):
-        """policy.completion_logps of `completions` on the prompts of `inputs`: one pass from features to log-probs."""
-        return completion_logps(self.model, self.prompts(inputs), completions, with_entropy=with_entropy)
-
-    def prompts(self, inputs: list[Inputs]) -> Prompts:
-        """X_m of Eq. 1 for each clip: projectors and text gate on the towers' features, spliced into the text."""
-        self.features(inputs)
-        model = self.model
-        device, dtype = model.head_weight.device, model.head_weight.dtype
-        rows, gates = zip(*(self.text(x.example) for x in inputs))
-        width = max(map(len, rows))
-        input_ids = torch.tensor([r + [self.tokenizer.pad_id] * (width - len(r)) for r in rows], device=device)
-        attention = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
-        one_question = len(set(gates)) == 1  # the usual case: the gate reads one text, not B times the same
-        gate_ids, gate_mask = self.gate_tokenizer.encode_batch(list(gates[:1] if one_question else gates))
-        stacked = {}
-        for name, features in (("video_features", [x.vision for x in inputs]), ("audio_features", [x.audio for x in inputs])):
-            if features[0] is not None:
-                stacked[name] = torch.stack(features).to(device, dtype)
-        embeds, mask = model.prompt_embeds(input_ids, gate_ids=gate_ids.to(device), gate_mask=gate_mask.to(device),
-                                           attention_mask=attention, **stacked)
-        return Prompts(embeds, mask)
+    `example_at(place)` is the example at a place of the endless order. Where its clip cannot be decoded, `on_error` is
+    told, and the next of the order stands in its place: the place that comes out is the one whose example it is. Raises
+    ClipError where `count` in a row, all there are, cannot be decoded. `how`: `clip_inputs`' other arguments.
+    """
+    places = list(places)
+    for place, x in zip(places, clip_inputs(map(example_at, places), **how)):
+        taken = place
+        while isinstance(x, ClipError):
+            on_error(place, x)
+            if (taken := taken + 1) - place == count:
+                raise ClipError(f"none of the {count} clips could be decoded, the last: {x}")
+            (x,) = clip_inputs([example_at(taken)], **{**how, "workers": 0})
+        yield taken, x

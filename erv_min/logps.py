@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from erv_min.model.humanomni import HumanOmni
 from erv_min.run.onednn import linear
@@ -34,15 +35,34 @@ class Prompts:
 
 @dataclass
 class Completions:
-    """R = B * G completions, G a prompt in order: `ids` [R, T] int64 and `mask` [R, T] bool, True up to and with EOS."""
+    """R = B * G completions, the G of a prompt one after the other: `ids` [R, T] int64, `mask` [R, T] bool, True up to
+    and with EOS, and where they were sampled `logps` [R, T] float32, the sampler's own log-probs (0 outside the mask)."""
 
     ids: Tensor
     mask: Tensor
+    logps: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Completions":
+        """Some rows, without the padding that others need."""
+        width = int(self.mask[rows].sum(1).max())
+        logps = None if self.logps is None else self.logps[rows, :width]
+        return Completions(self.ids[rows, :width], self.mask[rows, :width], logps)
+
+    @classmethod
+    def cat(cls, parts: "list[Completions]", pad_id: int) -> "Completions":
+        """Several rollouts as one, padded to the longest."""
+        width = max(part.ids.shape[1] for part in parts)
+
+        def stacked(tensors: list[Tensor], value) -> Tensor:
+            return torch.cat([pad(x, (0, width - x.shape[1]), value=value) for x in tensors])
+
+        return cls(stacked([x.ids for x in parts], pad_id), stacked([x.mask for x in parts], False),
+                   None if parts[0].logps is None else stacked([x.logps for x in parts], 0.0))
 
 
 def pad_targets(targets: list[list[int]], pad_id: int, device: torch.device) -> Completions:
     """Target ids of several lengths as one batch, right-padded with `pad_id`; the mask is True at the targets."""
-    width = max(2, *map(len, targets))  # two at least: then a pass has two halves, as on every other process
+    width = max(map(len, targets))
     ids = torch.tensor([t + [pad_id] * (width - len(t)) for t in targets], device=device)
     lengths = torch.tensor([len(t) for t in targets], device=device)
     return Completions(ids, torch.arange(width, device=device) < lengths[:, None])
@@ -74,9 +94,7 @@ def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor, mask: 
     last = prompts.lengths - 1  # [B]
     hidden, kv = model.model(prompts.embeds, keep_kv=True)
     first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(group, 0)  # [R, D]
-    if length == 1:
-        return first, first[:0]
-    packing = Packing.of(mask[:, 1:])
+    packing = Packing.of(mask[:, 1:])  # of no token at all where every completion has one: the layers still run
     positions = (last.repeat_interleave(group)[:, None] + torch.arange(1, length, device=ids.device)).flatten()
     embeds = model.model.embed_tokens(ids[:, :-1].flatten()[packing.places][None])
     rest, _ = model.model(embeds, positions[packing.places][None], past=kv,

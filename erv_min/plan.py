@@ -156,16 +156,18 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
 
     copy, cache, rollout = 0, 0, 0
     with Live() as live:
-        with run.whole():
+        with run.unsharded():
             copy = live.now
             towers()
             if grpo:
                 cache = sample()
                 rollout = live.peak
     with Live() as live:
-        for shard in run.parameters().values():
+        for shard in run.named_parameters().values():
             shard.grad = torch.zeros_like(shard)  # of the passes before, that this one adds to
-        run(loss).backward()
+        with run.forward_pass():
+            total = loss()
+        total.backward()
         update = live.peak
     with Live() as live:
         head = torch.zeros(config.text.vocab_size, config.text.hidden_size, dtype=compute)
@@ -178,7 +180,7 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
 
     root = sum(u.numel for u in run.root)
     largest = max(u.numel for u in run.units if u not in run.root)
-    trained = sum(len(p) for p in run.parameters().values())
+    trained = sum(len(p) for p in run.named_parameters().values())
     return Plan(
         shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * compute.itemsize * language // gpus,
         optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),

@@ -11,7 +11,6 @@ Departures: the paper names neither schedule, dropout nor validation; ours are l
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import sys
@@ -33,13 +32,14 @@ from erv_min.erv import (Row, Verifier, counts_table, erv_columns, erv_loss, exp
 from erv_min.run.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.judge import make_judge
 from erv_min.model.bert import RobertaClassifier, set_dropout
-from erv_min.run.processes import run_script
+from erv_min.run.processes import all_reduce_sum, run_script
+from erv_min.run.sharding import Replicated
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
 from erv_min.run.settings import check, parse, setting
-from erv_min.toy.chain import prepare_world, world_folder
+from erv_min.toy.chain import prepare_world
 from erv_min.tokenizer import EncoderTokenizer
-from erv_min.run.folder import Run, prepare_out
+from erv_min.run.folder import Run, open_folder
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
 from erv_min.run.processes import join_processes
 
@@ -65,7 +65,6 @@ class ERVSettings:
     lr: float = setting(3e-5, "peak learning rate (section 4.3)")
     warmup: float = setting(0.0, "share of the steps with a rising learning rate")
     schedule: str = setting("linear", "learning rate after the warm-up", ("cosine", "linear", "constant"))
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "global norm that gradients are clipped to")
     dropout: float = setting(0.1, "dropout rate, attention's included (RoBERTa: 0.1)")
     balance: str = setting("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
@@ -87,13 +86,12 @@ PRESETS = {"toy": dict(init="scratch:toy", lr=3e-3, epochs=4, warmup=0.05, dropo
 # ---- train -----------------------------------------------------------------------------------------------------------
 
 
-def prepare_toy(settings: ERVSettings) -> None:
+def prepare_toy(settings: ERVSettings, processes) -> None:
     """Fills in the embedded world's files where the command names none; makes the world where it is not there yet."""
     scratch_start = settings.init.startswith("scratch:")
     if settings.data and (settings.tokenizer or not scratch_start):
         return
-    world = world_folder(settings)
-    prepare_world(world, settings.seed, base=False)
+    world = prepare_world(settings, processes, base=False)
     if not settings.data:
         settings.data, settings.valid = str(world / "erv_train.jsonl"), settings.valid or str(world / "erv_valid.jsonl")
     settings.tokenizer = settings.tokenizer or (str(world / "tokenizers" / "erv") if scratch_start else "")
@@ -151,11 +149,11 @@ def train(argv: list[str]) -> None:
     check(settings)
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
     out, processes = Path(settings.out), join_processes(settings.device)
-    settings.resume = prepare_out(out, settings.resume)
+    settings.resume = open_folder(out, settings.resume, processes)
     if settings.random_weights:
         settings.init = "scratch:base"
     if settings.preset == "toy" or settings.random_weights:
-        prepare_toy(settings)
+        prepare_toy(settings, processes)
     if not settings.data:
         raise SettingsError("--data: name JSONL files of {'text', 'labels', 'source'}; scripts/augment.py writes them")
 
@@ -176,12 +174,12 @@ def train(argv: list[str]) -> None:
               f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters from {settings.init}", flush=True)
 
     # Optimizer and the run's folder.
-    params = dict(model.named_parameters())
-    optimizer = make_optimizer(list(params.values()), settings.weight_decay)
+    policy = Replicated(model, processes.device, getattr(torch, settings.dtype))
+    optimizer = make_optimizer(policy.named_parameters().values())
     per_epoch = math.ceil(len(rows) / settings.batch_size)
     steps = settings.steps or per_epoch * settings.epochs
     run = Run(out, settings, processes, steps)
-    first = run.begin(params, optimizer, settings.resume)
+    first = run.begin(policy, optimizer)
     verifier = Verifier(model, tokenizer, labels, processes.device)
     model.requires_grad_(True)
     epochs_done = [x for x in read_jsonl(out / "epochs.jsonl") if x["step"] <= first] if first else []
@@ -189,8 +187,6 @@ def train(argv: list[str]) -> None:
         atomic_write(out / "epochs.jsonl", "")
         for line in epochs_done:
             append_jsonl(out / "epochs.jsonl", line)
-    compute = (torch.autocast(processes.device.type, torch.bfloat16) if settings.dtype == "bfloat16"
-               else contextlib.nullcontext())
     began = time.perf_counter()
 
     for step in range(first, steps):
@@ -201,13 +197,13 @@ def train(argv: list[str]) -> None:
         part = picked[processes.rank::processes.size]
         length = int(mask[part].sum(1).max())
         batch = [x[part].to(processes.device) for x in (ids[:, :length], mask[:, :length], wanted)]
-        with compute:
+        with policy.forward_pass():
             logits = model(batch[0], batch[1])
         run.watch([rows[i].key[:80] for i in part], logits)
         loss = erv_loss(logits.float(), batch[2], pos_weight) * (len(part) * processes.size / len(picked))
         loss.backward()
         lr = learning_rate(step, steps, settings.lr, settings.warmup, settings.schedule)
-        norm = update(optimizer, list(params.values()), lr, settings.max_grad_norm, processes, loss=loss.item())
+        norm = update(policy, optimizer, lr, settings.max_grad_norm, all_reduce_sum({"loss": loss.item()})["loss"])
         seconds = time.perf_counter() - start_time
         run.log(step, {"epoch": step / per_epoch, "loss": loss.item(), "lr": lr, "grad_norm": norm,
                        "examples_per_s": len(picked) / seconds, "tokens_per_s": int(batch[1].sum()) / seconds,
@@ -224,7 +220,7 @@ def train(argv: list[str]) -> None:
                     save_file({k: v.cpu() for k, v in model.state_dict().items()}, out / "best.safetensors")
             if settings.patience and waited(epochs_done) >= settings.patience:
                 break
-        run.checkpoint(step + 1, params, optimizer)
+        run.checkpoint(step + 1)
     trained = time.perf_counter() - began
 
     if not processes.main:

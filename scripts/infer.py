@@ -17,7 +17,7 @@ from erv_min.emotions import to_erv
 from erv_min.run.errors import ClipError, DataError, SettingsError
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
-from erv_min.inputs import PromptBuilder, clip_inputs
+from erv_min.inputs import Collator, clip_inputs, embed
 from erv_min.run.processes import run_script
 from erv_min.data.readers import CLIP_SUFFIXES, read_text
 from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,
@@ -58,11 +58,11 @@ class Stream:
 
 
 @torch.no_grad()
-def answer(builder: PromptBuilder, inputs, settings: Answers, on_token=None) -> str:
+def answer(builder: Collator, inputs, settings: Answers, on_token=None) -> str:
     """The model's output for one clip, as text."""
     length, temperature = settings.max_new_tokens, settings.temperature
     noise = sampling_noise(settings.seed, 0, [0], 1, length) if temperature > 0 else None
-    completions = rollout(builder.model, builder.prompts([inputs]), 1, length, builder.tokenizer.eos_id, noise,
+    completions = rollout(builder.model, embed(builder.model, builder([inputs])), 1, length, builder.tokenizer.eos_id, noise,
                           temperature, top_p=settings.top_p, on_token=on_token)
     return builder.tokenizer.decode(completions.ids[0][completions.mask[0]].tolist(), skip_special=True)
 
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     verifier = Verifier.load(args.erv, processes.device) if args.erv else None
     examples = [Example(path.stem, path, "", "", subtitle=args.subtitle) for path in clips]
     num_frames = args.num_frames or builder.model.config.num_frames
-    stream = clip_inputs(examples, builder.model, None, args.modality, num_frames, args.geometry,
+    stream = clip_inputs(examples, builder.model.config, None, args.modality, num_frames, args.geometry,
                          workers=2 if len(clips) > 1 else 0)
     failed = 0
     for path, inputs in zip(clips, stream):

@@ -14,7 +14,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(autouse=True)
 def sigterm_ends_the_tests():
-    """train.Run takes SIGTERM for itself; what a test leaves behind must not make pytest deaf to it."""
-    before = signal.getsignal(signal.SIGTERM)
+    """run.folder.Run takes SIGTERM and SIGINT for itself; what a test leaves behind must not make pytest deaf to them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

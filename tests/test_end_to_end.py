@@ -131,7 +131,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(chain, world, tmp_path):
     assert a == b
 
 
-def test_a_broken_clip_is_left_out_and_listed(chain, world, tmp_path):
+def test_a_broken_clip_is_replaced_in_its_place_listed_and_counted(chain, world, tmp_path):
     out, _ = chain
     entries = json.loads((world / "train.json").read_text())[:6:3]
     for i, entry in enumerate(entries):
@@ -139,11 +139,26 @@ def test_a_broken_clip_is_left_out_and_listed(chain, world, tmp_path):
         entry["video"] = f"{i}.mp4"
     (tmp_path / "1.mp4").write_bytes(b"not a clip")
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    run(ROOT / "scripts/grpo.py", "--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 1,
-        "--batch-size", 2, "--group-size", 2, "--eval-clips", -1, "--data", f"json:dfew:{tmp_path / 'data.json'}",
-        "--out", tmp_path / "run")
+    command = (ROOT / "scripts/grpo.py", "--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 1,
+               "--batch-size", 2, "--group-size", 2, "--eval-clips", -1, "--data", f"json:dfew:{tmp_path / 'data.json'}")
+    run(*command, "--out", tmp_path / "run", "--allow-missing", 0.5)
     assert "1.mp4" in rows(tmp_path / "run/failed_clips.jsonl")[0]["error"]
     assert rows(tmp_path / "run/metrics.jsonl")[0]["completion_length"] > 0
+    printed = run(*command, "--out", tmp_path / "strict", ok=False)
+    assert "1 of 2 clips could not be decoded, more than --allow-missing 0.01" in printed
+
+
+def test_training_inputs_put_the_next_of_the_order_in_a_broken_clips_place(world):
+    config, clips = humanomni("toy"), sorted((world / "clip").glob("*.mp4"))[:4]
+    examples = [Example(path.stem, path, "happy", "dfew") for path in clips]
+    examples[1] = examples[2] = replace(examples[1], path=world / "no-such-clip.mp4")
+    told = []
+    taken = [(place, x.example.video_id) for place, x in training_inputs(
+        [0, 1, 3], lambda place: examples[place % 4], 4, lambda place, error: told.append(place), config=config, cache=None,
+        num_frames=4, workers=0)]
+    assert taken == [(0, clips[0].stem), (3, clips[3].stem), (3, clips[3].stem)] and told == [1, 1]
+    with pytest.raises(ClipError, match="none of the 1 clips could be decoded"):
+        next(training_inputs([0], lambda place: examples[1], 1, lambda *_: None, config=config, cache=None, workers=0))
 
 
 def test_kept_features_belong_to_their_towers():

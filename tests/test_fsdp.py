@@ -26,7 +26,7 @@ from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.run.processes import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.run.sharding import FullyShard, Replicated, idle_loss
+from erv_min.run.sharding import FullyShard, Replicated
 from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
 from erv_min.logps import Completions, Prompts, completion_logps, pad_targets
 from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
@@ -48,7 +48,7 @@ def tower_features(model, clips: list[int]) -> list[torch.Tensor]:
 
 
 def clip_prompts(model, clips: list[int], features=None) -> Prompts:
-    """Prompts of these clips through gate and projectors, as PromptBuilder makes them; the towers run if they must."""
+    """Prompts of these clips through gate and projectors, as the collator and `embed` make them; the towers run if they must."""
     vision, audio = features or tower_features(model, clips)
     ids = torch.tensor([[5, -201, -202, 7 + clip] for clip in clips])
     return Prompts(*model.prompt_embeds(ids, gate_ids=torch.tensor([[2, 9, 3]]), video_features=vision,
@@ -62,14 +62,13 @@ def batch(step: int, rank: int, size: int) -> list[list[int]]:
 
 def sft(run, optimizer, steps=range(STEPS), rank=0, size=1, shape=(2, 6)) -> None:
     """Steps of Eq. 2 on `shape` target tokens a clip, one pass a clip."""
-    def loss(clips):
-        own = [torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(1000 + clip)) for clip in clips]
-        targets = Completions(torch.cat(own), torch.ones(len(clips) * shape[0], shape[1], dtype=torch.bool))
-        logps, _ = completion_logps(run.model, clip_prompts(run.model, clips), targets)
-        return sft_loss(logps, targets.mask, CLIPS * shape[0] * shape[1]) * size
     for step in steps:
         for clips in batch(step, rank, size):
-            run(loss, clips).backward()
+            own = [torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(1000 + clip)) for clip in clips]
+            targets = Completions(torch.cat(own), torch.ones(len(clips) * shape[0], shape[1], dtype=torch.bool))
+            with run.forward_pass():
+                logps, _ = completion_logps(run.model, clip_prompts(run.model, clips), targets)
+            (sft_loss(logps, targets.mask, CLIPS * shape[0] * shape[1]) * size).backward()
         update(run, optimizer)
 
 
@@ -77,7 +76,7 @@ def grpo(run, reference, optimizer, rank=0, size=1) -> None:
     """Steps of Eq. 3: rollouts, advantages of a made-up reward, log-probs of both models, one update."""
     for step in range(STEPS):
         for clips in batch(step, rank, size):
-            with run.whole():
+            with run.unsharded():
                 noise = sampling_noise(0, step, clips, GROUP, 8)
                 completions = rollout(run.model, clip_prompts(run.model, clips), GROUP, 8, 0, noise)
             rewards = (completions.ids * completions.mask).sum(1).float() / 1000
@@ -85,20 +84,17 @@ def grpo(run, reference, optimizer, rank=0, size=1) -> None:
             def logps(model):
                 return completion_logps(model, clip_prompts(model, clips), completions)[0]
 
-            with torch.no_grad():
-                ref = reference(logps, reference.model)
-
-            def loss():
+            with torch.no_grad(), reference.forward_pass():
+                ref = logps(reference.model)
+            with run.forward_pass():
                 own = logps(run.model)
-                advantages = group_advantages(rewards, GROUP)
-                return grpo_loss(own, own.detach(), ref, advantages, completions.mask) / CLIPS * size
-
-            run(loss).backward()
+            loss = grpo_loss(own, own.detach(), ref, group_advantages(rewards, GROUP), completions.mask)
+            (loss / CLIPS * size).backward()
         update(run, optimizer)
 
 
 def update(run, optimizer) -> float:
-    norm = run.clip(1.0)
+    norm = run.clip_gradients(1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -112,7 +108,7 @@ def start(way: str, stage: str, compute: torch.dtype, recompute: bool = False):
     run = WAYS[way](model, compute=compute)
     # eps lies above rounding noise, which Adam would blow up where a gradient is zero by symmetry (k_proj.bias: softmax
     # does not see a shift of all keys).
-    return run, torch.optim.AdamW(run.parameters().values(), lr=LR, weight_decay=0.0, eps=1e-4)
+    return run, torch.optim.AdamW(run.named_parameters().values(), lr=LR, weight_decay=0.0, eps=1e-4)
 
 
 def scenario(out: Path, way: str, stage: str, compute: torch.dtype, recompute=False, rank=0, size=1) -> None:
@@ -128,7 +124,7 @@ def scenario(out: Path, way: str, stage: str, compute: torch.dtype, recompute=Fa
 
 
 def keep(run, rank: int, path: Path) -> None:
-    tensors = {name: p.detach().clone() for name, p in run.tensors()}
+    tensors = {name: p.detach().clone() for name, p in run.full_tensors()}
     if rank == 0:
         save_file(tensors, path)
 
@@ -181,13 +177,14 @@ class Odd(nn.Module):
 
 def odd(run, steps: int = 3, rank: int = 0, size: int = 1) -> list[float]:
     """Steps on eight samples in two passes a process; the norms before clipping to 0.5."""
-    optimizer, norms = torch.optim.SGD(run.parameters().values(), lr=1.0), []
+    optimizer, norms = torch.optim.SGD(run.named_parameters().values(), lr=1.0), []
     for step in range(steps):
         ids = torch.arange(step, step + 8) * 3 % 11
         for half in ids[rank::size].chunk(2):
-            loss = run(lambda: nn.functional.cross_entropy(run.model(half), (half + 1) % 11, reduction="sum"))
+            with run.forward_pass():
+                loss = nn.functional.cross_entropy(run.model(half), (half + 1) % 11, reduction="sum")
             (loss / 8 * size).backward()
-        norms.append(run.clip(0.5))
+        norms.append(run.clip_gradients(0.5))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norms
@@ -209,6 +206,11 @@ class Stack(nn.Module):
 LAYER = 128 * 128 * 4
 
 
+def forward(run, x: torch.Tensor) -> torch.Tensor:
+    with run.forward_pass():
+        return run.model(x)
+
+
 def held(size: int) -> dict[str, float]:
     """Bytes in layers: parameters between passes; the most in a forward pass, without and with the next unit's
     prefetch; the most in a training pass."""
@@ -217,12 +219,12 @@ def held(size: int) -> dict[str, float]:
         run = Sharded(Stack(), compute=F32, prefetch=prefetch)
         out["stays"] = sum(p.untyped_storage().nbytes() for p in run.model.parameters()) / LAYER
         with torch.no_grad():
-            run(run.model, x)  # learns the order
+            forward(run, x)  # learns the order
             with Live() as live:
-                run(run.model, x)
+                forward(run, x)
         out[name] = live.peak / LAYER
     with Live() as live:
-        run(run.model, x).backward()
+        forward(run, x).backward()
     out["training"] = live.peak / LAYER
     return out
 
@@ -268,12 +270,12 @@ def work(out: Path, rank: int, size: int) -> None:
         last = 2 if size == 2 else 3
         sft(run, optimizer, range(first, last), rank, size)
         save_state(out / "run", last, run, optimizer)
-    # Three clips for two processes: one is idle in the last pass.
+    # Completions of one token each on process 1 alone: its second half of a pass has no token, and gathers all the same.
     if size == 2:
-        run, optimizer = start("hand", "grpo", F32)
-        three(run, [[0], [2]] if rank == 0 else [[1], []], 2)
+        run, optimizer = start("hand", "sft", F32, recompute=True)
+        unequal(run, [rank], 2)
         optimizer.step()
-        keep(run, rank, out / "three-2.safetensors")
+        keep(run, rank, out / "unequal-2.safetensors")
 
 
 def prefix_loss(model, clips: list[int], shared: bool) -> torch.Tensor:
@@ -289,24 +291,24 @@ def prefix_loss(model, clips: list[int], shared: bool) -> torch.Tensor:
 def shared_prefix_gradients(rank: int, size: int) -> dict[str, torch.Tensor]:
     """Gradients of four clips, spread over the processes, with shared prompts and shards; on process 0 in full."""
     run, _ = start("hand", "grpo", F32, recompute=True)
-    (run(prefix_loss, run.model, list(range(rank, 4, size)), True) * size).backward()
-    for unit in run.units:  # what `tensors` collects: the gradients in place of the weights
+    with run.forward_pass():
+        loss = prefix_loss(run.model, list(range(rank, 4, size)), True)
+    (loss * size).backward()
+    for unit in run.units:  # what `full_tensors` collects: the gradients in place of the weights
         if unit.shard.requires_grad:
             unit.shard.data = unit.shard.grad
     trained = {name for unit in run.units if unit.shard.requires_grad for name in unit.names}
-    return {name: g.clone() for name, g in run.tensors() if name in trained}
+    return {name: g.clone() for name, g in run.full_tensors() if name in trained}
 
 
-def three(run, passes: list[list[int]], size: int) -> None:
-    def loss(clips, features):
-        ids = torch.tensor([[clip + 3, clip + 4, 5] for clip in clips])
-        prompts = clip_prompts(run.model, clips, features)
-        return -completion_logps(run.model, prompts, Completions(ids, ids > 0))[0].sum() / 9 * size
-    with run.whole():  # the towers, where no process waits for another's
-        features = [tower_features(run.model, clips) if clips else None for clips in passes]
-    for clips, known in zip(passes, features):
-        run(*((loss, clips, known) if clips else (idle_loss, run.model))).backward()
-    run.clip(1.0)
+def unequal(run, clips: list[int], size: int) -> None:
+    """A pass per clip: clip 0 has completions of three tokens, clip 1 of one."""
+    for clip in clips:
+        ids = torch.tensor([[clip + 3, clip + 4, 5], [clip + 4, clip + 3, 5]])[:, : 3 if clip == 0 else 1]
+        with run.forward_pass():
+            loss = -completion_logps(run.model, clip_prompts(run.model, [clip]), Completions(ids, ids > 0))[0].sum()
+        (loss / 8 * size).backward()
+    run.clip_gradients(1.0)
 
 
 @pytest.fixture(scope="module")
@@ -426,68 +428,60 @@ def test_bfloat16_gathers_and_float32_masters():
     run, _ = start("hand", "sft", BF16)
     assert {p.dtype for p in run.model.parameters()} == {F32}
     seen = []
-    run(lambda: seen.append(run.model.head_weight.dtype))
-    with run.whole():
+    with run.forward_pass():
+        seen.append(run.model.head_weight.dtype)
+    with run.unsharded():
         seen.append(run.model.model.layers[0].mlp.up_proj.weight.dtype)
-        assert run(lambda: run.model.head_weight.dtype) == BF16  # a pass inside: nothing is gathered twice
+        with run.forward_pass():  # a pass inside: nothing is gathered twice
+            assert run.model.head_weight.dtype == BF16
     assert seen == [BF16, BF16]
     with pytest.raises(AttributeError, match="weight"):  # outside of a pass nothing full is there
         run.model.head_weight
-    sft(run, torch.optim.AdamW(run.parameters().values(), lr=LR), range(1))
+    sft(run, torch.optim.AdamW(run.named_parameters().values(), lr=LR), range(1))
     assert {type(state) for state in run.model.parameters()} == {nn.Parameter}
 
 
 def test_an_error_in_a_pass_leaves_nothing_full():
     run, optimizer = start("hand", "sft", F32)
-    with pytest.raises(ZeroDivisionError):
-        run(lambda: (run.model.model(torch.ones(1, 3, 96)), 1 / 0))
+    with pytest.raises(ZeroDivisionError), run.forward_pass():
+        run.model.model(torch.ones(1, 3, 96))
+        1 / 0
     with pytest.raises(AttributeError):
         run.model.head_weight
     sft(run, optimizer, range(1))  # and the next pass works
 
 
 @torch.no_grad()
-def test_a_gather_that_nobody_came_for_is_not_used_later():
+def test_what_was_prefetched_for_a_pass_that_ended_is_not_used_later():
     plain, x = Stack(), torch.ones(1, 128)
     run = Sharded(copy.deepcopy(plain), compute=F32)
 
     def gather_in_vain():
-        run(run.model, x)  # learns the order
-        run(lambda: run.model.layers[0](x))  # and so gathers layer 1 ahead
+        forward(run, x)  # learns the order
+        with run.forward_pass():
+            run.model.layers[0](x)  # and so gathers layer 1 ahead
         assert run.units[1].pending is not None
 
     gather_in_vain()
     for p in [*run.model.parameters(), *plain.parameters()]:
         p.mul_(2)
-    torch.testing.assert_close(run(run.model, x), plain(x))
+    torch.testing.assert_close(forward(run, x), plain(x))
     gather_in_vain()
     for p in run.model.parameters():
         p.mul_(0)
-    with run.whole():
+    with run.unsharded():
         assert run.model(x) == 0
 
 
-# ---- a process without data; states ----------------------------------------------------------------------------------
+# ---- completions without a second token; states ----------------------------------------------------------------------
 
 
-def test_a_process_without_data_keeps_step(runs, tmp_path):
-    run, optimizer = start("none", "grpo", F32)
-    three(run, [[0], [1], [2]], 1)
+def test_completions_of_one_token_keep_step_with_longer_ones(runs, tmp_path):
+    run, optimizer = start("none", "sft", F32)
+    unequal(run, [0, 1], 1)
     optimizer.step()
-    keep(run, 0, tmp_path / "three")
-    assert apart(tmp_path / "three", runs / "three-2.safetensors") < 1e-5
-
-
-def test_a_pass_has_two_halves_whatever_was_sampled():
-    """Prompt and completions: a process whose completions all ended at once would leave the others waiting."""
-    spec = importlib.util.spec_from_file_location("grpo_script", Path(__file__).parent.parent / "scripts" / "grpo.py")
-    grpo_script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(grpo_script)
-    at_once = Completions(torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.bool))
-    together = grpo_script.pad_together([at_once, at_once], 0)
-    assert together.ids.shape == (4, 2) and together.mask.sum() == 4
-    assert grpo_script.rows_of(together, 0, 2).ids.shape == (2, 2)
-    assert pad_targets([[5], [6]], 0, torch.device("cpu")).ids.shape == (2, 2)
+    keep(run, 0, tmp_path / "unequal")
+    assert apart(tmp_path / "unequal", runs / "unequal-2.safetensors") < 1e-5
 
 
 def test_a_state_of_two_processes_goes_on_four_and_then_on_one(runs, tmp_path):
@@ -578,15 +572,17 @@ def test_plan_counts_what_training_holds(recompute):
     model.model.recompute = recompute
     trainable(model, TRAINABLE["sft"])
     run = Sharded(model, compute=F32)
-    parameters = run.parameters().values()
+    parameters = run.named_parameters().values()
     optimizer = torch.optim.AdamW(parameters, lr=LR)
-    with run.whole():
+    with run.unsharded():
         features = tower_features(model, [0])
     ids = torch.ones(2, TARGET_TOKENS, dtype=torch.long)
     with Live() as live:
         for p in parameters:
             p.grad = torch.zeros_like(p)
-        run(lambda: completion_logps(model, padded(model, [0], features), Completions(ids, ids > 0))[0].sum()).backward()
+        with run.forward_pass():
+            loss = completion_logps(model, padded(model, [0], features), Completions(ids, ids > 0))[0].sum()
+        loss.backward()
     assert planned.update == pytest.approx(live.peak, rel=0.05)
     assert planned.gradients == pytest.approx(sum(p.grad.nbytes for p in parameters), rel=1e-3)
     optimizer.step()
@@ -600,7 +596,7 @@ def test_plan_counts_what_sampling_holds():
     planned = plan(SMALL, "grpo", settings, 1)
     run = Sharded(random_humanomni(SMALL), compute=F32)
     noise = sampling_noise(0, 0, [0, 1], 3, 40)
-    with Live() as live, run.whole():
+    with Live() as live, run.unsharded():
         assert planned.rollout_copy == pytest.approx(live.now, rel=1e-3)
         prompts = padded(run.model, [0, 1], tower_features(run.model, [0, 1]))
         rollout(run.model, prompts, 3, 40, -1, noise)  # nothing ends early

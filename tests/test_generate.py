@@ -11,20 +11,41 @@ from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
 from erv_min.run.errors import SettingsError
 from erv_min.generate import DecodeStep, generate, rollout, sample_token, sampling_noise, unfinished
-from erv_min.logps import Prompts, completion_logps
+from erv_min.logps import Completions, Prompts, completion_logps, shared_prefix_hidden
 from tiny import tiny_model, tiny_prompts
 
 
+@torch.no_grad()
+def plain_rollout(model, prompts, group_size, max_new_tokens, eos_token_id, noise=None, temperature=1.0) -> Completions:
+    """What `rollout` is tested against: no cache, each step from the start, every row to the end."""
+    total = prompts.embeds.shape[0] * group_size
+    ids = torch.full((total, max_new_tokens), eos_token_id)
+    done = torch.zeros(total, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        first, rest = shared_prefix_hidden(model, prompts, ids[:, : t + 1], torch.ones(total, t + 1, dtype=torch.bool))
+        logits = (rest.view(total, t, -1)[:, -1] if t else first) @ model.head_weight.T
+        token = generation.sample_token(logits, None if noise is None else noise[:, t], temperature)
+        ids[:, t] = torch.where(done, eos_token_id, token)
+        done |= ids[:, t] == eos_token_id
+        if done.all():
+            break
+    ids = ids[:, : t + 1]
+    return Completions(ids, (ids == eos_token_id).int().cumsum(1) - (ids == eos_token_id).int() == 0)
+
+
 @pytest.mark.parametrize("layout", ["humanomni_small", "humanomni_large"])
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_released_greedy_tokens(layout, use_cache):
+def test_released_greedy_tokens(layout):
     model = load_humanomni(GOLDEN / layout)
     expected = load_file(GOLDEN / layout / "expected.safetensors")
     eos = json.loads((GOLDEN / layout / "config.json").read_text())["eos_token_id"]
     ids = generate(model, expected["input_ids"][0], video=expected["images"][0], audio=expected["audios"][0],
                    gate_ids=expected["prompts.input_ids"][:1], gate_mask=expected["prompts.attention_mask"][:1],
-                   group_size=2, max_new_tokens=16, temperature=0, eos_token_id=eos, use_cache=use_cache)
-    for row in ids:
+                   group_size=2, max_new_tokens=16, temperature=0, eos_token_id=eos)
+    video, audio = expected["images"][:1], expected["audios"][:1]
+    prompts = Prompts(*model.prompt_embeds(expected["input_ids"][:1], video=video, audio=audio,
+                                           gate_ids=expected["prompts.input_ids"][:1],
+                                           gate_mask=expected["prompts.attention_mask"][:1]))
+    for row in [*ids, *plain_rollout(model, prompts, 2, 16, eos, temperature=0).ids]:
         assert row.tolist() == expected["greedy_tokens"][0].tolist()
 
 
@@ -32,8 +53,8 @@ def test_released_greedy_tokens(layout, use_cache):
 def test_cache_on_and_off_sample_the_same(lengths):
     model = tiny_model(3)
     noise = sampling_noise(5, 0, [4, 9], 3, 12)
-    on, off = (rollout(model, tiny_prompts(model, lengths), 3, 12, eos_token_id=17, noise=noise, use_cache=c)
-               for c in (True, False))
+    on, off = (sample(model, tiny_prompts(model, lengths), 3, 12, eos_token_id=17, noise=noise)
+               for sample in (rollout, plain_rollout))
     assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
     assert len({tuple(row.tolist()) for row in on.ids}) > 3  # it did sample, and rows differ
 
@@ -50,7 +71,7 @@ def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
     run = DecodeStep.run
     monkeypatch.setattr(DecodeStep, "run", lambda self, last: rows.append(len(last)) or run(self, last))
     noise = sampling_noise(5, 0, list(range(len(lengths))), 8, 24)
-    on, off = (rollout(model, tiny_prompts(model, lengths), 8, 24, 17, noise, use_cache=c) for c in (True, False))
+    on, off = (sample(model, tiny_prompts(model, lengths), 8, 24, 17, noise) for sample in (rollout, plain_rollout))
     assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
     assert rows[0] == 8 * len(lengths) and rows[-1] <= rows[0] // 4 and len(set(rows)) >= 3
     assert rows == sorted(rows, reverse=True)
@@ -111,7 +132,6 @@ def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
     prompts = tiny_prompts(model)
     noise = sampling_noise(0, 0, [0, 1], 4, 6)
     completions = rollout(model, prompts, 4, 6, 17, noise)
-    from erv_min.logps import shared_prefix_hidden
     rows, length = completions.ids.shape
     first, rest = shared_prefix_hidden(model, prompts, completions.ids, torch.ones(rows, length, dtype=torch.bool))
     hidden = torch.cat([first[:, None], rest.view(rows, length - 1, -1)], 1)
@@ -123,6 +143,17 @@ def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
     assert ((u <= upper + 1e-5) & (u >= lower - 1e-5))[completions.mask].all()
     logps, _ = completion_logps(model, prompts, completions)
     torch.testing.assert_close(logps[completions.mask].double(), (upper - lower)[completions.mask].log(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("temperature,top_k", [(1.0, 0), (0.5, 0), (0.5, 3)])
+def test_the_samplers_log_probs_are_the_trainers_at_its_temperature(temperature, top_k):
+    """log pi(o_t) at the sampling temperature from both; top-k cuts what is drawn, and neither's log-probs."""
+    model = tiny_model(3)
+    prompts = tiny_prompts(model, (3, 7))
+    completions = rollout(model, prompts, 4, 10, 17, sampling_noise(0, 0, [0, 1], 4, 10), temperature, top_k)
+    logps, _ = completion_logps(model, prompts, completions, temperature)
+    torch.testing.assert_close(completions.logps, logps, atol=1e-4, rtol=0)
+    assert (completion_logps(model, prompts, completions, 2.0)[0] - logps).abs().max() > 0.1
 
 
 def test_sample_token_by_hand():

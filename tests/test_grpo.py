@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from conftest import GOLDEN
 from erv_min.run.errors import SettingsError
-from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3, masked_mean
+from erv_min.grpo import clipped, group_advantages, grpo_loss, kl_k3, masked_mean
 
 
 def test_group_advantages_by_hand():
@@ -16,6 +16,13 @@ def test_group_advantages_by_hand():
     advantages = group_advantages(torch.tensor([1.0, 3.0, 0.0, 0.0]), 2)
     a = 1 / (math.sqrt(2) + 1e-4)
     torch.testing.assert_close(advantages, torch.tensor([-a, a, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 8, 16])
+def test_equal_rewards_have_advantage_zero_whatever_their_mean_rounds_to(group_size):
+    # Eq. 5 gives 8/3 for R_E = 2/3: the float32 mean of 8 such rewards differs from them in its last bit.
+    for reward in (8 / 3, 1 / 3, 7 / 5, 2.0):
+        assert group_advantages(torch.full((2 * group_size,), reward), group_size).eq(0).all()
 
 
 def test_group_of_one_and_uneven_groups():
@@ -28,6 +35,25 @@ def test_kl_k3_by_hand():
     # d = ln 2 - 0 = ln 2: exp(d) - d - 1 = 2 - 0.6931 - 1; equal policies: 0.
     kl = kl_k3(torch.tensor([0.0, -1.0]), torch.tensor([math.log(2), -1.0]))
     torch.testing.assert_close(kl, torch.tensor([1 - math.log(2), 0.0]))
+
+
+def test_gradients_of_kl_estimators_by_hand():
+    """A policy over 4 tokens: the mean of k3 under pi is KL(pi || ref), and the mean of its gradient is not that KL's but
+    the gradient of KL(ref || pi); k2 = d^2 / 2 has the wrong mean and the right gradient (arXiv 2510.01555)."""
+    logits = torch.tensor([0.3, -0.2, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log()
+    logp = logits.log_softmax(0)
+    pi = logp.detach().exp()  # on policy: tokens are drawn with these probabilities, which carry no gradient
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    forward, reverse = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()  # KL(pi || ref), KL(ref || pi)
+    k3, k2 = (pi * kl_k3(logp, ref)).sum(), (pi * (logp - ref) ** 2 / 2).sum()
+    torch.testing.assert_close(k3, forward)
+    torch.testing.assert_close(gradient(k3), gradient(reverse))
+    assert (gradient(k3) - gradient(forward)).norm() > 0.1 * gradient(forward).norm()
+    torch.testing.assert_close(gradient(k2), gradient(forward))
 
 
 def test_masked_mean_is_over_tokens_then_completions():
@@ -50,7 +76,8 @@ def test_objective_by_hand():
     # Both ratios are clipped, so only the KL moves: d/dlogp of exp(d) - d - 1 = 1 - exp(d) = -1 in row 2, 0 in row 1.
     loss.backward()
     torch.testing.assert_close(logps.grad, torch.tensor([[0.0], [0.1 * -1 / 2]]))
-    assert clip_fraction(logps.detach(), old, advantages, torch.ones(2, 1)).item() == 1
+    low, high = clipped(logps.detach(), old, advantages, torch.ones(2, 1))
+    assert low.tolist() == [[False], [True]] and high.tolist() == [[True], [False]]
 
 
 def test_the_clip_holds_back_only_what_goes_too_far():
@@ -59,7 +86,7 @@ def test_the_clip_holds_back_only_what_goes_too_far():
     loss = grpo_loss(logps, torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1), beta=0)
     loss.backward()
     assert loss.item() == pytest.approx(1.5) and logps.grad.item() == pytest.approx(1.5)
-    assert clip_fraction(logps.detach(), torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1)).item() == 0
+    assert not any(x.any() for x in clipped(logps.detach(), torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1)))
 
 
 def test_first_update_has_loss_beta_kl_and_the_policy_gradient():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from erv_min.run.errors import NumbersError
-from erv_min.grpo import clip_fraction, group_advantages, grpo_loss, kl_k3, masked_mean
+from erv_min.grpo import clipped, group_advantages, grpo_loss, kl_k3, masked_mean
 from erv_min.logps import Completions, completion_logps
 from erv_min.rewards import RewardSettings, score_completions
 from erv_min.run.settings import SFTSettings
@@ -15,6 +15,7 @@ from erv_min.sft import sft_loss
 from erv_min.run.folder import Run
 from erv_min.run.optimizer import make_optimizer, update
 from erv_min.run.processes import Processes
+from erv_min.run.sharding import Replicated
 from tiny import tiny_model, tiny_prompts
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -55,7 +56,7 @@ def test_masks_of_zero_length_give_zero_and_no_gradient():
                     lambda y: masked_mean(y.masked_fill(~nothing, 0.0), nothing)):
         loss, grad = gradient(loss_of, [[0.0] * 3] * 2)
         assert loss == 0 and grad.abs().sum() == 0
-    assert clip_fraction(x, x, torch.ones(2), nothing) == 0
+    assert not any(held.any() for held in clipped(x, x, torch.ones(2), nothing))
 
 
 def test_a_completion_without_a_token_costs_the_model_nothing():
@@ -108,13 +109,20 @@ def test_kl_of_a_reference_far_away():
 # ---- what a run does -------------------------------------------------------------------------------------------------
 
 
+def of(p: torch.nn.Parameter) -> Replicated:
+    """A model of one parameter, as the training loop holds it."""
+    model = torch.nn.Module()
+    model.p = p
+    return Replicated(model, compute=torch.float32)
+
+
 def a_run(out, steps, resume=False, total=20, save_every=100):
     """Steps of GRPO's loss on 2 completions of a clip; `steps`: what the reference's log-probability is in each."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(2, 3))
-    optimizer = make_optimizer([p])
-    run = Run(out, SFTSettings(save_every=save_every), ALONE, total)
-    first = run.begin({"p": p}, optimizer, resume)
+    policy, optimizer = of(p), make_optimizer([p])
+    run = Run(out, SFTSettings(save_every=save_every, resume=resume), ALONE, total)
+    first = run.begin(policy, optimizer)
     seen = []
     for step in range(first, len(steps)):
         logps = p * 1.0
@@ -123,9 +131,9 @@ def a_run(out, steps, resume=False, total=20, save_every=100):
         ref[1, 2] = steps[step]
         loss = grpo_loss(logps, logps.detach(), ref, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
         loss.backward()
-        norm = update(optimizer, [p], 0.1, 1.0, ALONE, loss=loss.item())
+        norm = update(policy, optimizer, 0.1, 1.0, loss.item())
         run.log(step, {"loss": loss.item(), "grad_norm": norm})
-        run.checkpoint(step + 1, {"p": p}, optimizer)
+        run.checkpoint(step + 1)
         seen.append(p.detach().clone())
     return run, seen
 
@@ -152,7 +160,7 @@ def test_a_loss_that_is_not_finite_skips_a_step_whose_gradient_is():
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = make_optimizer([p])
     p.grad = torch.tensor([1.0, 2.0])
-    assert math.isnan(update(optimizer, [p], 0.1, 1.0, ALONE, loss=math.inf))
+    assert math.isnan(update(of(p), optimizer, 0.1, 1.0, math.inf))
     assert p.tolist() == [1, 1] and p.grad is None
 
 
@@ -163,5 +171,5 @@ def test_a_gradient_lost_inside_the_model_names_the_batch(tmp_path):
     logps = (p * 0).sqrt() * 0 + p  # finite, and the square root's gradient at 0 is inf: 0 * inf
     run.watch(["clip9, target 0"], logps[None])
     logps.sum().backward()
-    run.log(0, {"grad_norm": update(optimizer, [p], 0.1, 1.0, ALONE)})
+    run.log(0, {"grad_norm": update(of(p), optimizer, 0.1, 1.0)})
     assert "inside the model" in (why := json.loads(run.metrics.read_text())["skipped_because"]) and "clip9" in why

@@ -21,6 +21,7 @@ from erv_min.run.state import load_state, save_state, saved_states
 from erv_min.run.folder import STOPPED, Run
 from erv_min.run.optimizer import make_optimizer
 from erv_min.run.processes import Processes
+from erv_min.run.sharding import Replicated
 
 ROOT = Path(__file__).parent.parent
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -84,31 +85,29 @@ def test_sigterm_to_torchrun_writes_a_state_on_all_processes(folder, tmp_path):
 
 def small(seed: int = 0):
     torch.manual_seed(seed)
-    model = torch.nn.Linear(3, 2)
-    params = dict(model.named_parameters())
-    optimizer = make_optimizer(list(params.values()))
-    return model, params, optimizer
+    policy = Replicated(torch.nn.Linear(3, 2), compute=torch.float32)
+    return policy, make_optimizer(list(policy.named_parameters().values()))
 
 
-def train_steps(model, optimizer, steps) -> None:
+def train_steps(policy, optimizer, steps) -> None:
     for step in steps:
-        model(torch.full((1, 3), float(step + 1))).pow(2).sum().backward()
-        update(optimizer, list(model.parameters()), 0.1, 1.0, ALONE)
+        policy.model(torch.full((1, 3), float(step + 1))).pow(2).sum().backward()
+        update(policy, optimizer, 0.1, 1.0)
 
 
 def states_of(out: Path, steps=(1, 2, 3), keep: int = 2):
     """A run with a state after each of `steps`; returns the parameters at each."""
-    model, params, optimizer = small()
+    policy, optimizer = small()
     kept = {}
     for step in steps:
-        train_steps(model, optimizer, [step])
-        save_state(out, step, params, optimizer, keep)
-        kept[step] = {name: p.detach().clone() for name, p in params.items()}
+        train_steps(policy, optimizer, [step])
+        save_state(out, step, policy, optimizer, keep)
+        kept[step] = {name: p.detach().clone() for name, p in policy.named_parameters().items()}
     return kept
 
 
-def equal(params, kept) -> bool:
-    return all(torch.equal(params[name], value) for name, value in kept.items())
+def equal(policy, kept) -> bool:
+    return all(torch.equal(policy.named_parameters()[name], value) for name, value in kept.items())
 
 
 def test_the_last_k_states_are_kept(tmp_path):
@@ -130,40 +129,40 @@ def test_a_damaged_state_is_named_and_the_one_before_used(tmp_path, damage, caps
         path.unlink()
     else:
         (path.parent / "state.json").write_text({"json": '{"step": 3', "empty": "[]"}[damage])
-    _, params, optimizer = small(1)
-    assert load_state(tmp_path, params, optimizer) == 2
-    assert equal(params, kept[2]) and len(optimizer.state) == 2
+    policy, optimizer = small(1)
+    assert load_state(tmp_path, policy, optimizer) == 2
+    assert equal(policy, kept[2]) and len(optimizer.state) == 2
     assert "state-000003: damaged" in (printed := capsys.readouterr().out) and "the state before it is used" in printed
-    save_state(tmp_path, 4, params, optimizer)  # the damaged one counts as older here: two whole ones must stay
-    save_state(tmp_path, 5, params, optimizer)
+    save_state(tmp_path, 4, policy, optimizer)  # the damaged one counts as older here: two whole ones must stay
+    save_state(tmp_path, 5, policy, optimizer)
     assert [path.name for path in saved_states(tmp_path)] == ["state-000005", "state-000004"]
 
 
 def test_a_run_that_went_back_does_not_meet_its_damaged_future_again(tmp_path):
     states_of(tmp_path)
     (tmp_path / "state-000003/00000.safetensors").write_bytes(b"")
-    _, params, optimizer = small()
-    assert load_state(tmp_path, params, optimizer) == 2
+    policy, optimizer = small()
+    assert load_state(tmp_path, policy, optimizer) == 2
     shutil.copytree(tmp_path / "state-000003", tmp_path / "state-000009")
-    save_state(tmp_path, 3, params, optimizer)
+    save_state(tmp_path, 3, policy, optimizer)
     assert [path.name for path in saved_states(tmp_path)] == ["state-000003", "state-000002"]
-    assert load_state(tmp_path, params, optimizer) == 3
+    assert load_state(tmp_path, policy, optimizer) == 3
 
 
 def test_no_whole_state_is_an_error_and_not_a_new_start(tmp_path):
     states_of(tmp_path)
     for path in tmp_path.glob("*/*.safetensors"):
         path.write_bytes(b"rubbish")
-    _, params, optimizer = small()
+    policy, optimizer = small()
     with pytest.raises(CheckpointError, match="damaged.*no state before it is whole; delete"):
-        load_state(tmp_path, params, optimizer)
+        load_state(tmp_path, policy, optimizer)
 
 
 def test_a_state_of_other_parameters_is_refused(tmp_path):
     states_of(tmp_path)
     model = torch.nn.Linear(3, 2, bias=False)
     with pytest.raises(CheckpointError, match="other parameters.*bias"):
-        load_state(tmp_path, dict(model.named_parameters()), make_optimizer(list(model.parameters())))
+        load_state(tmp_path, Replicated(model, compute=torch.float32), make_optimizer(list(model.parameters())))
 
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------
@@ -173,9 +172,9 @@ def test_a_state_of_other_parameters_is_refused(tmp_path):
 def test_a_full_disk_keeps_the_state_before_and_says_what_is_needed(tmp_path, monkeypatch, at):
     kept = states_of(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*")}
-    model, params, optimizer = small()
-    load_state(tmp_path, params, optimizer)
-    train_steps(model, optimizer, [4])
+    policy, optimizer = small()
+    load_state(tmp_path, policy, optimizer)
+    train_steps(policy, optimizer, [4])
     calls, fsync = [], os.fsync
 
     def full(descriptor):
@@ -186,25 +185,25 @@ def test_a_full_disk_keeps_the_state_before_and_says_what_is_needed(tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises((DiskError, OSError)) as caught:
-        save_state(tmp_path, 4, params, optimizer)
+        save_state(tmp_path, 4, policy, optimizer)
     monkeypatch.undo()
     if at == 1:
         assert "GB are needed" in str(caught.value) and "GB are free" in str(caught.value)
     assert {path: path.read_bytes() for path in before} == before
-    assert load_state(tmp_path, params, optimizer) == 3 and equal(params, kept[3])
+    assert load_state(tmp_path, policy, optimizer) == 3 and equal(policy, kept[3])
 
 
 def test_no_room_is_seen_before_writing_and_before_the_run(tmp_path, monkeypatch):
     states_of(tmp_path, (1,))
-    _, params, optimizer = small()
+    policy, optimizer = small()
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 80, 80)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DiskError, match="could not be written.*8e-08 GB are free.*make room"):
-        save_state(tmp_path, 2, params, optimizer)
+        save_state(tmp_path, 2, policy, optimizer)
     assert [path.name for path in tmp_path.iterdir()] == ["state-000001"]
     run = Run(tmp_path / "new", SFTSettings(), ALONE, 10)
     with pytest.raises(DiskError, match="3 states of 9.6e-08 GB and the model.*are free: make room.*--keep"):
-        run.begin(params, optimizer, resume=False)
+        run.begin(policy, optimizer)
 
 
 def test_logs_and_small_files_name_a_full_disk(tmp_path, monkeypatch):
@@ -223,17 +222,17 @@ def test_logs_and_small_files_name_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_sigterm_writes_a_state_and_has_its_own_exit_code(tmp_path, capsys):
-    model, params, optimizer = small()
+    policy, optimizer = small()
     run = Run(tmp_path, SFTSettings(save_every=100), ALONE, 10)
-    run.begin(params, optimizer, resume=False)
-    train_steps(model, optimizer, [0])
+    run.begin(policy, optimizer)
+    train_steps(policy, optimizer, [0])
     run.log(0, {"loss": 1.0})
-    run.checkpoint(1, params, optimizer)
+    run.checkpoint(1)
     assert not saved_states(tmp_path)
     os.kill(os.getpid(), signal.SIGTERM)
     run.log(1, {"loss": 1.0})
     with pytest.raises(SystemExit) as ended:
-        run.checkpoint(2, params, optimizer)
+        run.checkpoint(2)
     assert ended.value.code == STOPPED == 75
     assert capsys.readouterr().out.splitlines()[-1].startswith("SIGTERM: the state after step 2 of 10 is in")
     assert [path.name for path in saved_states(tmp_path)] == ["state-000002"]
@@ -245,8 +244,8 @@ def test_logs_are_cut_to_the_state_that_was_found(tmp_path):
     for name in ("metrics", "completions", "failed_clips"):
         text = "".join(json.dumps({"step": step, "skipped": 0, "x": "ü"}) + "\n" for step in range(5)) + '{"step": 5, "sk'
         (tmp_path / f"{name}.jsonl").write_text(text)
-    _, params, optimizer = small()
-    assert Run(tmp_path, SFTSettings(), ALONE, 10).begin(params, optimizer, resume=True) == 2
+    policy, optimizer = small()
+    assert Run(tmp_path, SFTSettings(resume=True), ALONE, 10).begin(policy, optimizer) == 2
     for name in ("metrics", "completions", "failed_clips"):
         rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [0, 1]

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,10 +15,10 @@ import torch.multiprocessing as mp
 from erv_min.run.errors import SettingsError
 from erv_min.run.processes import leave
 from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
-from erv_min.run.folder import Run, prepare_out
+from erv_min.run.folder import LOCKS, Run, open_folder
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
 from erv_min.run.processes import Processes, all_reduce_sum, gather_lists, join_processes
-from erv_min.run.sharding import average_gradients
+from erv_min.run.sharding import Replicated, average_gradients
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -59,18 +63,17 @@ def small_run(out, steps=6, total=6, first_run=True):
     """A regression that trains through Run, from a seed; returns its parameters."""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
-    params = dict(model.named_parameters())
-    optimizer = make_optimizer(list(params.values()))
-    run = Run(out, SFTSettings(save_every=2), ALONE, total)
-    first = run.begin(params, optimizer, resume=True)
+    policy, optimizer = Replicated(model, compute=torch.float32), make_optimizer(list(model.parameters()))
+    run = Run(out, SFTSettings(save_every=2, resume=True), ALONE, total)
+    first = run.begin(policy, optimizer)
     for step in range(first, steps):
         x = torch.tensor(batch_of_step(9, 3, 0, step)).float()[None]
         loss = (model(x) - 1).pow(2).sum()
         loss.backward()
-        update(optimizer, list(params.values()), learning_rate(step, total, 0.1), 1.0, ALONE)
+        update(policy, optimizer, learning_rate(step, total, 0.1), 1.0)
         run.log(step, {"loss": loss.item()})
-        run.checkpoint(step + 1, params, optimizer)
-    return params
+        run.checkpoint(step + 1)
+    return policy.named_parameters()
 
 
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
@@ -86,18 +89,74 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     small_run(tmp_path)
     with pytest.raises(SettingsError, match="--resume"):
-        prepare_out(tmp_path, resume=False)
-    prepare_out(tmp_path, resume=True)
+        open_folder(tmp_path, False, ALONE)
+    LOCKS.pop().close()
+    assert open_folder(tmp_path, True, ALONE)
+
+
+def regression(out, **changes):
+    """A run of two steps with these settings, resumed where one lies there."""
+    model = torch.nn.Linear(3, 2)
+    policy, optimizer = Replicated(model, compute=torch.float32), make_optimizer(model.parameters())
+    run = Run(out, SFTSettings(**{"save_every": 1, "resume": True, **changes}), ALONE, 4)
+    for step in range(run.begin(policy, optimizer), 2):
+        model(torch.ones(1, 3)).sum().backward()
+        run.log(step, {"grad_norm": update(policy, optimizer, 0.1, 1.0)})
+        run.checkpoint(step + 1)
+    return run
+
+
+def test_a_resumed_run_keeps_what_changes_its_numbers(tmp_path, capsys):
+    regression(tmp_path)
+    assert "holds no state; starting at step 1" in capsys.readouterr().out
+    config = (tmp_path / "config.json").read_text()
+    with pytest.raises(SettingsError, match="other values of --batch-size, --lr, --seed; resume with the same"):
+        regression(tmp_path, lr=1.0, seed=3, batch_size=2, workers=5)
+    assert (tmp_path / "config.json").read_text() == config  # nothing is lost
+    assert regression(tmp_path, workers=5, steps=9, save_every=7).first_step == 2
+    assert "holds a state after step 2 of 4" in capsys.readouterr().out
+
+
+def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
+    code = ("import sys, torch; from erv_min.run.folder import open_folder; from erv_min.run.processes import Processes\n"
+            "open_folder(sys.argv[1], True, Processes(0, 1, torch.device('cpu'))); print('open', flush=True); input()")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(SettingsError, match="another run is writing into this folder"):
+            open_folder(tmp_path, True, ALONE)
+        other.kill()
+    assert open_folder(tmp_path, True, ALONE)  # the lock ends with its process, however that ends
+    LOCKS.pop().close()
+
+
+def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, monkeypatch):
+    run = regression(tmp_path)
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # torchrun hands on what the terminal sent already: the same one
+    with pytest.raises(SystemExit) as ended:
+        run.checkpoint(3)
+    assert ended.value.code == 75 and (tmp_path / "state-000003").exists()
+    assert "SIGINT: the state after step 3 of 4" in capsys.readouterr().out
+    run.interrupted -= 3
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    assert Processes(1, 4, torch.device("cpu")).share(8) == [1, 5]
+    with pytest.raises(SettingsError, match="--batch-size 6 does not divide by the 4 processes"):
+        Processes(0, 4, torch.device("cpu")).share(6)
 
 
 def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer([p])
+    model = torch.nn.Module()
+    model.p = p = torch.nn.Parameter(torch.ones(2))
+    policy, optimizer = Replicated(model, compute=torch.float32), make_optimizer([p])
     p.grad = torch.tensor([1.0, float("nan")])
-    assert math.isnan(update(optimizer, [p], 0.1, 1.0, ALONE))
+    assert math.isnan(update(policy, optimizer, 0.1, 1.0))
     assert p.tolist() == [1, 1]
     p.grad = torch.tensor([3.0, 4.0])
-    assert update(optimizer, [p], 0.1, 1.0, ALONE) == pytest.approx(5)
+    assert update(policy, optimizer, 0.1, 1.0) == pytest.approx(5)
     assert p[0] < 1
 
 
@@ -109,7 +168,6 @@ def test_config_says_what_made_the_run(tmp_path):
 
 def _process(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    world = Processes(rank, size, torch.device("cpu"))
     p, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
     p.grad = torch.full((2, 2), float(rank + 1))
     if rank == 1:

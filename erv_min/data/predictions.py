@@ -17,7 +17,7 @@ import torch
 from erv_min.data.readers import Example, check_label, read_text
 from erv_min.emotions import labels
 from erv_min.generate import rollout, sampling_noise
-from erv_min.inputs import PromptBuilder, clip_inputs
+from erv_min.inputs import Collator, clip_inputs, embed
 from erv_min.judge import read_answer
 from erv_min.run.errors import ClipError, DataError, SettingsError
 from erv_min.run.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
@@ -26,7 +26,7 @@ from erv_min.run.settings import PredictionSettings
 
 
 @torch.no_grad()
-def predict(builder: PromptBuilder, examples: list[Example], processes: Processes, max_new_tokens: int = 512,
+def predict(collate: Collator, examples: list[Example], processes: Processes, max_new_tokens: int = 512,
             temperature: float = 0.3, top_p: float = 1.0, seed: int = 0, batch_size: int = 8, num_frames: int = 8,
             geometry: str = "pad", workers: int = 2, progress: str = "") -> tuple[list[dict], list[ClipError]]:
     """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
@@ -34,10 +34,10 @@ def predict(builder: PromptBuilder, examples: list[Example], processes: Processe
     Returns rows {"video_id", "output", "ground_truth", "dataset"} and the errors of clips that could not be decoded.
     Temperature 0.3 is section 4.3's; 0 is greedy, as the release unless asked (divergence 9).
     """
-    model, tokenizer = builder.model, builder.tokenizer
+    model, tokenizer = collate.model, collate.tokenizer
     model.eval()
     mine = list(range(processes.rank, len(examples), processes.size))
-    stream = clip_inputs([examples[i] for i in mine], model, builder.cache, builder.modality, num_frames, geometry,
+    stream = clip_inputs([examples[i] for i in mine], model.config, collate.cache, collate.modality, num_frames, geometry,
                          workers)
     rows, errors, started = [], [], time.time()
     for start in range(0, len(mine), batch_size):
@@ -48,7 +48,7 @@ def predict(builder: PromptBuilder, examples: list[Example], processes: Processe
         if not pairs:
             continue
         noise = sampling_noise(seed, 0, [i for i, _ in pairs], 1, max_new_tokens) if temperature > 0 else None
-        completions = rollout(model, builder.prompts([x for _, x in pairs]), 1, max_new_tokens, tokenizer.eos_id, noise,
+        completions = rollout(model, embed(model, collate([x for _, x in pairs])), 1, max_new_tokens, tokenizer.eos_id, noise,
                               temperature, top_p=top_p)
         for (i, x), ids, mask in zip(pairs, completions.ids, completions.mask):
             rows.append((i, {"video_id": x.example.video_id, "output": tokenizer.decode(ids[mask].tolist(), skip_special=True),

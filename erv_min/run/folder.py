@@ -1,13 +1,14 @@
-"""A run's folder: logs, states, resume, and what to do about SIGTERM and numbers that are not finite.
+"""A run's folder: logs, states, resume, and what to do about SIGTERM, Ctrl-C and numbers that are not finite.
 
-A run's folder holds `config.json` (every setting, versions, git commit), `metrics.jsonl` (one object a step),
-`state-STEP/` (parameters and optimizer, state.py), and at the end `model.safetensors`.
+It holds `config.json` (every setting, versions, git commit), `metrics.jsonl` (one object per step), `state-STEP/`
+(parameters and optimizer, state.py), and at the end `model.safetensors`. One run at a time writes into it (`.lock`).
 No random state is saved because there is none: data order and sampling noise are functions of the seed and the step.
-SIGTERM, a cluster's warning, writes a state at the end of the step and ends the run with exit code STOPPED.
+SIGTERM, a cluster's warning, and Ctrl-C write a state at the end of the step and end the run with exit code STOPPED.
 """
 
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
@@ -25,12 +26,18 @@ from torch import Tensor
 
 from erv_min.run.errors import DiskError, NumbersError, SettingsError
 from erv_min.run.files import append_jsonl, atomic_write, gigabytes, read_json, read_jsonl, write_json
-from erv_min.fsdp import Sharded
 from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum
-from erv_min.run.state import load_state, save_state, state_bytes
+from erv_min.run.state import load_state, save_state, saved_states, state_bytes
 
-STOPPED = 75  # exit code after SIGTERM: the state is written, start again with --resume (sysexits.h: EX_TEMPFAIL)
+STOPPED = 75  # exit code after SIGTERM or Ctrl-C: the state is written, start again with --resume (sysexits.h: EX_TEMPFAIL)
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
+LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl")
+SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
+         "tokens_per_s")
+# Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not what it computes.
+FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every", "baseline",
+                  "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature", "eval_clips",
+                  "patience"}
 
 
 def git_commit() -> str:
@@ -54,40 +61,88 @@ def provenance(settings) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    values = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else dict(settings)
-    return {"settings": values, "versions": versions, "git_commit": git_commit(), "command": sys.argv}
+    versions["torch"] = torch.__version__  # with its build, which the package's version may leave out (2.15.0+cu132)
+    return {"settings": dataclasses.asdict(settings), "versions": versions, "git_commit": git_commit(), "command": sys.argv}
+
+
+def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
+    """Takes the folder of a run for this job; returns whether to resume: where asked to, and where torchrun starts the
+    job again after a failure (--max-restarts). Every process must call it.
+
+    Raises SettingsError where a run lies there already and nobody asked to go on with it, or where one is still writing.
+    """
+    out, resume = Path(out), resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    problem = ""
+    if processes.main:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = open(out / ".lock", "a+")  # held until this process ends, however it ends
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS.append(handle)
+        except BlockingIOError:
+            problem = f"{out}: another run is writing into this folder: wait for its end, stop it, or give another --out"
+        if not problem and not resume and (out / "metrics.jsonl").exists():
+            problem = f"{out} already holds a run: give --resume to go on with it, another --out, or delete it"
+    if problem := all_gather_object(problem)[0]:
+        raise SettingsError(problem)
+    return resume
+
+
+LOCKS: list = []  # open files whose locks this process holds
+
+
+def changed_settings(before: dict, now: dict) -> list[str]:
+    """Names of the settings that differ between two runs and change what is computed; nested ones by their own name."""
+    flat = [{k: v for k, v in s.items() if not isinstance(v, dict)} | {
+        k: v for part in s.values() if isinstance(part, dict) for k, v in part.items()} for s in (before, now)]
+    return sorted(name for name in flat[0].keys() & flat[1].keys()
+                  if name not in FREE_ON_RESUME and flat[0][name] != flat[1][name])
 
 
 class Run:
-    """A run's folder: logs, states, resume, and what to do about SIGTERM and numbers that are not finite.
-
-    The main process writes; where not said otherwise every process must call each method.
-    """
+    """A run's logs and states. The main process writes; where not said otherwise every process must call each method."""
 
     def __init__(self, out: str | Path, settings, processes: Processes, total_steps: int, towers: dict | None = None):
         self.out, self.processes, self.total_steps = Path(out), processes, total_steps
-        self.metrics = self.out / "metrics.jsonl"
+        self.metrics, self.resume = self.out / "metrics.jsonl", getattr(settings, "resume", False)
         self.save_every, self.keep = getattr(settings, "save_every", 100), getattr(settings, "keep", 2)
-        self.settings = provenance(settings) | ({"towers": towers} if towers else {})
-        self.started, self.first_step = time.time(), 0
-        self.stop, self.watched, self.skipped, self.in_a_row = False, [], 0, 0
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self.about = provenance(settings) | ({"towers": towers} if towers else {})
+        self.started, self.first_step, self.interrupted = time.time(), 0, 0.0
+        self.stop, self.watched, self.skipped, self.in_a_row = "", [], 0, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        config = self.out / "config.json"
+        kept = read_json(config) if config.exists() else {}
+        if self.resume and saved_states(self.out):
+            before = kept.get("erv_min", {}).get("settings", {})
+            if changed := changed_settings(before, json.loads(json.dumps(self.about["settings"]))):
+                raise SettingsError(f"{config}: this run was started with other values of "
+                                    f"{', '.join('--' + name.replace('_', '-') for name in changed)}; resume with the same, "
+                                    "or give another --out")
+        all_gather_object(None)  # every process has read the file before the main one changes it
         if processes.main:
             self.out.mkdir(parents=True, exist_ok=True)
-            config = self.out / "config.json"
-            write_json(config, {**(read_json(config) if config.exists() else {}), "erv_min": self.settings})
+            write_json(config, {**kept, "erv_min": self.about})
 
-    def _on_sigterm(self, *_) -> None:
-        self.stop = True  # checkpoint() acts on it; further signals change nothing: torchrun and a cluster both send one
+    def _on_signal(self, number: int, _) -> None:
+        """checkpoint() acts on it. A second Ctrl-C ends at once; torchrun hands the first one on, so that two within two
+        seconds are one."""
+        if number == signal.SIGINT and self.stop and time.time() - self.interrupted > 2:
+            raise KeyboardInterrupt
+        if not self.stop:
+            self.stop, self.interrupted = signal.Signals(number).name, time.time()
+            if self.processes.main and number == signal.SIGINT:
+                print("Ctrl-C: the step is finished and a state written; once more to end at once", flush=True)
 
-    def begin(self, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, resume: bool, policy=None) -> int:
-        """Checks the disk; with `resume` puts the last state back and cuts the logs to it. Returns the steps done.
+    def begin(self, policy, optimizer: torch.optim.Optimizer) -> int:
+        """Checks the disk; on a resume puts the last state back and cuts the logs to it. Returns the steps done.
 
-        Raises DiskError, CheckpointError.
+        `policy` is one of run/sharding.py's. Raises DiskError, CheckpointError.
         """
-        held = policy if isinstance(policy, Sharded) else params
-        model = sum(p.numel() * p.element_size() for p in (policy.model.parameters() if policy else params.values()))
-        size = all_reduce_sum({"state": state_bytes(held), "model": model * (held is policy or self.processes.main)})
+        self.policy, self.optimizer = policy, optimizer
+        model = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+        size = all_reduce_sum({"state": state_bytes(policy),
+                               "model": model * (policy.every_process_writes or self.processes.main)})
         needed = (self.keep + 1) * size["state"] + size["model"]
         there = [*self.out.glob("*state-*/*"), *self.out.glob("model.safetensors")]
         free = shutil.disk_usage(self.out).free + sum(path.stat().st_size for path in there)
@@ -95,17 +150,20 @@ class Run:
             raise DiskError(f"{self.out}: {gigabytes(needed)} are needed ({self.keep + 1} states of "
                             f"{gigabytes(size['state'])} and the model), {gigabytes(free)} are free: make room, give "
                             "another --out or a smaller --keep")
-        if resume:
-            self.first_step = load_state(self.out, held, optimizer)
+        if self.resume:
+            self.first_step = load_state(self.out, policy, optimizer)
             if self.processes.main:
-                for row in [self._cut(self.out / name) for name in LOGS][0]:
+                logged = [self._cut(self.out / name) for name in LOGS][0]
+                for row in logged:
                     self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0
                 for path in self.out.glob(".*"):  # what was being written when the run was killed
                     if re.fullmatch(r"\.state-\d+", path.name):
                         shutil.rmtree(path)
                     elif re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
                         path.unlink()
-            self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # nobody appends before the cut
+                print(f"resume: {self.out} holds a state after step {self.first_step} of {self.total_steps}"
+                      if self.first_step else f"resume: {self.out} holds no state; starting at step 1", flush=True)
+            self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # nobody logs before the cut
         return self.first_step
 
     def _cut(self, path: Path) -> list[dict]:
@@ -120,23 +178,25 @@ class Run:
         self.watched.append((names, values.detach()))
         values.register_hook(lambda grad: self.watched.append((names, grad)))
 
+    def _why_skipped(self) -> str:
+        """Which watched rows, of all processes, are not finite; without one, what was in the batch."""
+        bad = [name for names, x in self.watched for name, ok in zip(names, x.flatten(1).isfinite().all(1).tolist()) if not ok]
+        parts = all_gather_object((bad, [name for names, _ in self.watched for name in names]))
+        bad, names = (list(dict.fromkeys(name for part in parts for name in part[i])) for i in (0, 1))
+        if bad:
+            return f"not finite: log-probabilities or their gradient of {'; '.join(bad[:8])}"
+        return f"a gradient inside the model is not finite, the losses are; in the batch: {'; '.join(names[:8])}"
+
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends {"step": step, ...} to metrics.jsonl and shows a line with rate and time left.
 
         A "grad_norm" that is not finite is a skipped step: the row says why. Raises NumbersError after TOO_MANY in a row.
         """
-        values, skip = {**values, "skipped": self.skipped}, not math.isfinite(values.get("grad_norm", 0.0))
-        self.in_a_row = self.in_a_row + 1 if skip else 0
+        skip = not math.isfinite(values.get("grad_norm", 0.0))
+        self.in_a_row, self.skipped = (self.in_a_row + 1 if skip else 0), self.skipped + skip
+        values = {**values, "skipped": self.skipped}
         if skip:
-            self.skipped += 1
-            why = list(dict.fromkeys(name for names, x in self.watched for name, ok in
-                                     zip(names, x.flatten(1).isfinite().all(1).tolist()) if not ok))
-            names = list(dict.fromkeys(name for names, _ in self.watched for name in names))
-            parts = all_gather_object((why, names))
-            why, names = ([name for part in parts for name in part[i]] for i in (0, 1))
-            values |= {"skipped": self.skipped, "skipped_because": f"not finite: log-probabilities or their gradient of "
-                       f"{'; '.join(why[:8])}" if why else "a gradient inside the model is not finite, the losses are; "
-                       f"in the batch: {'; '.join(names[:8])}"}
+            values["skipped_because"] = self._why_skipped()
         self.watched.clear()
         if self.processes.main:
             append_jsonl(self.metrics, {"step": step} | {
@@ -146,46 +206,31 @@ class Run:
                 print(f"step {step + 1}: skipped, {values['skipped_because']}", flush=True)
             if step + 1 == self.total_steps or step % 10 == 0:
                 left = elapsed / done * (self.total_steps - step - 1)
-                shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN)
+                shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN and v is not None)
                 print(f"step {step + 1}/{self.total_steps} {shown} | {done / elapsed:.2f} steps/s, "
                       f"{datetime.timedelta(seconds=round(left))} left", flush=True)
         if self.in_a_row >= TOO_MANY:
             raise NumbersError(f"{self.metrics}: {TOO_MANY} steps in a row up to step {step + 1} were skipped, the last: "
                                f"{values['skipped_because']}. Look at these clips; a lower --lr or float32 may help")
 
-    def checkpoint(self, done: int, params: dict[str, Tensor], optimizer: torch.optim.Optimizer, policy=None) -> None:
-        """After `done` steps: writes the state where it is due. After SIGTERM, too, and then ends with STOPPED."""
-        stop = all_reduce_sum({"stop": float(self.stop)})["stop"] > 0
+    def checkpoint(self, done: int) -> None:
+        """After `done` steps: writes the state where it is due. After a signal, too, and then ends with STOPPED."""
+        stop = next((name for name in all_gather_object(self.stop) if name), "")
         if stop or done % self.save_every == 0 or done == self.total_steps:
             if self.processes.main and self.metrics.exists():
                 with open(self.metrics, "rb+") as f:
                     os.fsync(f.fileno())  # the state never knows more steps than the log
-            save_state(self.out, done, policy if isinstance(policy, Sharded) else params, optimizer, self.keep)
+            save_state(self.out, done, self.policy, self.optimizer, self.keep)
         if stop:
             if self.processes.main:
-                print(f"SIGTERM: the state after step {done} of {self.total_steps} is in {self.out}; go on with "
+                print(f"{stop}: the state after step {done} of {self.total_steps} is in {self.out}; go on with "
                       f"--resume (exit code {STOPPED})", flush=True)
             raise SystemExit(STOPPED)
 
     def finish(self) -> None:
-        """Adds the run's settings to the model's config.json: one file says what made the weights. SIGTERM ends again."""
+        """Adds the run's settings to the model's config.json: one file says what made the weights. Signals end again."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.processes.main:
             config = self.out / "config.json"
-            write_json(config, {**read_json(config), "erv_min": self.settings})
-
-
-LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl")
-SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
-         "tokens_per_s")
-
-
-def prepare_out(out: Path, resume: bool) -> bool:
-    """Whether to resume: where asked to, and where torchrun starts the job again after a failure (--max-restarts).
-
-    Refuses to mix a new run with an old one in the same folder: raises SettingsError naming the ways out.
-    """
-    resume = resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if not resume and (out / "metrics.jsonl").exists():
-        raise SettingsError(f"{out} already holds a run: give --resume to go on with it, another --out, or delete it")
-    return resume
+            write_json(config, {**read_json(config), "erv_min": self.about})

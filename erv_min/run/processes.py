@@ -1,22 +1,62 @@
-"""How the processes of a job meet and part: torchrun's rendezvous, and an end without hangs and aborts.
+"""The processes of a job: how they meet (torchrun's rendezvous), reduce and gather, and part without hangs and aborts.
 
 `torchrun --nproc_per_node=N script.py` starts them; several machines add torchrun's own options (`--nnodes`,
 `--rdzv-backend c10d --rdzv-endpoint HOST:PORT`), and `--max-restarts` starts all of them again after a failure.
 """
 
-import dataclasses
 import datetime
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from erv_min.run.errors import ErvMinError, SettingsError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: rank, number of processes, device. One process needs no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> list[int]:
+        """This process's places of a global batch: every size-th, so that all have equal work. Raises SettingsError."""
+        if batch_size % self.size:
+            raise SettingsError(f"--batch-size {batch_size} does not divide by the {self.size} processes of this job: each "
+                                "needs the same number of samples per step")
+        return list(range(self.rank, batch_size, self.size))
+
+
+def join_processes(device: str = "", timeout_minutes: float = 60) -> Processes:
+    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun.
+
+    Returns when all have joined. Raises SettingsError where a CUDA device is asked for and there is none.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+        torch.cuda.set_device(chosen)
+    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    if size > 1 and not dist.is_initialized():
+        join("nccl" if chosen.type == "cuda" else "gloo", timeout_minutes)
+    barrier()  # nccl connects at the first collective only
+    return Processes(rank, size, chosen)
 
 
 def join(backend: str, timeout_minutes: float = 60) -> None:
@@ -26,11 +66,61 @@ def join(backend: str, timeout_minutes: float = 60) -> None:
     (pytorch#135712), so each restart meets under a name of its own. Where several machines count their restarts apart,
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them makes torchrun give every restart a new store.
     """
-    store, rank, size = next(rendezvous("env://"))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size,
-                            timeout=datetime.timedelta(minutes=timeout_minutes))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if dist.is_initialized():
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
+    """Sums of a dictionary of numbers over processes (the keys must be the same everywhere)."""
+    if rank_and_size()[1] == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
+def all_gather_object(value) -> list:
+    """Each process's value, in rank order, on every process."""
+    size = rank_and_size()[1]
+    parts = [value] * size
+    if size > 1:
+        dist.all_gather_object(parts, value)
+    return parts
+
+
+def gather_lists(rows: list) -> list:
+    """Concatenates each process's list, in rank order, on every process."""
+    return [row for part in all_gather_object(rows) for row in part]
+
+
+# ---- the end of a job ------------------------------------------------------------------------------------------------
+
+PARTED = []  # holds True once this process has left a process group
+
+
+def part() -> None:
+    """The processes meet for the last time, and the process group ends: one may then go on alone for hours (a judge)
+    without the others being aborted for waiting."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+        PARTED.append(True)
 
 
 def leave() -> None:
@@ -39,9 +129,8 @@ def leave() -> None:
     The interpreter is not shut down: a gloo thread that lets go of a tensor meanwhile would ask for the interpreter,
     which aborts the process (pytorch#190489).
     """
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    part()
+    if PARTED:
         _exit(0)
 
 
@@ -60,9 +149,16 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         leave()
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ErvMinError):
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of the output went away: `| head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            error = SystemExit(1)
+        elif isinstance(error, ErvMinError):
             error = SystemExit(f"{type(error).__name__}: {error}")
+        elif isinstance(error, OSError) and error.filename:  # a folder that cannot be made, a file that cannot be written
+            error = SystemExit(f"{error.filename}: {error.strerror}")
+        elif isinstance(error, KeyboardInterrupt):
+            error = SystemExit("stopped by Ctrl-C")
         if not dist.is_initialized():
             raise error
         if isinstance(error, SystemExit):
@@ -75,70 +171,3 @@ def run_script(main: Callable[[], None]) -> None:
             print("another process of this job ended: its error stands above, or is the system's", file=sys.stderr)
             time.sleep(10)
         _exit(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """This process among all: rank, world size and device. One process needs no process group."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-
-def main_process() -> bool:
-    """Whether this is the first of torchrun's processes (or the only one); known before they join."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def join_processes(device: str = "", timeout_minutes: float = 60) -> Processes:
-    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if not device:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SettingsError(f"--device {device}: this machine has no CUDA device; use --device cpu")
-        torch.cuda.set_device(chosen)
-    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    if size > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        join(backend, timeout_minutes)
-    return Processes(rank, size, chosen)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
-    """Sums of a dictionary of numbers over processes (the keys must be the same everywhere)."""
-    if rank_and_size()[1] == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist()))
-
-
-def gather_lists(rows: list) -> list:
-    """Concatenates each process's list, in rank order, on every process."""
-    return [row for part in all_gather_object(rows) for row in part]
-
-
-def all_gather_object(value) -> list:
-    """Each process's value, in rank order, on every process."""
-    if rank_and_size()[1] == 1:
-        return [value]
-    parts = [None] * rank_and_size()[1]
-    dist.all_gather_object(parts, value)
-    return parts

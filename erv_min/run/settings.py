@@ -86,7 +86,6 @@ class Common(Clips, Policy):
     warmup: float = setting(0.03, "share of the steps with a rising learning rate (table 8)")
     schedule: str = setting("cosine", "learning rate after the warm-up (table 8: cosine)", ("cosine", "linear", "constant"))
     max_grad_norm: float = setting(1.0, "global norm that gradients are clipped to")
-    weight_decay: float = setting(0.0, "AdamW's weight decay (release: 0)")
     seed: int = setting(17, "seed of data order, sampling and random weights")
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
     save_every: int = setting(100, "steps between checkpoints")
@@ -218,3 +217,17 @@ def check(settings) -> None:
             raise SettingsError(f"--{name.replace('_', '-')} must not be negative, not {getattr(settings, name)}")
     if getattr(settings, "temperature", 1) == 0:
         raise SettingsError("--temperature 0 samples the same completion G times: no group would have a spread")
+
+
+def reward_settings(settings):
+    from erv_min.rewards import RewardSettings
+    return RewardSettings(
+        tau=settings.tau, k=settings.k, neutral_rule=settings.neutral_rule, answer_rule=settings.answer_rule,
+        sentence_rule=settings.sentence_rule,
+        neutral_filter=settings.ablate != "neutral-filtering", sentence_level=settings.ablate != "sentence-level",
+        w_format=settings.w_format, w_answer=settings.w_answer, w_explanation=settings.w_explanation,
+        gate_on_answer=settings.gate_on_answer, phase_in_steps=settings.phase_in_steps,
+        length_target=settings.length_target, repeat_discount=settings.repeat_discount)
+
+
+GRPOSettings.rewards = property(reward_settings)

@@ -1,9 +1,17 @@
-"""Three ways to spread a run over processes, with one interface.
+"""How a model lies on the processes of a job: whole on each, sharded by hand, or by PyTorch's fully_shard.
 
-`Sharded` (fsdp.py, by hand), `FullyShard` (PyTorch's own, for clusters that outgrow a teaching implementation, and to
-compare with) and `Replicated` (whole on every process). What they share: `run(function, *args)` is a forward pass,
-`with run.whole():` is for sampling, `parameters()` for the optimizer, `clip(max_norm)` before its step, `tensors()` for
-saving. Left out: checkpoints of PyTorch's distributed format.
+`shard(model, "none" | "hand" | "torch", ...)` gives one of three objects with one interface, so that a training script
+does not ask which it has:
+
+    with policy.forward_pass():        a forward pass; its backward pass may follow after the block
+    with policy.unsharded(*parts):     the whole model (or parts of it, by the beginning of their names): for sampling
+    policy.named_parameters()          what the optimizer trains: tensors by name, whole or this process's shards
+    policy.clip_gradients(max_norm)    mean over processes where that is still to do, clipped; the norm before
+    policy.full_shapes(), full_tensors()                                   for the model's file (`save_model`)
+    policy.every_process_writes, state_shapes(), to_full(x), read(...)     for training states (run/state.py)
+
+`Sharded` is erv_min/fsdp.py; `FullyShard` is the way out for clusters that outgrow it, and there to compare with. Left
+out: checkpoints of PyTorch's distributed format.
 """
 
 import contextlib
@@ -14,51 +22,65 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 from erv_min.checkpoint import save_humanomni
-from erv_min.run.errors import SettingsError
 from erv_min.fsdp import Sharded, unit_modules
+from erv_min.run.errors import SettingsError
 from erv_min.run.processes import rank_and_size
-from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni
-from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.run.state import full
 
 
-def spread(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
-    """The model spread over the processes: `sharding` is none, hand or torch; a frozen one is kept in `compute`."""
+def shard(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
+    """The model on the processes of the job: `sharding` is none, hand or torch; a frozen one is kept in `compute`."""
     if sharding == "hand":
         return Sharded(model, device, compute, compute if frozen else torch.float32)
     return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)
 
 
-class Replicated:
+class _ByName:
+    """States of parameters that stand under their own names, whole in one file that process 0 writes."""
+
+    every_process_writes = False
+
+    def state_shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.shape) for name, p in self.named_parameters().items()}
+
+    def to_full(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def read(self, files: list, key: str, name: str) -> Tensor:
+        value = files[0].get_tensor(key)
+        if list(value.shape) != self.state_shapes()[name]:
+            raise ValueError(f"{key} has shape {list(value.shape)}")
+        return value
+
+
+class Replicated(_ByName):
     """The whole model on every process; bf16 by autocast, gradients averaged by one flat all-reduce."""
 
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
-        self.model, self.compute, self.size = model, compute, rank_and_size()[1]
-        self.device = torch.device(device)
+        self.model, self.compute, self.device = model, compute, torch.device(device)
 
-    def _autocast(self):
+    def forward_pass(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == torch.bfloat16)
 
-    def __call__(self, function, *args, **kwargs):
-        with self._autocast():
-            return function(*args, **kwargs)
-
     @contextlib.contextmanager
-    def whole(self, *parts: str):
-        with torch.no_grad(), self._autocast():
+    def unsharded(self, *parts: str):
+        with torch.no_grad(), self.forward_pass():
             yield
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def clip(self, max_norm: float) -> float:
-        params = list(self.parameters().values())
+    def clip_gradients(self, max_norm: float) -> float:
+        params = list(self.named_parameters().values())
         average_gradients(params)
         return float(nn.utils.clip_grad_norm_(params, max_norm))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def full_shapes(self) -> dict[str, Tensor]:
+        return {name: p.detach().to("meta") for name, p in self.model.named_parameters()}
+
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in self.model.named_parameters())
 
 
@@ -77,18 +99,18 @@ def average_gradients(params: list[Tensor]) -> None:
         p.grad.copy_(g.view_as(p))
 
 
-class _Call(nn.Module):
-    """A root whose forward pass is any function of the model: what fully_shard needs to know where a pass begins."""
+class _Root(nn.Module):
+    """Holds the model, so that fully_shard's root can be called with nothing once: that is where it finds its units."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, function, *args, **kwargs):
-        return function(*args, **kwargs)
+    def forward(self) -> None:
+        return None
 
 
-class FullyShard:
+class FullyShard(_ByName):
     """PyTorch's fully_shard with the units and types of `Sharded`. Every process holds the whole model at the start."""
 
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
@@ -99,22 +121,27 @@ class FullyShard:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if not dist.is_initialized():
             raise SettingsError("--sharding torch needs processes to shard over: start the script with torchrun")
-        self.model, self.rank, self.device = model, dist.get_rank(), torch.device(device)
+        self.model = model
         how = {"mesh": init_device_mesh(torch.device(device).type, (dist.get_world_size(),)),
                "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}
         for _, module in unit_modules(model):
             fully_shard(module, **how)
-        self.run = fully_shard(_Call(model), **how)
-        self.modules = [m for m in self.run.modules() if isinstance(m, FSDPModule)]
-        self.run(lambda: None)  # lets it find its units, before one of them runs outside a pass
-        self.run.reshard()
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def __call__(self, function, *args, **kwargs):
-        return self.run(function, *args, **kwargs)
+        self.root = fully_shard(_Root(model), **how)
+        self.modules = [m for m in self.root.modules() if isinstance(m, FSDPModule)]
+        self.root()
+        self.root.reshard()
 
     @contextlib.contextmanager
-    def whole(self, *parts: str):
+    def forward_pass(self):
+        self.root.unshard()  # the units below it do so by themselves, in their forward
+        try:
+            yield
+        finally:
+            if not torch.is_grad_enabled():  # else the end of the backward pass reshards it
+                self.root.reshard()
+
+    @contextlib.contextmanager
+    def unsharded(self, *parts: str):
         for module in self.modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -123,65 +150,41 @@ class FullyShard:
                 yield
         finally:
             for module in self.modules:
-                module.set_reshard_after_forward(module is not self.run, recurse=False)
+                module.set_reshard_after_forward(module is not self.root, recurse=False)
                 module.reshard()
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self.trained
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def clip(self, max_norm: float) -> float:
-        return float(nn.utils.clip_grad_norm_(self.trained.values(), max_norm).full_tensor())
+    def clip_gradients(self, max_norm: float) -> float:
+        return float(nn.utils.clip_grad_norm_(self.named_parameters().values(), max_norm).full_tensor())
 
-    def shapes(self) -> dict[str, Tensor]:
+    def full_shapes(self) -> dict[str, Tensor]:
         return {name: torch.empty(p.shape, device="meta") for name, p in self.model.named_parameters()}
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for module in self.modules:
             module.reshard()
         for name, p in self.model.named_parameters():
-            whole = full(p.detach())
-            if self.rank == 0:
-                yield name, whole
+            full = self.to_full(p.detach())
+            if dist.get_rank() == 0:
+                yield name, full
+
+    def to_full(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+    def read(self, files: list, key: str, name: str) -> Tensor:
+        like = self.named_parameters()[name]
+        value = super().read(files, key, name).to(like.device)
+        return distribute_tensor(value, like.device_mesh, like.placements)
 
 
-def rounds(run, passes: int) -> int:
-    """How many passes each process makes where this one has data for `passes`: with shards as many as the busiest."""
-    if isinstance(run, Replicated) or rank_and_size()[1] == 1:
-        return passes
-    most = torch.tensor(passes, device=run.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
-
-
-def idle_loss(model: HumanOmni, modality: str = "video_audio") -> Tensor:
-    """A loss of zero that gathers what a pass on a clip gathers: for a process whose data ran out, inside `run()`."""
-    config, like = model.config, model.head_weight
-    ids = [[*([VIDEO] if "video" in modality else []), *([AUDIO] if "audio" in modality else []), 0]]
-    given = {"gate_ids": torch.zeros(1, 2, dtype=torch.long, device=like.device)}
-    if "video" in modality:
-        given["video_features"] = like.new_zeros(1, config.num_frames, config.vision.grid**2, config.vision.hidden_size)
-    if "audio" in modality:
-        given["audio_features"] = like.new_zeros(1, config.audio_tokens, config.audio.d_model)
-    tower, frames = model.model.vision_tower, 2 * config.audio.max_source_positions
-    if tower is not None and any(p.requires_grad for p in tower.parameters()):  # then both towers run in the pass
-        given["video_features"] = model.vision_features(like.new_zeros(1, 1, 3, *[config.vision.image_size] * 2))
-        if "audio" in modality:
-            with torch.no_grad():
-                model.audio_features(like.new_zeros(1, config.audio.num_mel_bins, frames))
-    prompt = Prompts(*model.prompt_embeds(torch.tensor(ids, device=like.device), **given))
-    two = torch.zeros(1, 2, dtype=torch.long, device=like.device)  # one token would leave the second pass out
-    return completion_logps(model, prompt, Completions(two, two == 0))[0].sum() * 0
-
-
-def save_model(run, folder: str | Path) -> None:
+def save_model(policy, folder: str | Path) -> None:
     """Writes the model in the released layout from process 0; all must call it, and it is there when they return."""
-    if isinstance(run, Replicated):
-        if rank_and_size()[0] == 0:
-            save_humanomni(run.model, folder)
-    elif run.rank == 0:
-        save_humanomni(run.model, folder, torch.float32, run.shapes(), run.tensors())
-    else:
-        for _ in run.tensors():
-            pass
-    if rank_and_size()[1] > 1:
+    tensors = policy.full_tensors()
+    if rank_and_size()[0] == 0:
+        save_humanomni(policy.model, folder, torch.float32, policy.full_shapes(), tensors)
+    for _ in tensors:  # on the others: what the gathering of full tensors needs of them
+        pass
+    if dist.is_initialized():
         dist.barrier()

@@ -12,9 +12,10 @@ from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.data.readers import Example
 from erv_min.emotions import ERV_LABELS
-from erv_min.run.errors import SettingsError
+from erv_min.run.errors import ClipError, DataError, SettingsError
+from erv_min.run.files import append_jsonl
 from erv_min.erv import Verifier, scratch
-from erv_min.inputs import PromptBuilder
+from erv_min.inputs import Collator
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.run.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
@@ -36,16 +37,16 @@ def load_model(settings: Policy, name: str, dtype: torch.dtype, device, show=pri
     return model, Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
 
 
-def load_policy(settings: Answers, processes: Processes, show=print) -> PromptBuilder:
-    """The checkpoint that --model names, in eval mode, ready to be asked; `.model` is it."""
+def load_policy(settings: Answers, processes: Processes, show=print) -> Collator:
+    """The checkpoint that --model names, in eval mode, ready to be asked; its `.model` is it."""
     model, tokenizer, gate = load_model(settings, settings.model, getattr(torch, settings.dtype), processes.device,
                                         show if processes.main else lambda line: None)
-    return PromptBuilder(model.requires_grad_(False), tokenizer, gate, None, settings.modality, settings.prompt_stage,
+    return Collator(model.requires_grad_(False), tokenizer, gate, None, settings.modality, settings.prompt_stage,
                          settings.question or f"{QUESTION} {REASONING_SUFFIX}")
 
 
-def start_model(settings: Common, stage: str, processes: Processes) -> tuple[HumanOmni, PromptBuilder]:
-    """The model that a stage begins with, in float32, and the builder of its prompts.
+def start_model(settings: Common, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
+    """The model that a stage begins with, in float32, and the collator of its inputs.
 
     It lies on the device, or, where it will be sharded, on the CPU: with --sharding hand on the first process's alone.
 
@@ -71,7 +72,7 @@ def start_model(settings: Common, stage: str, processes: Processes) -> tuple[Hum
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
         key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
         cache = FeatureCache(folder, key)
-    return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
+    return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
 
 def tower_key(model: HumanOmni) -> str:
@@ -100,4 +101,28 @@ def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | N
     if settings.erv:
         return Verifier.load(settings.erv, device)
     tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
-    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)).to(device).eval(), tokenizer, ERV_LABELS)
+    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
+
+
+def decoding(settings: Policy) -> dict:
+    """How clips are decoded, as inputs.clip_inputs takes it."""
+    return {name: getattr(settings, name) for name in ("modality", "num_frames", "geometry", "workers")}
+
+
+class FailedClips:
+    """Clips of a training run that could not be decoded: listed in OUT/failed_clips.jsonl, and counted."""
+
+    def __init__(self, settings: Common, places_per_step: int, total: int):
+        self.settings, self.places_per_step, self.total, self.names = settings, places_per_step, total, set()
+
+    def add(self, place: int, error: ClipError) -> None:
+        """`place` in the endless order of the clip that another one replaces."""
+        append_jsonl(Path(self.settings.out) / "failed_clips.jsonl",
+                     {"step": place // self.places_per_step, "error": str(error)})
+        self.names.add(str(error))
+
+    def check(self, count: float) -> None:
+        """Raises DataError where `count` of them, over all processes, are more than --allow-missing."""
+        if count > self.settings.allow_missing * self.total:
+            raise DataError(f"{self.settings.out}/failed_clips.jsonl: {count:.0f} of {self.total} clips could not be decoded, "
+                            f"more than --allow-missing {self.settings.allow_missing:g}; mend them, or allow more")

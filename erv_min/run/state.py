@@ -1,7 +1,7 @@
 """A run's training state on disk: written whole or not at all, checksummed, the newest few kept.
 
-FOLDER/state-STEP/ holds RANK.safetensors (of a `Sharded` model each process's shards, which any number of processes
-can read; else one file with everything) and state.json with shapes, sizes and checksums. It is written as .state-STEP
+FOLDER/state-STEP/ holds RANK.safetensors (with --sharding hand each process's shards, which any number of processes can
+read; else one file with everything) and state.json with shapes, sizes and checksums. It is written as .state-STEP
 and renamed when all of it is on the disk; only then do older ones go. Several machines need FOLDER on a shared disk.
 """
 
@@ -14,28 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.distributed.tensor import distribute_tensor
 
 from erv_min.run.errors import CheckpointError, DataError, DiskError
 from erv_min.run.files import disk_errors, fsync_folder, read_json, write_json
-from erv_min.fsdp import Sharded, Unit
 from erv_min.run.processes import all_gather_object, rank_and_size
 from erv_min.run.weights import write_safetensors
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that fully_shard cut; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def as_held(like: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor cut and placed as `like` is."""
-    if hasattr(like, "full_tensor"):
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
-    return value.to(like)
 
 
 def saved_states(folder: str | Path) -> list[Path]:
@@ -44,46 +27,38 @@ def saved_states(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("state-")), reverse=True)
 
 
-def _about(held: Sharded | dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], dict[str, list[int]]]:
-    """(what the optimizer holds by name, shapes by name that do not depend on the number of processes)."""
-    if isinstance(held, Sharded):
-        return held.parameters(), {u.name or "root": [u.numel] for u in held.units if u.shard.requires_grad}
-    return held, {name: list(p.shape) for name, p in held.items()}
+def state_bytes(policy) -> int:
+    """Bytes that this process writes of one state: parameters and AdamW's two moments."""
+    params = policy.named_parameters().values()
+    writes = policy.every_process_writes or rank_and_size()[0] == 0
+    return 3 * sum(p.numel() * p.element_size() for p in params) * writes
 
 
-def state_bytes(held: Sharded | dict[str, nn.Parameter]) -> int:
-    """Size of this process's part of one state: parameters and AdamW's two moments."""
-    params, _ = _about(held)
-    mine = isinstance(held, Sharded) or rank_and_size()[0] == 0
-    return 3 * sum(p.numel() * p.element_size() for p in params.values()) * mine
-
-
-def save_state(folder: str | Path, step: int, held: Sharded | dict[str, nn.Parameter],
-               optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
+def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
     """Writes the state after `step` steps and keeps `keep` in all; every process must call it.
 
-    `held`: a `Sharded` model, or its parameters by name. Raises DiskError on every process where there is no room on
-    one of them: then the states there were are left as they are.
+    `policy` is one of run/sharding.py's. Raises DiskError on every process where there is no room on one of them: then
+    the states there were are left as they are.
     """
-    folder, (rank, _), sharded = Path(folder), rank_and_size(), isinstance(held, Sharded)
+    folder, rank = Path(folder), rank_and_size()[0]
     place, target = folder / f".state-{step:06d}", folder / f"state-{step:06d}"
-    params, shapes = _about(held)
+    params = policy.named_parameters()
     tensors = {f"param.{name}": p.detach() for name, p in params.items()}
     tensors |= {f"{key}.{name}": value for name, p in params.items() for key, value in optimizer.state.get(p, {}).items()}
-    stream = ((key, full(value)) for key, value in tensors.items())
+    stream = ((key, policy.to_full(value)) for key, value in tensors.items())
     entry, problem = None, None
     try:
-        if sharded or rank == 0:
+        if policy.every_process_writes or rank == 0:
             place.mkdir(parents=True, exist_ok=True)
             path, like = place / f"{rank:05d}.safetensors", {k: v.to("meta") for k, v in tensors.items()}
-            with disk_errors(path, size := state_bytes(held)):
+            with disk_errors(path, size := state_bytes(policy)):
                 if shutil.disk_usage(folder).free < size:
                     raise OSError(errno.ENOSPC, "no room")
                 crc = write_safetensors(path, like, stream=stream)
             entry = path.name, {"bytes": path.stat().st_size, "crc32": crc}
     except DiskError as error:
         problem = str(error)
-    for _ in stream:  # what full() gathers needs every process, also where writing failed
+    for _ in stream:  # what to_full() gathers needs every process, also where writing failed
         pass
     parts = all_gather_object((entry, problem))
     if problems := [p for _, p in parts if p]:
@@ -91,8 +66,8 @@ def save_state(folder: str | Path, step: int, held: Sharded | dict[str, nn.Param
             shutil.rmtree(place, ignore_errors=True)
         raise DiskError(f"the state after step {step} could not be written: {problems[0]}")
     if rank == 0:
-        files = dict(entry for entry, _ in parts if entry)
-        write_json(place / "state.json", {"step": step, "sharded": sharded, "shapes": shapes, "files": files})
+        write_json(place / "state.json", {"step": step, "sharded": policy.every_process_writes,
+                                          "shapes": policy.state_shapes(), "files": dict(entry for entry, _ in parts if entry)})
         if target.exists():
             shutil.rmtree(target)
         os.rename(place, target)
@@ -103,18 +78,18 @@ def save_state(folder: str | Path, step: int, held: Sharded | dict[str, nn.Param
             shutil.rmtree(old)
 
 
-def load_state(folder: str | Path, held: Sharded | dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def load_state(folder: str | Path, policy, optimizer: torch.optim.Optimizer) -> int:
     """Puts the newest state that is whole back; returns its number of steps, 0 where there is none.
 
     A damaged one is named, and the one before is used. Raises CheckpointError where none is left, or where it is of
     other parameters. Every process must call it.
     """
-    rank, found = rank_and_size()[0], saved_states(folder)
+    found = saved_states(folder)
     for place in found:
         damage = [x for x in all_gather_object(_damage(place)) if x]
         if not damage:
-            return _read_state(place, held, optimizer)
-        if rank == 0:
+            return _read_state(place, policy, optimizer)
+        if rank_and_size()[0] == 0:
             print(f"{place}: damaged ({damage[0]}); the state before it is used", flush=True)
     if found:
         raise CheckpointError(f"{found[0]}: damaged ({damage[0]}), and no state before it is whole; delete "
@@ -144,47 +119,25 @@ def _damage(place: Path) -> str:
     return ""
 
 
-def _read_state(place: Path, held: Sharded | dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    state, sharded = read_json(place / "state.json"), isinstance(held, Sharded)
-    params, shapes = _about(held)
-    if state.get("sharded") is not sharded:
-        raise CheckpointError(f"{place}: written {'without' if sharded else 'with'} --sharding hand; resume that way")
+def _read_state(place: Path, policy, optimizer: torch.optim.Optimizer) -> int:
+    state, params, shapes = read_json(place / "state.json"), policy.named_parameters(), policy.state_shapes()
+    if state.get("sharded") is not policy.every_process_writes:
+        raise CheckpointError(f"{place}: written {'without' if policy.every_process_writes else 'with'} --sharding hand; "
+                              "resume that way")
     if state.get("shapes") != shapes:
         there = state["shapes"] if isinstance(state.get("shapes"), dict) else {}
         different = sorted(k for k in there.keys() | shapes.keys() if there.get(k) != shapes.get(k))
         raise CheckpointError(f"{place}: holds other parameters than this run trains, e.g. {different[:3]}; "
                               "resume with the settings it was started with")
-    units = {u.name or "root": u for u in held.units if u.shard.requires_grad} if sharded else {}
     try:
         with contextlib.ExitStack() as stack, torch.no_grad():
             files = [stack.enter_context(safe_open(place / Path(name).name, "pt")) for name in sorted(state["files"])]
             keys = set(files[0].keys())
-
-            def read(key: str, name: str) -> Tensor:
-                if sharded:
-                    return _shard(files, key, units[name], held)
-                value = files[0].get_tensor(key)
-                if list(value.shape) != shapes[name]:
-                    raise ValueError(f"{key} has shape {list(value.shape)}")
-                return as_held(params[name], value)
-
             for name, p in params.items():
-                p.copy_(read(f"param.{name}", name))
+                p.copy_(policy.read(files, f"param.{name}", name))
                 if f"step.{name}" in keys:
                     optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}")} | {
-                        key: read(f"{key}.{name}", name).to(p) for key in MOMENTS[1:]}
+                        key: policy.read(files, f"{key}.{name}", name).to(p) for key in ("exp_avg", "exp_avg_sq")}
     except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{place}: its tensors are not those of a state ({error}); delete it") from None
     return state["step"]
-
-
-def _shard(files: list, key: str, unit: Unit, sharded: Sharded) -> Tensor:
-    """This process's shard of a flat vector that was cut into len(files) others."""
-    length, old = len(unit.shard), -(-unit.numel // len(files))
-    start, stop = sharded.rank * length, min((sharded.rank + 1) * length, unit.numel)
-    pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]
-              for i, f in enumerate(files) if start < min((i + 1) * old, stop) and i * old < stop]
-    out = torch.zeros(length)
-    if pieces:
-        out[: stop - start] = torch.cat(pieces)
-    return out

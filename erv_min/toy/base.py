@@ -29,9 +29,7 @@ from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
-from erv_min.run.processes import Processes
-
-ALONE = Processes(0, 1, torch.device("cpu"))
+from erv_min.run.sharding import Replicated
 
 
 def look_targets(look: dict) -> list[float]:
@@ -44,7 +42,7 @@ def look_targets(look: dict) -> list[float]:
 def decode_all(clips: list[Example], model: HumanOmni, workers: int) -> tuple[Tensor, Tensor]:
     """Every clip as tensors: video [clips, T, 3, S, S], audio [clips, mels, F]. Raises the first ClipError."""
     video, audio = [], []
-    for x in clip_inputs(clips, model, None, num_frames=model.config.num_frames, workers=workers):
+    for x in clip_inputs(clips, model.config, None, num_frames=model.config.num_frames, workers=workers):
         if isinstance(x, ClipError):
             raise x
         video.append(x.clip.video)
@@ -63,14 +61,15 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     see, hear = nn.Linear(width, seen.shape[1]), nn.Linear(width, heard.shape[1])
     params = [p for _, p in trainable(model, ("vision_tower", "visual_projector", "audio_projector"))]
     params += [p.requires_grad_() for p in model.model.audio_tower.parameters()] + [*see.parameters(), *hear.parameters()]
-    optimizer, started = make_optimizer(params, weight_decay=0.01), time.time()
+    learner = Replicated(nn.ModuleList([model, see, hear]), compute=torch.float32)
+    optimizer, started = make_optimizer(params), time.time()
     for step in range(steps):
         batch = torch.tensor(batch_of_step(len(rows), batch_size, seed, step))
         shown = see(F.rms_norm(model.encode_video(video[batch], *gate), (width,)).mean(1))
         sounds = hear(F.rms_norm(model.encode_audio(audio[batch]), (width,)).mean(1))
         losses = F.mse_loss(shown, seen[batch]), F.mse_loss(sounds, heard[batch])
         sum(losses).backward()
-        update(optimizer, params, learning_rate(step, steps, lr, 0.1), 1.0, ALONE)
+        update(learner, optimizer, learning_rate(step, steps, lr, 0.1), 1.0)
         if (step + 1) % 50 == 0:
             print(f"towers: step {step + 1}/{steps} video loss {losses[0]:.4f} audio loss {losses[1]:.4f}, "
                   f"{time.time() - started:.1f} s", flush=True)
@@ -83,8 +82,8 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
     with torch.no_grad():  # nothing before the language model moves: its tokens are computed once
         video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
         audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
-    params = [p for _, p in trainable(model, ("language_model",))]
-    optimizer, started = make_optimizer(params), time.time()
+    learner = Replicated(model, compute=torch.float32)
+    optimizer, started = make_optimizer([p for _, p in trainable(model, ("language_model",))]), time.time()
     ids = torch.tensor([tokenizer.encode(render())])
     for step in range(steps):
         batch = batch_of_step(len(captions), batch_size, seed, step)
@@ -93,7 +92,7 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
                               tokenizer.pad_id, embeds.device)
         loss = sft_loss(completion_logps(model, Prompts(embeds, mask), targets)[0], targets.mask)
         loss.backward()
-        update(optimizer, params, learning_rate(step, steps, lr, 0.05), 1.0, ALONE)
+        update(learner, optimizer, learning_rate(step, steps, lr, 0.05), 1.0)
         if (step + 1) % 50 == 0:
             print(f"captions: step {step + 1}/{steps} loss {loss.item():.4f}, {time.time() - started:.1f} s", flush=True)
 

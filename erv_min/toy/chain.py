@@ -21,13 +21,13 @@ import torch
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
 from erv_min.data.predictions import predict
-from erv_min.inputs import PromptBuilder
+from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
 from erv_min.rewards import format_reward
 from erv_min.run.files import atomic_write, write_json
 from erv_min.run.folder import STOPPED
-from erv_min.run.processes import Processes, main_process
+from erv_min.run.processes import Processes, barrier
 from erv_min.run.settings import PRESETS, GRPOSettings
 
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
@@ -74,10 +74,15 @@ def world_folder(settings) -> Path:
     return found or (inside if isinstance(settings, GRPOSettings) else beside)
 
 
-def prepare_world(world: Path, seed: int, base: bool) -> None:
-    """Renders the embedded world, and trains its base model if `base`, where they are not there yet."""
-    if not (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
-        run(["-m", "erv_min.toy", str(world), "--seed", str(seed), *([] if base else ["--clips-only"])])
+def prepare_world(settings, processes: Processes, base: bool) -> Path:
+    """Renders the embedded world, and trains its base model if `base`, where they are not there yet; names its folder in
+    `settings`. The main process makes it, the others wait."""
+    world = world_folder(settings)
+    settings.world = str(world)
+    if processes.main and not (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
+        run(["-m", "erv_min.toy", str(world), "--seed", str(settings.seed), *([] if base else ["--clips-only"])])
+    barrier()
+    return world
 
 
 def options(settings, preset: dict, without: tuple[str, ...] = ()) -> list[str]:
@@ -91,16 +96,14 @@ def options(settings, preset: dict, without: tuple[str, ...] = ()) -> list[str]:
     return words
 
 
-def prepare(settings: GRPOSettings, scripts: Path) -> None:
+def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
     """Makes world, SFT, verifier and, where asked, the Baseline, each where it is not there yet; names them in `settings`.
 
-    `scripts` is the folder of the stages' scripts. The main process makes them; the others wait for it where the process
-    group forms. With --random-weights the world is all that is needed.
+    `scripts` is the folder of the stages' scripts. The main process makes them, the others wait. With --random-weights
+    the world's text is all that is needed.
     """
-    out, world, same = Path(settings.out), world_folder(settings), ["--seed", str(settings.seed)]
-    settings.world = str(world)
-    if main_process():
-        prepare_world(world, settings.seed, base=False)
+    out, same = Path(settings.out), ["--seed", str(settings.seed)]
+    world = prepare_world(settings, processes, base=False)
     if settings.random_weights:
         return
     same += ["--preset", "toy", "--world", str(world), "--device", settings.device or "cpu", "--resume"]
@@ -111,15 +114,16 @@ def prepare(settings: GRPOSettings, scripts: Path) -> None:
     if settings.w_explanation and not settings.erv and not (verifier / WEIGHTS).exists():
         todo.append([str(scripts / "erv.py"), *same, "--out", str(verifier), *human])
     settings.model, settings.erv = settings.model or str(sft), settings.erv or str(verifier)
-    if main_process() and todo:
+    if processes.main and todo:
         run(*todo)
-    if main_process() and settings.baseline and not (baseline / WEIGHTS).exists():
+    if processes.main and settings.baseline and not (baseline / WEIGHTS).exists():
         own = ("out", "erv", "ablate", "w_explanation", "baseline", "eval_clips", "resume")
         run([str(scripts / "grpo.py"), *options(settings, PRESETS["grpo"]["toy"], own), "--out", str(baseline),
              "--w-explanation", "0", "--eval-clips", "-1", "--resume"])
+    barrier()
 
 
-def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes) -> None:
+def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
@@ -129,8 +133,8 @@ def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes
     systems[name] = settings.out
     judge, scores, kept = make_judge("lexicon"), {}, {}
     for system, folder in systems.items():
-        own = PromptBuilder(load_humanomni(folder, torch.float32, processes.device), builder.tokenizer,
-                            builder.gate_tokenizer, builder.cache, settings.modality, settings.prompt_stage)
+        own = Collator(load_humanomni(folder, torch.float32, processes.device), collate.tokenizer,
+                       collate.gate_tokenizer, collate.cache, settings.modality, settings.prompt_stage)
         rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
                           batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
                           workers=settings.workers)

@@ -56,7 +56,7 @@ def measure(options: Options) -> Iterator[dict]:
 
         def run(workers: int, work=None) -> tuple[float, float]:
             """(seconds, of these spent waiting for the next clip)."""
-            stream = clip_inputs(examples, model, None, num_frames=options.config.num_frames, workers=workers)
+            stream = clip_inputs(examples, model.config, None, num_frames=options.config.num_frames, workers=workers)
             for _ in range(WARM):
                 x = next(stream)
                 if work:

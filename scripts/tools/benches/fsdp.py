@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.run.processes import leave
 from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.run.sharding import spread
+from erv_min.run.sharding import shard
 from erv_min.plan import Live
 from erv_min.logps import Completions, Prompts, completion_logps
 
@@ -84,21 +84,23 @@ def _process(rank: int, folder: str, given: dict, recompute: bool) -> None:
         model = random_humanomni(config, device="cpu")
         model.model.recompute = recompute
         trainable(model, "language_model")
-        run = spread(model, way, device, dtype)
-        return run, torch.optim.AdamW(run.parameters().values(), lr=1e-4)
+        run = shard(model, way, device, dtype)
+        return run, torch.optim.AdamW(run.named_parameters().values(), lr=1e-4)
 
     def backward(run) -> None:
-        run(lambda: -completion_logps(run.model, prompts, targets)[0].mean()).backward()
+        with run.forward_pass():
+            loss = -completion_logps(run.model, prompts, targets)[0].mean()
+        loss.backward()
 
     def finish(run, optimizer) -> None:
-        run.clip(1.0)
+        run.clip_gradients(1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     pairs, times, found = {way: build(way) for way in WAYS}, {way: [] for way in WAYS}, {}
-    found["parameters"] = sum(shape.numel() for shape in pairs["hand"][0].shapes().values())
+    found["parameters"] = sum(shape.numel() for shape in pairs["hand"][0].full_shapes().values())
     for step in range(given["steps"] + 3):  # three to warm up
         for way in WAYS if step % 2 else reversed(WAYS):
             dist.barrier()
