@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from safetensors.torch import load_file
 
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
+from erv_min.data.readers import Example
+from erv_min.inputs import training_inputs
 from erv_min.model.humanomni import random_humanomni
+from erv_min.run.errors import ClipError
 from erv_min.run.start import tower_key
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
