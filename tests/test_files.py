@@ -31,5 +31,8 @@ def test_errors_name_file_and_line(tmp_path):
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="bad.json"):
         read_json(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text("9" * 5000)  # more digits than Python turns into an integer
+    with pytest.raises(DataError, match="bad.json: not a JSON file"):
+        read_json(tmp_path / "bad.json")
     with pytest.raises(DataError, match="no such file"):
         read_json(tmp_path / "none.json")
