@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,45 +42,43 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     Buffers are left out; TensorFlow's names of a layer norm (BERT's own repository) become torch's. Raises
     CheckpointError naming the file that is missing, damaged, holds code, or a tensor that is not floating point.
     """
-    files, promised = _weight_files(folder)
     stored = {}
-    for file in files:
-        stored |= _open_bin(file) if file.suffix == ".bin" else _open_safetensors(file)
-    if absent := sorted(promised - stored.keys()):
-        raise CheckpointError(f"{folder}: no shard holds {len(absent)} tensors of its index, such as {absent[0]}")
-    stored = {name: entry for name, entry in stored.items() if not name.endswith(BUFFERS)}
-    for name, entry in stored.items():
-        if entry.dtype not in (*FLOATS, *FLOATS.values()):
-            raise CheckpointError(f"{entry.file}: tensor {name} is {entry.dtype}, weights must be one of "
-                                  f"{', '.join(FLOATS.values())}")
-    return {name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): entry
-            for name, entry in stored.items()}
+    for file in _weight_files(folder):
+        for name, entry in (_open_bin if file.suffix == ".bin" else _open_safetensors)(file).items():
+            if name.endswith(BUFFERS):
+                continue
+            if entry.dtype not in (*FLOATS, *FLOATS.values()):
+                raise CheckpointError(f"{file}: tensor {name} is {entry.dtype}, weights must be one of "
+                                      f"{', '.join(FLOATS.values())}")
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            stored[name] = entry
+    return stored
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The files of the layout that a folder has, and the names of the tensors that its index, if any, promises."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the layout that a folder has, its index checked; what a shard lacks is found by `fill`."""
     for single, index, _ in (SAFE_FILES, BIN_FILES):
         if (folder / single).exists():
-            return [folder / single], set()
+            return [folder / single]
         if (folder / index).exists():
             shards = read_object(folder / index).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file
                                                        and len(file) < 250 for file in shards.values()):
                 raise CheckpointError(f"{folder / index}: field 'weight_map' must map tensor names to files of this "
                                       "folder")
-            files = sorted(set(shards.values()))
-            if absent := [file for file in files if not (folder / file).exists()]:
+            files = [folder / file for file in sorted(set(shards.values()))]
+            if absent := [file.name for file in files if not file.exists()]:
                 raise CheckpointError(f"{folder}: {len(absent)} shards are missing: {', '.join(absent[:4])}")
-            return [folder / file for file in files], set(shards)
+            return files
     raise CheckpointError(f"{folder}: no weights (none of {', '.join(SAFE_FILES[:2] + BIN_FILES[:2])})")
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:
     try:
         handle = safe_open(file, "pt")
-        slices = {name: handle.get_slice(name) for name in handle.keys()}
-        return {name: Stored(file, tuple(part.get_shape()), part.get_dtype(), lambda name=name: handle.get_tensor(name))
-                for name, part in slices.items()}
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # shape and type alone
+        return {name: Stored(file, tuple(part.get_shape()), part.get_dtype(), partial(handle.get_tensor, name))
+                for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
 
@@ -111,9 +110,8 @@ def fill(model: nn.Module, stored: dict[str, Stored], may_miss: set[str], dtype:
          device: str | torch.device, parts: dict[str, tuple[str, ...]], where: str | Path) -> list[str]:
     """Puts `stored` into a model on the meta device; returns the names of `may_miss` that were absent (now zeros).
 
-    With `device` meta nothing is read, and the model keeps shapes alone. A tied parameter goes by its first name; tying
-    again is the caller's. Raises CheckpointError listing missing, unknown and wrongly shaped tensors with counts by
-    part.
+    With `device` meta nothing is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
+    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part.
     """
     expected = {k: tuple(p.shape) for k, p in model.named_parameters()}
     absent = [k for k in expected if k not in stored]
