@@ -135,12 +135,11 @@ def humanomni(name: str) -> HumanOmniConfig:
 
 def roberta(name: str, num_labels: int = 11) -> BertConfig:
     """The verifier's encoder: "toy" or "base" (RoBERTa base). Raises SettingsError on another name."""
-    shared = dict(type_vocab_size=1, layer_norm_eps=1e-5, num_labels=num_labels, roberta=True, pad_token_id=1)
-    if name == "toy":
-        return BertConfig(512, 64, 2, 4, 128, max_position_embeddings=130, **shared)
-    if name == "base":
-        return BertConfig(50265, 768, 12, 12, 3072, max_position_embeddings=514, **shared)
-    raise SettingsError(f"verifier {name!r} is unknown; choose toy or base")
+    sizes = {"toy": (512, 64, 2, 4, 128, 130), "base": (50265, 768, 12, 12, 3072, 514)}  # the last: positions
+    if name not in sizes:
+        raise SettingsError(f"verifier {name!r} is unknown; choose toy or base")
+    return BertConfig(*sizes[name], type_vocab_size=1, layer_norm_eps=1e-5, num_labels=num_labels, roberta=True,
+                      pad_token_id=1)
 
 
 # ---- config.json and towers.json ------------------------------------------------------------------------------------

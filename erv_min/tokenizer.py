@@ -51,8 +51,7 @@ class Tokenizer:
         self.turn_end = self.encode("<|im_end|>\n")
 
     def _id(self, token: str) -> int:
-        found = self.backend.token_to_id(token)
-        if found is None:
+        if (found := self.backend.token_to_id(token)) is None:
             raise CheckpointError(f"{self.folder}: the tokenizer has no {token}; is it Qwen2's?")
         return found
 
@@ -102,8 +101,9 @@ class EncoderTokenizer:
         """Texts -> (ids [S, L], mask [S, L]), int64, with the file's special tokens, cut and padded on the right."""
         rows = self.backend.encode_batch(list(texts))
         shape = len(rows), len(rows[0].ids) if rows else 0
-        ids = torch.tensor([row.ids for row in rows], dtype=torch.long).view(shape)  # [S, L]
-        return ids, torch.tensor([row.attention_mask for row in rows], dtype=torch.long).view(shape)
+        ids = torch.tensor([row.ids for row in rows], dtype=torch.long)
+        mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.long)
+        return ids.view(shape), mask.view(shape)
 
 
 def _open(path: Path) -> Backend:
@@ -127,12 +127,12 @@ def _from_vocabulary(folder: Path, config: dict) -> Backend:
         pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
-    added = sorted((int(i), token) for i, token in (config.get("added_tokens_decoder") or {}).items())
-    for i, token in added:
-        backend.add_special_tokens([AddedToken(token["content"], normalized=False)])
-        if backend.token_to_id(token["content"]) != i:
-            raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {token['content']} the "
-                                  f"id {i}, but vocab.json makes it {backend.token_to_id(token['content'])}")
+    added = {int(i): token["content"] for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    for i in sorted(added):
+        backend.add_special_tokens([AddedToken(added[i], normalized=False)])
+        if (made := backend.token_to_id(added[i])) != i:
+            raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {added[i]} the id {i}, "
+                                  f"but vocab.json makes it {made}")
     return backend
 
 
