@@ -1,11 +1,13 @@
 """Dimensions of HumanOmni (Eq. 1) and of the verifier, and the two files that hold them: config.json and towers.json.
 
-Only sizes live here; the settings of the training stages are in settings.py. Field names are those of the released
-files. A released config.json describes the language model and the projector; the towers' sizes come from towers.json
-where a folder has one, else from the tower's own repository, or, for the known towers, from TOWERS below.
+Field names are those of the released files. A released config.json describes the language model and the projector; the
+towers' sizes come from towers.json where a folder has one, else from the tower's own repository, or, for the known
+towers, from TOWERS below. Left out: the settings of the training stages (run/settings.py), which tower a checkpoint
+means (checkpoint.py).
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from typing import get_args
 
 from erv_min.run.errors import CheckpointError, SettingsError
 
@@ -77,7 +79,7 @@ class BertConfig:
 
 @dataclass(frozen=True)
 class HumanOmniConfig:
-    """The whole model. `extra` keeps keys of a loaded config.json that nothing here reads, so that they are saved."""
+    """The whole model. `extra`: the other keys of config.json, which nothing here reads and which are saved again."""
 
     text: Qwen2Config
     vision: SiglipConfig
@@ -87,10 +89,7 @@ class HumanOmniConfig:
     num_frames: int = 8
     select_layer: int = -2
     gate_hidden_size: int = 3584
-    image_aspect_ratio: str = "pad"
-    bos_token_id: int | None = 151643
-    eos_token_id: int | None = 151645
-    pad_token_id: int | None = 151643
+    eos_token_id: int | None = None
     extra: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -105,17 +104,14 @@ class HumanOmniConfig:
         return self.audio.max_source_positions // 3
 
 
-SIGLIP_BASE = SiglipConfig()
-SIGLIP_SO400M = SiglipConfig(1152, 4304, 27, 16, image_size=384, patch_size=14)
-WHISPER_LARGE_V3 = WhisperConfig(1280, 32, 20, 5120, num_mel_bins=128, max_source_positions=1500)
-BERT_BASE = BertConfig(30522, 768, 12, 12, 3072, max_position_embeddings=512)
+VIDEO, AUDIO = -201, -202  # what <video> and <audio> of a prompt are in input_ids, until the model splices them (Eq. 1)
 
-# The towers that released checkpoints name: last path component -> hub repository, dimensions.
+# The towers that released checkpoints name, by hub repository.
 TOWERS = {
-    "siglip-base-patch16-224": ("google/siglip-base-patch16-224", SIGLIP_BASE),
-    "siglip-so400m-patch14-384": ("google/siglip-so400m-patch14-384", SIGLIP_SO400M),
-    "whisper-large-v3": ("openai/whisper-large-v3", WHISPER_LARGE_V3),
-    "bert-base-uncased": ("google-bert/bert-base-uncased", BERT_BASE),
+    "google/siglip-base-patch16-224": SiglipConfig(),
+    "google/siglip-so400m-patch14-384": SiglipConfig(1152, 4304, 27, 16, image_size=384, patch_size=14),
+    "openai/whisper-large-v3": WhisperConfig(1280, 32, 20, 5120, num_mel_bins=128, max_source_positions=1500),
+    "google-bert/bert-base-uncased": BertConfig(30522, 768, 12, 12, 3072, max_position_embeddings=512),
 }
 
 
@@ -126,128 +122,115 @@ def humanomni(name: str) -> HumanOmniConfig:
         vision = SiglipConfig(48, 96, 3, 4, image_size=48, patch_size=12)
         audio = WhisperConfig(48, 2, 4, 96, num_mel_bins=32, max_source_positions=50, classifier_proj_size=8)
         gate = BertConfig(256, 32, 1, 2, 64, max_position_embeddings=160)
-        return HumanOmniConfig(text, vision, audio, gate, num_frames=4, gate_hidden_size=32,
-                               bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        return HumanOmniConfig(text, vision, audio, gate, num_frames=4, gate_hidden_size=32)
+    if name not in ("0.5b", "7b"):
+        raise SettingsError(f"model {name!r} is unknown; choose toy, 0.5b or 7b")
+    siglip_base, siglip_so400m, whisper, bert = TOWERS.values()
+    ids = {"eos_token_id": 151645, "extra": {"bos_token_id": 151643, "pad_token_id": 151643}}
     if name == "0.5b":
-        text = Qwen2Config(151936, 896, 4864, 24, 14, 2)
-        return HumanOmniConfig(text, SIGLIP_BASE, WHISPER_LARGE_V3, BERT_BASE)
-    if name == "7b":
-        text = Qwen2Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False)
-        return HumanOmniConfig(text, SIGLIP_SO400M, WHISPER_LARGE_V3, BERT_BASE, projector="all_in_one")
-    raise SettingsError(f"model {name!r} is unknown; choose toy, 0.5b or 7b")
+        return HumanOmniConfig(Qwen2Config(151936, 896, 4864, 24, 14, 2), siglip_base, whisper, bert, **ids)
+    text = Qwen2Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False)
+    return HumanOmniConfig(text, siglip_so400m, whisper, bert, projector="all_in_one", **ids)
 
 
 def roberta(name: str, num_labels: int = 11) -> BertConfig:
     """The verifier's encoder: "toy" or "base" (RoBERTa base). Raises SettingsError on another name."""
-    shared = dict(type_vocab_size=1, layer_norm_eps=1e-5, num_labels=num_labels, roberta=True, pad_token_id=1)
-    if name == "toy":
-        return BertConfig(512, 64, 2, 4, 128, max_position_embeddings=130, **shared)
-    if name == "base":
-        return BertConfig(50265, 768, 12, 12, 3072, max_position_embeddings=514, **shared)
-    raise SettingsError(f"verifier {name!r} is unknown; choose toy or base")
+    sizes = {"toy": (512, 64, 2, 4, 128, 130), "base": (50265, 768, 12, 12, 3072, 514)}  # the last: positions
+    if name not in sizes:
+        raise SettingsError(f"verifier {name!r} is unknown; choose toy or base")
+    return BertConfig(*sizes[name], type_vocab_size=1, layer_norm_eps=1e-5, num_labels=num_labels, roberta=True,
+                      pad_token_id=1)
 
 
 # ---- config.json and towers.json ------------------------------------------------------------------------------------
 
-ACTIVATIONS = {SiglipConfig: ("hidden_act", "gelu_pytorch_tanh"), WhisperConfig: ("activation_function", "gelu"),
-               BertConfig: ("hidden_act", "gelu"), Qwen2Config: ("hidden_act", "silu")}
+# What a file may say of a part apart from its sizes: key -> the values that are implemented, the usual one first.
+SUPPORTED = {
+    Qwen2Config: {"hidden_act": ("silu",)},
+    SiglipConfig: {"hidden_act": ("gelu_pytorch_tanh",)},
+    WhisperConfig: {"activation_function": ("gelu",)},
+    BertConfig: {"hidden_act": ("gelu",)},
+    HumanOmniConfig: {"mm_projector_type": ("all_in_one_small", "all_in_one"),
+                      "mm_audio_projector_type": ("mlp2x_gelu",)},
+}
+KEYS = {"projector": "mm_projector_type", "select_layer": "mm_vision_select_layer"}  # fields under another name there
+LIMITS = {"num_hidden_layers": (1, 1000), "encoder_layers": (1, 1000), "select_layer": (-1000, 1000),
+          "pad_token_id": (0, 2**24), "eos_token_id": (0, 2**24), "num_labels": (0, 2**24)}  # other sizes: 1 to 2**24
+MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"),
+             ("d_model", "encoder_attention_heads"))  # the second divides the first
 
 
-def read_part(kind: type, values: dict, where: str, **given):
-    """Builds the dataclass `kind` from a JSON object's keys of the same names; `given` overrides.
+def read_part(kind: type, values: dict, where: str, usual: dict | None = None, **given):
+    """Builds the dataclass `kind` from the values of a JSON object, in which null counts as absent.
 
-    Raises CheckpointError naming `where` and the field that is missing, of the wrong type, or unsupported.
+    `usual` stands for absent values, `given` are fields that are taken as they are. Raises CheckpointError naming
+    `where` and the field that is missing, of another type or size, or not supported.
     """
+    if kind is SiglipConfig and isinstance(values, dict):
+        values = values.get("vision_config", values)  # SigLIP's own repository nests the vision half
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    name, activation = ACTIVATIONS[kind]
-    if values.get(name, activation) != activation:
-        raise CheckpointError(f"{where}: {name} is {values[name]!r}, only {activation!r} is supported")
-    chosen = {f.name: values[f.name] for f in fields(kind) if f.name in values} | given
+    values = (usual or {}) | {k: v for k, v in values.items() if v is not None}
+    for key, supported in SUPPORTED[kind].items():
+        if values.get(key, supported[0]) not in supported:
+            raise CheckpointError(f"{where}: {key} is {values[key]!r}, only {' or '.join(supported)} is supported")
     for f in fields(kind):
-        if f.name not in chosen:
-            if f.default is f.default_factory:  # both MISSING: a required field
-                raise CheckpointError(f"{where}: field {f.name!r} is missing")
+        key, types = KEYS.get(f.name, f.name), get_args(f.type) or (f.type,)
+        if f.name in given or key not in values and f.default is not f.default_factory:
             continue
-        value = chosen[f.name]
-        is_size = f.type is int
-        numeric = not isinstance(value, bool) and (isinstance(value, int) or (not is_size and isinstance(value, float)))
-        if not (isinstance(value, bool) if f.type is bool else numeric and value >= 0):
-            raise CheckpointError(f"{where}: field {f.name!r} must be {f.type.__name__}, is {value!r}")
-        if is_size and value > (1000 if "layers" in f.name else 2**24):
-            raise CheckpointError(f"{where}: field {f.name!r} is {value}: no model is that large")
-    part = kind(**chosen)
+        if key not in values:  # and neither has a default: both are MISSING
+            raise CheckpointError(f"{where}: field {key!r} is missing")
+        value = given[f.name] = values[key]
+        if type(value) not in ((float, int) if f.type is float else types):
+            raise CheckpointError(f"{where}: field {key!r} must be {types[0].__name__}, is {value!r}")
+        low, high = LIMITS.get(f.name, (1, 2**24)) if int in types else (0, 1e30)
+        if type(value) in (int, float) and not low <= value <= high:
+            raise CheckpointError(f"{where}: field {key!r} is {value}, models have {low} to {high}")
+    part = kind(**given)
+    for whole, divisor in MULTIPLES:
+        if hasattr(part, divisor) and getattr(part, whole) % getattr(part, divisor):
+            raise CheckpointError(f"{where}: {whole} {getattr(part, whole)} is no multiple of {divisor} "
+                                  f"{getattr(part, divisor)}")
     if kind is BertConfig and part.pad_token_id >= part.vocab_size:
-        raise CheckpointError(f"{where}: pad_token_id {part.pad_token_id} is outside the vocabulary of {part.vocab_size}")
+        raise CheckpointError(f"{where}: pad_token_id {part.pad_token_id} is outside a vocabulary of {part.vocab_size}")
     return part
 
 
-def read_tower(kind: type, values: dict, where: str):
-    """A tower's dataclass from its own repository's config.json (SigLIP nests the vision part) or from towers.json."""
-    if kind is SiglipConfig and isinstance(values, dict) and isinstance(values.get("vision_config"), dict):
-        values = values["vision_config"]
-    given = {"num_labels": 0, "roberta": False} if kind is BertConfig else {}
-    if kind is WhisperConfig:
-        given["num_labels"] = values.get("num_labels", 2) if isinstance(values, dict) else 2
-    if kind is BertConfig and isinstance(values, dict) and values.get("pad_token_id") is None:
-        given["pad_token_id"] = 0
-    return read_part(kind, values, where, **given)
-
-
-def read_bert(values: dict, where: str) -> BertConfig:
-    """The verifier's dataclass from a Hugging Face config.json of a RoBERTa or BERT sequence classifier."""
-    labels = values.get("id2label")
-    count = len(labels) if isinstance(labels, dict) else values.get("num_labels", 2)
-    return read_part(BertConfig, values, where, num_labels=count, roberta=values.get("model_type") == "roberta",
-                     pad_token_id=values.get("pad_token_id", 1))
+def read_roberta(raw: dict, where: str) -> BertConfig:
+    """The verifier's sizes from the config.json of a RobertaForSequenceClassification; errors as `read_part`."""
+    if raw.get("model_type") != "roberta":
+        raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r}, a verifier is 'roberta'")
+    labels = raw.get("id2label")
+    values = raw | {"num_labels": len(labels)} if isinstance(labels, dict) else raw
+    return read_part(BertConfig, values, where, {"num_labels": 2, "pad_token_id": 1}, roberta=True)
 
 
 def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,
                    where: str) -> HumanOmniConfig:
-    """A released config.json and the towers' sizes -> HumanOmniConfig. Raises CheckpointError naming `where`, field."""
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(raw).__name__}")
-    given = {}
-    if "rope_theta" not in raw and isinstance(raw.get("rope_parameters"), dict):  # newer transformers nest it
-        given["rope_theta"] = raw["rope_parameters"].get("rope_theta", 1e6)
-    text = read_part(Qwen2Config, raw, where, tie_word_embeddings=raw.get("tie_word_embeddings", False), **given)
-    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
-        raise CheckpointError(f"{where}: hidden_size {text.hidden_size}, num_attention_heads "
-                              f"{text.num_attention_heads}, num_key_value_heads {text.num_key_value_heads} "
-                              "do not divide")
-    sizes = {"num_frames": raw.get("num_frames") or 8, "select_layer": raw.get("mm_vision_select_layer", -2),
-             "gate_hidden_size": raw.get("gate_hidden_size", 3584)}
-    if wrong := [key for key, value in sizes.items() if not isinstance(value, int)]:
-        raise CheckpointError(f"{where}: {wrong[0]} must be an integer, is {sizes[wrong[0]]!r}")
-    projector = raw.get("mm_projector_type", "all_in_one_small")
-    if projector not in ("all_in_one_small", "all_in_one"):
-        raise CheckpointError(f"{where}: mm_projector_type {projector!r} is not supported "
-                              "(all_in_one_small or all_in_one)")
-    if raw.get("mm_audio_projector_type", "mlp2x_gelu") != "mlp2x_gelu":
-        raise CheckpointError(f"{where}: mm_audio_projector_type {raw['mm_audio_projector_type']!r} is not supported")
-    for key, width in (("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model)):
+    """A released config.json and the towers' sizes -> HumanOmniConfig; errors as `read_part`."""
+    nested = raw.get("rope_parameters")  # where newer transformers keep rope_theta
+    text = read_part(Qwen2Config, raw, where,
+                     {"tie_word_embeddings": False} | (nested if isinstance(nested, dict) else {}))
+    for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
         if raw.get(key, width) != width:
             raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
-    eos = raw.get("eos_token_id", 151645)
-    return HumanOmniConfig(
-        text, vision, audio, gate, projector=projector, **sizes,
-        image_aspect_ratio=raw.get("image_aspect_ratio") or "pad", bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=eos[0] if isinstance(eos, list) else eos, pad_token_id=raw.get("pad_token_id"), extra=dict(raw))
+    eos = raw.get("eos_token_id", 151645)  # Qwen2's <|im_end|>
+    values = raw | {"eos_token_id": eos[0] if isinstance(eos, list) and eos else eos}
+    return read_part(HumanOmniConfig, values, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
 
 
 def config_json(config: HumanOmniConfig) -> dict:
     """HumanOmniConfig -> the released config.json, keys of the file it was read from first and kept."""
-    large = config.projector == "all_in_one"
+    siglip = "so400m-patch14-384" if config.projector == "all_in_one" else "base-patch16-224"
     released = {"model_type": "HumanOmni_qwen2", "architectures": ["HumanOmniQwen2ForCausalLM"], "hidden_act": "silu",
                 "attention_dropout": 0.0, "use_cache": True, "use_mm_proj": True, "mm_use_x_start_end": True,
-                "mm_vision_tower": f"google/siglip-{'so400m-patch14-384' if large else 'base-patch16-224'}",
-                "mm_audio_tower": "openai/whisper-large-v3", "mm_vision_select_feature": "patch",
-                "mm_audio_projector_type": "mlp2x_gelu"}
+                "mm_vision_tower": f"google/siglip-{siglip}", "mm_audio_tower": "openai/whisper-large-v3",
+                "mm_vision_select_feature": "patch", "mm_audio_projector_type": "mlp2x_gelu",
+                "image_aspect_ratio": "pad"}
     own = asdict(config.text) | {
-        "mm_projector_type": config.projector, "mm_hidden_size": config.vision.hidden_size,
-        "audio_hidden_size": config.audio.d_model, "mm_vision_select_layer": config.select_layer,
-        "num_frames": config.num_frames, "image_aspect_ratio": config.image_aspect_ratio,
-        "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        "mm_projector_type": config.projector, "mm_vision_select_layer": config.select_layer,
+        "num_frames": config.num_frames, "mm_hidden_size": config.vision.hidden_size,
+        "audio_hidden_size": config.audio.d_model, "eos_token_id": config.eos_token_id}
     if config.gate_hidden_size != 3584:  # our key: the released code has 3584 written into it
         own["gate_hidden_size"] = config.gate_hidden_size
     return released | config.extra | own
@@ -255,7 +238,5 @@ def config_json(config: HumanOmniConfig) -> dict:
 
 def towers_json(config: HumanOmniConfig) -> dict:
     """The three towers' sizes as towers.json holds them."""
-    gate = {k: v for k, v in asdict(config.gate).items() if k not in ("num_labels", "roberta")}
-    return {"vision": asdict(config.vision) | {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
-            "audio": asdict(config.audio) | {"activation_function": "gelu"},
-            "text": gate | {"hidden_act": "gelu"}}
+    parts = {"vision": config.vision, "audio": config.audio, "text": config.gate}
+    return {name: asdict(part) | {k: v[0] for k, v in SUPPORTED[type(part)].items()} for name, part in parts.items()}

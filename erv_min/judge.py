@@ -8,7 +8,6 @@ of their own, never an emotion (divergence 14). Keys come from the environment a
 """
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -23,7 +22,7 @@ from typing import Protocol
 
 from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
 from erv_min.run.errors import JudgeError
-from erv_min.run.files import append_jsonl, atomic_write, read_jsonl
+from erv_min.run.files import append_jsonl, read_jsonl, write_jsonl
 from erv_min.prompts import judge_prompt
 from erv_min.rewards import extract_explanation
 
@@ -88,7 +87,7 @@ class ChatClient:
             return {}
         rows = read_jsonl(self.cache)
         if not self.cache.read_bytes().endswith(b"\n"):  # a cut last line would swallow the next one appended
-            atomic_write(self.cache, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_jsonl(self.cache, rows)
         return {row["key"]: row["raw"] for row in rows if isinstance(row, dict)  # what is no answer is asked again
                 and isinstance(row.get("key"), str) and isinstance(row.get("raw"), str)}
 

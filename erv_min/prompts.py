@@ -12,9 +12,9 @@ SYSTEM = "You are a helpful assistant."  # the default turn of Qwen2's template;
 QUESTION = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters is the "
             "most obvious to you?")
 REASONING_SUFFIX = "Output the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
-VIDEO, AUDIO = "<vi_start><video><vi_end>\n", "<au_start><audio><au_end>\n"
+VIDEO_TURN, AUDIO_TURN = "<vi_start><video><vi_end>\n", "<au_start><audio><au_end>\n"
 QWEN2_VL = "<|vision_start|><|video_pad|><|vision_end|>"  # what Qwen2-VL's template puts before the turn in GRPO
-MODALITIES = {"video_audio": VIDEO + AUDIO, "video": VIDEO, "audio": AUDIO, "text": "\n"}
+MODALITIES = {"video_audio": VIDEO_TURN + AUDIO_TURN, "video": VIDEO_TURN, "audio": AUDIO_TURN, "text": "\n"}
 PLACEHOLDER = re.compile(r"<(?:video|audio|image)>|<\|[^<>|]*\|>")  # also the template's own marks
 
 
@@ -28,7 +28,7 @@ def user_turn(question: str, modality: str = "video_audio", stage: str = "infere
     if stage == "inference":
         return MODALITIES[modality] + question
     if stage == "sft":
-        return VIDEO + AUDIO + "\n\n" + question
+        return VIDEO_TURN + AUDIO_TURN + "\n\n" + question
     if stage == "grpo":
         return QWEN2_VL + MODALITIES[modality] + question
     raise SettingsError(f"prompt stage {stage!r} is unknown; there are inference, sft, grpo")

@@ -4,8 +4,8 @@
 (RoBERTa). Both read tokenizer.json; the first also opens Qwen2's older pair of vocab.json and merges.txt.
 """
 
-import json
 import re
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from erv_min.run.errors import CheckpointError
+from erv_min.config import AUDIO, VIDEO
 from erv_min.prompts import SYSTEM
+from erv_min.run.errors import CheckpointError
+from erv_min.run.files import read_object
 
-VIDEO_ID, AUDIO_ID = -201, -202  # stand for the modality tokens of Eq. 1 until the model splices them in
-PLACEHOLDERS = {"<video>": VIDEO_ID, "<audio>": AUDIO_ID}
+PLACEHOLDERS = {"<video>": VIDEO, "<audio>": AUDIO}
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")
 DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\n|\\n)((?:\\'|[^'"{}<])*)<\|im_end\|>""")
@@ -34,7 +35,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         settings = self.folder / "tokenizer_config.json"
-        config = _json(settings) if settings.exists() else {}
+        config = read_object(settings) if settings.exists() else {}
         if (self.folder / "tokenizer.json").exists():
             self.backend = _open(self.folder / "tokenizer.json")
         elif (self.folder / "vocab.json").exists() and (self.folder / "merges.txt").exists():
@@ -46,12 +47,11 @@ class Tokenizer:
         pad = config.get("pad_token") or "<|endoftext|>"
         self.pad_id = self._id(pad["content"] if isinstance(pad, dict) else pad)
         self.vocab_size = self.backend.get_vocab_size()
-        self.system = _default_system(self.folder, config)
+        self.system = _default_system(self.folder, config.get("chat_template"))
         self.turn_end = self.encode("<|im_end|>\n")
 
     def _id(self, token: str) -> int:
-        found = self.backend.token_to_id(token)
-        if found is None:
+        if (found := self.backend.token_to_id(token)) is None:
             raise CheckpointError(f"{self.folder}: the tokenizer has no {token}; is it Qwen2's?")
         return found
 
@@ -59,23 +59,16 @@ class Tokenizer:
         """Text -> ids; the text on each side of a placeholder is tokenized by itself (Eq. 1)."""
         ids = []
         for part in re.split("(<video>|<audio>)", text):
-            if part in PLACEHOLDERS:
-                ids.append(PLACEHOLDERS[part])
-            elif part:
-                ids += self.backend.encode(part, add_special_tokens=False).ids
+            ids += ([PLACEHOLDERS[part]] if part in PLACEHOLDERS
+                    else self.backend.encode(part, add_special_tokens=False).ids)
         return ids
 
     def decode(self, ids, skip_special: bool = False) -> str:
         """Ids (a list or tensor) -> text; placeholders come back as their tags, or not at all with `skip_special`."""
-        text, part = "", []
         tags = {v: "" if skip_special else k for k, v in PLACEHOLDERS.items()}
-        for i in [*map(int, ids), None]:
-            if i is None or i in tags:
-                text += self.backend.decode(part, skip_special_tokens=skip_special) + tags.get(i, "")
-                part = []
-            else:
-                part.append(i)
-        return text
+        runs = groupby(map(int, ids), key=lambda i: i in tags)
+        return "".join("".join(map(tags.get, run)) if placed else self.backend.decode(list(run), skip_special)
+                       for placed, run in runs)
 
 
 def sft_ids(tokenizer: Tokenizer, prompt_text: str, target_text: str) -> tuple[list[int], list[int]]:
@@ -97,28 +90,20 @@ class EncoderTokenizer:
                                   "tokenizer.json, a verifier that of its RoBERTa")
         self.backend = _open(path)
         self.backend.enable_truncation(max_length)
-        pad = [self.backend.token_to_id(token) for token in ("<pad>", "[PAD]")]
-        if pad == [None, None]:
+        pad = next((token for token in ("<pad>", "[PAD]") if self.backend.token_to_id(token) is not None), None)
+        if pad is None:
             raise CheckpointError(f"{path}: neither <pad> nor [PAD] is in its vocabulary; is it RoBERTa's or BERT's?")
-        self.pad_id = next(p for p in pad if p is not None)
+        self.pad_id = self.backend.token_to_id(pad)
+        self.backend.enable_padding(pad_id=self.pad_id, pad_token=pad)
         self.vocab_size = self.backend.get_vocab_size()
 
     def encode_batch(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids [S, L], mask [S, L]), int64, with the file's special tokens, cut and padded on the right."""
-        rows = [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
-        ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)  # [S, L]
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        return ids, mask
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a JSON file ({error}); fetch it again") from None
+        rows = self.backend.encode_batch(list(texts))
+        shape = len(rows), len(rows[0].ids) if rows else 0
+        ids = torch.tensor([row.ids for row in rows], dtype=torch.long)
+        mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.long)
+        return ids.view(shape), mask.view(shape)
 
 
 def _open(path: Path) -> Backend:
@@ -142,21 +127,20 @@ def _from_vocabulary(folder: Path, config: dict) -> Backend:
         pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
-    added = sorted((int(i), token) for i, token in (config.get("added_tokens_decoder") or {}).items())
-    for i, token in added:
-        backend.add_special_tokens([AddedToken(token["content"], normalized=False)])
-        if backend.token_to_id(token["content"]) != i:
-            raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {token['content']} the "
-                                  f"id {i}, but vocab.json makes it {backend.token_to_id(token['content'])}")
+    added = {int(i): token["content"] for i, token in (config.get("added_tokens_decoder") or {}).items()}
+    for i in sorted(added):
+        backend.add_special_tokens([AddedToken(added[i], normalized=False)])
+        if (made := backend.token_to_id(added[i])) != i:
+            raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {added[i]} the id {i}, "
+                                  f"but vocab.json makes it {made}")
     return backend
 
 
-def _default_system(folder: Path, config: dict) -> str:
+def _default_system(folder: Path, template: str | list | None) -> str:
     """The text of the template's own system turn, found as text: templates are not run."""
-    template = config.get("chat_template") or ""
     if not template and (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if isinstance(template, list):  # several named templates
         template = next((x["template"] for x in template if x["name"] == "default"), "")
-    found = DEFAULT_SYSTEM.search(template)
+    found = DEFAULT_SYSTEM.search(template or "")
     return found[1].replace("\\n", "\n").replace("\\'", "'") if found else SYSTEM

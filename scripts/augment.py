@@ -13,7 +13,6 @@ What has no usable answer goes to OUT.rejected.jsonl. Texts are kept once; clips
 
 import argparse
 import hashlib
-import json
 import random
 import re
 from collections import Counter
@@ -24,7 +23,7 @@ from erv_min.data.examples import check_clips, check_disjoint, load_examples, su
 from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.erv import counts_table, read_rows
-from erv_min.run.files import atomic_write, read_jsonl
+from erv_min.run.files import read_jsonl, write_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
 from erv_min.run.processes import run_script
 from erv_min.prompts import complement_prompt, label_prompt
@@ -36,7 +35,7 @@ from erv_min.run.processes import join_processes
 
 
 def write_rows(path: str | Path, rows: list[dict]) -> None:
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 def without_repeats(rows: list[dict]) -> list[dict]:

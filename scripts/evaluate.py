@@ -10,14 +10,13 @@ confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twic
 OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
 from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import atomic_write, write_json
+from erv_min.run.files import atomic_write, write_json, write_jsonl
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
 from erv_min.run.processes import run_script
@@ -154,8 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             said = ([r["judged_emotion"] for r in part if r["dataset"] == dataset] for part in (rows_a, rows_b))
             agreements.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
     for number, part in enumerate(judged.values(), 1):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        atomic_write(out / f"judged-{number}.jsonl", "".join(lines))
+        write_jsonl(out / f"judged-{number}.jsonl", part)
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
                                       "agreement": agreements, **lost})
     lost.pop("towers", None)

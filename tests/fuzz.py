@@ -265,7 +265,7 @@ class Checkpoints:
         from erv_min.checkpoint import load_erv, load_humanomni
         from erv_min.run.state import load_state
         from erv_min.run.optimizer import make_optimizer
-        kind = rng.choice(("erv",) * 12 + ("policy", "run", "run"))
+        kind = rng.choice(("erv",) * 8 + ("policy",) * 5 + ("run",) * 2)
         place, pwned = folder / "x" / self.places[kind].name, folder / "pwned"
         shutil.rmtree(folder / "x", ignore_errors=True)
         shutil.copytree(self.places[kind], place)
@@ -302,7 +302,7 @@ class Checkpoints:
             if kind == "run":
                 load_state(place.parent, dict(self.linear.named_parameters()), make_optimizer(list(self.linear.parameters())))
             else:
-                {"erv": load_erv, "policy": load_humanomni}[kind](place)
+                {"erv": load_erv, "policy": load_humanomni}[kind](place, device=rng.choice(("cpu", "meta")))
         finally:
             assert not pwned.exists(), "code was run"
 

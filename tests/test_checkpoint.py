@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from conftest import GOLDEN
 from erv_min.checkpoint import (load_erv, load_humanomni, resolve, save_erv, save_humanomni, text_gate_folder,
                                 tower_place, ALL_TOWERS)
-from erv_min.config import BERT_BASE, SIGLIP_SO400M, WHISPER_LARGE_V3, humanomni, roberta
+from erv_min.config import TOWERS, humanomni, roberta
 from erv_min.run.errors import CheckpointError
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import random_humanomni
+from erv_min.run.weights import open_weights
 
 SMALL = GOLDEN / "humanomni_small"
 VISION, AUDIO, TEXT = (tower.prefix for tower in ALL_TOWERS)
@@ -207,13 +208,13 @@ def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
     assert replaced.tower_source["vision"] == f"override {other}"
 
 
-@pytest.mark.parametrize("name, repository, sizes", [
-    ("/nas/jiaxing/models/siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384", SIGLIP_SO400M),
-    ("/nas/hub/models--openai--whisper-large-v3/snapshots/06f233fe", "openai/whisper-large-v3", WHISPER_LARGE_V3),
-    (None, "google-bert/bert-base-uncased", BERT_BASE)])
-def test_paths_of_the_authors_machines(name, repository, sizes):
+@pytest.mark.parametrize("name, repository", [
+    ("/nas/jiaxing/models/siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384"),
+    ("/nas/hub/models--openai--whisper-large-v3/snapshots/06f233fe", "openai/whisper-large-v3"),
+    (None, "google-bert/bert-base-uncased")])
+def test_paths_of_the_authors_machines(name, repository):
     tower = ALL_TOWERS[["google", "openai", "google-bert"].index(repository.split("/")[0])]
-    assert tower_place(name, tower, SMALL) == (repository, sizes)
+    assert tower_place(name, tower, SMALL) == repository and isinstance(TOWERS[repository], tower.kind)
 
 
 def test_a_tower_that_nobody_knows(folder):
@@ -291,14 +292,19 @@ def test_pickled_code_is_refused(folder, tmp_path):
 @pytest.mark.parametrize("file, values, message", [
     ("config.json", dict(hidden_size=None), "config.json: field 'hidden_size' is missing"),
     ("config.json", dict(hidden_size="48"), "config.json: field 'hidden_size' must be int, is '48'"),
-    ("config.json", dict(num_attention_heads=5), "do not divide"),
+    ("config.json", dict(num_attention_heads=5), "hidden_size 48 is no multiple of num_attention_heads 5"),
     ("config.json", dict(hidden_act="relu"), "hidden_act is 'relu'"),
-    ("config.json", dict(mm_projector_type="stc"), "mm_projector_type 'stc'"),
+    ("config.json", dict(mm_projector_type="stc"), "mm_projector_type is 'stc', only all_in_one_small or all_in_one"),
     ("config.json", dict(mm_hidden_size=99), "mm_hidden_size is 99.*32"),
-    ("config.json", dict(num_frames="8"), "num_frames must be an integer"),
+    ("config.json", dict(num_frames="8"), "config.json: field 'num_frames' must be int, is '8'"),
     ("config.json", dict(mm_projector_type="all_in_one"), "odd patch grid"),
     ("towers.json", dict(vision={"hidden_act": "quick_gelu"}), "towers.json, vision: hidden_act is 'quick_gelu'"),
     ("towers.json", dict(audio={}), "towers.json, audio: field 'd_model' is missing"),
+    ("towers.json", dict(vision={"patch_size": 0}), "towers.json, vision: field 'patch_size' is 0"),
+    ("towers.json", dict(vision={"num_attention_heads": 5}), "towers.json, vision: .*num_attention_heads 5"),
+    ("config.json", dict(num_attention_heads=0), "config.json: field 'num_attention_heads' is 0"),
+    ("config.json", dict(gate_hidden_size=10**30), "config.json: field 'gate_hidden_size' is 10"),
+    ("config.json", dict(eos_token_id="<|im_end|>"), "config.json: field 'eos_token_id' must be int"),
 ])
 def test_configs_that_cannot_be_right(folder, file, values, message):
     change_json(folder / file, **values)
@@ -365,3 +371,36 @@ def test_verifier_without_its_head(tmp_path):
     save_file({k: v for k, v in t.items() if "out_proj" not in k}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="missing: 2 in classifier"):
         load_erv(tmp_path)
+
+
+# ---- shapes alone ---------------------------------------------------------------------------------------------------
+
+
+def test_the_meta_device_checks_names_and_shapes_and_reads_no_tensor(folder, monkeypatch):
+    """Ranks that take their shards from rank 0 hold shapes alone: 19 GB less to read at 7B, on each."""
+    calls = []
+
+    def counted(place):
+        stored = open_weights(place)
+        for name, entry in stored.items():
+            entry.read = lambda name=name, read=entry.read: calls.append(name) or read()
+        return stored
+
+    monkeypatch.setattr("erv_min.checkpoint.open_weights", counted)
+    whole = load_humanomni(folder, torch.bfloat16)
+    assert len(calls) == len(tensors())
+    calls.clear()
+    shapes = load_humanomni(folder, torch.bfloat16, "meta")
+    assert not calls and {p.device.type for p in shapes.parameters()} == {"meta"}
+    assert [(k, p.shape, p.dtype) for k, p in shapes.named_parameters()] == [
+        (k, p.shape, p.dtype) for k, p in whole.named_parameters()]
+    assert shapes.lm_head.weight is shapes.model.embed_tokens.weight and shapes.tower_source == whole.tower_source
+    save_erv(RobertaClassifier(roberta("toy", 3)), folder / "erv", "abc")
+    assert load_erv(folder / "erv", device="meta").roberta.embeddings.word_embeddings.weight.is_meta and not calls
+    t = tensors()
+    save_file(t | {"model.norm.weight": torch.ones(47)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"another shape: 1 in language_model, such as model.norm.weight \[47\]"):
+        load_humanomni(folder, device="meta")
+    save_file({k: v for k, v in t.items() if k != "model.norm.weight"}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="missing: 1 in language_model"):
+        load_humanomni(folder, device="meta")

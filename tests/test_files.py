@@ -3,7 +3,7 @@
 import pytest
 
 from erv_min.run.errors import DataError
-from erv_min.run.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from erv_min.run.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -24,12 +24,25 @@ def test_a_partial_last_line_is_left_out_and_then_replaced(tmp_path):
     assert read_jsonl(path) == [{"n": 1}, {"n": 3}]
 
 
+def test_rows_are_written_whole_or_not_at_all(tmp_path):
+    rows = [{"n": 1, "text": "快乐\nand \ud800 half a surrogate"}, {"n": 2}]
+    write_jsonl(tmp_path / "new" / "rows.jsonl", (row for row in rows))
+    assert read_jsonl(tmp_path / "new" / "rows.jsonl") == rows
+    assert "快乐" in (tmp_path / "new" / "rows.jsonl").read_text() and len(list((tmp_path / "new").iterdir())) == 1
+    with pytest.raises(TypeError):
+        write_jsonl(tmp_path / "new" / "rows.jsonl", [{"n": 3}, object()])
+    assert read_jsonl(tmp_path / "new" / "rows.jsonl") == rows
+
+
 def test_errors_name_file_and_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"n": 1}\nnot json\n{"n": 2}\n')
     with pytest.raises(DataError, match=r"bad.jsonl, line 2"):
         read_jsonl(tmp_path / "bad.jsonl")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="bad.json"):
+        read_json(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text("9" * 5000)  # more digits than Python turns into an integer
+    with pytest.raises(DataError, match="bad.json: not a JSON file"):
         read_json(tmp_path / "bad.json")
     with pytest.raises(DataError, match="no such file"):
         read_json(tmp_path / "none.json")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from erv_min.config import read_bert
+from erv_min.config import read_roberta
 from erv_min.data.examples import load_examples
 from erv_min.run.errors import CheckpointError, DataError, JudgeError
 from erv_min.run.files import append_jsonl, read_jsonl, write_json
@@ -102,9 +102,9 @@ def test_a_damaged_pickle_may_raise_anything(tmp_path):
 def test_a_config_of_absurd_sizes(field, value):
     sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
              "max_position_embeddings": 20, "model_type": "roberta", "num_labels": 11}
-    assert read_bert(sizes, "here").vocab_size == 50
+    assert read_roberta(sizes, "here").vocab_size == 50
     with pytest.raises(CheckpointError, match=f"here: .*{field}"):
-        read_bert(sizes | {field: value}, "here")
+        read_roberta(sizes | {field: value}, "here")
 
 
 def test_rows_of_a_judge_s_cache_that_are_no_answers_are_asked_again(tmp_path, monkeypatch):

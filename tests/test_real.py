@@ -25,7 +25,7 @@ from test_judge import good, serve  # noqa: E402, F401  (a fixture)
 
 from erv_min.run import start as stages  # noqa: F401
 from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: F401
-from erv_min.config import TOWERS, read_tower, roberta, towers_json  # noqa: F401
+from erv_min.config import TOWERS, read_part, roberta, towers_json  # noqa: F401
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
 from erv_min.run.errors import CheckpointError, DataError  # noqa: F401
 from erv_min.erv import Verifier  # noqa: F401
@@ -63,9 +63,9 @@ def hub(tmp_path, monkeypatch):
 
 def test_every_released_repository_loads_by_its_name(hub, world, tmp_path, monkeypatch):  # noqa: F811
     small = towers_json(load_humanomni(SMALL).config)
-    for (name, (repo, _)), part in zip(TOWERS.items(), ("vision", "vision", "audio", "text")):  # known sizes, made tiny
+    for repo, part in zip(TOWERS, ("vision", "vision", "audio", "text")):  # known sizes, made tiny
         kind = next(tower.kind for tower in ALL_TOWERS if tower.name == part)
-        monkeypatch.setitem(TOWERS, name, (repo, read_tower(kind, small[part], name)))
+        monkeypatch.setitem(TOWERS, repo, read_part(kind, small[part], repo))
     for part, repo in TOWER_REPOS.items():
         hub(repo, tower_folder(tmp_path / part, part))
     own = tmp_path / "own"  # the released layout: no towers.json, paths of the authors' machines

@@ -20,7 +20,7 @@ from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Collator, clip_inputs, embed
 from erv_min.judge import read_answer
 from erv_min.run.errors import ClipError, DataError, SettingsError
-from erv_min.run.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json
+from erv_min.run.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.run.processes import Processes, gather_lists
 from erv_min.run.settings import PredictionSettings
 
@@ -199,7 +199,7 @@ def predict_to_file(builder, examples: list[Example], processes, out: Path, sett
     if processes.main:
         write_json(about, made_by)
         for path, part in ((file, rows), (failures, failed)):
-            atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
+            write_jsonl(path, part)
     for n in (n for n in range(len(chunks)) if n not in whole):
         new, errors = predict(
             builder, chunks[n], processes, settings.max_new_tokens, settings.temperature, settings.top_p,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from erv_min.config import HumanOmniConfig
+from erv_min.config import AUDIO, VIDEO, HumanOmniConfig
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.bert import BertEncoder
 from erv_min.model.projector import VisualProjector, mlp
@@ -23,7 +23,6 @@ from erv_min.model.qwen2 import Qwen2, RMSNorm
 from erv_min.model.siglip import SiglipVision
 from erv_min.model.whisper import WhisperClassifier, WhisperEncoder, sinusoids
 
-VIDEO, AUDIO = -201, -202  # what <video> and <audio> become in input_ids
 IGNORE = -100  # label of a position that carries no loss
 
 # Table 8's names of what trains. The audio tower is in no stage's list.

@@ -1,4 +1,7 @@
-"""Small files, written whole or not at all: write beside, fsync, rename."""
+"""Small files, written whole or not at all (write beside, fsync, rename), and read with errors that name them.
+
+Left out: weight files (weights.py), which are streamed through the same `replacing`.
+"""
 
 import contextlib
 import errno
@@ -6,9 +9,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from erv_min.run.errors import DataError, DiskError
+from erv_min.run.errors import CheckpointError, DataError, DiskError
 
 
 def gigabytes(size: float) -> str:
@@ -26,14 +30,6 @@ def disk_errors(path: str | Path, size: int):
         raise DiskError(f"{path}: the disk is full: {gigabytes(size)} are needed, "
                         f"{gigabytes(shutil.disk_usage(Path(path).parent).free)} are free. What was there before is "
                         "kept: make room, and go on with --resume") from None
-
-
-def atomic_write(path: str | Path, content: bytes | str) -> None:
-    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # half a surrogate
-    with disk_errors(path, len(data)), replacing(path) as f:
-        f.write(data)
 
 
 @contextlib.contextmanager
@@ -63,9 +59,32 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def atomic_write(path: str | Path, content: bytes | str) -> None:
+    """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # half a surrogate
+    with disk_errors(path, len(data)), replacing(Path(path)) as f:
+        f.write(data)
+
+
 def write_json(path: str | Path, value) -> None:
     """Writes `value` as indented JSON, whole or not at all."""
     atomic_write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | Path, rows: Iterable) -> None:
+    """Writes one JSON value per line, whole or not at all."""
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: str | Path, value) -> None:
+    """Appends one JSON value as a line; a partial last line, left by a stop, is removed first."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(value, ensure_ascii=False) + "\n").encode(errors="backslashreplace")  # as in atomic_write
+    with disk_errors(path, len(line)), open(path, "a+b") as f:
+        if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+        f.write(line)
 
 
 def read_json(path: str | Path):
@@ -74,44 +93,34 @@ def read_json(path: str | Path):
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, nested too deep
         raise DataError(f"{path}: not a JSON file ({error})") from None
 
 
-def append_jsonl(path: str | Path, value) -> None:
-    """Appends one JSON object as one line; a partial last line, left by a stop, is ended first and so never glued to."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"  # half a surrogate: its escape
-    with disk_errors(path, len(line)), open(path, "a+b") as f:
-        if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b"\n":
-            cut_partial_line(path)
-        f.write(line)
-
-
-def cut_partial_line(path: Path) -> None:
-    """Removes what follows the last newline: the start of a row whose write was cut."""
-    data = path.read_bytes()
-    os.truncate(path, data.rfind(b"\n") + 1)
+def read_object(path: str | Path) -> dict:
+    """Reads a model folder's JSON file, which holds an object. Raises CheckpointError naming the file."""
+    try:
+        value = read_json(path)
+    except DataError as error:
+        raise CheckpointError(f"{error}; fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_jsonl(path: str | Path) -> list:
-    """Reads one JSON object a line. A partial last line (an interrupted write) is left out; any other raises DataError."""
-    path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
+    """Reads one JSON value per line. Raises DataError naming the line; a partial last one (a cut write) is left out."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error})") from None
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            rows.append(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
-            if number == len(lines):  # no newline at its end: the write was cut
-                break
-            raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):  # the last one has no newline at its end: its write was cut
+                raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
     return rows

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from erv_min.run.errors import DiskError, NumbersError, SettingsError
-from erv_min.run.files import append_jsonl, atomic_write, gigabytes, read_json, read_jsonl, write_json
+from erv_min.run.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum
 from erv_min.run.state import load_state, save_state, saved_states, state_bytes
 
@@ -170,7 +170,7 @@ class Run:
         """Leaves the rows of steps before the first that is still to do; returns them."""
         rows = [row for row in read_jsonl(path) if row["step"] < self.first_step] if path.exists() else []
         if path.exists():
-            atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_jsonl(path, rows)
         return rows
 
     def watch(self, names: list[str], values: Tensor) -> None:

@@ -7,17 +7,17 @@ safetensors as a stream. What the tensors mean is checkpoint.py's business. Left
 import json
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from erv_min.run.errors import CheckpointError, DataError
-from erv_min.run.files import disk_errors, read_json, replacing
+from erv_min.run.errors import CheckpointError
+from erv_min.run.files import disk_errors, read_object, replacing
 
 # Exact names: openai/whisper-large-v3 also holds model.fp32-*.safetensors, twice the size.
 SAFE_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
@@ -26,64 +26,61 @@ FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 BUFFERS = (".position_ids", ".inv_freq")  # what older transformers stored beside weights; computed here
 
 
-def read_object(path: Path) -> dict:
-    """A JSON file that holds an object. Raises CheckpointError naming the file."""
-    try:
-        value = read_json(path)
-    except DataError as error:
-        raise CheckpointError(str(error)) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 @dataclass
 class Stored:
-    """A tensor in a file: its shape is known, `read()` fetches it."""
+    """A tensor in a file: its shape and type (a FLOATS key or value, or unfit) are known, `read()` fetches it."""
 
     file: Path
     shape: tuple[int, ...]
+    dtype: torch.dtype | str
     read: Callable[[], Tensor]
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
     """Name -> Stored for every tensor of a folder's weight files, whichever of the four layouts it has.
 
-    Raises CheckpointError naming the file that is missing, damaged, holds code, or a tensor that is not floating point.
+    Buffers are left out; TensorFlow's names of a layer norm (BERT's own repository) become torch's. Raises
+    CheckpointError naming the file that is missing, damaged, holds code, or a tensor that is not floating point.
     """
-    for names, opener in ((SAFE_FILES, _open_safetensors), (BIN_FILES, _open_bin)):
-        if (folder / names[0]).exists():
-            return opener(folder / names[0])
-        if (index := folder / names[1]).exists():
-            shards = read_object(index).get("weight_map")
-            inside = isinstance(shards, dict) and all(isinstance(s, str) and Path(s).name == s and len(s) < 250
-                                                      for s in shards.values())
-            if not inside:
-                raise CheckpointError(f"{index}: field 'weight_map' must map tensor names to files of this folder")
-            if absent := sorted({s for s in shards.values() if not (folder / s).exists()}):
+    stored = {}
+    for file in _weight_files(folder):
+        for name, entry in (_open_bin if file.suffix == ".bin" else _open_safetensors)(file).items():
+            if name.endswith(BUFFERS):
+                continue
+            if entry.dtype not in (*FLOATS, *FLOATS.values()):
+                raise CheckpointError(f"{file}: tensor {name} is {entry.dtype}, weights must be one of "
+                                      f"{', '.join(FLOATS.values())}")
+            name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+            stored[name] = entry
+    return stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the layout that a folder has, its index checked; what a shard lacks is found by `fill`."""
+    for single, index, _ in (SAFE_FILES, BIN_FILES):
+        if (folder / single).exists():
+            return [folder / single]
+        if (folder / index).exists():
+            shards = read_object(folder / index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(file, str) and Path(file).name == file
+                                                       and len(file) < 250 for file in shards.values()):
+                raise CheckpointError(f"{folder / index}: field 'weight_map' must map tensor names to files of this "
+                                      "folder")
+            files = [folder / file for file in sorted(set(shards.values()))]
+            if absent := [file.name for file in files if not file.exists()]:
                 raise CheckpointError(f"{folder}: {len(absent)} shards are missing: {', '.join(absent[:4])}")
-            stored = {}
-            for shard in sorted(set(shards.values())):
-                stored |= opener(folder / shard)
-            if absent := sorted(set(shards) - set(stored)):
-                raise CheckpointError(f"{index}: no shard holds {len(absent)} of its tensors, such as {absent[0]}")
-            return stored
+            return files
     raise CheckpointError(f"{folder}: no weights (none of {', '.join(SAFE_FILES[:2] + BIN_FILES[:2])})")
 
 
 def _open_safetensors(file: Path) -> dict[str, Stored]:
     try:
         handle = safe_open(file, "pt")
-        stored = {}
-        for name in handle.keys():
-            part = handle.get_slice(name)
-            if part.get_dtype() not in FLOATS.values():
-                raise CheckpointError(f"{file}: tensor {name} is {part.get_dtype()}, weights must be one of "
-                                      f"{', '.join(FLOATS.values())}")
-            stored[name] = Stored(file, tuple(part.get_shape()), lambda name=name: handle.get_tensor(name))
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # shape and type alone
+        return {name: Stored(file, tuple(part.get_shape()), part.get_dtype(), partial(handle.get_tensor, name))
+                for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-    return _without_buffers(stored)
 
 
 def _open_bin(file: Path) -> dict[str, Stored]:
@@ -97,47 +94,46 @@ def _open_bin(file: Path) -> dict[str, Stored]:
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{file}: entry {name!r} is no tensor ({type(tensor).__name__})")
-        if tensor.dtype not in FLOATS and not name.endswith(BUFFERS):
-            raise CheckpointError(f"{file}: tensor {name} is {tensor.dtype}, weights must be floating point")
-    return _without_buffers({k: Stored(file, tuple(t.shape), lambda t=t: t) for k, t in tensors.items()})
+    return {name: Stored(file, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
 
 
-def _without_buffers(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """Drops computed buffers; TensorFlow's names of a layer norm (BERT's own repository) become torch's."""
-    named = {k: v for k, v in stored.items() if not k.endswith(BUFFERS)}
-    return {k.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): v
-            for k, v in named.items()}
+def by_part(names: Iterable[str], parts: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    """Tensor names under the part whose prefixes (`parts`: table 8's PARTS) fit, else the first two components."""
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        part = next((k for k, prefixes in parts.items() if name.startswith(prefixes)), ".".join(name.split(".")[:2]))
+        grouped.setdefault(part, []).append(name)
+    return grouped
 
 
-def fill(model: nn.Module, stored: dict[str, Stored], may_miss: set[str], dtype: torch.dtype, device,
-         part_of: Callable[[str], str], where: str | Path) -> list[str]:
+def fill(model: nn.Module, stored: dict[str, Stored], may_miss: set[str], dtype: torch.dtype,
+         device: str | torch.device, parts: dict[str, tuple[str, ...]], where: str | Path) -> list[str]:
     """Puts `stored` into a model on the meta device; returns the names of `may_miss` that were absent (now zeros).
 
-    A tied parameter goes by its first name; tying again is the caller's. Raises CheckpointError listing missing,
-    unknown and wrongly shaped tensors with counts by part (`part_of` a name).
+    With `device` meta nothing is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
+    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part.
     """
     expected = {k: tuple(p.shape) for k, p in model.named_parameters()}
     absent = [k for k in expected if k not in stored]
     problems = {"missing": [k for k in absent if k not in may_miss],
                 "unknown": [k for k in stored if k not in expected],
                 "of another shape": [k for k in stored if k in expected and stored[k].shape != expected[k]]}
-    lines = []
+    lines = [f"{where}: the weights do not fit the config"]
     for kind, names in problems.items():
-        for part, count in Counter(map(part_of, names)).items():
-            first = next(n for n in names if part_of(n) == part)
+        for part, (first, *more) in by_part(names, parts).items():
             shapes = f" {list(stored[first].shape)}, not {list(expected[first])}" if kind == "of another shape" else ""
-            lines.append(f"  {kind}: {count} in {part}, such as {first}{shapes}")
-    if lines:
-        raise CheckpointError("\n".join([f"{where}: the weights do not fit the config", *lines]))
-    filled = {}
-    for name, entry in stored.items():
+            lines.append(f"  {kind}: {1 + len(more)} in {part}, such as {first}{shapes}")
+    if len(lines) > 1:
+        raise CheckpointError("\n".join(lines))
+    unread = expected if torch.device(device).type == "meta" else absent
+    filled = {k: torch.zeros(expected[k], dtype=dtype, device=device) for k in unread}
+    for name in [k for k in stored if k not in filled]:
         try:
-            tensor = entry.read()
+            tensor = stored[name].read()
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise CheckpointError(f"{entry.file}: tensor {name} cannot be read ({error})") from None
+            raise CheckpointError(f"{stored[name].file}: tensor {name} cannot be read ({error})") from None
         moved = tensor.to(device, dtype)
         filled[name] = moved.clone() if moved is tensor else moved  # a clone: not a view of the mapped file
-    filled |= {k: torch.zeros(expected[k], dtype=dtype, device=device) for k in absent}
     model.load_state_dict(filled, assign=True, strict=False)  # not strict: a tied parameter's other name is left out
     return absent
 

@@ -8,7 +8,6 @@ truth), tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is f
 """
 
 import hashlib
-import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from erv_min.run.errors import SettingsError
-from erv_min.run.files import atomic_write, read_json, write_json
+from erv_min.run.files import atomic_write, read_json, write_json, write_jsonl
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.toy import text
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, clamp, draw, encode, voice
@@ -201,7 +200,7 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(path, rows)
 
 
 def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
