@@ -24,6 +24,7 @@ from erv_min.run.files import atomic_write, write_json
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import PARTS, HumanOmni
 from erv_min.run.weights import BIN_FILES, SAFE_FILES, Stored, fill, open_weights, read_object, write_safetensors
+from erv_min.run.onednn import use_onednn
 
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",
@@ -146,7 +147,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
 
     A tower's weights are the checkpoint's own where it has them, else those of the repository that config.json names;
     `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both. `model.tower_source` tells which
-    for each; leftovers that were absent (zeros, never read) are counted under its key "leftovers".
+    for each; unused parameters that were absent (zeros, never read) are counted under its key "unused_parameters".
     Raises CheckpointError naming the file and field, or listing the tensors that do not fit by part.
     """
     folder = resolve(folder_or_repo, revision)
@@ -173,7 +174,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
             if not override and raw.get(tower.key) not in (None, place):
                 source[tower.name] += f" (config.json names {raw[tower.key]}, which is not here: {place} is meant)"
     if (last := stored.get("model.audio_tower.audio_tower.classifier.weight")) and len(last.shape) == 2:
-        # A leftover whose size no released file states.
+        # Unused, and no released file states its size.
         towers["audio"] = replace(towers["audio"], num_labels=last.shape[0], classifier_proj_size=last.shape[1])
     config = read_humanomni(raw, towers["vision"], towers["audio"], towers["text"], str(folder / "config.json"))
     try:
@@ -183,13 +184,14 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
         raise CheckpointError(f"{folder}: {error}") from None
     if config.text.tie_word_embeddings and (head := stored.pop("lm_head.weight", None)):
         stored.setdefault("model.embed_tokens.weight", head)  # where a file holds both, the embedding's counts
-    absent = fill(model, stored, model.leftovers(), dtype, device, part_of, folder)
+    absent = fill(model, stored, model.unused_parameters(), dtype, device, part_of, folder)
     model.tie_weights()
     if absent:
         counts = Counter(map(part_of, absent)).items()
-        source["leftovers"] = f"zeros ({', '.join(f'{count} absent in {part}' for part, count in counts)}; never read)"
+        listed = ", ".join(f"{count} absent in {part}" for part, count in counts)
+        source["unused_parameters"] = f"zeros ({listed}; never read)"
     model.tower_source, model.source_folder = source, folder
-    return model.eval()
+    return use_onednn(model).eval()
 
 
 def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | None = None, shapes=None,
@@ -234,7 +236,7 @@ def load_erv(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32, dev
         model = RobertaClassifier(config)
     stored = {k: v for k, v in open_weights(folder).items() if not k.startswith("roberta.pooler.")}  # never read
     fill(model, stored, set(), dtype, device, lambda name: name.split(".")[0], folder)
-    return model.eval()
+    return use_onednn(model).eval()
 
 
 def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:

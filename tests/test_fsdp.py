@@ -105,7 +105,7 @@ def update(run, optimizer) -> float:
 
 
 def start(way: str, stage: str, compute: torch.dtype, recompute: bool = False):
-    """(run, optimizer) of a tiny HumanOmni with tied embeddings, frozen towers and leftovers."""
+    """(run, optimizer) of a tiny HumanOmni with tied embeddings, frozen towers and unused parameters."""
     model = random_humanomni(humanomni("toy"))
     model.model.recompute = recompute
     trainable(model, TRAINABLE[stage])

@@ -2,15 +2,13 @@
 
 `video` and `body`: RegNet stage (arXiv 2003.13678) -> 3-D convolution that halves height and width and looks one frame
 back -> RegNet stage -> MLP, with weights of their own. `face`: an MLP per patch, then a bilinear resize.
-"all_in_one_small" (0.5B) has 2 blocks a stage and no spatial padding, "all_in_one" (7B) 4 and a padding of 1 for its
+"all_in_one_small" (0.5B) has 2 blocks per stage and no spatial padding, "all_in_one" (7B) 4 and a padding of 1 for its
 odd grid. The released code names its norms `.bn`; they are layer norms.
 Everything runs channels-last, which is the tower's own order, so that no map is ever copied into another layout.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from erv_min.run.onednn import Linear
 
 
 class ConvNorm(nn.Module):
@@ -64,7 +62,7 @@ def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
 
 def mlp(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
     """Linear, exact GELU, Linear ("mlp2x_gelu")."""
-    return nn.Sequential(Linear(inputs, width), nn.GELU(), Linear(width, outputs or width))
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs or width))
 
 
 def sampler(width: int) -> nn.Sequential:
