@@ -222,13 +222,15 @@ class HumanOmni(nn.Module):
         inputs_embeds = self.model.embed_tokens(places.clamp(min=0)).masked_fill(~mask[..., None], 0)  # [B, L', D]
         for _, placeholder, embeds in clips:
             if embeds is not None:
-                inputs_embeds = inputs_embeds.masked_scatter((places == placeholder)[..., None], embeds.to(inputs_embeds))
+                here = (places == placeholder)[..., None]  # [B, L', 1]
+                inputs_embeds = inputs_embeds.masked_scatter(here, embeds.to(inputs_embeds))
         if labels is not None:
             labels = self._take("labels", labels, rows=rows, tokens=tokens)
             labels = expand(labels.masked_fill(holders[0] | holders[1], IGNORE), IGNORE)
         return inputs_embeds, labels, mask
 
-    def _clip_tokens(self, input_ids, attention_mask, gate_ids, gate_mask, video, audio, video_features, audio_features):
+    def _clip_tokens(self, input_ids, attention_mask, gate_ids, gate_mask, video, audio, video_features,
+                     audio_features) -> tuple[Tensor | None, Tensor | None]:
         """video_embeds [clips, N_v, D] and audio_embeds [clips, N_a, D] for `splice`, None for what is absent."""
         for name, raw, features in (("video", video, video_features), ("audio", audio, audio_features)):
             if raw is not None and features is not None:
@@ -237,7 +239,7 @@ class HumanOmni(nn.Module):
         audio = audio_features if audio is None else self.audio_features(audio)
         if video is not None and gate_ids is not None and len(gate_ids) == len(input_ids) > 1:
             held = input_ids == VIDEO if attention_mask is None else (input_ids == VIDEO) & attention_mask.bool()
-            rows = held.nonzero()[:, 0].to(gate_ids.device)  # a row's question gates its videos
+            rows = held.nonzero()[:, 0].to(gate_ids.device)  # each row's question gates its videos
             gate_ids, gate_mask = gate_ids[rows], None if gate_mask is None else gate_mask[rows]
         return (None if video is None else self.project_video(video, gate_ids, gate_mask),
                 None if audio is None else self.project_audio(audio))

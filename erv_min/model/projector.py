@@ -7,6 +7,8 @@ odd grid. The released code names its norms `.bn`; they are layer norms.
 Everything runs channels-last, which is the tower's own order, so that no map is ever copied into another layout.
 """
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,10 +56,7 @@ class Bottleneck(nn.Module):
 
 def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
     """`depth` blocks named b1, b2, ..."""
-    blocks = nn.Sequential()
-    for i in range(depth):
-        blocks.add_module(f"b{i + 1}", Bottleneck(inputs if i == 0 else width, width))
-    return blocks
+    return nn.Sequential(OrderedDict((f"b{i + 1}", Bottleneck(width if i else inputs, width)) for i in range(depth)))
 
 
 def mlp(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
@@ -65,21 +64,16 @@ def mlp(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs or width))
 
 
-def sampler(width: int) -> nn.Sequential:
-    """Conv3d over [time, height, width] and SiLU; it is padded where it is called."""
-    return nn.Sequential(nn.Conv3d(width, width, kernel_size=2, stride=(1, 2, 2)), nn.SiLU())
-
-
 class VisualProjector(nn.Module):
     """Patch features of a clip -> three sets of tokens in the language model's width."""
 
     def __init__(self, inputs: int, width: int, kind: str):
         super().__init__()
-        small = kind == "all_in_one_small"
-        depth, self.padding = (2, 0) if small else (4, 1)
+        depth, self.padding = (2, 0) if kind == "all_in_one_small" else (4, 1)
         for branch in ("video", "body"):
             self.add_module(f"s1_{branch}", stage(inputs, width, depth))
-            self.add_module(f"sampler_{branch}", sampler(width))
+            convolution = nn.Conv3d(width, width, kernel_size=2, stride=(1, 2, 2))  # over [time, height, width]
+            self.add_module(f"sampler_{branch}", nn.Sequential(convolution, nn.SiLU()))
             self.add_module(f"s2_{branch}", stage(width, width, depth))
             self.add_module(f"readout_{branch}", mlp(width, width))
         self.mlp_2xgelu_face = mlp(inputs, width)

@@ -1,14 +1,12 @@
 """The language model psi of Eq. 1: a Qwen2 decoder (arXiv 2407.10671) under its released tensor names.
 
 Grouped-query attention with bias on q, k, v and none on o; rotary positions in the half-split form; RMSNorm; SwiGLU.
-A layer has one forward pass; what its queries look at is a function that it is given, one of three:
+A layer has one forward pass; what its queries look at is a function that it is given, for speed one of three:
 
-* `attend_causal`: whole sequences. A causal query never meets the padding on its right, so this is the one case in which
-  the kernels that need no mask can be used, and they are the fastest.
-* `attend_past`: G completions per prompt, in parallel and with gradients, on keys and values that the prompt's own pass
-  gave: the prompt is computed once and autograd sums the G gradients (Prefix Grouper, arXiv 2506.05433).
-* `GroupCache.attend`: one token of each completion. Rows are sampled for hundreds of steps, so the prompt's keys, which
-  `attend_past` repeats for each completion, are held and read once per group here; no gradients, fixed shapes.
+* `attend_causal`, whole sequences: needs no mask (padding stands on the right), so that the fastest kernels take it;
+* `attend_past`, G completions per prompt on the keys of the prompt's own pass, with gradients: the prompt is computed
+  once and autograd sums the G gradients (Prefix Grouper, arXiv 2506.05433); needs a mask;
+* `GroupCache.attend`, one token of each of G completions: the prompt's keys are held and read once, not G times.
 
 What it leaves out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
 """
@@ -33,9 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -57,7 +53,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class GroupCache:
     """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times.
 
-    Shapes do not change from step to step (how far it is filled is a tensor), so that a step can be replayed as a graph.
+    Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph.
     """
 
     prefix: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, head_dim]
@@ -141,8 +137,8 @@ class Packing:
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
     fold = q.shape[1] // k.shape[1]
-    # No kernel for float32 on CUDA takes grouped heads: with enable_gqa PyTorch would write down all scores, [B, H, L, L]
-    # (pytorch#181528). v has the type that the kernel gets under autocast too.
+    # No float32 kernel on CUDA takes grouped heads: enable_gqa would write down all scores, [B, H, L, L] (pytorch#181528).
+    # Under autocast v has the kernel's type already, q and k do not.
     if fold > 1 and v.is_cuda and v.dtype == torch.float32:
         k, v = (x.repeat_interleave(fold, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
@@ -215,17 +211,15 @@ class DecoderLayer(nn.Module):
 class Qwen2(nn.Module):
     """Embeddings, decoder layers and the final norm; the head belongs to the model around it.
 
-    The contract of a language model. Another one takes this one's place in HumanOmni.__init__ if it has
+    The contract of a language model: another one takes this one's place in HumanOmni.__init__ if it has
 
-    * `embed_tokens`: an nn.Embedding [V, D]; `recompute`: a bool, read at each call of `forward`; layers in an
-      nn.ModuleList, which is what sharding and recomputation take piece by piece;
-    * `forward` and `decode` with the signatures below. What `forward` returns as kv is opaque to its callers but for its
-      form, per layer (k, v) [B, KV, P, d], rotated: GroupCache.start takes it, and `past` gives it back;
-    * layers that attend by the three functions of this file, or by others of the same meaning;
-    * no head: HumanOmni.lm_head is [V, D] without a bias, tied to `embed_tokens` where the config says so.
+    * `embed_tokens`, an nn.Embedding [V, D]; its layers in an nn.ModuleList, the units that sharding gathers; a bool
+      `recompute`, which training sets; no head: HumanOmni.lm_head [V, D] is it, tied to `embed_tokens` where asked for;
+    * `forward` and `decode` as below. The kv that `forward` returns has the form (k, v) [B, KV, P, d] per layer, with
+      positions applied: GroupCache.start and `past` take it. Layers attend by the three functions of this file.
 
-    Beside it: its dimensions as HumanOmniConfig.text (config.py), the names of its tensors in humanomni.PARTS, and its
-    norm in humanomni.init_weights if it is none of those there. Nothing else looks inside.
+    Its dimensions go into HumanOmniConfig.text, its parameters' names into humanomni.PARTS, a norm of its own into
+    humanomni.init_weights. Nothing else looks inside.
     """
 
     def __init__(self, config: Qwen2Config):

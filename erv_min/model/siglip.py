@@ -60,20 +60,6 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Embeddings(nn.Module):
-    """Patches -> vectors, plus a learned position each."""
-
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        size = config.patch_size
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=size, stride=size)
-        self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, N, C]
-        return patches + self.position_embedding.weight
-
-
 class PoolingHead(nn.Module):
     """Parameters of SigLIP's attention pooling, unused: HumanOmni has no forward pass through it."""
 
@@ -93,14 +79,17 @@ class SiglipVision(nn.Module):
         super().__init__()
         layers = config.num_hidden_layers
         self.layers_run = select_layer if select_layer >= 0 else layers + 1 + select_layer  # hidden state 0: embeddings
-        self.embeddings = Embeddings(config)
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size),
+            "position_embedding": nn.Embedding(config.grid**2, config.hidden_size)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = PoolingHead(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] in [-1, 1] -> [B, N, C], all patches in row-major order."""
-        x = self.embeddings(pixels)
+        x = self.embeddings["patch_embedding"](pixels).flatten(2).transpose(1, 2)  # [B, N, C]
+        x = x + self.embeddings["position_embedding"].weight
         for layer in self.encoder["layers"][: self.layers_run]:
             x = layer(x)
         return x
