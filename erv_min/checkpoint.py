@@ -22,6 +22,7 @@ from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import PARTS, HumanOmni
 from erv_min.run.errors import CheckpointError, SettingsError
 from erv_min.run.files import atomic_write, read_object, write_json
+from erv_min.run.onednn import use_onednn
 from erv_min.run.weights import BIN_FILES, SAFE_FILES, Stored, by_part, fill, open_weights, write_safetensors
 
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -38,7 +39,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
 
     A tower's weights are the checkpoint's own where it has them, else those of the repository that config.json names;
     `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both. `model.tower_source` tells which
-    for each; leftovers that were absent (zeros, never read) are counted under its key "leftovers".
+    for each; unused parameters that were absent (zeros, never read) are counted under its key "unused_parameters".
     Raises CheckpointError naming the file and field, or listing the tensors that do not fit by part.
     """
     folder = resolve(folder_or_repo, revision)
@@ -63,7 +64,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
             if not override and raw.get(tower.key) not in (None, place):
                 source[tower.name] += f" (config.json names {raw[tower.key]}, which is not here: {place} is meant)"
     if (last := stored.get("model.audio_tower.audio_tower.classifier.weight")) and len(last.shape) == 2:
-        # A leftover whose size no released file states.
+        # Unused, and no released file states its size.
         sizes["audio"] = replace(sizes["audio"], num_labels=last.shape[0], classifier_proj_size=last.shape[1])
     config = read_humanomni(raw, sizes["vision"], sizes["audio"], sizes["text"], f"{folder}/config.json")
     try:
@@ -73,13 +74,13 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
         raise CheckpointError(f"{folder}: {error}") from None
     if config.text.tie_word_embeddings and (head := stored.pop("lm_head.weight", None)):
         stored.setdefault("model.embed_tokens.weight", head)  # where a file holds both, the embedding's counts
-    absent = fill(model, stored, model.leftovers(), dtype, device, PARTS, folder)
+    absent = fill(model, stored, model.unused_parameters(), dtype, device, PARTS, folder)
     model.tie_weights()
     if absent:
         counts = ", ".join(f"{len(names)} absent in {part}" for part, names in by_part(absent, PARTS).items())
-        source["leftovers"] = f"zeros ({counts}; never read)"
+        source["unused_parameters"] = f"zeros ({counts}; never read)"
     model.tower_source, model.source_folder = source, folder
-    return model.eval()
+    return use_onednn(model).eval()
 
 
 def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | None = None, shapes=None,
@@ -120,7 +121,7 @@ def load_erv(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32, dev
         model = RobertaClassifier(config)
     stored = {k: v for k, v in open_weights(folder).items() if not k.startswith("roberta.pooler.")}  # never read
     fill(model, stored, set(), dtype, device, {}, folder)
-    return model.eval()
+    return use_onednn(model).eval()
 
 
 def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:

@@ -48,7 +48,7 @@ class SiglipConfig:
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """The audio tower: Whisper's encoder. classifier_proj_size and num_labels size two leftovers that nothing reads."""
+    """The audio tower: Whisper's encoder. classifier_proj_size and num_labels size two layers that nothing reads."""
 
     d_model: int
     encoder_layers: int

@@ -21,6 +21,7 @@ from erv_min import checkpoint, config
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
 from erv_min.run.errors import CheckpointError, DataError
 from erv_min.run.files import read_json, read_jsonl
+from erv_min.run.onednn import use_onednn
 from erv_min.model.bert import RobertaClassifier
 from erv_min.tokenizer import EncoderTokenizer
 
@@ -107,7 +108,7 @@ def fresh_head(model: RobertaClassifier, num_labels: int) -> RobertaClassifier:
     new = RobertaClassifier(replace(model.config, num_labels=num_labels))
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("classifier.out_proj.")}
     new.load_state_dict(new.state_dict() | kept)
-    return new
+    return use_onednn(new)
 
 
 def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
@@ -118,7 +119,7 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-    return model
+    return use_onednn(model)
 
 
 # ---- training data ---------------------------------------------------------------------------------------------------

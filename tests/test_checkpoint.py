@@ -193,7 +193,7 @@ def test_towers_from_their_own_repositories(folder, tmp_path):
     assert not a[AUDIO + "projector.weight"].any()
     source = model.tower_source
     assert source["vision"] == f"repository {places['vision']}" and source["text"] == f"override {places['text']}"
-    assert source["leftovers"].startswith("zeros (4 absent in model.audio_tower")
+    assert source["unused_parameters"].startswith("zeros (4 absent in model.audio_tower")
 
 
 def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
@@ -243,11 +243,11 @@ def test_misfits_are_counted_by_part(folder):
     assert len(lines) == 5
 
 
-def test_absent_leftovers_are_zeros_and_told(folder):
+def test_absent_unused_parameters_are_zeros_and_told(folder):
     t = {k: v for k, v in tensors().items() if ".head." not in k and "pooler" not in k}
     save_file(t, folder / "model.safetensors")
     model = load_humanomni(folder)
-    assert model.tower_source["leftovers"] == "zeros (11 absent in vision_tower, 2 absent in text_encoder; never read)"
+    assert model.tower_source["unused_parameters"] == "zeros (11 absent in vision_tower, 2 absent in text_encoder; never read)"
     assert not model.siglip.head.probe.any()
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import datetime
-import importlib.util
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ from erv_min.run.processes import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
 from erv_min.run.sharding import FullyShard, Replicated
 from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
-from erv_min.logps import Completions, Prompts, completion_logps, pad_targets
+from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.sft import sft_loss
 from erv_min.run.state import load_state, save_state
@@ -101,7 +100,7 @@ def update(run, optimizer) -> float:
 
 
 def start(way: str, stage: str, compute: torch.dtype, recompute: bool = False):
-    """(run, optimizer) of a tiny HumanOmni with tied embeddings, frozen towers and leftovers."""
+    """(run, optimizer) of a tiny HumanOmni with tied embeddings, frozen towers and unused parameters."""
     model = random_humanomni(humanomni("toy"))
     model.model.recompute = recompute
     trainable(model, TRAINABLE[stage])

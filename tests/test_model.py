@@ -1,18 +1,21 @@
 """HumanOmni (Eq. 1) against the released code's golden vectors, and what the vectors do not show: mixed batches."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
-from erv_min.run.onednn import Linear
+from erv_min.model.qwen2 import Packing, attend_causal
+from erv_min.run.onednn import Linear, use_onednn
 
 LAYOUTS = ["humanomni_small", "humanomni_large"]
 
@@ -104,6 +107,47 @@ def test_splice_by_hand(toy):
     assert mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
+def spliced_row_by_row(model, ids, clips, labels, keep):
+    """The plain form of `splice`: a loop over rows and tokens; `clips` maps a placeholder to its clips' tokens."""
+    clips = {placeholder: iter(tokens) for placeholder, tokens in clips.items()}
+    rows, targets = [], []
+    for row, targets_of_row, kept in zip(ids.tolist(), labels.tolist(), keep.tolist()):
+        rows.append([])
+        targets.append([])
+        for token, target, k in zip(row, targets_of_row, kept):
+            if k:
+                piece = next(clips[token]) if token in clips else model.model.embed_tokens.weight[token][None]
+                rows[-1] += piece
+                targets[-1] += [IGNORE] * len(piece) if token in clips else [target]
+    width = max(map(len, rows))
+    zero = torch.zeros(model.config.text.hidden_size)
+    return (torch.stack([torch.stack(row + [zero] * (width - len(row))) for row in rows]),
+            torch.tensor([t + [IGNORE] * (width - len(t)) for t in targets]),
+            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_splice_equals_a_loop_over_tokens(toy, seed):
+    """Any number of clips per row, masked placeholders, holes and empty rows: same bits, and the same gradients."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 12, (4, 9), generator=g)
+    ids = ids.masked_fill(ids == 10, VIDEO).masked_fill(ids == 11, AUDIO)  # words come several times
+    keep = torch.rand(4, 9, generator=g) < 0.8
+    keep[seed % 4] &= seed % 2 == 0
+    labels = torch.randint(0, 500, (4, 9), generator=g)
+    video, audio = (torch.randn(int(((ids == x) & keep).sum()), n, 96, generator=g, requires_grad=True)
+                    for x, n in ((VIDEO, 3), (AUDIO, 2)))
+    words = toy.model.embed_tokens.weight.requires_grad_(True)
+    expected = spliced_row_by_row(toy, ids, {VIDEO: video, AUDIO: audio}, labels, keep)
+    got = toy.splice(ids, video, audio, labels, keep)
+    weight = torch.randn(expected[0].shape, generator=g)
+    for a, b in zip(got, expected):
+        assert torch.equal(a, b)
+    grads = [torch.autograd.grad((x[0] * weight).sum(), (video, audio, words), materialize_grads=True) for x in (got, expected)]
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+    torch.testing.assert_close(grads[0][2], grads[1][2])
+
+
 @torch.no_grad()
 def test_rows_of_any_modality_in_one_batch(toy):
     """Both, video alone, audio alone, text alone and two videos, with questions of their own: each as if by itself."""
@@ -150,7 +194,7 @@ def test_loss_is_the_mean_over_label_tokens(toy):
     (dict(video=torch.zeros(1, 4, 3, 50, 50)), r"video has shape \[1, 4, 3, 50, 50\].*48"),
     (dict(video=torch.zeros(1, 4, 48, 48, 3)), "video has shape"),
     (dict(audio=torch.zeros(1, 128, 100)), r"audio has shape \[1, 128, 100\].*32 mels"),
-    (dict(audio=torch.zeros(1, 32, 101)), "up to 100 frames"),
+    (dict(audio=torch.zeros(1, 32, 101)), "5 to 100 frames"),
     (dict(video=torch.zeros(2, 4, 3, 48, 48)), r"holds 1 <video> \(-201\), but video holds 2"),
     (dict(video=None), r"holds 1 <video> \(-201\), but video holds 0"),
     (dict(audio=None), r"holds 1 <audio> \(-202\), but audio holds 0"),
@@ -183,14 +227,14 @@ def test_grid_that_the_projector_cannot_halve():
 # ---- what trains, and from where it starts --------------------------------------------------------------------------
 
 
-def test_leftovers_are_exactly_what_gets_no_gradient(toy):
+def test_unused_parameters_are_exactly_what_gets_no_gradient(toy):
     toy.requires_grad_(True)
     video, audio = clips(1)
     ids = torch.tensor([[1, VIDEO, AUDIO, 2, 3]])
     toy(ids, video, audio, torch.tensor([[5, 6, 7]]), labels=ids.clamp(min=0)).loss.backward()
     untouched = {name for name, p in toy.named_parameters() if p.grad is None}
     toy.zero_grad()
-    assert untouched == toy.leftovers() and len(untouched) > 20
+    assert untouched == toy.unused_parameters() and len(untouched) > 20
 
 
 def test_trainable_parts():
@@ -204,7 +248,7 @@ def test_trainable_parts():
     assert not any("pooler" in n for n in names) and any("bert_model.encoder" in n for n in names)
     everything = {name for name, _ in trainable(model, PARTS)}
     frozen = {n for n, _ in model.named_parameters()} - everything
-    assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | model.leftovers()
+    assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | model.unused_parameters()
     assert any("vision_tower" in n for n in everything)
     with pytest.raises(SettingsError, match="audio_tower.*choose from language_model"):
         trainable(model, ["audio_tower"])
@@ -228,7 +272,7 @@ def test_random_weights_depend_on_the_seed_alone():
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_without_gradients_is_the_same_linear(shape, bias):
     """oneDNN's product against PyTorch's own, on any number of rows; float64 and autocast keep their types."""
-    layer, x = Linear(8, 6, bias=bias), torch.randn(shape)
+    layer, x = use_onednn(torch.nn.Linear(8, 6, bias=bias)), torch.randn(shape)
     expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected.detach())
@@ -238,3 +282,89 @@ def test_linear_without_gradients_is_the_same_linear(shape, bias):
         with torch.autocast("cpu", torch.bfloat16):
             assert layer.float()(x).dtype == torch.bfloat16
     assert layer(x).requires_grad
+
+
+def test_use_onednn_changes_the_class_alone():
+    """Names, parameters and numbers stay; a copy keeps the class; a subclass of nn.Linear is left alone."""
+    model = HumanOmni(humanomni("toy"))
+    names = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    parameters = dict(model.named_parameters())
+    assert use_onednn(model) is model
+    for same in (model, deepcopy(model)):
+        assert {name for name, module in same.named_modules() if type(module) is Linear} == names and len(names) > 50
+        assert "Linear" in repr(same) and same.state_dict().keys() == model.state_dict().keys()
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert type(model.siglip.head.attention.out_proj) not in (Linear, torch.nn.Linear)
+    for loaded in (random_humanomni(humanomni("toy")), load_humanomni(GOLDEN / LAYOUTS[0])):
+        assert {type(module) for module in loaded.modules() if type(module).__name__ == "Linear"} == {Linear}
+
+
+# ---- the pieces of the language model -------------------------------------------------------------------------------
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says it lies on CUDA."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnCuda])
+def test_causal_attention_of_grouped_heads(kind):
+    """Against the formula, head by head; with and without repeated keys: query head h reads key head h // (H / KV)."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 4, generator=g, requires_grad=True) for heads in (6, 2, 2))
+    out = attend_causal(q, k, v.as_subclass(kind))
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    expected = torch.stack([(q[:, h] @ k[:, h // 3].mT / 2).masked_fill(later, -torch.inf).softmax(-1) @ v[:, h // 3]
+                            for h in range(6)], 1)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected)
+    grads = [torch.autograd.grad(x.square().sum(), (q, k, v), retain_graph=True) for x in (out, expected)]
+    for got, wanted in zip(*grads):
+        torch.testing.assert_close(got.as_subclass(torch.Tensor), wanted)
+
+
+def test_float32_on_cuda_never_asks_for_grouped_heads(monkeypatch):
+    """There enable_gqa is computed by the kernel that writes down all scores (pytorch#181528)."""
+    asked, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **options):
+        asked.append((options["enable_gqa"], args[1].shape[1]))
+        return attention(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    q, k = torch.randn(1, 6, 3, 4), torch.randn(1, 2, 3, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        attend_causal(q.to(dtype), k.to(dtype), k.to(dtype).as_subclass(OnCuda))
+    attend_causal(q, k, k)
+    assert asked == [(False, 6), (True, 2), (True, 2)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a kernel's choice shows on CUDA alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_scores_are_written_down_on_cuda(dtype):
+    q, k = (torch.randn(1, heads, 64, 64, device="cuda", dtype=dtype) for heads in (6, 2))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):  # raises where neither can
+        attend_causal(q, k, k)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_pass_without_packed_tokens_keeps_its_graph(toy, length, recompute):
+    """Completions of one token each have none that predicts another: hidden [1, 0, D], and gradients that are zeros."""
+    embeds = torch.randn(2, 4, 96)
+    packing = Packing.of(torch.zeros(6, length, dtype=torch.bool))  # 3 completions per prompt
+    none = torch.zeros(1, 0, dtype=torch.long)
+    language = toy.model.requires_grad_(True)
+    language.zero_grad()
+    language.recompute = recompute
+    try:
+        _, kv = language(embeds, keep_kv=True)
+        mask = torch.ones(1, 1, length, 4 + length, dtype=torch.bool)
+        hidden, _ = language(language.embed_tokens(none), none, past=kv, mask=mask, packing=packing)
+    finally:
+        language.recompute = False
+    assert hidden.shape == (1, 0, 96)
+    hidden.sum().backward()
+    used = [*language.layers.parameters(), *language.norm.parameters(), language.embed_tokens.weight]
+    assert all(p.grad is not None and not p.grad.any() for p in used)
+    language.zero_grad()

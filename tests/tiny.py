@@ -7,6 +7,7 @@ import torch
 from erv_min.config import humanomni
 from erv_min.model.humanomni import HumanOmni, init_weights
 from erv_min.logps import Prompts
+from erv_min.run.onednn import use_onednn
 
 
 def tiny_model(seed: int = 0, dtype=torch.float32, **text) -> HumanOmni:
@@ -19,7 +20,7 @@ def tiny_model(seed: int = 0, dtype=torch.float32, **text) -> HumanOmni:
         for name, p in model.named_parameters():
             if p.dim() > 1 and ("layers" in name or "embed" in name or "lm_head" in name):
                 p.mul_(5)
-    return model.to(dtype).eval()
+    return use_onednn(model.to(dtype)).eval()
 
 
 def tiny_prompts(model: HumanOmni, lengths=(7, 7), seed: int = 1) -> Prompts:

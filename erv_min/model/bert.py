@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import BertConfig
-from erv_min.run.onednn import Linear
+from erv_min.model.siglip import multi_head
 
 
 class Embeddings(nn.Module):
@@ -40,17 +40,14 @@ class SelfAttention(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.query = Linear(config.hidden_size, config.hidden_size)
-        self.key = Linear(config.hidden_size, config.hidden_size)
-        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(0.0)  # its rate only: scaled_dot_product_attention applies it
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        B, L, D = x.shape
-        q, k, v = (f(x).view(B, L, self.heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
         dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B, H, L, D / H]
-        return out.transpose(1, 2).reshape(B, L, D)
+        return multi_head(self.query(x), self.key(x), self.value(x), self.heads, mask, dropout)
 
 
 class AddNorm(nn.Module):
@@ -58,7 +55,7 @@ class AddNorm(nn.Module):
 
     def __init__(self, width: int, config: BertConfig):
         super().__init__()
-        self.dense = Linear(width, config.hidden_size)
+        self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(0.0)
 
@@ -70,7 +67,7 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.attention = nn.ModuleDict({"self": SelfAttention(config), "output": AddNorm(config.hidden_size, config)})
-        self.intermediate = nn.ModuleDict({"dense": Linear(config.hidden_size, config.intermediate_size)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
         self.output = AddNorm(config.intermediate_size, config)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,7 +84,7 @@ class BertEncoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         if not config.roberta:  # no forward pass uses it: kept so that checkpoints go through unchanged
-            self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
         self.apply(self._init)
 
     @staticmethod
@@ -114,8 +111,8 @@ class RobertaClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.roberta = BertEncoder(config)
-        self.classifier = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size),
-                                         "out_proj": Linear(config.hidden_size, config.num_labels)})
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size),
+                                         "out_proj": nn.Linear(config.hidden_size, config.num_labels)})
         self.classifier.apply(BertEncoder._init)
         self.dropout = nn.Dropout(0.0)
 

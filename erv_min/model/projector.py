@@ -2,15 +2,15 @@
 
 `video` and `body`: RegNet stage (arXiv 2003.13678) -> 3-D convolution that halves height and width and looks one frame
 back -> RegNet stage -> MLP, with weights of their own. `face`: an MLP per patch, then a bilinear resize.
-"all_in_one_small" (0.5B) has 2 blocks a stage and no spatial padding, "all_in_one" (7B) 4 and a padding of 1 for its
+"all_in_one_small" (0.5B) has 2 blocks per stage and no spatial padding, "all_in_one" (7B) 4 and a padding of 1 for its
 odd grid. The released code names its norms `.bn`; they are layer norms.
 Everything runs channels-last, which is the tower's own order, so that no map is ever copied into another layout.
 """
 
+from collections import OrderedDict
+
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from erv_min.run.onednn import Linear
 
 
 class ConvNorm(nn.Module):
@@ -56,20 +56,12 @@ class Bottleneck(nn.Module):
 
 def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
     """`depth` blocks named b1, b2, ..."""
-    blocks = nn.Sequential()
-    for i in range(depth):
-        blocks.add_module(f"b{i + 1}", Bottleneck(inputs if i == 0 else width, width))
-    return blocks
+    return nn.Sequential(OrderedDict((f"b{i + 1}", Bottleneck(width if i else inputs, width)) for i in range(depth)))
 
 
 def mlp(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
     """Linear, exact GELU, Linear ("mlp2x_gelu")."""
-    return nn.Sequential(Linear(inputs, width), nn.GELU(), Linear(width, outputs or width))
-
-
-def sampler(width: int) -> nn.Sequential:
-    """Conv3d over [time, height, width] and SiLU; it is padded where it is called."""
-    return nn.Sequential(nn.Conv3d(width, width, kernel_size=2, stride=(1, 2, 2)), nn.SiLU())
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs or width))
 
 
 class VisualProjector(nn.Module):
@@ -77,11 +69,11 @@ class VisualProjector(nn.Module):
 
     def __init__(self, inputs: int, width: int, kind: str):
         super().__init__()
-        small = kind == "all_in_one_small"
-        depth, self.padding = (2, 0) if small else (4, 1)
+        depth, self.padding = (2, 0) if kind == "all_in_one_small" else (4, 1)
         for branch in ("video", "body"):
             self.add_module(f"s1_{branch}", stage(inputs, width, depth))
-            self.add_module(f"sampler_{branch}", sampler(width))
+            convolution = nn.Conv3d(width, width, kernel_size=2, stride=(1, 2, 2))  # over [time, height, width]
+            self.add_module(f"sampler_{branch}", nn.Sequential(convolution, nn.SiLU()))
             self.add_module(f"s2_{branch}", stage(width, width, depth))
             self.add_module(f"readout_{branch}", mlp(width, width))
         self.mlp_2xgelu_face = mlp(inputs, width)

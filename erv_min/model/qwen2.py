@@ -1,17 +1,19 @@
 """The language model psi of Eq. 1: a Qwen2 decoder (arXiv 2407.10671) under its released tensor names.
 
 Grouped-query attention with bias on q, k, v and none on o; rotary positions in the half-split form; RMSNorm; SwiGLU.
-It runs in two ways:
+A layer has one forward pass; what its queries look at is a function that it is given, for speed one of three:
 
-* `forward`: whole sequences, causal. With `past` it continues G completions a prompt on the prompt's keys and values,
-  so that a shared prompt is computed once and autograd sums the G gradients (the shared-prefix forward of Prefix
-  Grouper, arXiv 2506.05433). Right-padded rows need no mask: a causal query never meets the padding behind it.
-* `decode`: one token for each of G completions a prompt, on a `GroupCache` that holds the prompt's keys once.
+* `attend_causal`, whole sequences: needs no mask (padding stands on the right), so that the fastest kernels take it;
+* `attend_past`, G completions per prompt on the keys of the prompt's own pass, with gradients: the prompt is computed
+  once and autograd sums the G gradients (Prefix Grouper, arXiv 2506.05433); needs a mask;
+* `GroupCache.attend`, one token of each of G completions: the prompt's keys are held and read once, not G times.
 
 What it leaves out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from erv_min.config import Qwen2Config
-from erv_min.run.onednn import Linear
-
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, statistics in float32 (arXiv 1910.07467)."""
@@ -31,9 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -55,7 +53,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class GroupCache:
     """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times.
 
-    Shapes do not change from step to step (how far it is filled is a tensor), so that a step can be replayed as a graph.
+    Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph.
     """
 
     prefix: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, head_dim]
@@ -84,9 +82,9 @@ class GroupCache:
         self.own = [(k[rows], v[rows]) for k, v in self.own]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One query a row, q [R, H, 1, d] with R = B * G, against prompt and own keys: one softmax over both parts.
+        """One query per row, q [R, H, 1, d] with R = B * G, against prompt and own keys: one softmax over both parts.
 
-        The G * H / KV queries that share a key head stand together, so that the prompt's keys are read once a group.
+        The G * H / KV queries that share a key head stand together, so that the prompt's keys are read once per group.
         """
         for store, new in zip(self.own[layer], (k, v)):
             store.index_copy_(2, self.length, new)
@@ -136,18 +134,29 @@ class Packing:
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1)[None]
 
 
-def attend_past(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    """q [R, H, T, d] against the prompt's keys `past` [B, KV, P, d] (R = B * G) and the completion's own [R, KV, T, d].
+def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
+    fold = q.shape[1] // k.shape[1]
+    # No float32 kernel on CUDA takes grouped heads: enable_gqa would write down all scores, [B, H, L, L] (pytorch#181528).
+    # Under autocast v has the kernel's type already, q and k do not.
+    if fold > 1 and v.is_cuda and v.dtype == torch.float32:
+        k, v = (x.repeat_interleave(fold, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def attend_past(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, packing: Packing) -> Tensor:
+    """R = B * G packed completions, q [1, H, N, d], look at their prompt's keys `past` [B, KV, P, d] and at their own.
 
     `mask` [1 or R, 1, T, P + T] is True where a query may look. The H / KV query heads of a key head are folded into
-    the query's length, so that no key is repeated for grouped-query attention.
+    the query's length, so that no key is repeated for grouped-query attention. N and T may be 0.
     """
+    q, k, v = map(packing.unpack, (q, k, v))  # [R, H, T, d], [R, KV, T, d] twice
     (rows, heads, length, width), kv_heads = q.shape, k.shape[1]
     k, v = (torch.cat([p.repeat_interleave(rows // p.shape[0], 0), own], 2) for p, own in zip(past, (k, v)))
     fold = heads // kv_heads
     q = q.reshape(rows, kv_heads, fold * length, width)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, fold, 1))
-    return out.reshape(rows, heads, length, width)
+    return packing.pack(out.reshape(rows, heads, length, width))
 
 
 class Attention(nn.Module):
@@ -155,32 +164,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.hidden_size // self.heads
-        width, kv_width = config.hidden_size, self.kv_heads * self.head_dim
-        self.q_proj = Linear(width, width)
-        self.k_proj = Linear(width, kv_width)
-        self.v_proj = Linear(width, kv_width)
-        self.o_proj = Linear(width, width, bias=False)
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, kv_width)
+        self.v_proj = nn.Linear(width, kv_width)
+        self.o_proj = nn.Linear(width, width, bias=False)
 
-    def qkv(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        return rotate(q, rope), rotate(k, rope), v  # [B, heads, L, d], [B, KV, L, d] twice
-
-    def forward(self, x: Tensor, rope, past, mask, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x, rope)
-        if past is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        else:
-            out = packing.pack(attend_past(*map(packing.unpack, (q, k, v)), past, mask))
-        return self.o_proj(out.transpose(1, 2).flatten(2)), k, v
-
-    def decode(self, x: Tensor, rope, cache: GroupCache, layer: int) -> Tensor:
-        out = cache.attend(layer, *self.qkv(x, rope))
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, rope, attend: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, D] -> output [B, L, D] and this layer's k, v [B, KV, L, d]."""
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, H, L, d], [B, KV, L, d] twice
+        q, k = rotate(q, rope), rotate(k, rope)
+        return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2)), k, v
 
 
 class MLP(nn.Module):
@@ -188,9 +184,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -206,18 +202,25 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, past=None, mask=None, packing=None) -> tuple[Tensor, Tensor, Tensor]:
-        attended, k, v = self.self_attn(self.input_layernorm(x), rope, past, mask, packing)
+    def forward(self, x: Tensor, rope, attend: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        attended, k, v = self.self_attn(self.input_layernorm(x), rope, attend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
-    def decode(self, x: Tensor, rope, cache: GroupCache, layer: int) -> Tensor:
-        x = x + self.self_attn.decode(self.input_layernorm(x), rope, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Qwen2(nn.Module):
-    """Embeddings, decoder layers and the final norm; the head belongs to the model around it."""
+    """Embeddings, decoder layers and the final norm; the head belongs to the model around it.
+
+    The contract of a language model: another one takes this one's place in HumanOmni.__init__ if it has
+
+    * `embed_tokens`, an nn.Embedding [V, D]; its layers in an nn.ModuleList, the units that sharding gathers; a bool
+      `recompute`, which training sets; no head: HumanOmni.lm_head [V, D] is it, tied to `embed_tokens` where asked for;
+    * `forward` and `decode` as below. The kv that `forward` returns has the form (k, v) [B, KV, P, d] per layer, with
+      positions applied: GroupCache.start and `past` take it. Layers attend by the three functions of this file.
+
+    Its dimensions go into HumanOmniConfig.text, its parameters' names into humanomni.PARTS, a norm of its own into
+    humanomni.init_weights. Nothing else looks inside.
+    """
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -240,11 +243,11 @@ class Qwen2(nn.Module):
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
         x, kv = inputs_embeds, []
         for i, layer in enumerate(self.layers):
-            arguments = (x, rope, None if past is None else past[i], mask, packing)
+            attend = attend_causal if past is None else partial(attend_past, past=past[i], mask=mask, packing=packing)
             if self.recompute and torch.is_grad_enabled():
-                x, k, v = checkpoint(layer, *arguments, use_reentrant=False)
+                x, k, v = checkpoint(layer, x, rope, attend, use_reentrant=False)
             else:
-                x, k, v = layer(*arguments)
+                x, k, v = layer(x, rope, attend)
             if keep_kv:
                 kv.append((k, v))
         return self.norm(x), kv
@@ -253,7 +256,7 @@ class Qwen2(nn.Module):
         """One step: embeddings [R, 1, D] at positions [R, 1] -> hidden [R, 1, D]; the cache grows by one."""
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
         x = inputs_embeds
-        for i, layer in enumerate(self.layers):
-            x = layer.decode(x, rope, cache, i)
+        for i, layer in enumerate(self.layers):  # layer.forward: FSDP's hooks cannot be captured in a CUDA graph
+            x, _, _ = layer.forward(x, rope, partial(cache.attend, i))
         cache.length += 1
         return self.norm(x)

@@ -1,7 +1,7 @@
 """The vision tower of Eq. 1: SigLIP's image encoder (arXiv 2303.15343) under its released tensor names.
 
 HumanOmni reads the *second-to-last* hidden state: the last layer, the post layer norm and the pooling head are never
-run. They are kept as parameters all the same, so that a checkpoint goes through unchanged (`leftovers`).
+run. They are kept as parameters all the same, so that a checkpoint goes through unchanged.
 Left out: interpolation of the positions to another image size.
 """
 
@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import SiglipConfig
-from erv_min.run.onednn import Linear
+
+
+def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(C / H)) v in each of H heads; q, k, v [B, N, C] -> [B, N, C], mask [B, 1, 1, N] bool."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, C / H]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -19,16 +24,13 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.k_proj = Linear(width, width, bias=key_bias)
-        self.v_proj = Linear(width, width)
-        self.q_proj = Linear(width, width)
-        self.out_proj = Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=key_bias)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in projections)
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, C / H]
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # [B, N, C]
+        return self.out_proj(multi_head(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))  # [B, N, C]
 
 
 class MLP(nn.Module):
@@ -36,8 +38,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -58,22 +60,8 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Embeddings(nn.Module):
-    """Patches -> vectors, plus a learned position each."""
-
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        size = config.patch_size
-        self.patch_embedding = nn.Conv2d(3, config.hidden_size, kernel_size=size, stride=size)
-        self.position_embedding = nn.Embedding(config.grid**2, config.hidden_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, N, C]
-        return patches + self.position_embedding.weight
-
-
 class PoolingHead(nn.Module):
-    """Parameters of SigLIP's attention pooling. A leftover: HumanOmni has no forward pass through it."""
+    """Parameters of SigLIP's attention pooling, unused: HumanOmni has no forward pass through it."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
@@ -89,22 +77,19 @@ class SiglipVision(nn.Module):
 
     def __init__(self, config: SiglipConfig, select_layer: int = -2):
         super().__init__()
-        self.config = config
         layers = config.num_hidden_layers
         self.layers_run = select_layer if select_layer >= 0 else layers + 1 + select_layer  # hidden state 0: embeddings
-        self.embeddings = Embeddings(config)
+        self.embeddings = nn.ModuleDict({
+            "patch_embedding": nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size),
+            "position_embedding": nn.Embedding(config.grid**2, config.hidden_size)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = PoolingHead(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, S, S] in [-1, 1] -> [B, N, C], all patches in row-major order."""
-        x = self.embeddings(pixels)
+        x = self.embeddings["patch_embedding"](pixels).flatten(2).transpose(1, 2)  # [B, N, C]
+        x = x + self.embeddings["position_embedding"].weight
         for layer in self.encoder["layers"][: self.layers_run]:
             x = layer(x)
         return x
-
-    def leftovers(self) -> list[str]:
-        """Names of the parameters that no forward pass reads."""
-        unused = [f"encoder.layers.{i}." for i in range(self.layers_run, self.config.num_hidden_layers)]
-        return [name for name, _ in self.named_parameters() if name.startswith((*unused, "post_layernorm.", "head."))]

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import WhisperConfig
-from erv_min.run.onednn import Linear
 from erv_min.model.siglip import SelfAttention
 
 
@@ -23,8 +22,8 @@ class EncoderLayer(nn.Module):
         width = config.d_model
         self.self_attn = SelfAttention(width, config.encoder_attention_heads, key_bias=False)
         self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.fc1 = Linear(width, config.encoder_ffn_dim)
-        self.fc2 = Linear(config.encoder_ffn_dim, width)
+        self.fc1 = nn.Linear(width, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ class EncoderLayer(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """Log-mel -> one vector each 20 ms, with the encoder's final layer norm."""
+    """Log-mel -> one vector per 20 ms, with the encoder's final layer norm."""
 
     def __init__(self, config: WhisperConfig):
         super().__init__()
@@ -53,21 +52,11 @@ class WhisperEncoder(nn.Module):
         return self.layer_norm(x)
 
 
-class WhisperClassifier(nn.Module):
-    """The encoder beside the two leftovers that share its prefix in a checkpoint."""
-
-    def __init__(self, config: WhisperConfig):
-        super().__init__()
-        self.encoder = WhisperEncoder(config)
-        self.projector = Linear(config.d_model, config.classifier_proj_size)
-        self.classifier = Linear(config.classifier_proj_size, config.num_labels)
-
-    def forward(self, mel: Tensor) -> Tensor:
-        return self.encoder(mel)
-
-    def leftovers(self) -> list[str]:
-        """Names of the parameters that no forward pass reads."""
-        return [name for name, _ in self.named_parameters() if name.startswith(("projector.", "classifier."))]
+def whisper_classifier(config: WhisperConfig) -> nn.ModuleDict:
+    """The encoder beside the two unused layers that share its prefix in a checkpoint."""
+    return nn.ModuleDict({"encoder": WhisperEncoder(config),
+                          "projector": nn.Linear(config.d_model, config.classifier_proj_size),
+                          "classifier": nn.Linear(config.classifier_proj_size, config.num_labels)})
 
 
 def sinusoids(length: int, width: int) -> Tensor:

@@ -23,3 +23,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def use_onednn(model: nn.Module) -> nn.Module:
+    """Sends every nn.Linear of `model` through `linear`, in place; returns `model`.
+
+    Only the class of the modules changes: parameters, their names, hooks, copy.deepcopy and the state_dict stay as they
+    are. Subclasses of nn.Linear are left alone.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model

@@ -29,6 +29,7 @@ from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.onednn import use_onednn
 from erv_min.run.sharding import Replicated
 
 
@@ -101,7 +102,7 @@ def train_base(world: Path, seed: int = 0, workers: int = 2) -> Path:
     """Trains the base model on the rendered world in `world` and saves it, tokenizers and all, as `world`/base."""
     started, texts = time.time(), world / "tokenizers"
     tokenizer, gate_tokenizer = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
-    model = HumanOmni(humanomni("toy"))
+    model = use_onednn(HumanOmni(humanomni("toy")))
     init_weights(model, seed)
     params = {str(row["number"]): row for row in read_jsonl(world / "params.jsonl")}
     captions: dict[str, list[str]] = {}
