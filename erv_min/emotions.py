@@ -33,10 +33,12 @@ ALIASES = {name: name for name in ERV_LABELS} | {
     "disappointed": "disappointment", "contemptuous": "contempt"}
 SYNONYMS = {word: name for name, words in {
     "happiness": "joy joyful glad cheerful delighted", "sadness": "sorrow sorrowful", "anger": "furious fury rage enraged",
-    "fear": "fearful afraid scared frightened terrified", "surprise": "surprised astonished astonishment",
-    "disgust": "disgusted", "anxiety": "worried worry", "contempt": "scorn scornful disdain disdainful",
+    "fear": "afraid scared frightened terrified", "surprise": "astonished astonishment", "disgust": "disgusted",
+    "contempt": "scorn scornful disdain disdainful",
 }.items() for word in words.split()}
-LABEL_NAMES = ALIASES | SYNONYMS | {"calm": "neutral"}  # RAVDESS's calm stands beside its neutral: no synonym in answers
+# Labels of single data sets. As answers they count there alone: RAVDESS, for one, has `calm` beside `neutral`.
+DATASET_WORDS = {"worried": "anxiety", "surprised": "surprise", "fearful": "fear", "calm": "neutral"}
+LABEL_NAMES = ALIASES | SYNONYMS | DATASET_WORDS  # `doubt` (MERR) has no counterpart: table 5 leaves it out
 _CANONICAL = {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()} | LABEL_NAMES
 
 
