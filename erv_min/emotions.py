@@ -32,7 +32,7 @@ ALIASES = {name: name for name in ERV_LABELS} | {
     "angry": "anger", "happy": "happiness", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
     "disappointed": "disappointment", "contemptuous": "contempt"}
 SYNONYMS = {word: name for name, words in {
-    "happiness": "joy joyful glad cheerful delighted", "sadness": "sorrow sorrowful", "anger": "furious fury rage enraged",
+    "happiness": "joy joyful glad cheerful delighted", "sadness": "sorrow sorrowful", "anger": "furious rage enraged",
     "fear": "afraid scared frightened terrified", "surprise": "astonished astonishment", "disgust": "disgusted",
     "contempt": "scorn scornful disdain disdainful",
 }.items() for word in words.split()}

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,6 +30,7 @@ class Inputs:
     clip: Clip | None = None
     vision: Tensor | None = None  # [T, N, C]
     audio: Tensor | None = None  # [P, C]
+    silent: bool = False  # the clip has no sound and was heard as silence (divergence 19)
 
 
 @dataclass
@@ -58,7 +59,7 @@ def pack(clip: Clip) -> Clip:
     if audio is not None:
         changes = (audio != audio[:, -1:]).any(0).nonzero()  # [columns, 1]
         audio = audio[:, : int(changes.max()) + 2 if len(changes) else 1].clone()
-    return Clip(clip.path, video, audio)
+    return replace(clip, video=video, audio=audio)
 
 
 def unpack(clip: Clip, n_frames: int) -> Clip:
@@ -68,18 +69,20 @@ def unpack(clip: Clip, n_frames: int) -> Clip:
         video = (video.float() / 255 - 0.5) / 0.5  # as media.pixel_values
     if audio is not None:
         audio = torch.cat([audio, audio[:, -1:].expand(-1, n_frames - audio.shape[1])], 1)
-    return Clip(clip.path, video, audio)
+    return replace(clip, video=video, audio=audio)
 
 
 def clip_inputs(order: list[Example], model: HumanOmni, cache: FeatureCache | None, modality: str = "video_audio",
-                num_frames: int = 8, geometry: str = "pad", workers: int = 2) -> Iterator[Inputs | ClipError]:
+                num_frames: int = 8, geometry: str = "pad", workers: int = 2,
+                silence: str = "hear") -> Iterator[Inputs | ClipError]:
     """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
 
     A clip that cannot be decoded comes as its ClipError: the caller leaves it out of the batch and lists it.
     """
     config = model.config
     load = partial(load_job, modality=modality, num_frames=num_frames, image_size=config.vision.image_size,
-                   n_mels=config.audio.num_mel_bins, n_frames=2 * config.audio.max_source_positions, geometry=geometry)
+                   n_mels=config.audio.num_mel_bins, n_frames=2 * config.audio.max_source_positions, geometry=geometry,
+                   silence=silence)
     jobs = (Job(example, cache is not None and cache.has(example)) for example in order)
     for job, clip in clip_loader(jobs, load, workers=workers):
         if job.cached:
@@ -87,7 +90,8 @@ def clip_inputs(order: list[Example], model: HumanOmni, cache: FeatureCache | No
                 yield Inputs(job.example, None, *features)
                 continue
             ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)  # damaged in the cache: made again
-        yield clip if isinstance(clip, ClipError) else Inputs(job.example, unpack(clip, 2 * config.audio.max_source_positions))
+        yield clip if isinstance(clip, ClipError) else Inputs(
+            job.example, unpack(clip, 2 * config.audio.max_source_positions), silent=clip.silent)
 
 
 class PromptBuilder:
@@ -131,7 +135,7 @@ class PromptBuilder:
         for x in todo:
             x.clip = None
             if self.cache is not None:
-                self.cache.put(x.example, x.vision, x.audio)
+                self.cache.put(x.example, x.vision, x.audio, x.silent)
 
     def logps(self, inputs: list[Inputs], completions: Completions, with_entropy: bool = False):
         """policy.completion_logps of `completions` on the prompts of `inputs`: one pass from features to log-probs."""

@@ -18,9 +18,12 @@ from erv_min.data.examples import check_clips, check_disjoint, load_examples, su
 from erv_min.data.loader import clip_loader
 from erv_min.data.readers import Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json
 from erv_min.run.errors import ClipError, DataError
-from erv_min.inputs import pack, unpack
+from erv_min.config import humanomni
+from erv_min.inputs import clip_inputs, pack, unpack
 from erv_min.media import Clip, load_clip
+from erv_min.model.humanomni import random_humanomni
 from erv_min.toy.render import encode
+from test_media import write_clip
 
 
 def write(path: Path, text: str | bytes = b"clip") -> Path:
@@ -395,8 +398,24 @@ def test_feature_cache_modalities_and_memory_limit(tmp_path):
     cache = FeatureCache(None, "k", memory=4 * 6)
     cache.put(clips[0], vision=torch.zeros(2, 3))
     cache.put(clips[1], vision=torch.zeros(2, 3))  # over the limit and no folder: not kept
-    vision, audio = cache.get(clips[0])
-    assert vision.shape == (2, 3) and audio is None and cache.get(clips[1]) is None
+    vision, audio, silent = cache.get(clips[0])
+    assert vision.shape == (2, 3) and audio is None and not silent and cache.get(clips[1]) is None
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path, folder):
+    """From decoding through the workers' pipe and both caches to what the caller counts (divergence 19)."""
+    write_clip(tmp_path / "mute.mp4", sound=None), write_clip(tmp_path / "loud.mp4")
+    model = random_humanomni(humanomni("toy"), 0)
+    clips = [Example(name, tmp_path / f"{name}.mp4", "sad", "dfew") for name in ("mute", "loud")]
+    heard = list(clip_inputs(clips, model, None, num_frames=2, workers=1))
+    assert [x.silent for x in heard] == [True, False]
+    error, loud = clip_inputs(clips, model, None, num_frames=2, workers=1, silence="error")
+    assert isinstance(error, ClipError) and "--silence" in str(error) and not loud.silent
+    cache = FeatureCache(folder and tmp_path / folder, "k", memory=0 if folder else 100)  # from the disk, from memory
+    for x in heard:
+        cache.put(x.example, torch.zeros(1), torch.zeros(1), x.silent)
+    assert all(map(cache.has, clips)) and [x.silent for x in clip_inputs(clips, model, cache)] == [True, False]  # nothing is decoded
 
 
 def test_clips_travel_packed_and_arrive_the_same(tmp_path):
@@ -410,8 +429,9 @@ def test_clips_travel_packed_and_arrive_the_same(tmp_path):
     assert (packed.video.nbytes + packed.audio.nbytes) * 2.7 < clip.video.nbytes + clip.audio.nbytes
     back = unpack(packed, 300)
     assert torch.equal(back.video, clip.video) and torch.equal(back.audio, clip.audio)
-    silent = Clip(path, None, torch.full((32, 300), -1.5))
+    silent = Clip(path, None, torch.full((32, 300), -1.5), silent=True)
     assert torch.equal(unpack(pack(silent), 300).audio, silent.audio) and pack(silent).video is None
+    assert unpack(pack(silent), 300).silent and not back.silent
     values = (torch.arange(256.0).reshape(1, 1, 16, 16) / 255 - 0.5) / 0.5  # each value that a frame can have
     full = Clip(path, values, torch.randn(32, 300))
     assert torch.equal(unpack(pack(full), 300).audio, full.audio)

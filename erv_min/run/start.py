@@ -110,7 +110,7 @@ def start_model(settings: Common, stage: str, processes: Processes) -> tuple[Hum
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
-        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
+        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}:{settings.silence}"
         cache = FeatureCache(folder, key)
     return model, PromptBuilder(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
