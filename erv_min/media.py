@@ -61,8 +61,8 @@ def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int =
     """Reads what `modality` asks for, in one pass over the file.
 
     `num_frames` frames of `image_size`; `n_frames` log-mel frames (10 ms each) of `n_mels` bins. A clip whose file has
-    no sound: "hear" gives 10 s of digital silence, as the release does, and marks the Clip `silent`, so that the caller
-    counts it; "error" raises ClipError (divergence 19). Sound that is there and cannot be decoded is always a ClipError.
+    no sound: "hear" gives 10 s of digital silence, as the release does, and marks the Clip `silent`, so that callers
+    count it; "error" raises ClipError (divergence 19). Sound that is there and cannot be decoded is always a ClipError.
     """
     if modality not in ("video_audio", "video", "audio", "text"):
         raise SettingsError(f"modality {modality!r}: use video_audio, video, audio or text")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from erv_min.data.cache import FeatureCache
-from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
+from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.loader import clip_loader
 from erv_min.data.readers import Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json
 from erv_min.run.errors import ClipError, DataError
@@ -60,7 +60,7 @@ def test_dfew_header_byte_order_mark_and_subfolder(tmp_path):
     ("order,label\n1,0\n", "line 2: label id '0'"),
     ("order,label\n1\n", "line 2: expected `clip number,label id`"),
     ("order,label\n../../x,1\n", "line 2: expected `clip number"),
-    ("order,label\n1,1\n2,1\n01,2\n", "line 4: clip 1 was already on line 2"),
+    ("order,label\n1,1\n2,1\n01,2\n", "line 4: clip '01' was already on line 2"),
     ("order,label\n", "no example in it"),
     (b"order,label\n\xff\xfe,1\n", r"not utf-8-sig text \(byte 12\)"),
 ])
@@ -106,6 +106,55 @@ def test_mafw_damaged(tmp_path, line, message):
         read_mafw(tmp_path, "train")
 
 
+def test_a_file_given_as_root_must_fit_the_split(tmp_path):
+    """Training clips called test give figures that are too good. A file whose name says no split is taken as given."""
+    dfew(tmp_path)
+    for name in ("train", "test"):
+        write(tmp_path / "set_5" / f"{name}.txt", "00001.mp4 anger\n")
+    for data, right, other in (("dfew", "single_testset_5.csv", "single_trainset_5.csv"),
+                               ("mafw", "set_5/test.txt", "set_5/train.txt")):
+        with pytest.raises(DataError, match=f"{other}: is the train split, and test was asked for.*the folder"):
+            load_examples(f"{data}:{tmp_path / other}", "test")
+        assert {e.split for e in load_examples(f"{data}:{tmp_path / right}", "test")} == {"test"}
+        assert {e.split for e in load_examples(f"{data}:{tmp_path / other}", "sft")} == {"train"}
+        with pytest.raises(DataError, match="is the test split, and train was asked for"):
+            load_examples(f"{data}:{tmp_path / right}", "train")
+    own = write(tmp_path / "latest_contest.csv", "1,1\n")  # no word of it is train or test
+    assert len(load_examples(f"dfew:{own}", "train")) == len(load_examples(f"dfew:{own}", "test")) == 1
+
+
+OFFICIAL = "Train & Test Set/single/no_caption"  # of MAFW: below it set_1 to set_5, beside it other tasks
+
+
+def official_mafw(root: Path) -> Path:
+    for task in (OFFICIAL, "Train & Test Set/single/with_caption", "Train & Test Set/compound/no_caption"):
+        for fold in (1, 5):
+            for split, name in (("train", "00001"), ("test", "00002")):
+                label = ("fear" if fold == 5 else "anger") + "\ta caption" * ("with" in task)
+                write(root / task / f"set_{fold}" / f"{split}.txt", f"{name}.mp4 {label}\n")
+    for name in ("00001", "00002"):
+        write(root / "data" / "clips" / f"{name}.mp4")
+    return root
+
+
+@pytest.mark.parametrize("where", ["", "Train & Test Set", "Train & Test Set/single", OFFICIAL,
+                                   f"{OFFICIAL}/set_5/test.txt"])
+def test_mafw_as_it_is_unpacked(tmp_path, where):
+    """The single-label task without captions, fold 5 (section 4.1); the clips are found from any folder of the way."""
+    root = official_mafw(tmp_path / "MAFW")
+    (example,) = load_examples(f"mafw:{root / where}", "test")
+    assert (example.video_id, example.label) == ("00002", "fear")
+    if where == "" or where.endswith(".txt"):
+        assert example.path == root / "data" / "clips" / "00002.mp4" and example.path.is_file()
+
+
+def test_mafw_of_two_tasks_is_no_guess(tmp_path):
+    for task in ("compound/no_caption", "compound/with_caption"):
+        write(tmp_path / task / "set_5" / "train.txt", "00001.mp4 fear\n")
+    with pytest.raises(DataError, match="more than one annotation file.*no_caption.*with_caption.*give the file"):
+        read_mafw(tmp_path, "train")
+
+
 EMER = ('names,emotions,subtitles,reasons\n'
         'sample_0001,worried,"Wait, what?","In the video, she frowns. Her voice shakes."\n'
         'sample_0002,happy,,"He smiles ""broadly"",\nthen laughs."\n')
@@ -135,6 +184,9 @@ def test_emer_gb18030(tmp_path):
     ("names,emotions,subtitles,reasons\na,bored,x,y\n", "line 2, field emotions: label 'bored' is not one of emer's"),
     ("names,emotions,subtitles,reasons\na,sad,x,y\na.avi,sad,x,y\n", "line 3: clip 'a' was already on line 2"),
     ("names,emotions,subtitles,reasons\na,sad,x,\n", "empty field reasons"),
+    ("names,emotions,subtitles,reasons\na,\"['sad', 'angry']\",x,y\nb,sad,x,y\nc,happy/sad,x,y\n",
+     "lines 2, 4, field emotions: more than one label.*keep one"),
+    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'bored' is not"),
     ("names,emotions,subtitles,reasons\n../../a,sad,x,y\n", "outside the data root"),
 ])
 def test_emer_damaged(tmp_path, text, message):
@@ -178,9 +230,21 @@ def test_ravdess_names(tmp_path):
         load_examples(f"ravdess:{tmp_path}", "train")
 
 
+def test_ravdess_song_is_left_out_and_counted(tmp_path, caplog):
+    """The release's eight labels are those of speech: song has no disgust and no surprise."""
+    write(tmp_path / "Actor_12" / "01-01-06-01-02-01-12.mp4")
+    song = [write(tmp_path / "Actor_12" / f"01-02-0{i}-01-02-01-12.mp4") for i in (3, 4)]
+    assert [e.path.name for e in load_examples(f"ravdess:{tmp_path}", "test")] == ["01-01-06-01-02-01-12.mp4"]
+    assert "2 clips of song left out" in caplog.text
+    write(tmp_path / "Actor_12" / "01-01-06-01-02-01-12.mp4").unlink()
+    with pytest.raises(DataError, match="no clip of modality 01.*2 of modality 01, channel 02"):
+        read_ravdess(tmp_path)
+    assert all(path.is_file() for path in song)
+
+
 def test_ravdess_damaged(tmp_path):
     write(tmp_path / "03-01-06-01-02-01-12.wav")
-    with pytest.raises(DataError, match="no clip of modality 01.*1 of modality 03"):
+    with pytest.raises(DataError, match="no clip of modality 01.*1 of modality 03, channel 01"):
         read_ravdess(tmp_path)
     write(tmp_path / "01-01-09-01-02-01-12.mp4")
     with pytest.raises(DataError, match="emotion '09'"):
@@ -267,6 +331,15 @@ def test_missing_clips_are_listed_and_too_many_are_an_error(tmp_path):
         check_clips(examples[:1], allow_missing=1.0)
 
 
+def test_clips_that_do_not_decode_count_against_allow_missing():
+    too_many(1, 100, 0.01), too_many(0, 0, 0.0), too_many(3, 4, 0.75)
+    with pytest.raises(DataError, match=r"2 of 100 clips cannot be decoded \(2.0%\), the first: a.mp4: cut off.*"
+                                        r"allow more than 1.0% \(--allow-missing\)"):
+        too_many(2, 100, 0.01, ClipError("a.mp4: cut off"))
+    with pytest.raises(DataError, match="4 of 4 clips cannot be decoded"):  # nothing is left to train on or to score
+        too_many(4, 4, 1.0)
+
+
 def test_train_and_test_do_not_share_clips(tmp_path):
     train, test = (load_examples(f"dfew:{dfew(tmp_path)}", split) for split in ("train", "test"))
     check_disjoint(train, test)
@@ -341,6 +414,15 @@ def test_loader_survives_a_dying_decoder():
     assert [isinstance(result, ClipError) for _, result in results] == [False, False, True, False, False, True, True,
                                                                         False]
     assert "the decoder process died" in str(results[2][1])
+
+
+def test_loader_survives_a_decoder_that_dies_while_the_consumer_is_busy():
+    """As in training: the pool is already broken when the next clip is handed in."""
+    results = []
+    for example, result in clip_loader(examples_named("a", "crash", "bb", "ccc", "dddd"), decode, workers=1, prefetch=2):
+        results.append((example.video_id, isinstance(result, ClipError)))
+        time.sleep(1)
+    assert results == [("a", False), ("crash", True), ("bb", False), ("ccc", False), ("dddd", False)]
 
 
 def test_loader_is_bounded():

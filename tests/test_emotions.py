@@ -73,8 +73,8 @@ def test_normalize_refuses_another_rule():
 
 
 def test_r_e_knows_every_label_of_every_data_set():
-    """Eq. 4 compares e_gt with the verifier's labels, whatever each of them is called: a clip of EMER's `worried` is paid
-    for a sentence of anxiety. Before, the names of single data sets were never met, and R_E was 0 for all such clips."""
+    """Eq. 4 compares e_gt with the verifier's labels, whatever each of them is called: a clip of EMER's `worried` is
+    paid for a sentence of anxiety. Otherwise R_E is 0 for all clips of that label."""
     for names in LABELS.values():
         for name in names:
             if name != "doubt":

@@ -1,4 +1,4 @@
-"""media.py and data/decode.py: the release's recorded vectors, every container and every odd clip, written here as files."""
+"""media.py and data/decode.py: the release's recorded vectors, every container and every odd clip, written here."""
 
 import json
 import struct
@@ -319,7 +319,7 @@ def test_a_size_that_changes_midway_is_scaled_to_the_first(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.gif", "a.wav"])
 def test_a_clip_without_sound_is_heard_as_silence_or_is_an_error(tmp_path, name):
-    """Divergence 19: "hear" gives what the release hears, 10 s of zeros, and says that it did; "error" names the option."""
+    """Divergence 19: "hear" gives what the release hears, 10 s of zeros, and says so; "error" names the option."""
     path = tmp_path / name
     if name == "a.wav":
         soundfile.write(path, np.zeros(0), 16000)  # a sound file may hold no sample

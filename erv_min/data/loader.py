@@ -1,4 +1,4 @@
-"""Clips decoded in worker processes ahead of the model, in order. A clip that cannot be decoded comes as its ClipError."""
+"""Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError."""
 
 import multiprocessing
 import os
@@ -25,32 +25,27 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
     Clips travel as bytes through a pipe, so that neither /dev/shm nor the limit of open files is in the way.
     """
     if workers == 0:
-        for example in examples:
-            yield example, _load_twice(load, example)
+        yield from ((example, _load_twice(load, example)) for example in examples)
         return
-    waiting: deque = deque()  # (example, future)
-    pool = _pool(workers, load)
+    rest, waiting, pool = iter(examples), deque(), _pool(workers, load)  # waiting: (example, future)
     try:
-        rest = iter(examples)
         while True:
             while len(waiting) < workers * prefetch and (example := next(rest, None)) is not None:
-                waiting.append((example, pool.submit(_decode, example)))
+                try:
+                    future = pool.submit(_decode, example)
+                except BrokenProcessPool:  # a decoder died since the last clip was handed in
+                    pool.shutdown()
+                    pool = _pool(workers, load)
+                    future = pool.submit(_decode, example)
+                waiting.append((example, future))
             if not waiting:
                 return
+            example, future = waiting.popleft()
             try:
-                example, future = waiting[0]
                 result = pickle.loads(future.result())
-                waiting.popleft()
-                yield example, result
-            except BrokenProcessPool:  # a worker died, and the pool with it: which clip was it?
-                pool.shutdown()
-                suspects, waiting = waiting, deque()
-                for example, future in suspects:
-                    if not future.done() or future.exception() is not None:
-                        yield example, _decode_alone(load, example)
-                    else:
-                        yield example, pickle.loads(future.result())
-                pool = _pool(workers, load)
+            except BrokenProcessPool:  # by this clip or by another one that was under way
+                result = _decode_alone(load, example)
+            yield example, result
     finally:
         pool.shutdown(cancel_futures=True)
 
