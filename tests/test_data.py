@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -19,8 +21,8 @@ from erv_min.data.loader import clip_loader
 from erv_min.data.readers import Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json
 from erv_min.run.errors import ClipError, DataError
 from erv_min.config import humanomni
-from erv_min.inputs import clip_inputs, pack, unpack
-from erv_min.media import Clip, load_clip
+from erv_min.inputs import Job, clip_inputs, load_job, pack, unpack
+from erv_min.media import Clip, load_clip, load_frames
 from erv_min.model.humanomni import random_humanomni
 from erv_min.toy.render import encode
 from test_media import write_clip
@@ -168,6 +170,15 @@ def test_emer_quotes_newlines_and_subtitles(tmp_path):
         "worried", "Wait, what?", "In the video, she frowns. Her voice shakes.")
     assert first.path == tmp_path / "video" / "sample_0001.avi"
     assert second.explanation == 'He smiles "broadly",\nthen laughs.' and second.path.name == "sample_0002.avi"
+
+
+def test_a_file_given_as_root_finds_its_clips(tmp_path):
+    """Beside it, or in a folder of clips around it; a folder of clips further up is not in the way of the first."""
+    path = write(tmp_path / "a" / "EMER" / "EMER.csv", EMER)
+    write(tmp_path / "a" / "video" / "sample_0001.avi")
+    assert read_emer(path)[0].path == tmp_path / "a" / "video" / "sample_0001.avi"
+    write(tmp_path / "a" / "EMER" / "sample_0001.avi")
+    assert read_emer(path)[0].path == tmp_path / "a" / "EMER" / "sample_0001.avi"
 
 
 def test_emer_gb18030(tmp_path):
@@ -497,7 +508,54 @@ def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path, folder):
     cache = FeatureCache(folder and tmp_path / folder, "k", memory=0 if folder else 100)  # from the disk, from memory
     for x in heard:
         cache.put(x.example, torch.zeros(1), torch.zeros(1), x.silent)
-    assert all(map(cache.has, clips)) and [x.silent for x in clip_inputs(clips, model, cache)] == [True, False]  # nothing is decoded
+    assert all(map(cache.has, clips))
+    assert [x.silent for x in clip_inputs(clips, model, cache)] == [True, False]  # nothing is decoded
+
+
+WALK = {  # what a user's folder holds: (encoder, options of write_clip)
+    "h264-aac.mp4": {}, "mpeg4-mp3.avi": {"codec": "mpeg4", "sound": "mp3"},
+    "vp9-opus.webm": {"codec": "libvpx-vp9", "sound": "libopus", "rate": 48000},
+    "hevc-10-bit.mkv": {"codec": "libx265", "pixels": "yuv420p10le", "sound": "flac"},
+    "rotated.mov": {"sound": "pcm_s16le", "rotate": 90}, "mute.mp4": {"sound": None}}
+
+
+def can_encode(name: str) -> bool:
+    try:
+        return bool(av.Codec(name, "w"))
+    except ValueError:  # av.codec.codec.UnknownCodecError
+        return False
+
+
+def test_a_folder_of_clips_in_the_released_layout(tmp_path):
+    """Five containers, four video and five sound codecs, one clip mute, one HEVC of 10 bit, one rotated, one cut off, one
+    missing: a result for each, or a reason that names it. Where this build of FFmpeg lacks an encoder, not its clip."""
+    written = []
+    (tmp_path / "clips").mkdir()
+    for name, options in WALK.items():
+        if can_encode(options.get("codec", "libx264")) and can_encode(options.get("sound") or "aac"):
+            write_clip(tmp_path / "clips" / name, size=(64, 48), n=24, seconds=2, **options)
+            written.append(name)
+    cut = (tmp_path / "clips/h264-aac.mp4").read_bytes()
+    write(tmp_path / "clips/cut.mp4", cut[: len(cut) // 2])
+    answer = "<think>She smiles.</think>\n<answer>happy</answer>"
+    names = [*written, "cut.mp4", "missing.mp4"]
+    path = write(tmp_path / "train.json", json.dumps([entry(f"clips/{name}", answer) for name in names]))
+    examples = check_clips(read_training_json(path), 0.2, tmp_path / "missing.txt")
+    assert [e.path.name for e in examples] == names[:-1] and "missing.mp4" in (tmp_path / "missing.txt").read_text()
+    load = partial(load_job, modality="video_audio", num_frames=4, image_size=48, n_mels=32, n_frames=300)
+    results = {job.path.name: clip for job, clip in clip_loader([Job(e, False) for e in examples], load, workers=1)}
+    failed = {name: str(x) for name, x in results.items() if isinstance(x, ClipError)}
+    assert list(failed) == ["cut.mp4"] and "cut.mp4: " in failed["cut.mp4"]
+    assert {name for name in written if results[name].silent} == {"mute.mp4"}
+    for name in written:
+        clip = unpack(results[name], 300)
+        assert clip.video.shape == (4, 3, 48, 48) and clip.video.std() > 0.1 and clip.audio.shape == (32, 300)
+        assert (clip.audio.std() == 0) == (name == "mute.mp4")
+    grey = load_frames(tmp_path / "clips/h264-aac.mp4", 4).float()
+    for name in written:  # the same picture from each: 8 or 10 bit, upright or turned by the mark
+        frames = load_frames(tmp_path / "clips" / name, 4).float()
+        assert frames.shape == ((4, 64, 48, 3) if name == "rotated.mov" else (4, 48, 64, 3))
+        assert (frames[:, 20:30, 20:30].mean((1, 2, 3)) - grey[:, 20:30, 20:30].mean((1, 2, 3))).abs().max() < 5, name
 
 
 def test_clips_travel_packed_and_arrive_the_same(tmp_path):

@@ -28,7 +28,7 @@ def grey(i: int) -> int:
 
 
 def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="medium", sound="aac", seconds=1.0,
-               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0):
+               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0, rotate=0):
     """A clip of n grey frames (n = 0: none) and a 440 Hz tone of amplitude 0.5 (sound None: none)."""
     with av.open(str(path), "w", options=container or {}) as out:
         out.metadata.update(tags or {})
@@ -58,7 +58,18 @@ def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="mediu
                 frame.sample_rate, frame.pts = rate, at
                 out.mux(audio.encode(frame))
             out.mux(audio.encode(None))
+    if rotate:
+        turn(path, rotate)
     return path
+
+
+def turn(path, angle):
+    """Writes a phone's rotation mark, clockwise, into the header of an MP4 or MOV file."""
+    data = bytearray(path.read_bytes())
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[angle]
+    at = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, version 0's times and id, layer and volume
+    data[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
 
 
 def shifted(packets, start, fps):
@@ -247,14 +258,9 @@ def test_odd_sizes(tmp_path, name):
 
 
 def test_a_rotated_clip_stands_upright(tmp_path):
-    clip = write_clip(tmp_path / "a.mp4")
-    data = bytearray(clip.read_bytes())
-    matrix = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, version 0's times and id, layer and volume
-    turns = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise, as phones write them
     corners = {90: (0, -1), 180: (-1, -1), 270: (-1, 0)}  # where the upper left corner belongs
-    for angle, (a, b, c, d) in turns.items():
-        data[matrix:matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-        clip.write_bytes(data)
+    for angle in corners:
+        clip = write_clip(tmp_path / "a.mp4", rotate=angle)
         frames = load_frames(clip, 4)
         assert frames.shape[1:3] == ((48, 64) if angle == 180 else (64, 48))
         bright = frames[0, :, :, 0] > 200

@@ -46,14 +46,10 @@ class Source:
     def __init__(self, dataset: str, split: str, root: str | Path, *names: str, prefer: str = ""):
         self.dataset, self.split, self.root = dataset, split, Path(root)
         self.path = find_annotation(self.root, *names, split=split, prefer=prefer)
-        self.examples, self.places, self.clips = [], {}, {}  # places: clip -> where it is annotated
-        if self.root.is_file():  # the nearest folder around the file that holds a folder of clips, else the file's own
-            folders = (up for up in self.path.parents[:5] if any(os.path.isdir(up / x) for x in CLIP_FOLDERS if x))
-            self.root = next(folders, self.path.parent)
-        for folder in (self.root / name for name in CLIP_FOLDERS if (self.root / name).is_dir()):
-            files = [path for path in folder.iterdir() if path.suffix.lower() in CLIP_SUFFIXES]
-            for path in sorted(files, key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower())):
-                self.clips.setdefault(path.stem, path)
+        if self.root.is_file():  # its clips: beside it, else the nearest folder of clips around it
+            above = (up for up in self.path.parents[:5] if any(os.path.isdir(up / x) for x in CLIP_FOLDERS if x))
+            self.root = self.path.parent if index_clips(self.path.parent) else next(above, self.path.parent)
+        self.clips, self.places, self.examples = index_clips(self.root), {}, []  # places: clip -> where it is annotated
 
     def add(self, name: str, place: str, label: str, explanation: str = "", subtitle: str = "") -> None:
         """One more example; `name` is the clip's, with or without the file's suffix. Raises DataError."""
@@ -108,6 +104,16 @@ def find_annotation(root: Path, *names: str, split: str, prefer: str = "") -> Pa
             return found[0]
     raise DataError(f"{root}: no {' or '.join(names)} in it, nor in the three levels below; "
                     "give the folder that holds the official annotation files")
+
+
+def index_clips(root: Path) -> dict[str, Path]:
+    """File name without suffix -> clip, for the folders in which the data sets keep them."""
+    found = {}
+    for folder in (root / name for name in CLIP_FOLDERS if (root / name).is_dir()):
+        files = [path for path in folder.iterdir() if path.suffix.lower() in CLIP_SUFFIXES]
+        for path in sorted(files, key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower())):
+            found.setdefault(path.stem, path)
+    return found
 
 
 def inside(root: Path, name: str, where: str) -> Path:
