@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erv_min.data.cache import FeatureCache
-from erv_min.data.loader import clip_loader
+from erv_min.data.loader import clip_loader, counts_silent
 from erv_min.data.readers import Example
 from erv_min.run.errors import ClipError
 from erv_min.media import Clip, load_clip
@@ -72,12 +72,14 @@ def unpack(clip: Clip, n_frames: int) -> Clip:
     return replace(clip, video=video, audio=audio)
 
 
+@counts_silent
 def clip_inputs(order: list[Example], model: HumanOmni, cache: FeatureCache | None, modality: str = "video_audio",
                 num_frames: int = 8, geometry: str = "pad", workers: int = 2,
                 silence: str = "hear") -> Iterator[Inputs | ClipError]:
     """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
 
-    A clip that cannot be decoded comes as its ClipError: the caller leaves it out of the batch and lists it.
+    A clip that cannot be decoded comes as its ClipError: the caller leaves it out of the batch and lists it. One without
+    sound is heard as silence, said at the first and counted at the end, or a ClipError (`silence`, divergence 19).
     """
     config = model.config
     load = partial(load_job, modality=modality, num_frames=num_frames, image_size=config.vision.image_size,

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = [batch_of_step(len(examples), settings.batch_size, settings.seed, s)[processes.rank :: processes.size]
                for s in range(first, total)]
     stream = clip_inputs([examples[i] for batch in batches for i in batch], model, builder.cache, settings.modality,
-                         settings.num_frames, settings.geometry, settings.workers)
+                         settings.num_frames, settings.geometry, settings.workers, settings.silence)
     for step, batch in zip(range(first, total), batches):
         started = time.time()
         inputs, numbers = [], []
@@ -267,7 +267,7 @@ def evaluate(settings: GRPOSettings, builder: PromptBuilder, processes: Processe
                             settings.prompt_stage)
         rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
                           batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
-                          workers=settings.workers)
+                          workers=settings.workers, silence=settings.silence)
         if processes.main:
             judge_rows(rows, judge)
             scores[name] = score(rows, rows[0]["dataset"])

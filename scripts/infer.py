@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     examples = [Example(path.stem, path, "", "", subtitle=args.subtitle) for path in clips]
     num_frames = args.num_frames or builder.model.config.num_frames
     stream = clip_inputs(examples, builder.model, None, args.modality, num_frames, args.geometry,
-                         workers=2 if len(clips) > 1 else 0)
+                         workers=2 if len(clips) > 1 else 0, silence=args.silence)
     failed = 0
     for path, inputs in zip(clips, stream):
         if isinstance(inputs, ClipError):

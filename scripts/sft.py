@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     # Each process takes every processes.size-th unit of a step's batch; clips are decoded ahead in that order.
     batches = [batch_of_step(len(units), units_per_step, settings.seed, s)[processes.rank :: processes.size] for s in range(first, total)]
     stream = clip_inputs([units[i][0] for batch in batches for i in batch], model, builder.cache, settings.modality,
-                         settings.num_frames, settings.geometry, settings.workers)
+                         settings.num_frames, settings.geometry, settings.workers, settings.silence)
     model.train()
     for step, batch in zip(range(first, total), batches):
         started = time.time()

@@ -512,6 +512,17 @@ def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path, folder):
     assert [x.silent for x in clip_inputs(clips, model, cache)] == [True, False]  # nothing is decoded
 
 
+def test_clips_heard_as_silence_are_counted_in_words(tmp_path, caplog):
+    """At the first, and at the end, once per clip: also where the consumer takes no more of the stream."""
+    a, b = (write_clip(tmp_path / name, sound=None) for name in ("a.mp4", "b.mp4"))
+    clips = [Example(path.stem, path, "sad", "dfew") for path in (a, b, b)]
+    stream = clip_inputs(clips * 2, random_humanomni(humanomni("toy"), 0), None, num_frames=2, workers=0)
+    next(stream)
+    assert "a.mp4: no sound, heard as 10 s of silence (--silence)" in caplog.text
+    next(stream), next(stream), stream.close()
+    assert caplog.text.count("no sound") == 1 and "2 clips without sound were heard" in caplog.text
+
+
 WALK = {  # what a user's folder holds: (encoder, options of write_clip)
     "h264-aac.mp4": {}, "mpeg4-mp3.avi": {"codec": "mpeg4", "sound": "mp3"},
     "vp9-opus.webm": {"codec": "libvpx-vp9", "sound": "libopus", "rate": 48000},

@@ -1,5 +1,6 @@
 """Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError."""
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -10,10 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import wraps
 
 import torch
 
 from erv_min.run.errors import ClipError
+
+log = logging.getLogger("erv_min")
 
 
 def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -> Iterator[tuple]:
@@ -48,6 +52,25 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
             yield example, result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def counts_silent(stream: Callable) -> Callable:
+    """Decorates a function that yields clips: their log says at the first clip without sound that it is heard as silence
+    (`silent`, divergence 19), and at the end how many there were."""
+    @wraps(stream)
+    def counted(*args, **kwargs):
+        silent = set()
+        try:
+            for x in stream(*args, **kwargs):
+                if getattr(x, "silent", False):
+                    if not silent:
+                        log.warning("%s: no sound, heard as 10 s of silence (--silence)", x.example.path)
+                    silent.add(x.example.path)
+                yield x
+        finally:
+            if len(silent) > 1:
+                log.warning("%d clips without sound were heard as 10 s of silence (--silence)", len(silent))
+    return counted
 
 
 def _load_twice(load: Callable, example):
