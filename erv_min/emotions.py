@@ -1,7 +1,8 @@
-"""Emotion names: label lists of the data sets, the verifier's 11, GoEmotions' 28, and one table of aliases.
+"""Emotion names: label lists of the data sets, the verifier's 11, GoEmotions' 28, and the words that mean the same.
 
-Divergences 4 (the verifier's labels) and 18 (aliases). Left out: synonyms (`joy`, `furious`): an answer in another word
-than the data set's is another answer, in the release as here, so that figures stay comparable.
+Divergences 4 (the verifier's labels) and 18 (aliases). A word in another form (`anxious`) or a plain synonym (`joy`) of
+a label is that label under rule="paper". The release looks for substrings and knows no synonym: figures under
+rule="released" do not depend on these tables.
 """
 
 from erv_min.run.errors import DataError, SettingsError
@@ -26,31 +27,46 @@ GOEMOTIONS_INDEX = {  # ERV label -> class of the released verifier (released-co
     "anger": 2, "disgust": 11, "fear": 14, "happiness": 17, "neutral": 27, "sadness": 25, "surprise": 26,
     "contempt": 10, "anxiety": 19, "helplessness": 16, "disappointment": 9}
 
-# Word -> one of ERV_LABELS: the 11 names and the word forms that the release knows, here for every data set alike.
+# Word -> one of ERV_LABELS. ALIASES: the 11 names, and the word forms that the release knows, here for all data sets.
 ALIASES = {name: name for name in ERV_LABELS} | {
     "angry": "anger", "happy": "happiness", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
     "disappointed": "disappointment", "contemptuous": "contempt"}
-# Labels of single data sets. `doubt` (MERR) has no counterpart: table 5 leaves it out.
+SYNONYMS = {word: name for name, words in {
+    "happiness": "joy joyful glad cheerful delighted", "sadness": "sorrow sorrowful", "anger": "furious rage enraged",
+    "fear": "afraid scared frightened terrified", "surprise": "astonished astonishment", "disgust": "disgusted",
+    "contempt": "scorn scornful disdain disdainful",
+}.items() for word in words.split()}
+# Labels of single data sets. As answers they count there alone: RAVDESS, for one, has `calm` beside `neutral`.
 DATASET_WORDS = {"worried": "anxiety", "surprised": "surprise", "fearful": "fear", "calm": "neutral"}
+LABEL_NAMES = ALIASES | SYNONYMS | DATASET_WORDS  # `doubt` (MERR) has no counterpart: table 5 leaves it out
+_CANONICAL = {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()} | LABEL_NAMES
 
 
 def labels(dataset: str) -> tuple[str, ...]:
     """The label list of a data set, whose name may be in any case (`DFEW`, `MERR-fine`). Raises DataError."""
-    return LABELS[_key(dataset)]
-
-
-def _key(dataset: str) -> str:
     name = "".join(c for c in dataset.lower() if c.isalnum())
     name = SAME_LABELS.get(name, name)
     if name not in LABELS:
         raise DataError(f"data set {dataset!r} is unknown; there are {', '.join(LABELS)}")
-    return name
+    return LABELS[name]
+
+
+def canonical(label: str) -> str:
+    """The name in which R_E compares labels (Eq. 4): of any data set, of the verifier, of GoEmotions -> ERV_LABELS.
+
+    GoEmotions' classes by index, as in the release (divergence 4). A label without a counterpart (MERR's `doubt`, the
+    17 other classes) stays itself, so that no other label ever meets it.
+    """
+    word = label.strip().lower()
+    return _CANONICAL.get(word, word)
 
 
 def to_erv(label: str) -> str:
-    """A label of any data set -> its name among ERV_LABELS. Raises DataError where it has none."""
-    word = label.strip().lower()
-    name = ALIASES.get(word) or DATASET_WORDS.get(word)
+    """A label of any data set -> its name among ERV_LABELS. Raises DataError where it has none.
+
+    Not GoEmotions' classes: `grief` is `helplessness` where the released verifier says it, and in no annotation.
+    """
+    name = LABEL_NAMES.get(label.strip().lower())
     if name is None:
         raise DataError(f"label {label!r} has no counterpart among the verifier's {', '.join(ERV_LABELS)}")
     return name
@@ -59,8 +75,8 @@ def to_erv(label: str) -> str:
 def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     """An answer as it was written -> the data set's label.
 
-    "paper": the whole answer, white space and punctuation around it apart, is a label or one of ALIASES (divergence
-    18); None where it is neither, so `unhappy`, `a bit of anger` and `sad or angry` are no emotion of DFEW.
+    "paper": the whole answer, white space and punctuation around it apart, is a label, one of its ALIASES or SYNONYMS
+    (divergence 18); None where it is none, so `unhappy`, `a bit of anger` and `sad or angry` are no emotion of DFEW.
     "released": lower case, no newlines, then the release's rules, which look for substrings on DFEW and MAFW; what no
     rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule).
     """
@@ -74,8 +90,8 @@ def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     word = text[ends[0] : ends[-1] + 1] if ends else ""
     if word in names:
         return word
-    emotion = ALIASES.get(word)
-    return next((name for name in names if emotion and (ALIASES | DATASET_WORDS).get(name) == emotion), None)
+    emotion = ALIASES.get(word) or SYNONYMS.get(word)
+    return next((name for name in names if emotion and LABEL_NAMES.get(name) == emotion), None)
 
 
 def _released(text: str, dataset: str) -> str:

@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erv_min.config import HumanOmniConfig
 from erv_min.data.cache import FeatureCache
-from erv_min.data.loader import clip_loader
+from erv_min.data.loader import clip_loader, counts_silent
 from erv_min.data.readers import Example
 from erv_min.logps import Prompts
 from erv_min.media import Clip, load_clip
@@ -31,6 +31,7 @@ class Inputs:
     example: Example
     clip: Clip | None = None
     features: tuple[Tensor | None, Tensor | None] | None = None  # vision [T, N, C], audio [P, C]
+    silent: bool = False  # the clip has no sound and is heard as silence (divergence 19)
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Collator:
             if audio is not None:
                 audio = self.model.audio_features(audio[None])[0]
             if self.cache is not None:
-                self.cache.put(x.example, vision, audio)
+                self.cache.put(x.example, vision, audio, x.silent)
             x.features, x.clip = (vision, audio), None
         return x.features
 
@@ -142,7 +143,7 @@ def pack(clip: Clip) -> Clip:
     if audio is not None:
         changes = (audio != audio[:, -1:]).any(0).nonzero()  # [columns, 1]
         audio = audio[:, : int(changes.max()) + 2 if len(changes) else 1].clone()
-    return Clip(clip.path, video, audio)
+    return replace(clip, video=video, audio=audio)
 
 
 def unpack(clip: Clip, n_frames: int) -> Clip:
@@ -152,27 +153,31 @@ def unpack(clip: Clip, n_frames: int) -> Clip:
         video = (video.float() / 255 - 0.5) / 0.5  # as media.pixel_values
     if audio is not None:
         audio = torch.cat([audio, audio[:, -1:].expand(-1, n_frames - audio.shape[1])], 1)
-    return Clip(clip.path, video, audio)
+    return replace(clip, video=video, audio=audio)
 
 
+@counts_silent
 def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None,
-                modality: str = "video_audio", num_frames: int = 8, geometry: str = "pad",
-                workers: int = 2) -> Iterator[Inputs | ClipError]:
+                modality: str = "video_audio", num_frames: int = 8, geometry: str = "pad", workers: int = 2,
+                silence: str = "hear") -> Iterator[Inputs | ClipError]:
     """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
 
-    A clip that cannot be decoded comes as its ClipError, never as another clip.
+    A clip that cannot be decoded comes as its ClipError, never as another clip. One without sound is heard as silence,
+    said at the first and counted at the end, or is a ClipError (`silence`, divergence 19).
     """
     n_frames = 2 * config.audio.max_source_positions
     load = partial(load_job, modality=modality, num_frames=num_frames, image_size=config.vision.image_size,
-                   n_mels=config.audio.num_mel_bins, n_frames=n_frames, geometry=geometry)
+                   n_mels=config.audio.num_mel_bins, n_frames=n_frames, geometry=geometry,
+                   silence=silence)
     jobs = (Job(example, cache is not None and cache.has(example)) for example in order)
     for job, clip in clip_loader(jobs, load, workers=workers):
         if job.cached:
             if (features := cache.get(job.example)) is not None:
-                yield Inputs(job.example, None, features)
+                yield Inputs(job.example, None, features[:2], features[2])
                 continue
             ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)  # damaged in the cache: made again
-        yield clip if isinstance(clip, ClipError) else Inputs(job.example, unpack(clip, n_frames))
+        yield clip if isinstance(clip, ClipError) else Inputs(
+            job.example, unpack(clip, n_frames), silent=clip.silent)
 
 
 def training_inputs(places: Iterable[int], example_at: Callable[[int], Example], count: int,

@@ -1,38 +1,23 @@
 """A clip on disk -> frames and waveform -> pixel values and log-mel: what the released system feeds its two towers.
 
-The numbers are the release's (decord's frames, Pillow's resize, Whisper's log-mel), computed with torch alone.
-PyAV decodes video and the sound in it, soundfile WAV and FLAC; imported inside functions: a GPU machine may lack both.
-- Memory is bounded: only the k wanted frames are kept, and load_clip stops decoding sound where the log-mel ends.
-  A clip of more than LONG_CLIP frames is decoded only around the wanted frames, with the same result.
-- Rotation marks of phones are applied, as decord does, so that a person stands upright; mirror marks are not.
-- Nothing is made up: a clip that is damaged, or cut off before the end it declares, raises ClipError. 5% (or 0.1 s)
-  may be missing at the end, because headers are that inexact. What cannot be seen: a cut GIF (it declares no length),
-  damage that a decoder conceals, and damage in the parts of a long clip that are never decoded.
+The numbers are the release's (decord's frames, Pillow's resize, Whisper's log-mel), computed with torch alone. How a
+file is opened and decoded, and what counts as damage, is told in data/decode.py.
 Left out: frames by time (indices count frames, also at a variable frame rate), pixel aspect ratio, interlacing.
 """
 
-import re
 import sys
-from array import array
-from bisect import bisect_right
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from erv_min.data.decode import SAMPLE_RATE, decode
 from erv_min.run.errors import ClipError, SettingsError
 
-SAMPLE_RATE = 16_000
 N_FFT, HOP = 400, 160  # Whisper's window and step: 25 ms and 10 ms
-MAX_PIXELS = 2**26  # 8192 x 8192 a frame; a header that declares more is refused before anything is allocated
-LONG_CLIP = 1500  # frames; above it, the wanted frames are found by seeking
-SEEKABLE = ("h264", "hevc", "vp9", "av1", "libdav1d")  # one shown frame a packet, and a keyframe is a fresh start
-SOUND_FILES = (".wav", ".flac")
-NO_TIME = -(2**63)
 
 
 @dataclass
@@ -41,6 +26,7 @@ class Clip:
     path: Path
     video: torch.Tensor | None  # [T, 3, S, S] float32 in -1..1
     audio: torch.Tensor | None  # [mels, frames] float32, Whisper's log-mel
+    silent: bool = False  # sound was asked for, the file has none, and `audio` is that of silence
 
 
 def sample_frame_indices(n_frames: int, k: int) -> list[int]:
@@ -53,241 +39,55 @@ def sample_frame_indices(n_frames: int, k: int) -> list[int]:
 
 def load_frames(path: str | Path, k: int) -> torch.Tensor:
     """The k sampled frames of a clip, upright: uint8 [k, H, W, 3]. Raises ClipError."""
-    return _decode(Path(path), k, 0)[0]
+    return decode(Path(path), partial(sample_frame_indices, k=k), 0)[0]
 
 
-def load_waveform(path: str | Path, silence: bool = False, max_seconds: float | None = None) -> torch.Tensor:
+def load_waveform(path: str | Path, silence: str = "error", max_seconds: float | None = None) -> torch.Tensor:
     """The sound of a clip at 16 kHz, mono: float32 [N]; two channels mix as (L + R) * 0.7071, NaN samples are -1.5.
 
-    `max_seconds` stops there, with the same samples up to that point. Raises ClipError where there is no sound, or
-    returns 10 s of zeros where `silence` asks for it.
+    `max_seconds` stops there, with the same samples up to that point. Raises ClipError; `silence` as in load_clip.
     """
     max_samples = sys.maxsize if max_seconds is None else round(max_seconds * SAMPLE_RATE)
-    return _sound_or_silence(path, _decode(Path(path), 0, max_samples)[1], silence)
+    return _sound_or_silence(path, decode(Path(path), None, max_samples)[1], silence)[0]
 
 
 def has_audio(path: str | Path) -> bool:
     """Whether the file has sound that decodes. Raises ClipError where the file cannot be read."""
-    return _decode(Path(path), 0, 1)[1] is not None
+    return decode(Path(path), None, 1)[1] is not None
 
 
 def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int = 8, image_size: int = 224,
-              n_mels: int = 128, n_frames: int = 3000, geometry: str = "pad", silence: bool = False) -> Clip:
+              n_mels: int = 128, n_frames: int = 3000, geometry: str = "pad", silence: str = "hear") -> Clip:
     """Reads what `modality` asks for, in one pass over the file.
 
-    `num_frames` frames of `image_size`; `n_frames` log-mel frames (10 ms each) of `n_mels` bins. Raises ClipError,
-    also for a clip without the sound that was asked for (unless `silence` allows zeros in its place).
+    `num_frames` frames of `image_size`; `n_frames` log-mel frames (10 ms each) of `n_mels` bins. A clip whose file has
+    no sound: "hear" gives 10 s of digital silence, as the release does, and marks the Clip `silent`, so that callers
+    count it; "error" raises ClipError (divergence 19). Sound that is there and cannot be decoded is always a ClipError.
     """
     if modality not in ("video_audio", "video", "audio", "text"):
         raise SettingsError(f"modality {modality!r}: use video_audio, video, audio or text")
-    path, video, audio = Path(path), "video" in modality, "audio" in modality
-    if not video and not audio:
-        return Clip(path, None, None)
-    frames, waveform = _decode(path, num_frames * video, n_frames * HOP * audio)
-    return Clip(path, pixel_values(frames, image_size, geometry) if video else None,
-                log_mel(_sound_or_silence(path, waveform, silence), n_mels, n_frames) if audio else None)
+    path, clip = Path(path), Clip(Path(path), None, None)
+    if modality == "text":
+        return clip
+    choose = partial(sample_frame_indices, k=num_frames) if "video" in modality else None
+    frames, waveform = decode(path, choose, n_frames * HOP if "audio" in modality else 0)
+    if "video" in modality:
+        clip.video = pixel_values(frames, image_size, geometry)
+    if "audio" in modality:
+        waveform, clip.silent = _sound_or_silence(path, waveform, silence)
+        clip.audio = log_mel(waveform, n_mels, n_frames)
+    return clip
 
 
-def _sound_or_silence(path, waveform: torch.Tensor | None, silence: bool) -> torch.Tensor:
-    if waveform is None and not silence:
-        raise ClipError(f"{path}: has no sound; use modality 'video', or ask for silence in its place")
-    return torch.zeros(10 * SAMPLE_RATE) if waveform is None else waveform
+def _sound_or_silence(path, waveform: torch.Tensor | None, silence: str) -> tuple[torch.Tensor, bool]:
+    """(waveform [N], whether it stands for a sound that the file does not have)."""
+    if silence not in ("hear", "error"):
+        raise SettingsError(f"silence {silence!r}: use hear or error")
+    if waveform is None and silence == "error":
+        raise ClipError(f"{path}: has no sound; leave the clip out, let it be heard as silence (--silence hear), or "
+                        "do without sound (--modality video)")
+    return (torch.zeros(10 * SAMPLE_RATE), True) if waveform is None else (waveform, False)
 
-
-# ---- decoding --------------------------------------------------------------------------------------------------------
-
-@contextmanager
-def _opened(path: Path):
-    """The file, open: a SoundFile for WAV and FLAC, else a PyAV container. Whatever they raise becomes ClipError."""
-    import av
-    import soundfile
-    if not path.is_file():
-        raise ClipError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    # Tags that are not UTF-8 must not stop a clip; PyAV 19 reads them as bytes and has no such option any more.
-    tags = {"metadata_errors": "ignore"} if int(av.__version__[:2]) < 19 else {}
-    try:
-        with (soundfile.SoundFile(str(path)) if path.suffix.lower() in SOUND_FILES else
-              av.open(f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, **tags)) as source:
-            yield source
-    except (av.FFmpegError, soundfile.SoundFileError, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ClipError(f"{path}: cannot be decoded ({reason}); replace the file or leave the clip out") from error
-
-
-def _video_stream(container, path: Path):
-    """The video track, its decoder set up. Cover art is none. Raises ClipError for none, or an absurd frame size."""
-    from av.stream import Disposition
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    codec = streams[0].codec_context if streams else None
-    if codec is None:
-        raise ClipError(f"{path}: {'no decoder for its video' if streams else 'has no video'}")
-    if not 0 < codec.width * codec.height <= MAX_PIXELS:  # over the limit, some demuxers report 0 x 0
-        raise ClipError(f"{path}: frames of {codec.width} x {codec.height} pixels, none or too many; scale it down")
-    codec.options = {"max_pixels": str(MAX_PIXELS)}
-    codec.thread_type = "AUTO" if codec.width * codec.height >= 2**18 else "NONE"  # threads cost more than tiny frames
-    return streams[0]
-
-
-def _decode(path: Path, k: int, max_samples: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """k sampled frames [k, H, W, 3] and up to max_samples of the waveform [N]; None for what is not asked or not there.
-
-    One pass where the declared number of frames is right (MP4, AVI). Where none is declared (MKV, WebM) or the clip is
-    long, packets are counted first; where the count was wrong (edit lists, hidden frames), once more with the real one.
-    """
-    if path.suffix.lower() in SOUND_FILES:
-        if k:
-            raise ClipError(f"{path}: has no video; use modality 'audio'")
-        return None, _decode_sound_file(path, max_samples)
-    frames, waveform, n_frames, counted = None, None, 0, False
-    while k and frames is None:
-        with _opened(path) as container:
-            video = _video_stream(container, path)
-            n_frames = n_frames or video.frames
-            if not counted and not 0 < n_frames <= LONG_CLIP:
-                times, keys = _count(container, path, video)
-                n_frames, counted = len(times), True
-                if n_frames > LONG_CLIP:
-                    frames = _frames_by_seeking(container, video, times, keys, sample_frame_indices(n_frames, k))
-            else:
-                kept, decoded, sound = _decode_in_order(container, path, video, n_frames, k, max_samples)
-                waveform, max_samples = (sound, 0) if max_samples else (waveform, 0)
-                frames = kept if decoded == n_frames else None
-                n_frames = decoded
-        if not n_frames:
-            raise ClipError(f"{path}: has no frame that can be decoded; replace the file or leave the clip out")
-    if max_samples:
-        with _opened(path) as container:
-            waveform = _decode_in_order(container, path, None, 0, 0, max_samples)[2]
-    return torch.from_numpy(np.stack(frames)) if k else None, waveform
-
-
-def _packets(container, path: Path):
-    """All packets of the file. Raises ClipError for a broken one, or for an end before the declared one."""
-    ends = {}
-    for packet in container.demux():
-        if packet.is_corrupt:
-            raise ClipError(f"{path}: damaged or cut off; replace the file or leave the clip out")
-        if packet.pts is not None:
-            i = packet.stream_index
-            ends[i] = max(ends.get(i, packet.pts), packet.pts + (packet.duration or 0))
-        yield packet
-    # MP4 and Matroska declare how long they are, AVI how many frames it has; what others declare is an estimate.
-    seconds = {i: float(end * container.streams[i].time_base) for i, end in ends.items()}
-    declared = reached = 0.0
-    if "mov" in container.format.name or "matroska" in container.format.name:
-        declared, reached = (container.duration or 0) / 1e6, max(seconds.values(), default=0)
-        reached -= (container.start_time or 0) / 1e6
-    elif container.format.name == "avi" and container.streams.video and container.streams.video[0].average_rate:
-        stream = container.streams.video[0]
-        declared = max(stream.frames - 1, 0) / float(stream.average_rate)  # some writers count one more
-        reached = seconds.get(stream.index, 0)
-    if declared - reached > max(0.1, 0.05 * declared):
-        raise ClipError(f"{path}: cut off after {reached:.2f} of {declared:.2f} s; replace the file or leave it out")
-
-
-def _decode_in_order(container, path: Path, video, n_frames: int, k: int, max_samples: int):
-    """One pass: the k frames to keep if there are n_frames, how many there were, the waveform (or None)."""
-    import av
-    audio = container.streams.best("audio") if max_samples else None
-    if audio and audio.codec_context is None:
-        raise ClipError(f"{path}: no decoder for its sound; convert it to AAC")
-    if not video and not audio:
-        return [], 0, None
-    indices = sample_frame_indices(n_frames, k) if video else []
-    wanted, kept, decoded, chunks, samples = set(indices), {}, 0, [], 0
-    to_rgb, resampler = _rgb_converter(), av.AudioResampler("fltp", "mono", SAMPLE_RATE)
-    for packet in _packets(container, path):
-        if packet.stream is video:
-            for frame in packet.decode():
-                if decoded in wanted:
-                    kept[decoded] = to_rgb(frame)
-                decoded += 1
-        elif packet.stream is audio and samples < max_samples:
-            for frame in packet.decode():
-                samples += _resample(resampler, frame, chunks)
-        elif not video and samples >= max_samples:
-            break
-    return [kept[i] for i in indices if i in kept], decoded, _waveform(chunks, resampler, max_samples)
-
-
-def _count(container, path: Path, video) -> tuple[array, list[tuple[int, int]]]:
-    """All packets without decoding: the frames' times, sorted, and (pts, dts) of each keyframe."""
-    times, keys = array("q"), []
-    for packet in _packets(container, path):
-        if packet.stream is video and packet.size and not packet.is_discard:
-            times.append(NO_TIME if packet.pts is None else packet.pts)
-            if packet.is_keyframe and packet.pts is not None:
-                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-    return array("q", sorted(times)), sorted(keys)
-
-
-def _frames_by_seeking(container, video, times: array, keys: list, indices: list[int]) -> list[np.ndarray] | None:
-    """The frames that decoding in order would give, each decoded from the keyframe before it and known by its time.
-
-    None (decode in order instead) where times are missing or not unique, or where container or codec do not promise
-    that a frame needs nothing from before its keyframe.
-    """
-    exact = "mov" in container.format.name or "matroska" in container.format.name
-    if not exact or video.codec_context.name not in SEEKABLE or times[0] == NO_TIME or len(set(times)) < len(times):
-        return None
-    to_rgb, kept, position = _rgb_converter(), {}, NO_TIME
-    for i in sorted(set(indices)):
-        before = bisect_right(keys, (times[i], sys.maxsize)) - 1
-        if before < 0:
-            return None
-        if keys[before][0] > position:  # a keyframe lies between the last frame and this one: jump to it
-            container.seek(keys[before][1], stream=video)
-            decoder = container.decode(video)
-        frame = next((f for f in decoder if f.pts is None or f.pts >= times[i]), None)
-        if frame is None or frame.pts != times[i]:
-            return None
-        kept[i], position = to_rgb(frame), times[i]
-    return [kept[i] for i in indices]
-
-
-def _rgb_converter():
-    """A function: decoded frame -> upright uint8 [H, W, 3], scaled to the first one's size if the clip changes it."""
-    import av
-    reformatter, size = av.video.reformatter.VideoReformatter(), []  # one a clip: it costs more than a small frame does
-    threads = {"threads": 1} if int(av.__version__[:2]) >= 17 else {}  # the default is a pool of threads from 17 on
-
-    def to_rgb(frame) -> np.ndarray:
-        size[:] = size or (frame.width, frame.height)
-        rgb = reformatter.reformat(frame, *size, "rgb24", **threads).to_ndarray()
-        return np.rot90(rgb, round(frame.rotation / 90) % 4)  # both count counter-clockwise
-    return to_rgb
-
-
-def _resample(resampler, frame, chunks: list[np.ndarray]) -> int:
-    """Appends what the resampler gives for one more frame (None: its rest); returns the number of samples."""
-    new = [out.to_ndarray()[0] for out in resampler.resample(frame) if out is not None]
-    chunks += new
-    return sum(map(len, new))
-
-
-def _waveform(chunks: list[np.ndarray], resampler, max_samples: int) -> torch.Tensor | None:
-    _resample(resampler, None, chunks)
-    waveform = np.concatenate(chunks)[:max_samples] if chunks else np.empty(0, np.float32)
-    return torch.from_numpy(np.where(np.isnan(waveform), np.float32(-1.5), waveform)) if len(waveform) else None
-
-
-def _decode_sound_file(path: Path, max_samples: int) -> torch.Tensor | None:
-    """WAV and FLAC, a block at a time, through the same resampler."""
-    import av
-    resampler, chunks, samples = av.AudioResampler("fltp", "mono", SAMPLE_RATE), [], 0
-    with _opened(path) as file:
-        cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # a WAV too short
-        if cut and int(cut[2]) < 0.95 * int(cut[1]) < 2e9:  # near 2 or 4 GiB: not a size, but written to a pipe
-            raise ClipError(f"{path}: cut off after {cut[2]} of {cut[1]} bytes; replace the file or leave the clip out")
-        layout = "mono" if file.channels == 1 else f"{file.channels} channels"
-        while samples < max_samples and len(block := file.read(2**16, "float32", always_2d=True)):  # [n, C]
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block.T), "fltp", layout)
-            frame.sample_rate = file.samplerate
-            samples += _resample(resampler, frame, chunks)
-        return _waveform(chunks, resampler, max_samples)
-
-
-# ---- frames -> pixel values, waveform -> log-mel ---------------------------------------------------------------------
 
 def pixel_values(frames: torch.Tensor, size: int, geometry: str = "pad") -> torch.Tensor:
     """Frames as SigLIP takes them: uint8 [k, H, W, 3] -> float32 [k, 3, size, size] in -1..1.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from erv_min.emotions import ALIASES, GOEMOTIONS, GOEMOTIONS_INDEX, normalize
+from erv_min.emotions import canonical, normalize
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.sentences import split_sentences
 
@@ -84,15 +84,6 @@ def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int
     return [[labels[j] for j in best[: max(1, n)]] for best, n in zip(order, over)]
 
 
-# Any verifier's label -> the name in which R_E compares: GoEmotions' classes by index (divergence 4), then the aliases.
-_COMPARED = ALIASES | {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()}
-
-
-def _compared(label: str) -> str:
-    word = label.strip().lower()
-    return _COMPARED.get(word, word)
-
-
 def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_rule: str = "only",
                        neutral_filter: bool = True, weights: Sequence[float] | None = None) -> float:
     """R_E of one completion (Eq. 4): c / (N - N_neu), or c / N where e_gt is neutral; 0 where the denominator is 0.
@@ -105,8 +96,8 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     """
     if neutral_rule not in ("only", "any"):
         raise SettingsError(f"neutral rule {neutral_rule!r} is unknown; there are 'only' and 'any'")
-    target = _compared(e_gt)
-    sets = [[_compared(label) for label in EL] for EL in label_sets]
+    target = canonical(e_gt)
+    sets = [[canonical(label) for label in EL] for EL in label_sets]
     weights = [1.0] * len(sets) if weights is None else weights
     c = sum(w for w, EL in zip(weights, sets) if target in EL)
     N = len(sets)

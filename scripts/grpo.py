@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss += part_loss.item() * share
                 sums.append(token_sums(logps.detach(), old_logps[i], ref_logps[i], entropy, o, a, collate.tokenizer.eos_id,
                                        settings.epsilon))
-            totals = all_reduce_sum({"loss": loss / processes.size, "failed": len(failed.names)})
+            totals = all_reduce_sum({"loss": loss / processes.size, "failed": len(failed.errors)})
             loss = totals["loss"]
             norms.append(update(policy, optimizer, lr, settings.max_grad_norm, loss))
 

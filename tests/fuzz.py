@@ -155,9 +155,11 @@ class Clips:
         suffix = Path(rng.choice(list(self.base))).suffix if rng.random() < 0.15 else Path(name).suffix
         path = folder / f"clip{suffix}"
         path.write_bytes(b"" if rng.random() < 0.01 else mutate(data, rng, self.base[rng.choice(list(self.base))]))
-        clip = load_clip(path, rng.choice(("video_audio", "video", "audio")), 4, 32, 8, 50)
+        silence = rng.choice(("hear", "error"))
+        clip = load_clip(path, rng.choice(("video_audio", "video", "audio")), 4, 32, 8, 50, silence=silence)
         assert clip.video is None or tuple(clip.video.shape) == (4, 3, 32, 32) and bool(clip.video.isfinite().all())
         assert clip.audio is None or tuple(clip.audio.shape) == (8, 50) and bool(clip.audio.isfinite().all())
+        assert not clip.silent or silence == "hear" and clip.audio.eq(-1.5).all()
 
 
 class Annotations:
@@ -181,10 +183,12 @@ class Annotations:
         from erv_min.erv import counts_table, read_rows
         name = rng.choice(list(self.files))
         file, content = self.files[name]
+        if name == "mafw" and rng.random() < 0.5:
+            file = f"Train & Test Set/single/no_caption/{file}"
         root = folder / "root"
         shutil.rmtree(root, ignore_errors=True)
-        for path in ("set_5", "clip", "clips"):
-            (root / path).mkdir(parents=True)
+        for path in (Path(file).parent, "clip", "clips"):
+            (root / path).mkdir(parents=True, exist_ok=True)
         for i in range(6):
             for path in (f"clip/{i}.mp4", f"clips/{i:05d}.mp4", f"clip/sample_{i}.avi"):
                 (root / path).touch()
@@ -197,7 +201,8 @@ class Annotations:
             (root / file).write_bytes(dump(mutate_json(content, rng), rng))
         if name == "erv":
             return counts_table(read_rows([root / file]))
-        spec = f"json:{root / file}" if name == "json" else f"{name}:{root}"
+        whole = name == "ravdess" or name != "json" and rng.random() < 0.7  # the data root: a folder, or the file itself
+        spec = f"{name}:{root if whole else root / file}"
         examples = load_examples(spec, "test" if name == "ravdess" else "sft" if name == "json" else "train")
         for example in examples:
             assert Path(os.path.abspath(example.path)).is_relative_to(root), f"{example.path} leaves {root}"

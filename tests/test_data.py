@@ -7,20 +7,25 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from erv_min.data.cache import FeatureCache
-from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
+from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.loader import clip_loader
 from erv_min.data.readers import Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json
 from erv_min.run.errors import ClipError, DataError
-from erv_min.inputs import pack, unpack
-from erv_min.media import Clip, load_clip
+from erv_min.config import humanomni
+from erv_min.inputs import Job, clip_inputs, load_job, pack, unpack
+from erv_min.media import Clip, load_clip, load_frames
+from erv_min.model.humanomni import random_humanomni
 from erv_min.toy.render import encode
+from test_media import write_clip
 
 
 def write(path: Path, text: str | bytes = b"clip") -> Path:
@@ -57,7 +62,7 @@ def test_dfew_header_byte_order_mark_and_subfolder(tmp_path):
     ("order,label\n1,0\n", "line 2: label id '0'"),
     ("order,label\n1\n", "line 2: expected `clip number,label id`"),
     ("order,label\n../../x,1\n", "line 2: expected `clip number"),
-    ("order,label\n1,1\n2,1\n01,2\n", "line 4: clip 1 was already on line 2"),
+    ("order,label\n1,1\n2,1\n01,2\n", "line 4: clip '01' was already on line 2"),
     ("order,label\n", "no example in it"),
     (b"order,label\n\xff\xfe,1\n", r"not utf-8-sig text \(byte 12\)"),
 ])
@@ -103,6 +108,55 @@ def test_mafw_damaged(tmp_path, line, message):
         read_mafw(tmp_path, "train")
 
 
+def test_a_file_given_as_root_must_fit_the_split(tmp_path):
+    """Training clips called test give figures that are too good. A file whose name says no split is taken as given."""
+    dfew(tmp_path)
+    for name in ("train", "test"):
+        write(tmp_path / "set_5" / f"{name}.txt", "00001.mp4 anger\n")
+    for data, right, other in (("dfew", "single_testset_5.csv", "single_trainset_5.csv"),
+                               ("mafw", "set_5/test.txt", "set_5/train.txt")):
+        with pytest.raises(DataError, match=f"{other}: is the train split, and test was asked for.*the folder"):
+            load_examples(f"{data}:{tmp_path / other}", "test")
+        assert {e.split for e in load_examples(f"{data}:{tmp_path / right}", "test")} == {"test"}
+        assert {e.split for e in load_examples(f"{data}:{tmp_path / other}", "sft")} == {"train"}
+        with pytest.raises(DataError, match="is the test split, and train was asked for"):
+            load_examples(f"{data}:{tmp_path / right}", "train")
+    own = write(tmp_path / "latest_contest.csv", "1,1\n")  # no word of it is train or test
+    assert len(load_examples(f"dfew:{own}", "train")) == len(load_examples(f"dfew:{own}", "test")) == 1
+
+
+OFFICIAL = "Train & Test Set/single/no_caption"  # of MAFW: below it set_1 to set_5, beside it other tasks
+
+
+def official_mafw(root: Path) -> Path:
+    for task in (OFFICIAL, "Train & Test Set/single/with_caption", "Train & Test Set/compound/no_caption"):
+        for fold in (1, 5):
+            for split, name in (("train", "00001"), ("test", "00002")):
+                label = ("fear" if fold == 5 else "anger") + "\ta caption" * ("with" in task)
+                write(root / task / f"set_{fold}" / f"{split}.txt", f"{name}.mp4 {label}\n")
+    for name in ("00001", "00002"):
+        write(root / "data" / "clips" / f"{name}.mp4")
+    return root
+
+
+@pytest.mark.parametrize("where", ["", "Train & Test Set", "Train & Test Set/single", OFFICIAL,
+                                   f"{OFFICIAL}/set_5/test.txt"])
+def test_mafw_as_it_is_unpacked(tmp_path, where):
+    """The single-label task without captions, fold 5 (section 4.1); the clips are found from any folder of the way."""
+    root = official_mafw(tmp_path / "MAFW")
+    (example,) = load_examples(f"mafw:{root / where}", "test")
+    assert (example.video_id, example.label) == ("00002", "fear")
+    if where == "" or where.endswith(".txt"):
+        assert example.path == root / "data" / "clips" / "00002.mp4" and example.path.is_file()
+
+
+def test_mafw_of_two_tasks_is_no_guess(tmp_path):
+    for task in ("compound/no_caption", "compound/with_caption"):
+        write(tmp_path / task / "set_5" / "train.txt", "00001.mp4 fear\n")
+    with pytest.raises(DataError, match="more than one annotation file.*no_caption.*with_caption.*give the file"):
+        read_mafw(tmp_path, "train")
+
+
 EMER = ('names,emotions,subtitles,reasons\n'
         'sample_0001,worried,"Wait, what?","In the video, she frowns. Her voice shakes."\n'
         'sample_0002,happy,,"He smiles ""broadly"",\nthen laughs."\n')
@@ -116,6 +170,15 @@ def test_emer_quotes_newlines_and_subtitles(tmp_path):
         "worried", "Wait, what?", "In the video, she frowns. Her voice shakes.")
     assert first.path == tmp_path / "video" / "sample_0001.avi"
     assert second.explanation == 'He smiles "broadly",\nthen laughs.' and second.path.name == "sample_0002.avi"
+
+
+def test_a_file_given_as_root_finds_its_clips(tmp_path):
+    """Beside it, or in a folder of clips around it; a folder of clips further up is not in the way of the first."""
+    path = write(tmp_path / "a" / "EMER" / "EMER.csv", EMER)
+    write(tmp_path / "a" / "video" / "sample_0001.avi")
+    assert read_emer(path)[0].path == tmp_path / "a" / "video" / "sample_0001.avi"
+    write(tmp_path / "a" / "EMER" / "sample_0001.avi")
+    assert read_emer(path)[0].path == tmp_path / "a" / "EMER" / "sample_0001.avi"
 
 
 def test_emer_gb18030(tmp_path):
@@ -132,6 +195,9 @@ def test_emer_gb18030(tmp_path):
     ("names,emotions,subtitles,reasons\na,bored,x,y\n", "line 2, field emotions: label 'bored' is not one of emer's"),
     ("names,emotions,subtitles,reasons\na,sad,x,y\na.avi,sad,x,y\n", "line 3: clip 'a' was already on line 2"),
     ("names,emotions,subtitles,reasons\na,sad,x,\n", "empty field reasons"),
+    ("names,emotions,subtitles,reasons\na,\"['sad', 'angry']\",x,y\nb,sad,x,y\nc,happy/sad,x,y\n",
+     "lines 2, 4, field emotions: more than one label.*keep one"),
+    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'bored' is not"),
     ("names,emotions,subtitles,reasons\n../../a,sad,x,y\n", "outside the data root"),
 ])
 def test_emer_damaged(tmp_path, text, message):
@@ -175,9 +241,21 @@ def test_ravdess_names(tmp_path):
         load_examples(f"ravdess:{tmp_path}", "train")
 
 
+def test_ravdess_song_is_left_out_and_counted(tmp_path, caplog):
+    """The release's eight labels are those of speech: song has no disgust and no surprise."""
+    write(tmp_path / "Actor_12" / "01-01-06-01-02-01-12.mp4")
+    song = [write(tmp_path / "Actor_12" / f"01-02-0{i}-01-02-01-12.mp4") for i in (3, 4)]
+    assert [e.path.name for e in load_examples(f"ravdess:{tmp_path}", "test")] == ["01-01-06-01-02-01-12.mp4"]
+    assert "2 clips of song left out" in caplog.text
+    write(tmp_path / "Actor_12" / "01-01-06-01-02-01-12.mp4").unlink()
+    with pytest.raises(DataError, match="no clip of modality 01.*2 of modality 01, channel 02"):
+        read_ravdess(tmp_path)
+    assert all(path.is_file() for path in song)
+
+
 def test_ravdess_damaged(tmp_path):
     write(tmp_path / "03-01-06-01-02-01-12.wav")
-    with pytest.raises(DataError, match="no clip of modality 01.*1 of modality 03"):
+    with pytest.raises(DataError, match="no clip of modality 01.*1 of modality 03, channel 01"):
         read_ravdess(tmp_path)
     write(tmp_path / "01-01-09-01-02-01-12.mp4")
     with pytest.raises(DataError, match="emotion '09'"):
@@ -264,6 +342,15 @@ def test_missing_clips_are_listed_and_too_many_are_an_error(tmp_path):
         check_clips(examples[:1], allow_missing=1.0)
 
 
+def test_clips_that_do_not_decode_count_against_allow_missing():
+    too_many(1, 100, 0.01), too_many(0, 0, 0.0), too_many(3, 4, 0.75)
+    with pytest.raises(DataError, match=r"2 of 100 clips cannot be decoded \(2.0%\), the first: a.mp4: cut off.*"
+                                        r"allow more than 1.0% \(--allow-missing\)"):
+        too_many(2, 100, 0.01, ClipError("a.mp4: cut off"))
+    with pytest.raises(DataError, match="4 of 4 clips cannot be decoded"):  # nothing is left to train on or to score
+        too_many(4, 4, 1.0)
+
+
 def test_train_and_test_do_not_share_clips(tmp_path):
     train, test = (load_examples(f"dfew:{dfew(tmp_path)}", split) for split in ("train", "test"))
     check_disjoint(train, test)
@@ -340,6 +427,15 @@ def test_loader_survives_a_dying_decoder():
     assert "the decoder process died" in str(results[2][1])
 
 
+def test_loader_survives_a_decoder_that_dies_while_the_consumer_is_busy():
+    """As in training: the pool is already broken when the next clip is handed in."""
+    results = []
+    for example, result in clip_loader(examples_named("a", "crash", "bb", "ccc", "dddd"), decode, workers=1, prefetch=2):
+        results.append((example.video_id, isinstance(result, ClipError)))
+        time.sleep(1)
+    assert results == [("a", False), ("crash", True), ("bb", False), ("ccc", False), ("dddd", False)]
+
+
 def test_loader_is_bounded():
     taken = []
 
@@ -395,8 +491,82 @@ def test_feature_cache_modalities_and_memory_limit(tmp_path):
     cache = FeatureCache(None, "k", memory=4 * 6)
     cache.put(clips[0], vision=torch.zeros(2, 3))
     cache.put(clips[1], vision=torch.zeros(2, 3))  # over the limit and no folder: not kept
-    vision, audio = cache.get(clips[0])
-    assert vision.shape == (2, 3) and audio is None and cache.get(clips[1]) is None
+    vision, audio, silent = cache.get(clips[0])
+    assert vision.shape == (2, 3) and audio is None and not silent and cache.get(clips[1]) is None
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path, folder):
+    """From decoding through the workers' pipe and both caches to what the caller counts (divergence 19)."""
+    write_clip(tmp_path / "mute.mp4", sound=None), write_clip(tmp_path / "loud.mp4")
+    model = random_humanomni(humanomni("toy"), 0)
+    clips = [Example(name, tmp_path / f"{name}.mp4", "sad", "dfew") for name in ("mute", "loud")]
+    heard = list(clip_inputs(clips, model.config, None, num_frames=2, workers=1))
+    assert [x.silent for x in heard] == [True, False]
+    error, loud = clip_inputs(clips, model.config, None, num_frames=2, workers=1, silence="error")
+    assert isinstance(error, ClipError) and "--silence" in str(error) and not loud.silent
+    cache = FeatureCache(folder and tmp_path / folder, "k", memory=0 if folder else 100)  # from the disk, from memory
+    for x in heard:
+        cache.put(x.example, torch.zeros(1), torch.zeros(1), x.silent)
+    assert all(map(cache.has, clips))
+    assert [x.silent for x in clip_inputs(clips, model.config, cache)] == [True, False]  # nothing is decoded
+
+
+def test_clips_heard_as_silence_are_counted_in_words(tmp_path, caplog):
+    """At the first, and at the end, once per clip: also where the consumer takes no more of the stream."""
+    a, b = (write_clip(tmp_path / name, sound=None) for name in ("a.mp4", "b.mp4"))
+    clips = [Example(path.stem, path, "sad", "dfew") for path in (a, b, b)]
+    stream = clip_inputs(clips * 2, humanomni("toy"), None, num_frames=2, workers=0)
+    next(stream)
+    assert "a.mp4: no sound, heard as 10 s of silence (--silence)" in caplog.text
+    next(stream), next(stream), stream.close()
+    assert caplog.text.count("no sound") == 1 and "2 clips without sound were heard" in caplog.text
+
+
+WALK = {  # what a user's folder holds: (encoder, options of write_clip)
+    "h264-aac.mp4": {}, "mpeg4-mp3.avi": {"codec": "mpeg4", "sound": "mp3"},
+    "vp9-opus.webm": {"codec": "libvpx-vp9", "sound": "libopus", "rate": 48000},
+    "hevc-10-bit.mkv": {"codec": "libx265", "pixels": "yuv420p10le", "sound": "flac"},
+    "rotated.mov": {"sound": "pcm_s16le", "rotate": 90}, "mute.mp4": {"sound": None}}
+
+
+def can_encode(name: str) -> bool:
+    try:
+        return bool(av.Codec(name, "w"))
+    except ValueError:  # av.codec.codec.UnknownCodecError
+        return False
+
+
+def test_a_folder_of_clips_in_the_released_layout(tmp_path):
+    """Five containers, four video and five sound codecs, one clip mute, one HEVC of 10 bit, one rotated, one cut off, one
+    missing: a result for each, or a reason that names it. Where this build of FFmpeg lacks an encoder, not its clip."""
+    written = []
+    (tmp_path / "clips").mkdir()
+    for name, options in WALK.items():
+        if can_encode(options.get("codec", "libx264")) and can_encode(options.get("sound") or "aac"):
+            write_clip(tmp_path / "clips" / name, size=(64, 48), n=24, seconds=2, **options)
+            written.append(name)
+    cut = (tmp_path / "clips/h264-aac.mp4").read_bytes()
+    write(tmp_path / "clips/cut.mp4", cut[: len(cut) // 2])
+    answer = "<think>She smiles.</think>\n<answer>happy</answer>"
+    names = [*written, "cut.mp4", "missing.mp4"]
+    path = write(tmp_path / "train.json", json.dumps([entry(f"clips/{name}", answer) for name in names]))
+    examples = check_clips(read_training_json(path), 0.2, tmp_path / "missing.txt")
+    assert [e.path.name for e in examples] == names[:-1] and "missing.mp4" in (tmp_path / "missing.txt").read_text()
+    load = partial(load_job, modality="video_audio", num_frames=4, image_size=48, n_mels=32, n_frames=300)
+    results = {job.path.name: clip for job, clip in clip_loader([Job(e, False) for e in examples], load, workers=1)}
+    failed = {name: str(x) for name, x in results.items() if isinstance(x, ClipError)}
+    assert list(failed) == ["cut.mp4"] and "cut.mp4: " in failed["cut.mp4"]
+    assert {name for name in written if results[name].silent} == {"mute.mp4"}
+    for name in written:
+        clip = unpack(results[name], 300)
+        assert clip.video.shape == (4, 3, 48, 48) and clip.video.std() > 0.1 and clip.audio.shape == (32, 300)
+        assert (clip.audio.std() == 0) == (name == "mute.mp4")
+    grey = load_frames(tmp_path / "clips/h264-aac.mp4", 4).float()
+    for name in written:  # the same picture from each: 8 or 10 bit, upright or turned by the mark
+        frames = load_frames(tmp_path / "clips" / name, 4).float()
+        assert frames.shape == ((4, 64, 48, 3) if name == "rotated.mov" else (4, 48, 64, 3))
+        assert (frames[:, 20:30, 20:30].mean((1, 2, 3)) - grey[:, 20:30, 20:30].mean((1, 2, 3))).abs().max() < 5, name
 
 
 def test_clips_travel_packed_and_arrive_the_same(tmp_path):
@@ -410,8 +580,9 @@ def test_clips_travel_packed_and_arrive_the_same(tmp_path):
     assert (packed.video.nbytes + packed.audio.nbytes) * 2.7 < clip.video.nbytes + clip.audio.nbytes
     back = unpack(packed, 300)
     assert torch.equal(back.video, clip.video) and torch.equal(back.audio, clip.audio)
-    silent = Clip(path, None, torch.full((32, 300), -1.5))
+    silent = Clip(path, None, torch.full((32, 300), -1.5), silent=True)
     assert torch.equal(unpack(pack(silent), 300).audio, silent.audio) and pack(silent).video is None
+    assert unpack(pack(silent), 300).silent and not back.silent
     values = (torch.arange(256.0).reshape(1, 1, 16, 16) / 255 - 0.5) / 0.5  # each value that a frame can have
     full = Clip(path, values, torch.randn(32, 300))
     assert torch.equal(unpack(pack(full), 300).audio, full.audio)

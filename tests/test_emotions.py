@@ -3,7 +3,9 @@
 import pytest
 
 from conftest import GOLDEN
-from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, LABELS, labels, normalize, to_erv
+from erv_min.emotions import (ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, LABELS, SYNONYMS, canonical, labels,
+                              normalize, to_erv)
+from erv_min.rewards import explanation_reward
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import read_json
 
@@ -48,6 +50,14 @@ def test_every_label_but_doubt_has_a_name_of_the_verifier():
     ("worried", "emer", "worried", "worried"),
     ("anxiety", "emer", "worried", "anxiety"),
     ("fear", "RAVDESS", "fearful", "fear"),
+    ("Joy", "DFEW", "happy", "joy"),  # a synonym counts where its label is in the list
+    ("joyful", "MAFW", "happiness", "joyful"),
+    ("furious.", "MERR", "angry", "furious."),
+    ("afraid", "MAFW", "fear", "afraid"),
+    ("scared", "EMER", None, "scared"),  # EMER has no fear
+    ("surprised", "DFEW", None, "surprised"),  # a label of RAVDESS: an answer only there
+    ("calm", "DFEW", None, "calm"),
+    ("joy and fear", "DFEW", None, "joy and fear"),
     ("calm", "RAVDESS", "calm", "calm"),
     ("", "DFEW", None, ""),
     ("?!", "DFEW", None, "?!"),
@@ -60,3 +70,29 @@ def test_normalize(text, dataset, paper, released):
 def test_normalize_refuses_another_rule():
     with pytest.raises(SettingsError, match="strict"):
         normalize("sad", "dfew", "strict")
+
+
+def test_r_e_knows_every_label_of_every_data_set():
+    """Eq. 4 compares e_gt with the verifier's labels, whatever each of them is called: a clip of EMER's `worried` is
+    paid for a sentence of anxiety. Otherwise R_E is 0 for all clips of that label."""
+    for names in LABELS.values():
+        for name in names:
+            if name != "doubt":
+                assert explanation_reward([[to_erv(name)]], name) == 1.0, name
+    assert explanation_reward([["anxiety"]], "worried") == explanation_reward([["nervousness"]], "worried") == 1.0
+    assert explanation_reward([["neutral"], ["fear"]], "calm") == 0.5  # a neutral e_gt: nothing is filtered
+    assert [canonical(x) for x in ("joy", "grief", " Fearful ", "surprised", "admiration")] == [
+        "happiness", "helplessness", "fear", "surprise", "admiration"]
+
+
+def test_doubt_has_no_counterpart_and_is_never_met():
+    assert canonical("doubt") == "doubt"
+    assert all(explanation_reward([[label]], "doubt") == 0.0 for label in (*ERV_LABELS, *GOEMOTIONS))
+
+
+def test_synonyms_change_no_figure_of_the_released_rule():
+    """Nor the index map: none is one of GoEmotions' 17 classes that R_E does not read (divergence 4)."""
+    unread = set(GOEMOTIONS) - {GOEMOTIONS[i] for i in GOEMOTIONS_INDEX.values()}
+    assert not unread & set(SYNONYMS) and not set(SYNONYMS) & set(ALIASES) and set(SYNONYMS.values()) < set(ERV_LABELS)
+    for word in SYNONYMS:
+        assert {normalize(word, dataset, "released") for dataset in ("dfew", "mafw")} == {word}

@@ -1,4 +1,4 @@
-"""media.py: the recorded vectors of the release, every container and every odd clip, written here as real files."""
+"""media.py and data/decode.py: the release's recorded vectors, every container and every odd clip, written here."""
 
 import json
 import struct
@@ -15,6 +15,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from erv_min import media
+from erv_min.data import decode
 from erv_min.run.errors import ClipError, SettingsError
 from erv_min.media import has_audio, load_clip, load_frames, load_waveform, log_mel, pixel_values, sample_frame_indices
 
@@ -27,7 +28,7 @@ def grey(i: int) -> int:
 
 
 def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="medium", sound="aac", seconds=1.0,
-               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0):
+               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0, rotate=0):
     """A clip of n grey frames (n = 0: none) and a 440 Hz tone of amplitude 0.5 (sound None: none)."""
     with av.open(str(path), "w", options=container or {}) as out:
         out.metadata.update(tags or {})
@@ -57,7 +58,18 @@ def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="mediu
                 frame.sample_rate, frame.pts = rate, at
                 out.mux(audio.encode(frame))
             out.mux(audio.encode(None))
+    if rotate:
+        turn(path, rotate)
     return path
+
+
+def turn(path, angle):
+    """Writes a phone's rotation mark, clockwise, into the header of an MP4 or MOV file."""
+    data = bytearray(path.read_bytes())
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[angle]
+    at = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, version 0's times and id, layer and volume
+    data[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
 
 
 def shifted(packets, start, fps):
@@ -246,14 +258,9 @@ def test_odd_sizes(tmp_path, name):
 
 
 def test_a_rotated_clip_stands_upright(tmp_path):
-    clip = write_clip(tmp_path / "a.mp4")
-    data = bytearray(clip.read_bytes())
-    matrix = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, version 0's times and id, layer and volume
-    turns = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}  # clockwise, as phones write them
     corners = {90: (0, -1), 180: (-1, -1), 270: (-1, 0)}  # where the upper left corner belongs
-    for angle, (a, b, c, d) in turns.items():
-        data[matrix:matrix + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-        clip.write_bytes(data)
+    for angle in corners:
+        clip = write_clip(tmp_path / "a.mp4", rotate=angle)
         frames = load_frames(clip, 4)
         assert frames.shape[1:3] == ((48, 64) if angle == 180 else (64, 48))
         bright = frames[0, :, :, 0] > 200
@@ -279,7 +286,7 @@ def test_frames_hidden_by_an_edit_list(tmp_path, monkeypatch):
     assert near(load_frames(clip, 4), [7, 9, 11, 13])  # of 9 frames, from the 6th on: 1, 3, 5, 7
     clip = write_clip(tmp_path / "b.mp4", n=60, start=-1, sound=None)
     for limit in (1000, 5):  # in order, by seeking: of 59 frames, from the second on: 7, 22, 36, 51
-        monkeypatch.setattr(media, "LONG_CLIP", limit)
+        monkeypatch.setattr(decode, "LONG_CLIP", limit)
         assert near(load_frames(clip, 4), [8, 23, 37, 52], 2)
 
 
@@ -293,8 +300,8 @@ def test_sound_longer_and_shorter_than_the_picture(tmp_path):
 
 
 def test_sound_beyond_the_log_mel_is_not_decoded(tmp_path, monkeypatch):
-    clip, decoded, real = write_clip(tmp_path / "a.mp4", n=24, seconds=20), [], media._resample
-    monkeypatch.setattr(media, "_resample", lambda *a: [real(*a), decoded.append(1)][0])
+    clip, decoded, real = write_clip(tmp_path / "a.mp4", n=24, seconds=20), [], decode._resample
+    monkeypatch.setattr(decode, "_resample", lambda *a: [real(*a), decoded.append(1)][0])
     load_clip(clip, "video_audio", 4, n_frames=100)
     assert len(decoded) <= 16000 / 1024 + 2  # packets of 1024 samples, and the resampler's rest
 
@@ -316,16 +323,33 @@ def test_a_size_that_changes_midway_is_scaled_to_the_first(tmp_path):
     assert frames.shape == (8, 48, 64, 3) and near(frames, range(8))
 
 
-def test_no_sound(tmp_path):
-    clip = write_clip(tmp_path / "a.mp4", sound=None)
-    assert not has_audio(clip)
-    with pytest.raises(ClipError, match="a.mp4: has no sound"):
-        load_waveform(clip)
-    with pytest.raises(ClipError, match="a.mp4: has no sound"):
-        load_clip(clip, "video_audio")
-    assert load_clip(clip, "video", 4).audio is None
-    assert torch.equal(load_waveform(clip, silence=True), torch.zeros(160000))
-    assert load_clip(clip, "video_audio", 4, silence=True).audio.eq(-1.5).all()
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.gif", "a.wav"])
+def test_a_clip_without_sound_is_heard_as_silence_or_is_an_error(tmp_path, name):
+    """Divergence 19: "hear" gives what the release hears, 10 s of zeros, and says so; "error" names the option."""
+    path = tmp_path / name
+    if name == "a.wav":
+        soundfile.write(path, np.zeros(0), 16000)  # a sound file may hold no sample
+    else:
+        write_clip(path, sound=None, **({"codec": "gif", "pixels": "rgb8"} if name == "a.gif" else {}))
+    assert not has_audio(path)
+    for call in (lambda: load_waveform(path), lambda: load_clip(path, "audio", silence="error")):
+        with pytest.raises(ClipError, match=f"{name}: has no sound.*--silence"):
+            call()
+    assert torch.equal(load_waveform(path, silence="hear"), torch.zeros(160000))
+    heard = load_clip(path, "audio")
+    assert heard.silent and torch.equal(heard.audio, log_mel(torch.zeros(160000))) and heard.audio.eq(-1.5).all()
+    if name != "a.wav":
+        both = load_clip(path, "video_audio", 4, silence="hear")
+        assert both.silent and torch.equal(both.audio, heard.audio) and len(both.video) == 4
+        assert load_clip(path, "video", 4, silence="error").silent is False  # its sound was not asked for
+    with pytest.raises(SettingsError, match="silence 'hum'"):
+        load_clip(path, "audio", silence="hum")
+
+
+def test_a_quiet_clip_is_not_a_clip_without_sound(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    clip = load_clip(tmp_path / "a.wav", "audio", silence="error")
+    assert not clip.silent and clip.audio.eq(-1.5).all()
 
 
 def test_cover_art_is_no_video(tmp_path):
@@ -391,9 +415,9 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path, monkeypatch, na
     path = write_clip(tmp_path / name, n=300, codec=codec, gop=gop, sound=sound, rate=48000)
     in_order, many = load_frames(path, 7), load_frames(path, 90)
     assert near(in_order, sample_frame_indices(300, 7))
-    sought, real = [], media._frames_by_seeking
-    monkeypatch.setattr(media, "_frames_by_seeking", lambda *a: sought.append(real(*a)) or sought[-1])
-    monkeypatch.setattr(media, "LONG_CLIP", 100)
+    sought, real = [], decode._by_seeking
+    monkeypatch.setattr(decode, "_by_seeking", lambda *a: sought.append(real(*a)) or sought[-1])
+    monkeypatch.setattr(decode, "LONG_CLIP", 100)
     clip = load_clip(path, "video_audio", 7, 48, 32, 100)
     assert len(sought) == 1 and (sought[0] is None) == (codec == "mpeg4")  # mpeg4: falls back to decoding in order
     assert torch.equal(load_frames(path, 7), in_order) and torch.equal(clip.video, pixel_values(in_order, 48))
@@ -403,14 +427,14 @@ def test_seeking_gives_the_frames_of_decoding_in_order(tmp_path, monkeypatch, na
 
 def test_seeking_gives_up_where_a_time_is_not_found(tmp_path):
     path = write_clip(tmp_path / "a.mp4", n=60, gop=12)
-    with media._opened(path) as container:
-        video = media._video_stream(container, path)
-        times, keys = media._count(container, path, video)
-        assert len(media._frames_by_seeking(container, video, times, keys, [5, 30])) == 2
+    with decode._opened(path) as container:
+        video = decode._video_stream(container, path)
+        times, keys = decode._count(container, path, video)
+        assert len(decode._by_seeking(container, video, times, keys, [5, 30])) == 2
         times[30] += 1
-        assert media._frames_by_seeking(container, video, times, keys, [5, 30]) is None
+        assert decode._by_seeking(container, video, times, keys, [5, 30]) is None
         times[30] = times[31]
-        assert media._frames_by_seeking(container, video, times, keys, [5]) is None
+        assert decode._by_seeking(container, video, times, keys, [5]) is None
 
 
 def test_a_clip_of_an_hour_in_bounded_memory(tmp_path):
@@ -431,12 +455,12 @@ def test_a_clip_of_an_hour_in_bounded_memory(tmp_path):
 
 
 def test_only_the_wanted_frames_are_kept(tmp_path, monkeypatch):
-    path, converted, real = write_clip(tmp_path / "a.mp4", n=400, sound=None), [], media._rgb_converter
+    path, converted, real = write_clip(tmp_path / "a.mp4", n=400, sound=None), [], decode._rgb_converter
 
     def counting():
         to_rgb = real()
         return lambda frame: [converted.append(1), to_rgb(frame)][1]
-    monkeypatch.setattr(media, "_rgb_converter", counting)
+    monkeypatch.setattr(decode, "_rgb_converter", counting)
     load_frames(path, 8)
     assert len(converted) == 8
 
@@ -532,5 +556,5 @@ def test_libraries_errors_become_clip_errors(tmp_path, monkeypatch):
     for error in (MemoryError(), OSError(5, "Input/output error"), av.error.InvalidDataError(1, "bad data")):
         def broken(*_, error=error):
             raise error
-        monkeypatch.setattr(media, "_rgb_converter", lambda: broken)
+        monkeypatch.setattr(decode, "_rgb_converter", lambda: broken)
         fails(path, "cannot be decoded")

@@ -39,7 +39,10 @@ def test_recorded_scores(dataset):
 
 
 def test_the_papers_rule_on_the_recorded_rows():
-    mafw, dfew = (score(RECORDED[d]["rows"], d) for d in ("MAFW", "DFEW"))
+    # `joyful` is happiness here and unknown to the release (divergence 18): a word that neither knows in its place
+    rows = {d: [{**r, "output": r["output"].replace("joy", "bliss")} for r in RECORDED[d]["rows"]] for d in RECORDED}
+    mafw, dfew = (score(rows[d], d) for d in ("MAFW", "DFEW"))
+    assert score(RECORDED["DFEW"]["rows"], "DFEW")["WAR"] == pytest.approx(dfew["WAR"] + 100 / len(rows["DFEW"]))
     assert round(mafw["UAR"], 2) == 57.18  # divergence 16: unknown predictions stay in the denominator
     assert dfew["UAR"] == pytest.approx(47.57560086027182 * 7 / 6)  # no disgust clip: the mean of the six others
     for s, d in ((mafw, "MAFW"), (dfew, "DFEW")):

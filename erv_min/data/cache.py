@@ -1,10 +1,11 @@
-"""What the frozen towers made of a clip, kept in memory and on the disk, so that later visits neither decode nor run them."""
+"""What the frozen towers made of a clip, kept in memory and on the disk: later visits neither decode nor run them."""
 
 import hashlib
 import logging
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -23,54 +24,50 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str | Path | None, key: str, memory: int = 2 << 30):
-        self.folder = Path(folder) if folder else None
-        self.key, self.room, self.kept = key, memory, {}
+        self.folder, self.key, self.room, self.kept = Path(folder) if folder else None, key, memory, {}
 
-    def _name(self, example: Example) -> str | None:
+    def _name(self, example: Example) -> str:
+        """The clip's key, and its file's name in `folder`; "" for a clip that is not there."""
         try:
             stat = example.path.stat()
         except OSError:
-            return None
+            return ""
         text = f"{os.path.realpath(example.path)}|{stat.st_size}|{stat.st_mtime_ns}|{self.key}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return f"{name[:2]}/{name}.safetensors"
 
     def has(self, example: Example) -> bool:
         """Whether the clip's features are there; only `get` reads them, and may yet find them damaged."""
         name = self._name(example)
-        return name in self.kept or bool(self.folder and name and self._file(name).is_file())
-
-    def _file(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return name in self.kept or self.folder is not None and (self.folder / name).is_file()
 
     def get(self, example: Example):
-        """(vision [T, N, C] | None, audio [P, C] | None) on the CPU, or None where the clip is not cached."""
+        """(vision [T, N, C] | None, audio [P, C] | None, silent) on the CPU, or None where the clip is not cached."""
         name = self._name(example)
-        if name in self.kept:
-            return self.kept[name]
-        if not (self.folder and name and self._file(name).is_file()):
-            return None
-        try:
-            path = self._file(name)
-            tensors = load_tensors(path.read_bytes())
-        except (SafetensorError, OSError) as error:
-            log.warning("%s: damaged, made again (%s)", path, error)
-            return None
-        return self._keep(name, tensors.get("vision"), tensors.get("audio"))
+        if name not in self.kept:
+            if not self.has(example):
+                return None
+            try:
+                parts = load_tensors((self.folder / name).read_bytes())
+            except (SafetensorError, OSError) as error:
+                log.warning("%s: damaged, made again (%s)", self.folder / name, error)
+                return None
+            return self._keep(name, parts)
+        return self.kept[name]
 
-    def put(self, example: Example, vision=None, audio=None) -> None:
-        """Keeps the features of a clip; a file appears whole or not at all."""
-        name = self._name(example)
-        if name is None:
-            return
-        parts = {"vision": vision, "audio": audio}
+    def put(self, example: Example, vision=None, audio=None, silent: bool = False) -> None:
+        """Keeps the features of a clip, and whether it is `silent` (media.Clip); a file appears whole or not at all."""
+        parts = {"vision": vision, "audio": audio, "silent": torch.ones(1, dtype=torch.bool) if silent else None}
         parts = {part: value.detach().cpu().contiguous() for part, value in parts.items() if value is not None}
-        if self.folder:
-            atomic_write(self._file(name), save_tensors(parts))
-        self._keep(name, parts.get("vision"), parts.get("audio"))
+        if name := self._name(example):
+            if self.folder:
+                atomic_write(self.folder / name, save_tensors(parts))
+            self._keep(name, parts)
 
-    def _keep(self, name: str, vision, audio):
-        size = sum(value.numel() * value.element_size() for value in (vision, audio) if value is not None)
+    def _keep(self, name: str, parts: dict):
+        features = parts.get("vision"), parts.get("audio"), "silent" in parts
+        size = sum(value.nbytes for value in parts.values())
         if name not in self.kept and size <= self.room:
-            self.kept[name] = (vision, audio)
+            self.kept[name] = features
             self.room -= size
-        return vision, audio
+        return features

@@ -1,6 +1,7 @@
-"""Examples of any mixture of data sets: `load_examples("dfew:/path,mafw:/path", split)`, and whether their clips are there.
+"""Examples of any mixture of data sets, `load_examples("dfew:/path,mafw:/path", split)`, and whether all are there.
 
-Annotations are read by readers.py; `check_clips` leaves out and lists what is not on the disk.
+Annotations are read by readers.py; `check_clips` leaves out and lists what is not on the disk, `too_many` says when
+that, or what cannot be decoded, is more than the user allows.
 """
 
 import logging
@@ -9,7 +10,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from erv_min.data.readers import (Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess, read_training_json)  # noqa: F401
+from erv_min.data.readers import (Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess,
+                                  read_training_json)
 from erv_min.emotions import labels
 from erv_min.run.errors import DataError
 from erv_min.run.files import atomic_write
@@ -17,6 +19,7 @@ from erv_min.run.files import atomic_write
 log = logging.getLogger("erv_min")
 PAPER_COUNTS = {("dfew", "train"): 9362, ("dfew", "test"): 2342, ("mafw", "train"): 7341, ("mafw", "test"): 1831,
                 ("emer", "train"): 332, ("merr", "train"): 4487}  # section 4.1
+ONE_SPLIT = {"emer": "train", "merr": "train", "ravdess": "test"}
 SPEC = "name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, json; several joined by commas"
 
 
@@ -25,21 +28,20 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
 
     split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split) |
     "tune" (a toy world's clips to tune settings on).
-    EMER and MERR-fine have a training split alone, RAVDESS a test split alone. `json:[dataset:]/file.json[@/clips]`
-    is a training JSON in the released form. Raises DataError for an unknown name or split, and for damaged files.
+    EMER and MERR-fine have a training split alone, RAVDESS (R1-Omni's out-of-distribution test) a test split alone.
+    `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split.
+    Raises DataError for an unknown name or split, and for damaged files.
     """
-    examples = []
+    examples, official = [], "test" if split == "test" else "train"
     for part in re.split(r",(?=\w+:)", spec.strip()):
-        name, colon, path = part.strip().partition(":")
+        name, _, path = part.strip().partition(":")
         name = name.lower()
-        if not colon or not path:
+        if not path:
             raise DataError(f"--data {part!r}: expected {SPEC}")
         if split not in ("train", "test", "sft", "tune") or (split == "tune" and name != "toy"):
             raise DataError(f"--data {part!r}, split {split!r}: expected train, test or sft (of toy: tune)")
-        if name in ("emer", "merr", "ravdess") and (split == "test") != (name == "ravdess"):
-            raise DataError(f"--data {part}: {name} has no {split} split; it is "
-                            + ("R1-Omni's out-of-distribution test" if name == "ravdess" else "training data alone"))
-        official = "test" if split == "test" else "train"
+        if official != ONE_SPLIT.get(name, official):
+            raise DataError(f"--data {part}: {name} has no {split} split; its clips are {ONE_SPLIT[name]} data alone")
         if name == "toy":
             if not (Path(path) / "world.json").is_file():
                 raise DataError(f"{path}: no finished toy world (world.json is written last); render it again")
@@ -50,7 +52,7 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
             found = read_training_json(file, clips, dataset, split)
         elif name in ("dfew", "mafw"):
             found = {"dfew": read_dfew, "mafw": read_mafw}[name](path, official)
-        elif name in ("emer", "merr", "ravdess"):
+        elif name in ONE_SPLIT:
             found = {"emer": read_emer, "merr": read_merr, "ravdess": read_ravdess}[name](path)
         else:
             raise DataError(f"--data {part!r}: unknown data set {name!r}; expected {SPEC}")
@@ -61,22 +63,30 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
     return examples
 
 
+def too_many(failed: int, total: int, allow_missing: float, first="", what: str = "cannot be decoded") -> None:
+    """Raises DataError where more than the fraction `allow_missing` of `total` clips failed, or all of them.
+
+    `first`: the first of them, or its error; `what` was wrong with them.
+    """
+    if failed > allow_missing * total or 0 < failed == total:
+        raise DataError(f"{failed} of {total} clips {what} ({failed / total:.1%}){first and ', the first: '}{first}. "
+                        f"Check data root and clips, or allow more than {allow_missing:.1%} (--allow-missing)")
+
+
 def check_clips(examples: list[Example], allow_missing: float = 0.01,
                 report: str | Path | None = None) -> list[Example]:
-    """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, a clip a line.
+    """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, one per line.
 
     Raises DataError where more than the fraction `allow_missing` of the clips is missing, or all of them.
     """
     found = {path: path.is_file() for path in {example.path for example in examples}}
     missing = sorted(str(path) for path, there in found.items() if not there)
-    if report and missing:
-        atomic_write(report, "".join(f"{path}\n" for path in missing))
     if missing:
-        text = (f"{len(missing)} of {len(found)} clips are missing ({len(missing) / len(found):.1%}), the first: "
-                f"{missing[0]}" + (f"; all of them: {report}" if report else ""))
-        if len(missing) > allow_missing * len(found) or len(missing) == len(found):
-            raise DataError(f"{text}. Check the data root, or allow more than {allow_missing:.1%} (--allow-missing)")
-        log.warning(text)
+        first = missing[0] + (f"; all of them: {report}" if report else "")
+        if report:
+            atomic_write(report, "".join(f"{path}\n" for path in missing))
+        too_many(len(missing), len(found), allow_missing, first, "are missing")
+        log.warning("%d of %d clips are missing, the first: %s", len(missing), len(found), first)
     return [example for example in examples if found[example.path]]
 
 

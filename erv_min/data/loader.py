@@ -1,5 +1,6 @@
-"""Clips decoded in worker processes ahead of the model, in order. A clip that cannot be decoded comes as its ClipError."""
+"""Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError."""
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -10,10 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import wraps
 
 import torch
 
 from erv_min.run.errors import ClipError
+
+log = logging.getLogger("erv_min")
 
 
 def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -> Iterator[tuple]:
@@ -25,34 +29,48 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
     Clips travel as bytes through a pipe, so that neither /dev/shm nor the limit of open files is in the way.
     """
     if workers == 0:
-        for example in examples:
-            yield example, _load_twice(load, example)
+        yield from ((example, _load_twice(load, example)) for example in examples)
         return
-    waiting: deque = deque()  # (example, future)
-    pool = _pool(workers, load)
+    rest, waiting, pool = iter(examples), deque(), _pool(workers, load)  # waiting: (example, future)
     try:
-        rest = iter(examples)
         while True:
             while len(waiting) < workers * prefetch and (example := next(rest, None)) is not None:
-                waiting.append((example, pool.submit(_decode, example)))
+                try:
+                    future = pool.submit(_decode, example)
+                except BrokenProcessPool:  # a decoder died since the last clip was handed in
+                    pool.shutdown()
+                    pool = _pool(workers, load)
+                    future = pool.submit(_decode, example)
+                waiting.append((example, future))
             if not waiting:
                 return
+            example, future = waiting.popleft()
             try:
-                example, future = waiting[0]
                 result = pickle.loads(future.result())
-                waiting.popleft()
-                yield example, result
-            except BrokenProcessPool:  # a worker died, and the pool with it: which clip was it?
-                pool.shutdown()
-                suspects, waiting = waiting, deque()
-                for example, future in suspects:
-                    if not future.done() or future.exception() is not None:
-                        yield example, _decode_alone(load, example)
-                    else:
-                        yield example, pickle.loads(future.result())
-                pool = _pool(workers, load)
+            except BrokenProcessPool:  # by this clip or by another one that was under way
+                result = _decode_alone(load, example)
+            yield example, result
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def counts_silent(stream: Callable) -> Callable:
+    """Decorates a function that yields clips: their log says at the first clip without sound that it is heard as silence
+    (`silent`, divergence 19), and at the end how many there were."""
+    @wraps(stream)
+    def counted(*args, **kwargs):
+        silent = set()
+        try:
+            for x in stream(*args, **kwargs):
+                if getattr(x, "silent", False):
+                    if not silent:
+                        log.warning("%s: no sound, heard as 10 s of silence (--silence)", x.example.path)
+                    silent.add(x.example.path)
+                yield x
+        finally:
+            if len(silent) > 1:
+                log.warning("%d clips without sound were heard as 10 s of silence (--silence)", len(silent))
+    return counted
 
 
 def _load_twice(load: Callable, example):

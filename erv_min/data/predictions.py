@@ -28,7 +28,8 @@ from erv_min.run.settings import PredictionSettings
 @torch.no_grad()
 def predict(collate: Collator, examples: list[Example], processes: Processes, max_new_tokens: int = 512,
             temperature: float = 0.3, top_p: float = 1.0, seed: int = 0, batch_size: int = 8, num_frames: int = 8,
-            geometry: str = "pad", workers: int = 2, progress: str = "") -> tuple[list[dict], list[ClipError]]:
+            geometry: str = "pad", workers: int = 2, progress: str = "",
+            silence: str = "hear") -> tuple[list[dict], list[ClipError]]:
     """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
 
     Returns rows {"video_id", "output", "ground_truth", "dataset"} and the errors of clips that could not be decoded.
@@ -38,7 +39,7 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, ma
     model.eval()
     mine = list(range(processes.rank, len(examples), processes.size))
     stream = clip_inputs([examples[i] for i in mine], model.config, collate.cache, collate.modality, num_frames, geometry,
-                         workers)
+                         workers, silence)
     rows, errors, started = [], [], time.time()
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
@@ -204,7 +205,7 @@ def predict_to_file(builder, examples: list[Example], processes, out: Path, sett
         new, errors = predict(
             builder, chunks[n], processes, settings.max_new_tokens, settings.temperature, settings.top_p,
             settings.seed * 100_003 + n, settings.batch_size, settings.num_frames or builder.model.config.num_frames,
-            settings.geometry, settings.workers, f"part {n + 1} of {len(chunks)}")
+            settings.geometry, settings.workers, f"part {n + 1} of {len(chunks)}", settings.silence)
         new, errors = [{**row, "chunk": n} for row in new], [{"error": str(error), "chunk": n} for error in errors]
         rows, failed = rows + new, failed + errors
         if processes.main:

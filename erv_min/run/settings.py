@@ -33,6 +33,9 @@ class Policy:
     num_frames: int = setting(0, "frames a clip; 0: as the checkpoint says")
     geometry: str = setting("pad", "frames to a square: padded, or stretched as in the released inference "
                                    "(divergence 11)", ("pad", "stretch"))
+    silence: str = setting("hear", "a clip without sound: hear 10 s of silence as the release does, counted and logged, "
+                                   "or error, the clip counts as one that cannot be decoded (divergence 19)",
+                           ("hear", "error"))
     seed: int = setting(0, "seed of the sampling (training: also of data order and random weights)")
     device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
     dtype: str = setting("float32", "type of weights and compute (training: of compute alone)", ("float32", "bfloat16"))

@@ -9,10 +9,10 @@ import torch
 from erv_min.checkpoint import load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
-from erv_min.data.examples import check_clips, load_examples, summary
+from erv_min.data.examples import check_clips, load_examples, summary, too_many
 from erv_min.data.readers import Example
 from erv_min.emotions import ERV_LABELS
-from erv_min.run.errors import ClipError, DataError, SettingsError
+from erv_min.run.errors import ClipError, SettingsError
 from erv_min.run.files import append_jsonl
 from erv_min.erv import Verifier, scratch
 from erv_min.inputs import Collator
@@ -70,7 +70,7 @@ def start_model(settings: Common, stage: str, processes: Processes) -> tuple[Hum
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
-        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}"
+        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}:{settings.silence}"
         cache = FeatureCache(folder, key)
     return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
@@ -106,23 +106,21 @@ def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | N
 
 def decoding(settings: Policy) -> dict:
     """How clips are decoded, as inputs.clip_inputs takes it."""
-    return {name: getattr(settings, name) for name in ("modality", "num_frames", "geometry", "workers")}
+    return {name: getattr(settings, name) for name in ("modality", "num_frames", "geometry", "workers", "silence")}
 
 
 class FailedClips:
     """Clips of a training run that could not be decoded: listed in OUT/failed_clips.jsonl, and counted."""
 
     def __init__(self, settings: Common, places_per_step: int, total: int):
-        self.settings, self.places_per_step, self.total, self.names = settings, places_per_step, total, set()
+        self.settings, self.places_per_step, self.total, self.errors = settings, places_per_step, total, {}
 
     def add(self, place: int, error: ClipError) -> None:
         """`place` in the endless order of the clip that another one replaces."""
         append_jsonl(Path(self.settings.out) / "failed_clips.jsonl",
                      {"step": place // self.places_per_step, "error": str(error)})
-        self.names.add(str(error))
+        self.errors[str(error)] = place
 
     def check(self, count: float) -> None:
         """Raises DataError where `count` of them, over all processes, are more than --allow-missing."""
-        if count > self.settings.allow_missing * self.total:
-            raise DataError(f"{self.settings.out}/failed_clips.jsonl: {count:.0f} of {self.total} clips could not be decoded, "
-                            f"more than --allow-missing {self.settings.allow_missing:g}; mend them, or allow more")
+        too_many(round(count), self.total, self.settings.allow_missing, next(iter(self.errors), "on another process"))

@@ -9,7 +9,7 @@ import re
 import numpy as np
 from pages import ClipMedia, text
 
-from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
+from erv_min.emotions import ERV_LABELS, canonical
 from erv_min.run.errors import SettingsError
 from erv_min.metrics import COLUMNS
 from erv_min.rewards import explanation_reward, extract_answer
@@ -196,8 +196,7 @@ def confusion(system) -> str:
 
 def hue(label: str) -> int | None:
     """Hue of a label of either head; None for neutral and for GoEmotions' classes that the paper does not use."""
-    names = ALIASES | {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()}
-    return HUES.get(names.get(label.strip().lower()))
+    return HUES.get(canonical(label))
 
 
 def math(value) -> str:
