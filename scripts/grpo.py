@@ -32,8 +32,8 @@ from erv_min.model.humanomni import trainable
 from erv_min.run.sharding import idle_loss, rounds, save_model, spread
 from erv_min.logps import Completions
 from erv_min.data.predictions import predict
-from erv_min.rewards import RewardSettings, format_reward, score_completions
-from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, parse
+from erv_min.rewards import format_reward, score_completions
+from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, parse, reward_settings
 from erv_min.run.start import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
                                world_folder)
 from erv_min.run.folder import Run, prepare_out
@@ -47,7 +47,7 @@ def prepare_toy(settings: GRPOSettings) -> None:
     same = ("--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu")
     prepare_world(world, settings.seed, base=not settings.model)
     sources = ("--sources", "human") if settings.ablate == "augmentation" else ()
-    for given, name, more in ((settings.erv or not settings.w_explanation, erv_name(settings), sources),
+    for given, name, more in ((settings.erv or not settings.rewards.w_explanation, erv_name(settings), sources),
                               (settings.model, "sft", ())):
         folder = Path(settings.out, name)
         if not given and not (folder / "model.safetensors").exists():
@@ -61,16 +61,6 @@ def prepare_toy(settings: GRPOSettings) -> None:
 def erv_name(settings: GRPOSettings) -> str:
     """The toy verifier's folder in OUT; one trained without augmentation (table 2) has a name of its own."""
     return "erv-unaugmented" if settings.ablate == "augmentation" else "erv"
-
-
-def reward_settings(settings: GRPOSettings) -> RewardSettings:
-    return RewardSettings(
-        tau=settings.tau, k=settings.k, neutral_rule=settings.neutral_rule, answer_rule=settings.answer_rule,
-        sentence_rule=settings.sentence_rule,
-        neutral_filter=settings.ablate != "neutral-filtering", sentence_level=settings.ablate != "sentence-level",
-        w_format=settings.w_format, w_answer=settings.w_answer, w_explanation=settings.w_explanation,
-        gate_on_answer=settings.gate_on_answer, phase_in_steps=settings.phase_in_steps,
-        length_target=settings.length_target, repeat_discount=settings.repeat_discount)
 
 
 def rows_of(completions: Completions, start: int, count: int) -> Completions:
@@ -103,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
                             "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
     elif settings.random_weights and main_process():
         prepare_world(world_folder(settings), settings.seed, base=False)
-    elif settings.w_explanation and not settings.erv and not settings.random_weights:
+    elif settings.rewards.w_explanation and not settings.erv and not settings.random_weights:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
     processes = join_processes(settings.device)
 
@@ -257,7 +247,7 @@ def show(run: Run, step: int, x, texts: list[str], scored: list) -> None:
 def evaluate(settings: GRPOSettings, builder: PromptBuilder, processes: Processes) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
     examples = load_examples(f"toy:{world_folder(settings)}", "test")[: settings.eval_clips or None]
-    systems = {"SFT": settings.model, "GRPO with R_E" if settings.w_explanation else "GRPO without R_E": settings.out}
+    systems = {"SFT": settings.model, "GRPO with R_E" if settings.rewards.w_explanation else "GRPO without R_E": settings.out}
     if settings.baseline:
         systems = {"SFT": settings.model, "GRPO without R_E": f"{settings.out}/baseline", "GRPO with R_E": settings.out}
     judge, scores, kept = make_judge("lexicon"), {}, {}

@@ -449,19 +449,6 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
 
 
-def test_every_reward_setting_has_an_option():
-    """What RewardSettings holds can be asked of scripts/grpo.py; table 2's two rows of R_E by --ablate."""
-    grpo = load_script("grpo")
-    other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
-                 w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
-                 repeat_discount=0.5)
-    assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
-    assert grpo.reward_settings(grpo.GRPOSettings()) == RewardSettings()
-    assert grpo.reward_settings(grpo.GRPOSettings(**other)) == RewardSettings(**other)
-    for ablate, field in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
-        assert grpo.reward_settings(grpo.GRPOSettings(ablate=ablate)) == RewardSettings(**{field: False})
-
-
 def test_patience_and_resampling_by_hand(script):
     epochs = [{"macro_f1": x} for x in (0.5, 0.7, 0.7, 0.6)]
     assert [script.waited(epochs[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]  # an equal score is not a better one
