@@ -23,7 +23,7 @@ from pathlib import Path
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
 from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.run.errors import DataError, SettingsError
-from erv_min.erv import counts_table, read_rows
+from erv_min.data.pairs import counts_table, read_rows
 from erv_min.run.files import atomic_write, read_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
 from erv_min.run.processes import run_script

@@ -1,6 +1,5 @@
-"""erv.py and audit.py: loss, data, verifier, measures, ways to cheat; and scripts/erv.py end to end."""
+"""erv.py, data/pairs.py, scripts/tools/audit.py: loss, data, verifier, measures, ways to cheat; scripts/erv.py end to end."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
@@ -11,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from erv_min import audit, checkpoint, erv
+from erv_min import checkpoint, erv
+from erv_min.data import pairs
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.run.errors import CheckpointError, DataError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
-from erv_min.rewards import Reward, RewardSettings, explanation_reward, select_labels
+from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
 from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
 from erv_min.toy.vocab import roberta_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
+import audit  # noqa: E402
 
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
 
@@ -71,7 +74,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(folder, script) -> Path:
-    script.train(arguments(folder, folder / "run"))
+    script.main(arguments(folder, folder / "run"))
     return folder / "run"
 
 
@@ -125,10 +128,10 @@ def test_erv_loss_by_hand():
 def test_balance_weights_by_hand():
     # 4 rows; class 0 in three, class 1 in one, class 2 in none. Negatives / positives: 1/3, 3/1; an absent class 1.
     wanted = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    torch.testing.assert_close(erv.positive_weights(wanted), torch.tensor([1 / 3, 3.0, 1.0]))
-    assert erv.positive_weights(wanted, most=2.0)[1] == 2.0
+    torch.testing.assert_close(pairs.positive_weights(wanted), torch.tensor([1 / 3, 3.0, 1.0]))
+    assert pairs.positive_weights(wanted, most=2.0)[1] == 2.0
     # 1 / size of the rarest class a row carries: 1/3, 1/3, 1/1; 0 for a row of no class.
-    torch.testing.assert_close(erv.sampling_weights(wanted), torch.tensor([1 / 3, 1 / 3, 1.0, 0.0]))
+    torch.testing.assert_close(pairs.sampling_weights(wanted), torch.tensor([1 / 3, 1 / 3, 1.0, 0.0]))
 
 
 # ---- training data ---------------------------------------------------------------------------------------------------
@@ -138,9 +141,9 @@ def test_rows_accept_any_data_sets_names(tmp_path):
     path = write(tmp_path / "emer.jsonl", [{"text": " He shouts. ", "labels": ["angry", "Anger"]},
                                            {"text": "She waits.", "labels": ["worried"], "truth": ["sad"], "clip": "7",
                                             "source": "pseudo"}])
-    first, second = erv.read_rows([path])
-    assert first == erv.Row("He shouts.", ("anger",), "emer", "He shouts.", ("anger",))
-    assert second == erv.Row("She waits.", ("anxiety",), "pseudo", "7", ("sadness",))
+    first, second = pairs.read_rows([path])
+    assert first == pairs.Row("He shouts.", ("anger",), "emer", "He shouts.", ("anger",))
+    assert second == pairs.Row("She waits.", ("anxiety",), "pseudo", "7", ("sadness",))
 
 
 @pytest.mark.parametrize("row, field", [
@@ -150,35 +153,35 @@ def test_rows_accept_any_data_sets_names(tmp_path):
 def test_bad_rows_are_named(tmp_path, row, field):
     path = write(tmp_path / "rows.jsonl", [{"text": "fine", "labels": ["sad"]}, row])
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2") as error:
-        erv.read_rows([path])
+        pairs.read_rows([path])
     assert field in str(error.value)
 
 
 def test_no_rows_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no training pair"):
-        erv.read_rows([write(tmp_path / "empty.jsonl", [])])
+        pairs.read_rows([write(tmp_path / "empty.jsonl", [])])
 
 
 def test_split_keeps_a_clip_on_one_side():
-    rows = [erv.Row(f"text {i}", ("anger",), "s", f"clip {i // 4}", ("anger",)) for i in range(4000)]
-    train, valid = erv.split_rows(rows, 0.1)
+    rows = [pairs.Row(f"text {i}", ("anger",), "s", f"clip {i // 4}", ("anger",)) for i in range(4000)]
+    train, valid = pairs.split_rows(rows, 0.1)
     assert {r.key for r in train}.isdisjoint(r.key for r in valid) and len(train) + len(valid) == 4000
     assert 300 < len(valid) < 500  # 10% of 1000 clips, 3 standard deviations are 28 clips
-    assert erv.split_rows(rows, 0.1) == (train, valid) and erv.split_rows(rows, 0.1, seed=1) != (train, valid)
+    assert pairs.split_rows(rows, 0.1) == (train, valid) and pairs.split_rows(rows, 0.1, seed=1) != (train, valid)
 
 
 def test_counts_are_table_5s():
-    rows = [erv.Row("a", ("anger", "fear"), "emer", "a", ()), erv.Row("b", ("anger",), "emer", "b", ()),
-            erv.Row("c", ("neutral",), "pseudo", "c", ())]
-    assert erv.class_counts(rows) == {"emer": {"anger": 2, "fear": 1}, "pseudo": {"neutral": 1}}
-    lines = [line.split() for line in erv.counts_table(rows).splitlines()]
+    rows = [pairs.Row("a", ("anger", "fear"), "emer", "a", ()), pairs.Row("b", ("anger",), "emer", "b", ()),
+            pairs.Row("c", ("neutral",), "pseudo", "c", ())]
+    assert pairs.class_counts(rows) == {"emer": {"anger": 2, "fear": 1}, "pseudo": {"neutral": 1}}
+    lines = [line.split() for line in pairs.counts_table(rows).splitlines()]
     assert lines[1][:5] == ["emer", "2", "2", "-", "1"] and lines[-1][:6] == ["all", "3", "2", "-", "1", "-"]
 
 
 def test_targets_of_both_heads():
-    small = erv.targets([("anger", "neutral"), ("fear",)])
+    small = pairs.targets([("anger", "neutral"), ("fear",)])
     assert small.shape == (2, 11) and small.nonzero().tolist() == [[0, 0], [0, 4], [1, 2]]
-    large = erv.targets([("anger", "neutral"), ("fear",)], 28)
+    large = pairs.targets([("anger", "neutral"), ("fear",)], 28)
     assert large.shape == (2, 28) and large.nonzero().tolist() == [[0, 2], [0, 27], [1, 14]]
 
 
@@ -243,7 +246,7 @@ def test_max_tokens():
 def test_selected_is_the_rewards_selection():
     probs = torch.randint(0, 11, (400, 11), generator=torch.Generator().manual_seed(0)) / 10  # with many ties
     for tau, k in ((0.5, 2), (0.1, 2), (0.9, 1), (1.0, 3)):
-        chosen = audit.selected(probs, tau, k)
+        chosen = erv.selected(probs, tau, k)
         names = [{ERV_LABELS[j] for j in row.nonzero()[:, 0].tolist()} for row in chosen]
         assert names == [set(EL) for EL in select_labels(probs, ERV_LABELS, tau, k)]
 
@@ -253,13 +256,13 @@ def test_f1_by_hand():
     guess = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0]]).bool()
     # class a: hit 1 of 2 guessed, 2 there: P 1/2, R 1/2, F1 1/2. b: 2 of 2, 2: 1, 1, 1. c: none there, none guessed.
     # micro: 2 * 3 / (4 + 4) = 3/4; macro over the classes there: (1/2 + 1) / 2 = 3/4.
-    report = audit.f1_report(guess, truth, ("a", "b", "c"))
+    report = erv.f1_report(guess, truth, ("a", "b", "c"))
     assert report["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     assert report["per_class"]["b"]["f1"] == 1 and report["per_class"]["c"]["support"] == 0
     assert report["micro_f1"] == pytest.approx(0.75) and report["macro_f1"] == pytest.approx(0.75)
     # Another guess of class b: micro 2 * 3 / 9, b: P 2/3, F1 4/5, macro (1/2 + 4/5) / 2 = 0.65.
     guess[0, 1] = True
-    report = audit.f1_report(guess, truth, ("a", "b", "c"))
+    report = erv.f1_report(guess, truth, ("a", "b", "c"))
     assert report["micro_f1"] == pytest.approx(6 / 9) and report["macro_f1"] == pytest.approx(0.65)
 
 
@@ -267,13 +270,13 @@ def test_best_tau_is_found():
     # Truth {a}, {a, b}: below 0.3 both rows get b, from 0.4 on none; between, as it should be. Nearest to 0.5: 0.35.
     probs = torch.tensor([[0.9, 0.3], [0.9, 0.4]])
     truth = torch.tensor([[True, False], [True, True]])
-    assert audit.best_tau(probs, truth) == (0.35, 1.0)
+    assert erv.best_tau(probs, truth) == (0.35, 1.0)
 
 
 def test_calibration_by_hand():
     # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.94, both true: |0.97 - 1| = 0.03.
     # ECE = 2/4 * 0.25 + 2/4 * 0.03 = 0.14.
-    error, table = audit.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
+    error, table = erv.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
     assert error == pytest.approx(0.14)
     assert [(row["from"], row["count"], round(row["true"], 3)) for row in table] == [(0.2, 2, 0.5), (0.9, 2, 1.0)]
 
@@ -377,7 +380,7 @@ def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
     """A run that is stopped after 4 of 8 steps and resumed ends as the one that was not, dropout included."""
     few = write(tmp_path / "train.jsonl", read_jsonl(folder / "train.jsonl")[:128])
     more = ["--data", str(few), "--epochs", "4", "--save-every", "2", "--dropout", "0.1"]
-    script.train(arguments(folder, tmp_path / "whole", *more))
+    script.main(arguments(folder, tmp_path / "whole", *more))
     learning_rate = script.learning_rate
 
     def stop(step, *rest):
@@ -387,11 +390,11 @@ def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "learning_rate", stop)
     with pytest.raises(KeyboardInterrupt):
-        script.train(arguments(folder, tmp_path / "cut", *more))
+        script.main(arguments(folder, tmp_path / "cut", *more))
     monkeypatch.undo()
     with pytest.raises(SettingsError, match="--resume"):
-        script.train(arguments(folder, tmp_path / "cut", *more))
-    script.train(arguments(folder, tmp_path / "cut", *more, "--resume"))
+        script.main(arguments(folder, tmp_path / "cut", *more))
+    script.main(arguments(folder, tmp_path / "cut", *more, "--resume"))
     for name in ("model.safetensors", "epochs.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     assert [x["step"] for x in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(8))
@@ -401,13 +404,13 @@ def test_options_of_training(folder, script, trained, tmp_path):
     """A 28-way head, balance, early stopping, and a start from another verifier's weights."""
     few = write(tmp_path / "few.jsonl", read_jsonl(folder / "train.jsonl")[:200])
     base = arguments(folder, tmp_path / "a", "--data", str(few), "--epochs", "1", "--head", "28")
-    script.train([*base, "--balance", "weight", "--holdout", "0.2", "--valid", ""])
+    script.main([*base, "--balance", "weight", "--holdout", "0.2", "--valid", ""])
     assert erv.Verifier.load(tmp_path / "a").labels == GOEMOTIONS
-    script.train(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1",
+    script.main(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1",
                            "--balance", "resample"))
     assert erv.Verifier.load(tmp_path / "b").labels == ERV_LABELS
     # No step at lr 0 can better the first epoch: with a patience of 2 the run ends after the third.
-    script.train(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
+    script.main(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
                            "9", "--patience", "2"))
     assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
 
@@ -461,21 +464,21 @@ def test_patience_and_resampling_by_hand(script):
 
 def test_sources_and_missing_data_are_named(folder, script, tmp_path):
     with pytest.raises(SettingsError, match="the data has the sources pseudo"):
-        script.train(arguments(folder, tmp_path / "a", "--sources", "emer"))
+        script.main(arguments(folder, tmp_path / "a", "--sources", "emer"))
     with pytest.raises(SettingsError, match="--data"):
-        script.train(["--preset", "paper", "--out", str(tmp_path / "b")])
+        script.main(["--preset", "paper", "--out", str(tmp_path / "b")])
     with pytest.raises(SettingsError, match="--tokenizer"):
-        script.train(["--preset", "paper", "--init", "scratch:toy", "--out", str(tmp_path / "c"), "--data",
+        script.main(["--preset", "paper", "--init", "scratch:toy", "--out", str(tmp_path / "c"), "--data",
                       str(folder / "train.jsonl")])
 
 
-def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
+def test_audit_and_score_commands(trained, tmp_path, capsys):
     told = {"sad": "He sobs as he talks. He is sad.", "angry": "He glares with hard eyes. He is angry.",
             "happy": "Tears fill his eyes. He is sad."}
     rows = [{"video_id": e, "ground_truth": e, "dataset": "dfew", "output": f"<think>A man is in the office. {text}"
              f"</think>\n<answer>{e}</answer>"} for e, text in told.items()]
     predictions = str(write(tmp_path / "rows.jsonl", rows))
-    script.audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
+    audit.run_audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
                   str(tmp_path / "audit.json")])
     result = read_json(tmp_path / "audit.json")
     assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
@@ -486,15 +489,15 @@ def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
         blind.model.classifier["out_proj"].bias.copy_(torch.where(torch.arange(11) == ERV_LABELS.index("disgust"), 9.0, -9.0))
     checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
-    script.score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
+    audit.run_score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
                   str(tmp_path / "score.json")])
     by_verifier = read_json(tmp_path / "score.json")
     assert [x["reward_explanation"] for x in by_verifier.values()] == pytest.approx([2 / 3, 0])
     capsys.readouterr()
-    script.score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
+    audit.run_score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
     with pytest.raises(SettingsError, match="--predictions"):
-        script.score(["--erv", str(trained)])
+        audit.run_score(["--erv", str(trained)])
 
 
 def test_long_sentences_are_cut(folder):

@@ -56,6 +56,7 @@ BOUNDS = (("least", "at least {}", lambda value, bound: value >= bound),
 PATHS = {  # kind of text -> the paths in it
     "files": lambda text: text.split(","),
     "hub": lambda text: [text],  # a folder, or a hub repository
+    "hubs": lambda text: text.split(","),
     "data": lambda text: [path for part in re.split(r",(?=\w+:)", text) for path in  # examples.load_examples
                           re.fullmatch(r"json:(?:\w+:)?(.+?)(?:@(.+))?|(?:\w+:)?(.*)", part.strip()).groups() if path]}
 
@@ -65,7 +66,7 @@ def missing_path(text: str, kind: str) -> str | None:
     is absolute, begins with a dot, or lies in a folder that exists."""
     for part in filter(None, map(str.strip, PATHS[kind](text))):
         path = Path(part)
-        local = kind != "hub" or part.startswith(("/", ".")) or ("/" in part and path.parent.is_dir())
+        local = not kind.startswith("hub") or part.startswith(("/", ".")) or ("/" in part and path.parent.is_dir())
         if local and not path.exists():
             return part
     return None
