@@ -1,9 +1,9 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
 Here are the verifier as the reward uses it (`Verifier`), its loss (`erv_loss`: multi-label binary cross entropy on
-[CLS]; the paper gives no equation), how good it is on held-out descriptions (`verifier_report`; the paper has none), and
-what is watched of explanations while it pays them. Its data is data/pairs.py, its training loop scripts/erv.py; ways to
-cheat the reward made from it are in scripts/tools/audit.py.
+[CLS]; the paper gives no equation), its quality on held-out descriptions (`verifier_report`; the paper has none), and
+what is watched of explanations while it pays for them. Its training data is in data/pairs.py, the training loop in
+scripts/erv.py, and ways to cheat the reward made from it in scripts/tools/audit.py.
 """
 
 import re
@@ -31,7 +31,7 @@ class Verifier:
 
     def __init__(self, model: RobertaClassifier, tokenizer: EncoderTokenizer, labels: tuple[str, ...],
                  device: str | torch.device = "cpu", token_budget: int = 0):
-        """token_budget: padded tokens per forward pass; 0: what keeps a CPU's activations in its cache, or a GPU busy."""
+        """token_budget: padded tokens per forward pass; 0: what fits a CPU's cache, or keeps a GPU busy."""
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer, self.labels, self.device = tokenizer, tuple(labels), device
         self.token_budget = token_budget or (1024 if torch.device(device).type == "cpu" else 16384)
@@ -181,8 +181,8 @@ def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, 
     """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
 
     "at_tau" counts what the reward would select (at most k, at least one); "threshold_only" plain p > tau. "unseen":
-    number and macro F1 ("at_tau", None without any) of the texts that are not word for word in training; `seen` bool [S]
-    says which are."""
+    number and macro F1 (None without any) of the texts not word for word in training; seen bool [S]: which are.
+    """
     chosen, names = selected(probs, tau, k), tuple(ERV_LABELS)
     plain = f1_report(probs > tau, truth, names)
     new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen

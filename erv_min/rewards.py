@@ -1,7 +1,7 @@
 """The reward of GRPO: algorithm 1 and Eq. 4 (R_E), R_format and R_answer, and their sum, Eq. 5.
 
     completion o -> explanation E -> sentences s_k -> verifier u_k = sigmoid(ERV(s_k)) -> labels EL_k -> c, N_neu -> R_E
-    line            3: extract_explanation, split_sentences    6: erv.py      7-14: select_labels   15-26: explanation_reward
+    line 3: extract_explanation, split_sentences; 6: erv.py; 7-14: select_labels; 15-26: explanation_reward
 
 Plain Python on strings and label sets. All text is read in one pass: no completion, however odd, takes more than linear
 time. `RewardSettings` holds the paper's parameters, its ablations (table 2), the divergences
@@ -142,8 +142,10 @@ class RewardSettings:
     w_answer: float = setting(1.0, "weight of R_answer (Eq. 5)")
     w_explanation: float = setting(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
     gate_on_answer: bool = setting(False, "R_E only where format and answer are right (remedy, as GRPO-CARE's bonus)")
-    phase_in_steps: int = setting(0, "R_E grows linearly over the first steps; 0: at once (remedy, EmotionThinker)", least=0)
-    length_target: int = setting(0, "R_E shrinks with an explanation of fewer words; 0: off (remedy, AffectGPT-R1)", least=0)
+    phase_in_steps: int = setting(0, "R_E grows linearly over the first steps; 0: at once (remedy, EmotionThinker)",
+                                least=0)
+    length_target: int = setting(0, "R_E shrinks with an explanation of fewer words; 0: off (remedy, AffectGPT-R1)",
+                               least=0)
     repeat_discount: float = setting(0.0, "a repeated sentence adds 1 less this to c, and still 1 to N (remedy)",
                                      least=0, most=1)
 

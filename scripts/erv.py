@@ -35,20 +35,24 @@ from erv_min.tokenizer import EncoderTokenizer
 
 @dataclass
 class ERVSettings(Training):
-    preset: str = setting("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for both sizes",
-                          ("toy", "paper", "paper-0.5b", "paper-7b"))
-    data: str = setting("", "JSONL files, separated by commas (default: the embedded world's erv_train.jsonl)", path="files")
-    valid: str = setting("", "JSONL files to measure on (default: the world's erv_valid.jsonl, else --holdout)", path="files")
+    preset: str = setting("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for "
+                                 "both sizes", ("toy", "paper", "paper-0.5b", "paper-7b"))
+    data: str = setting("", "JSONL files, separated by commas (default: the embedded world's erv_train.jsonl)",
+                        path="files")
+    valid: str = setting("", "JSONL files to measure on (default: the world's erv_valid.jsonl, else --holdout)",
+                         path="files")
     holdout: float = setting(0.1, "share of clips held out where --valid gives no file", least=0, most=1)
     sources: str = setting("", "train on rows of these sources only, e.g. emer,merr (table 2: without augmentation)")
     init: str = setting("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or scratch:toy, "
-                                                            "scratch:base for random ones (as --random-weights)", path="hub")
-    tokenizer: str = setting("", "folder of tokenizer.json, where --init is scratch (default: the world's)", path="files")
+                        "scratch:base for random ones (as --random-weights)", path="hub")
+    tokenizer: str = setting("", "folder of tokenizer.json, where --init is scratch (default: the world's)",
+                             path="files")
     head: int = setting(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
     dropout: float = setting(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99)
     balance: str = setting("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
                                    "or rows of rare classes drawn more often", ("none", "weight", "resample"))
-    patience: int = setting(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never", least=0)
+    patience: int = setting(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never",
+                            least=0)
     tau: float = setting(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
     k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
 
@@ -59,7 +63,7 @@ PRESETS = {"toy": dict(PAPER, init="scratch:toy", lr=3e-3, epochs=4, warmup=0.05
 
 
 def prepare_toy(settings: ERVSettings, processes: Processes) -> None:
-    """Fills in the embedded world's files where the command names none; the main process makes a world that is not there."""
+    """Fills in the embedded world's files where the command names none. The main process makes a missing world."""
     scratch_start = settings.init.startswith("scratch:")
     if settings.data and (settings.tokenizer or not scratch_start):
         return
@@ -105,7 +109,7 @@ def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
 
 
 def evaluate(verifier: Verifier, valid: list[Row], seen: Tensor, settings: ERVSettings) -> dict:
-    """The held-out report of a verifier with either head, over the 11 emotions; seen [S]: texts that training has too."""
+    """The held-out report of a verifier with either head, over the 11 emotions; seen [S]: texts in training."""
     verifier.model.eval()
     probs = verifier.probabilities([row.text for row in valid])[:, erv_columns(verifier.labels)]
     return verifier_report(probs, targets([row.truth for row in valid]).bool(), settings.tau, settings.k, seen)
@@ -124,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
     out, processes = Path(settings.out), join_processes(settings.device)
     if settings.batch_size < processes.size:
-        raise SettingsError(f"--batch-size {settings.batch_size} leaves some of {processes.size} processes without a row")
+        raise SettingsError(f"--batch-size {settings.batch_size} leaves some of {processes.size} processes idle")
     settings.resume = prepare_out(out, settings.resume)
     if settings.random_weights:
         settings.init = "scratch:base"

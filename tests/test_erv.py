@@ -1,20 +1,23 @@
-"""erv.py, data/pairs.py, scripts/tools/audit.py: loss, data, verifier, measures, ways to cheat; scripts/erv.py end to end."""
+"""erv.py and data/pairs.py, scripts/erv.py end to end, and scripts/tools/audit.py: ways to cheat."""
 
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from erv_min import checkpoint, erv
 from erv_min.data import pairs
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.run.errors import CheckpointError, DataError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
+from erv_min.run.processes import Processes
 from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
@@ -273,6 +276,19 @@ def test_best_tau_is_found():
     assert erv.best_tau(probs, truth) == (0.35, 1.0)
 
 
+def test_texts_of_training_are_told_apart():
+    """Rows 0, 1 are right, row 2 says anger for fear. All: anger P 1/2, R 1; fear 0; sadness 1: (2/3 + 0 + 1) / 3.
+    Of the two that training does not have, 1 and 2: sadness 1, fear 0: 1/2 (anger has no support there)."""
+    anger, fear, sadness = (ERV_LABELS.index(x) for x in ("anger", "fear", "sadness"))
+    probs, truth = torch.full((3, 11), 0.1), torch.zeros(3, 11, dtype=torch.bool)
+    probs[[0, 1, 2], [anger, sadness, anger]] = 0.9
+    truth[[0, 1, 2], [anger, sadness, fear]] = True
+    report = erv.verifier_report(probs, truth, seen=torch.tensor([True, False, False]))
+    assert report["at_tau"]["macro_f1"] == pytest.approx(5 / 9)
+    assert report["unseen"] == {"sentences": 2, "macro_f1": pytest.approx(1 / 2)}
+    assert erv.verifier_report(probs, truth, seen=torch.ones(3).bool())["unseen"] == {"sentences": 0, "macro_f1": None}
+
+
 def test_calibration_by_hand():
     # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.94, both true: |0.97 - 1| = 0.03.
     # ECE = 2/4 * 0.25 + 2/4 * 0.03 = 0.14.
@@ -353,9 +369,12 @@ def test_audit_by_hand():
 # ---- scripts/erv.py --------------------------------------------------------------------------------------------------
 
 
-def test_training_reaches_macro_f1_of_09(trained):
+def test_training_reaches_macro_f1_of_09(folder, trained):
     """Issue 4: macro F1 of at least 0.9 against the generator's truth, from labels with 15% noise."""
     report = read_json(trained / "report.json")
+    texts = {row["text"] for row in read_jsonl(folder / "train.jsonl")}
+    unseen = sum(row["text"] not in texts for row in read_jsonl(folder / "valid.jsonl"))
+    assert 0 < unseen < 400 and report["unseen"]["sentences"] == unseen and 0 < report["unseen"]["macro_f1"] <= 1
     assert report["at_tau"]["macro_f1"] >= 0.9 and report["sentences"] == 400
     assert {"micro_f1", "macro_f1", "per_class"} <= set(report["at_tau"]) and 0 < report["best_tau"] < 1
     assert sum(row["count"] for row in report["reliability"]) == 400 * 11
@@ -398,6 +417,38 @@ def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
     for name in ("model.safetensors", "epochs.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     assert [x["step"] for x in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(8))
+
+
+def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
+    """8 steps with the paper's dropout and rate, and their logged losses; of 15 rows the processes have 8 and 7."""
+    script = str(Path(__file__).parent.parent / "scripts" / "erv.py")
+    for size in (1, 2):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+        options = "--steps 8 --batch-size 15 --dropout 0.1 --lr 3e-5".split()
+        subprocess.run([*torchrun, script, *arguments(folder, tmp_path / str(size), *options)], check=True,
+                       capture_output=True)
+    one, two = (load_file(tmp_path / size / "model.safetensors") for size in "12")
+    losses = [[x["loss"] for x in read_jsonl(tmp_path / size / "metrics.jsonl")] for size in "12"]
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 8
+
+
+def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
+    """The others wait until it is there: they hold its paths only after the exchange."""
+    made, order = [], []
+    monkeypatch.setattr(script, "prepare_world", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(script, "all_gather_object", lambda value: order.append(len(made)))
+    for rank in (0, 1):
+        settings = script.ERVSettings(out=str(tmp_path / "erv"), init="scratch:toy")
+        script.prepare_toy(settings, Processes(rank, 2, torch.device("cpu")))
+        assert settings.data.endswith("erv_train.jsonl") and settings.tokenizer
+    assert made == [1] and order == [1, 1]
+
+
+def test_more_processes_than_rows_of_a_step(folder, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "join_processes", lambda device: Processes(0, 4, torch.device("cpu")))
+    with pytest.raises(SettingsError, match="--batch-size 3 leaves some of 4 processes idle"):
+        script.main(arguments(folder, tmp_path, "--batch-size", "3"))
 
 
 def test_options_of_training(folder, script, trained, tmp_path):
@@ -486,7 +537,7 @@ def test_audit_and_score_commands(trained, tmp_path, capsys):
     blind = erv.Verifier.load(trained)  # a second verifier that takes every sentence for disgust
     with torch.no_grad():
         blind.model.classifier["out_proj"].weight.zero_()
-        blind.model.classifier["out_proj"].bias.copy_(torch.where(torch.arange(11) == ERV_LABELS.index("disgust"), 9.0, -9.0))
+        blind.model.classifier["out_proj"].bias.fill_(-9.0)[ERV_LABELS.index("disgust")] = 9.0
     checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
     audit.run_score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",

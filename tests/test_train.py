@@ -1,8 +1,11 @@
 """Schedule, data order, settings, the run's folder and resume, gradients over processes."""
 
 import dataclasses
+import importlib
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def test_learning_rate_by_hand():
-    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 steps from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
+    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
     rates = [learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
@@ -61,7 +64,8 @@ def test_every_reward_setting_has_an_option():
                  w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
                  repeat_discount=0.5)
     assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
-    given = [x for name, value in other.items() for x in ["--" + name.replace("_", "-"), str(value)][: 2 - (value is True)]]
+    given = [x for name, value in other.items()
+             for x in ["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]]
     assert parse(GRPOSettings, PRESETS["grpo"], "", given).rewards == RewardSettings(**other)
     assert reward_settings(GRPOSettings()) == reward_settings(GRPOSettings(ablate="augmentation")) == RewardSettings()
     for ablate, name in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
@@ -83,6 +87,20 @@ def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsy
         parse(cls, {}, "", given.split())
     line = capsys.readouterr().err
     assert error.value.code == 2 and line.count("\n") == 1 and given.split()[0] in line and "must be" in line
+
+
+@pytest.mark.parametrize("script, given", [
+    ("evaluate", "--bootstrap -5 --model m --data toy:."), ("evaluate", "--predictions gone.jsonl"),
+    ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"), ("erv", "--data gone.jsonl"), ("audit", "--erv /gone --data toy:."),
+    ("augment", "describe --limit -3"), ("sft", "--model /gone"), ("grpo", "--erv /gone")])
+def test_every_script_checks_its_settings_first(script, given, monkeypatch, capsys):
+    root = Path(__file__).parent.parent / "scripts"
+    monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])
+    module = importlib.import_module(script)
+    with pytest.raises((SystemExit, SettingsError)) as error:
+        (module.run_audit if script == "audit" else module.main)(given.split())
+    said = capsys.readouterr().err + str(error.value)
+    assert "must be at" in said or "there is no file or folder" in said
 
 
 def test_check_of_settings_made_in_python():
@@ -185,7 +203,6 @@ def test_config_says_what_made_the_run(tmp_path):
 
 def _process(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    world = Processes(rank, size, torch.device("cpu"))
     p, unused = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
     p.grad = torch.full((2, 2), float(rank + 1))
     if rank == 1:

@@ -79,7 +79,7 @@ def class_counts(rows: list[Row]) -> dict[str, Counter]:
 
 
 def counts_table(rows: list[Row]) -> str:
-    """Table 5 of these rows, as text: one line per source, the number of rows and the number of labels of each class."""
+    """Table 5 of these rows, as text: per source a line with the number of rows and of each class's labels."""
     counts, sizes = class_counts(rows), Counter(row.source for row in rows)
     lines = [["source", "rows", *ERV_LABELS]]
     for source, per_class in counts.items():

@@ -99,11 +99,12 @@ def add_options(parser: argparse.ArgumentParser, cls: type, presets: dict[str, d
             help = f.metadata["help"] + shown_default(f, presets)
             kwargs = dict(dest=f.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
             if isinstance(f.default, bool):
-                parser.add_argument(option_name(f.name), action=argparse.BooleanOptionalAction, **kwargs)
+                kwargs |= dict(action=argparse.BooleanOptionalAction)
+            elif f.metadata["choices"]:
+                kwargs |= dict(type=type(f.default), choices=f.metadata["choices"])
             else:
-                choices = f.metadata["choices"] or None
-                metavar = None if choices else f.name.rsplit("_", 1)[-1].upper()
-                parser.add_argument(option_name(f.name), type=type(f.default), choices=choices, metavar=metavar, **kwargs)
+                kwargs |= dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
+            parser.add_argument(option_name(f.name), **kwargs)
 
 
 def shown_default(f: dataclasses.Field, presets: dict[str, dict]) -> str:

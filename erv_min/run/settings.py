@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from erv_min.rewards import RewardSettings
-from erv_min.run.options import add_options, check, checked, parse, parser_for, setting  # noqa: F401: scripts' one door
+from erv_min.run.options import add_options, check, checked, parse, parser_for, setting  # noqa: F401
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Policy(Compute):
 class Clips:
     """What every script takes that reads data sets."""
 
-    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' (training, toy: "
-                            "the embedded world, rendered where it is not there yet)", path="data")
+    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' "
+                            "(training, toy: without it the embedded world, rendered where it is not there yet)", path="data")
     allow_missing: float = setting(0.01, "share of the clips (or of given predictions) that may be missing", least=0,
                                    most=1)
 
@@ -85,10 +85,12 @@ class Training(Compute):
     batch_size: int = setting(32, "samples (GRPO: prompts) per optimizer step, over all processes (table 8)", least=1)
     lr: float = setting(2e-5, "peak learning rate (table 8)", least=0)
     warmup: float = setting(0.03, "share of the steps with a rising learning rate (table 8)", least=0, most=1)
-    schedule: str = setting("cosine", "learning rate after the warm-up (table 8: cosine)", ("cosine", "linear", "constant"))
+    schedule: str = setting("cosine", "learning rate after the warm-up (table 8: cosine)",
+                            ("cosine", "linear", "constant"))
     max_grad_norm: float = setting(1.0, "global norm that gradients are clipped to", over=0)
     weight_decay: float = setting(0.0, "AdamW's weight decay (release: 0)", least=0)
-    seed: int = setting(17, "seed of data order, sampling and random weights (verifier: also of split and dropout)", least=0)
+    seed: int = setting(17, "seed of data order, sampling and random weights (verifier: also of split and dropout)",
+                        least=0)
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
     save_every: int = setting(100, "steps between checkpoints", least=1)
     keep: int = setting(2, "checkpoints kept, the newest ones; where one is damaged the one before it is used", least=1)
@@ -99,8 +101,8 @@ class Common(Training, Clips, Policy):
     """What both stages take that train a policy."""
 
     subtitles: bool = setting(True, "what is said in the clip enters the prompt where the data set has it (EMER, MERR)")
-    micro_batch: int = setting(4, "samples (GRPO: prompts) per forward pass on one process; lower it when out of memory",
-                               least=1)
+    micro_batch: int = setting(4, "samples (GRPO: prompts) per forward pass on one process; lower it when out of "
+                                  "memory", least=1)
     sharding: str = setting("none", "how weights lie on several processes: none (whole on each), hand (fsdp.py), torch "
                                     "(PyTorch's fully_shard)", ("none", "hand", "torch"))
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
@@ -128,14 +130,15 @@ class GRPOSettings(Common):
 
     erv: str = setting("", "the verifier: a folder or a hub repository", path="hub")
     rewards: RewardSettings = RewardSettings()
-    group_size: int = setting(16, "G, completions per prompt (section 4.3)", least=2, why="no group would have a spread")
+    group_size: int = setting(16, "G, completions per prompt (section 4.3)", least=2,
+                            why="no group would have a spread")
     beta: float = setting(0.04, "weight of the KL term (Eq. 3)", least=0)
     epsilon: float = setting(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
     mu: int = setting(1, "updates per batch of completions (divergence 6)", least=1)
     temperature: float = setting(1.0, "sampling temperature of the rollouts (divergence 9)", over=0,
                                  why="at 0 all G completions are the same, and no group would have a spread")
-    top_k: int = setting(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 (divergence 9)",
-                         least=0)
+    top_k: int = setting(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 "
+                          "(divergence 9)", least=0)
     max_new_tokens: int = setting(512, "longest completion in tokens", least=1)
     ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                           ("", "neutral-filtering", "sentence-level", "augmentation"))

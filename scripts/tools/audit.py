@@ -3,8 +3,8 @@
   python scripts/tools/audit.py --erv DIR --data toy:/world --judge lexicon
   python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
 
-The paper reports none of this for its ERV. `cheat` writes the completions that a policy could earn R_E with dishonestly,
-and `audit` pays them under the paper's settings and under each optional remedy (`remedies`, off by default everywhere).
+The paper reports none of this for its ERV. `cheat` writes the completions that could earn R_E dishonestly, and `audit`
+pays them under the paper's settings and under each optional remedy (`remedies`, off by default everywhere).
 Left out: what a policy does with the remedies over a training run (scripts/grpo.py has them as options).
 """
 
@@ -124,7 +124,7 @@ class AuditRow:
 def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset: str, labels: tuple[str, ...],
           judge: Callable[[list[str]], list[str | None]] | None = None,
           settings: RewardSettings = RewardSettings()) -> list[AuditRow]:
-    """Honest explanations and their e_gt -> a row per way to cheat, "honest" first; the answer is right but in the last.
+    """Honest explanations and their e_gt -> a row per way to cheat, "honest" first; only the last has a wrong answer.
 
     labels: the data set's; judge: explanations -> emotions. Raises SettingsError where no sentence is found."""
     split = [split_sentences(text, settings.sentence_rule) for text in explanations]
@@ -243,7 +243,7 @@ def run_audit(argv: list[str]) -> None:
 
 
 def run_score(argv: list[str]) -> None:
-    """Prints each sentence with its emotions for --text; for rows, mean R_E by each verifier and the watched statistics.
+    """Prints each sentence with its emotions for --text; for rows mean R_E by each verifier, and what is watched.
 
     A second verifier, trained on other data, shows what a policy gained from the first one's blind spots."""
     args = parse(AuditSettings, {}, __doc__, argv)

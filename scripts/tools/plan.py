@@ -198,7 +198,7 @@ def remedies(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[t
     return [*found, (f"{gpus + 8} GPUs", gpus + 8, plan(config, stage, settings, gpus + 8))]
 
 
-# ---- the table --------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
 ROWS = (("what stays", "stays"), ("  parameter shards, float32", "shards"), ("  reference shards", "reference"),
@@ -241,7 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse(KINDS[own.stage], PRESETS[own.stage], __doc__, rest)
     config = humanomni(DIMENSIONS[settings.preset])
     prompt = config.video_tokens + config.audio_tokens + TEXT_TOKENS
-    rows = f"G {settings.group_size} of {settings.max_new_tokens}" if own.stage == "grpo" else f"targets of {TARGET_TOKENS}"
+    grpo = own.stage == "grpo"
+    rows = f"G {settings.group_size} of {settings.max_new_tokens}" if grpo else f"targets of {TARGET_TOKENS}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
           f"{prompt} tokens, {rows}, {settings.dtype}, recomputation {'on' if settings.recompute else 'off'}")
     first = plan(config, own.stage, settings, own.gpus)
@@ -255,8 +256,8 @@ def main(argv: list[str] | None = None) -> int:
         if fits:
             break
     else:
-        print("  with all of these it does not fit" + (", since the policy stands whole on each GPU while it samples: take one "
-                                                       "with more memory" if p.rollout > p.update else ""))
+        why = ", since the policy stands whole on each GPU while it samples: take one with more memory"
+        print("  with all of these it does not fit" + (why if p.rollout > p.update else ""))
     return 1
 
 
