@@ -549,6 +549,8 @@ def test_audit_and_score_commands(trained, tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
     with pytest.raises(SettingsError, match="--predictions"):
         audit.run_score(["--erv", str(trained)])
+    with pytest.raises(SettingsError, match="--erv"):
+        audit.run_audit(["--predictions", predictions])
 
 
 def test_long_sentences_are_cut(folder):

@@ -194,6 +194,13 @@ class AuditSettings:
     device: str = setting("cpu", "cpu, cuda, cuda:1")
 
 
+def options(argv: list[str]) -> AuditSettings:
+    args = parse(AuditSettings, {}, __doc__, argv)
+    if not args.erv:
+        raise SettingsError("--erv: name a verifier, a folder or a hub repository")
+    return args
+
+
 def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
     """(completion, e_gt, data set) from predictions or annotated explanations. Raises SettingsError without any."""
     if args.predictions:
@@ -210,8 +217,8 @@ def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
 
 def run_audit(argv: list[str]) -> None:
     """Pays each way to cheat; honest are the explanations that the judge (where given) reads as their label."""
-    args = parse(AuditSettings, {}, __doc__, argv)
-    verifier, found = Verifier.load(args.erv, args.device), read_completions(args)
+    args = options(argv)
+    found, verifier = read_completions(args), Verifier.load(args.erv, args.device)
     dataset = found[0][2]
     names, judge = dataset_labels(dataset), make_judge(args.judge) if args.judge else None
     found = [(extract_explanation(c), e) for c, e, d in found if d == dataset]
@@ -246,7 +253,7 @@ def run_score(argv: list[str]) -> None:
     """Prints each sentence with its emotions for --text; for rows mean R_E by each verifier, and what is watched.
 
     A second verifier, trained on other data, shows what a policy gained from the first one's blind spots."""
-    args = parse(AuditSettings, {}, __doc__, argv)
+    args = options(argv)
     settings, results = RewardSettings(tau=args.tau, k=args.k), {}
     if args.text:
         found = [(args.text if "<think>" in args.text else sft_target(args.text, "neutral"), "neutral", "mafw")]
