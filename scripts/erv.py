@@ -239,6 +239,9 @@ def print_report(report: dict) -> None:
     print(f"macro F1 {at['macro_f1']:.3f}, micro F1 {at['micro_f1']:.3f}; best tau {report['best_tau']} (macro F1 "
           f"{report['macro_f1_at_best_tau']:.3f}); ECE {report['ece']:.3f} over all pairs, {report['ece_top1']:.3f} of "
           f"the best label; {report['sentences']} held-out rows")
+    unseen = report["unseen"]
+    print(f"{unseen['sentences']} of these texts are not in training"
+          + (f": macro F1 {unseen['macro_f1']:.3f} on them" if unseen["sentences"] else ""))
 
 
 if __name__ == "__main__":

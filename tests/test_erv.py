@@ -276,7 +276,7 @@ def test_best_tau_is_found():
     assert erv.best_tau(probs, truth) == (0.35, 1.0)
 
 
-def test_texts_of_training_are_told_apart():
+def test_texts_of_training_are_told_apart(script, capsys):
     """Rows 0, 1 are right, row 2 says anger for fear. All: anger P 1/2, R 1; fear 0; sadness 1: (2/3 + 0 + 1) / 3.
     Of the two that training does not have, 1 and 2: sadness 1, fear 0: 1/2 (anger has no support there)."""
     anger, fear, sadness = (ERV_LABELS.index(x) for x in ("anger", "fear", "sadness"))
@@ -286,6 +286,8 @@ def test_texts_of_training_are_told_apart():
     report = erv.verifier_report(probs, truth, seen=torch.tensor([True, False, False]))
     assert report["at_tau"]["macro_f1"] == pytest.approx(5 / 9)
     assert report["unseen"] == {"sentences": 2, "macro_f1": pytest.approx(1 / 2)}
+    script.print_report(report)
+    assert "2 of these texts are not in training: macro F1 0.500 on them" in capsys.readouterr().out
     assert erv.verifier_report(probs, truth, seen=torch.ones(3).bool())["unseen"] == {"sentences": 0, "macro_f1": None}
 
 
