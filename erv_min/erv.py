@@ -1,16 +1,14 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
-Here are the verifier as the reward uses it (`Verifier`), its training data (`read_rows`) and its loss (`erv_loss`:
-multi-label binary cross entropy on [CLS]; the paper gives no equation). The training loop is scripts/erv.py; what is
-measured of a verifier and of the reward made from it is in audit.py.
-Left out: distillation of the labelling LLM's probabilities (the paper trains on its label words alone).
+Here are the verifier as the reward uses it (`Verifier`), its loss (`erv_loss`: multi-label binary cross entropy on
+[CLS]; the paper gives no equation), its quality on held-out descriptions (`verifier_report`; the paper has none), and
+what is watched of explanations while it pays for them. Its training data is in data/pairs.py, the training loop in
+scripts/erv.py, and ways to cheat the reward made from it in scripts/tools/audit.py.
 """
 
-import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min import checkpoint, config
-from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
-from erv_min.run.errors import CheckpointError, DataError
-from erv_min.run.files import read_json, read_jsonl
-from erv_min.run.onednn import use_onednn
+from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.model.bert import RobertaClassifier
+from erv_min.rewards import Reward, select_labels
+from erv_min.run.errors import CheckpointError
+from erv_min.run.files import read_json
+from erv_min.run.onednn import use_onednn
 from erv_min.tokenizer import EncoderTokenizer
 
 # ---- the verifier ----------------------------------------------------------------------------------------------------
@@ -33,7 +32,7 @@ class Verifier:
 
     def __init__(self, model: RobertaClassifier, tokenizer: EncoderTokenizer, labels: tuple[str, ...],
                  device: str | torch.device = "cpu", token_budget: int = 0):
-        """token_budget: padded tokens a forward pass; 0: what keeps a CPU's activations in its cache, or a GPU busy."""
+        """token_budget: padded tokens per forward pass; 0: what fits a CPU's cache, or keeps a GPU busy."""
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer, self.labels, self.device = tokenizer, tuple(labels), device
         self.token_budget = token_budget or (1024 if torch.device(device).type == "cpu" else 16384)
@@ -122,92 +121,7 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
     return use_onednn(model)
 
 
-# ---- training data ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training pair: a description and its emotions (names of ERV_LABELS). `key` decides its side of the split.
-
-    `truth` is what a held-out row is measured against: its field "truth" (checked labels), else `labels`.
-    """
-
-    text: str
-    labels: tuple[str, ...]
-    source: str
-    key: str
-    truth: tuple[str, ...]
-
-
-def read_rows(paths: list[str | Path]) -> list[Row]:
-    """JSONL files of {"text", "labels": [...], "source"[, "clip", "truth": [...]]} -> rows. Label names of any data set
-    are accepted. Raises DataError naming file, row and field."""
-    rows = []
-    for path in paths:
-        for number, raw in enumerate(read_jsonl(path), 1):
-            where = f"{path}, row {number}"
-            if not isinstance(raw, dict) or not isinstance(raw.get("text"), str) or not raw["text"].strip():
-                raise DataError(f"{where}: field 'text' must be a non-empty string")
-            text, labels = raw["text"].strip(), emotion_names(raw, "labels", where)
-            truth = emotion_names(raw, "truth", where) if "truth" in raw else labels
-            source, key = str(raw.get("source") or Path(path).stem), str(raw.get("clip") or text)
-            rows.append(Row(text, labels, source, key, truth))
-    if not rows:
-        raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no training pair found")
-    return rows
-
-
-def emotion_names(raw: dict, field: str, where: str) -> tuple[str, ...]:
-    """The emotions that a row's field lists, as names of ERV_LABELS, each once."""
-    names = raw.get(field)
-    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
-        raise DataError(f"{where}: field {field!r} must be a non-empty list of emotion names, is {names!r}")
-    try:
-        return tuple(dict.fromkeys(to_erv(x) for x in names))
-    except DataError as error:
-        raise DataError(f"{where}: field {field!r}: {error}") from None
-
-
-def split_rows(rows: list[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """(training, held-out): a hash of a row's key (its clip, else its text) decides, so a clip is on one side only."""
-    sides = ([], [])
-    for row in rows:
-        digest = hashlib.blake2b(f"{seed}:{row.key}".encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "big") < fraction * 2**64].append(row)
-    return sides
-
-
-def class_counts(rows: list[Row]) -> dict[str, Counter]:
-    """Source -> emotion -> number of rows that carry it (table 5: a row with two labels counts in two columns)."""
-    counts: dict[str, Counter] = {}
-    for row in rows:
-        counts.setdefault(row.source, Counter()).update(row.labels)
-    return counts
-
-
-def counts_table(rows: list[Row]) -> str:
-    """Table 5 of these rows, as text: one line a source, the number of rows and the number of labels of each class."""
-    counts, sizes = class_counts(rows), Counter(row.source for row in rows)
-    lines = [["source", "rows", *ERV_LABELS]]
-    for source, per_class in counts.items():
-        lines.append([source, str(sizes[source]), *(str(per_class[x] or "-") for x in ERV_LABELS)])
-    lines.append(["all", str(len(rows)), *(str(sum(c[x] for c in counts.values()) or "-") for x in ERV_LABELS)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
-
-
-def targets(label_lists: list[tuple[str, ...]], head: int = len(ERV_LABELS)) -> Tensor:
-    """Names of ERV_LABELS, a list a row -> multi-hot targets [N, head] in {0, 1}.
-
-    A 28-way head's other 17 columns are 0: the labeller chose among the 11 (figure 6)."""
-    columns = dict(zip(ERV_LABELS, erv_columns(tuple(GOEMOTIONS) if head == len(GOEMOTIONS) else tuple(ERV_LABELS))))
-    out = torch.zeros(len(label_lists), head)
-    for i, names in enumerate(label_lists):
-        out[i, [columns[x] for x in names]] = 1
-    return out
-
-
-# ---- loss, and the option against class imbalance --------------------------------------------------------------------
+# ---- loss ------------------------------------------------------------------------------------------------------------
 
 
 def erv_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:
@@ -215,25 +129,84 @@ def erv_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) 
     return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
 
 
-def positive_weights(targets: Tensor, most: float = 20.0) -> Tensor:
-    """--balance weight: [N, K] -> negatives / positives of each class [K], at most `most`; 1 for an absent class."""
-    positives = targets.sum(0)
-    weights = ((len(targets) - positives) / positives.clamp(min=1)).clamp(max=most)
-    return torch.where(positives > 0, weights, torch.ones_like(weights))
+# ---- held-out quality ------------------------------------------------------------------------------------------------
 
 
-def sampling_weights(targets: Tensor) -> Tensor:
-    """--balance resample: [N, K] -> each row's weight [N], 1 / size of the rarest class it carries."""
-    return (targets / targets.sum(0).clamp(min=1)).max(1).values
+def selected(probs: Tensor, tau: float = 0.5, k: int = 2) -> Tensor:
+    """`rewards.select_labels` as a matrix: [S, K] -> bool [S, K], so that F1 is of what the reward reads."""
+    sets = select_labels(probs, range(probs.shape[1]), tau, k)
+    chosen = torch.zeros_like(probs, dtype=torch.bool)
+    chosen[[i for i, columns in enumerate(sets) for _ in columns], [j for columns in sets for j in columns]] = True
+    return chosen
+
+
+def f1_report(predicted: Tensor, truth: Tensor, labels: tuple[str, ...]) -> dict:
+    """bool [S, K] each -> micro F1, macro F1 (over classes with support), per class precision, recall, F1, support."""
+    hit, guessed, there = (x.sum(0).double() for x in (predicted & truth, predicted, truth))
+    precision, recall = hit / guessed.clamp(min=1), hit / there.clamp(min=1)
+    f1 = 2 * hit / (guessed + there).clamp(min=1)
+    present = there > 0
+    per_class = {label: {"precision": precision[i].item(), "recall": recall[i].item(), "f1": f1[i].item(),
+                         "support": int(there[i])} for i, label in enumerate(labels)}
+    return {"micro_f1": (2 * hit.sum() / (guessed.sum() + there.sum()).clamp(min=1)).item(),
+            "macro_f1": f1[present].mean().item() if present.any() else 0.0, "per_class": per_class}
+
+
+def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
+    """The threshold of 0.05, 0.10, ... 0.95 with the best macro F1 (the one nearest 0.5 of equals), and that F1."""
+    grid = [round(0.05 * i, 2) for i in range(1, 20)]
+    scores = {tau: f1_report(selected(probs, tau, k), truth, tuple(map(str, range(truth.shape[1]))))["macro_f1"]
+              for tau in grid}
+    tau = max(grid, key=lambda t: (scores[t], -abs(t - 0.5)))
+    return tau, scores[tau]
+
+
+def calibration(probs: Tensor, truth: Tensor, bins: int = 10) -> tuple[float, list[dict]]:
+    """Probabilities and outcomes of one shape -> expected calibration error and the reliability table (equal bins).
+
+    ECE = sum over bins of (share of cases) * |mean probability - share of true cases| (Guo et al. 2017)."""
+    p, y = probs.flatten().double(), truth.flatten().double()
+    place = (p * bins).long().clamp(max=bins - 1)
+    table, error = [], 0.0
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            mean, share = p[inside].mean().item(), y[inside].mean().item()
+            error += inside.double().mean().item() * abs(mean - share)
+            table.append({"from": b / bins, "to": (b + 1) / bins, "count": int(inside.sum()), "probability": mean,
+                          "true": share})
+    return error, table
+
+
+def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, seen: Tensor | None = None) -> dict:
+    """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
+
+    "at_tau" counts what the reward would select (at most k, at least one); "threshold_only" plain p > tau. "unseen":
+    number and macro F1 (None without any) of the texts not word for word in training; seen bool [S]: which are.
+    """
+    chosen, names = selected(probs, tau, k), tuple(ERV_LABELS)
+    plain = f1_report(probs > tau, truth, names)
+    new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen
+    tau_best, f1_best = best_tau(probs, truth, k)
+    error, table = calibration(probs, truth)
+    top, place = probs.max(1)
+    top_error, top_table = calibration(top, truth.gather(1, place[:, None])[:, 0])
+    return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth, names),
+            "threshold_only": {name: plain[name] for name in ("micro_f1", "macro_f1")},
+            "unseen": {"sentences": int(new.sum()), "macro_f1": f1_report(chosen[new], truth[new], names)["macro_f1"]
+                       if new.any() else None},
+            "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
+            "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
+            "ece": error, "reliability": table, "ece_top1": top_error, "reliability_top1": top_table}
 
 
 # ---- watched while the reward is in use ------------------------------------------------------------------------------
 
 
-def explanation_statistics(rewards: list) -> dict[str, float | None]:
+def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
     """What a policy that cheats R_E would move, as means over completions; stands beside R_E in metrics.jsonl.
 
-    rewards: `rewards.Reward`s of a step. Sentences of an explanation; share of sentences whose only label is neutral
+    rewards: of a step. Sentences of an explanation; share of sentences whose only label is neutral
     (None where no label was predicted); share of sentences that contain an emotion's name; distinct sentences over
     all; words of the explanation.
     """

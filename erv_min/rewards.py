@@ -1,10 +1,11 @@
-"""The reward of GRPO: R_format, R_answer and the explanation reward R_E (Eq. 4, Eq. 5, algorithm 1).
+"""The reward of GRPO: algorithm 1 and Eq. 4 (R_E), R_format and R_answer, and their sum, Eq. 5.
 
-    completion -> explanation E -> sentences s_k -> verifier's probabilities u_k -> label sets EL_k -> R_E
+    completion o -> explanation E -> sentences s_k -> verifier u_k = sigmoid(ERV(s_k)) -> labels EL_k -> c, N_neu -> R_E
+    line 3: extract_explanation, split_sentences; 6: erv.py; 7-14: select_labels; 15-26: explanation_reward
 
-One function an equation, plain Python on strings and label sets. All text is read in one pass: no completion, however
-odd, takes more than linear time. `RewardSettings` holds the paper's parameters, its ablations (table 2), the
-divergences (`RewardSettings.released()`), and remedies against reward hacking, off by default.
+Plain Python on strings and label sets. All text is read in one pass: no completion, however odd, takes more than linear
+time. `RewardSettings` holds the paper's parameters, its ablations (table 2), the divergences
+(`RewardSettings.released()`), and remedies against reward hacking, off by default.
 """
 
 import re
@@ -16,9 +17,15 @@ from torch import Tensor
 
 from erv_min.emotions import canonical, normalize
 from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.options import check, setting
 from erv_min.sentences import split_sentences
 
-# ---- reading a completion --------------------------------------------------------------------------------------------
+# ---- algorithm 1 and Eq. 4: R_E --------------------------------------------------------------------------------------
+
+
+def extract_explanation(completion: str) -> str:
+    """E: the text between the first <think> and the next </think>; "" where there is none or it is not closed."""
+    return between(completion, "<think>", "</think>") or ""
 
 
 def between(text: str, opening: str, closing: str) -> str | None:
@@ -28,18 +35,44 @@ def between(text: str, opening: str, closing: str) -> str | None:
     return inside.strip() if found and closed else None
 
 
-def extract_explanation(completion: str) -> str:
-    """E: the text between the first <think> and the next </think>; "" where there is none or it is not closed."""
-    return between(completion, "<think>", "</think>") or ""
+def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
+    """EL_k, algorithm 1 lines 7-14: u [S, K] -> for each sentence its labels, best first.
+
+    The k best of those strictly over tau; the best one where none is. Of equal probabilities the later label goes
+    first, as in the release. Raises SettingsError where K is not len(labels), or a probability is not a number."""
+    u = torch.as_tensor(probs)
+    if u.numel() == 0:
+        return [[] for _ in range(len(u))]
+    if u.shape[1] != len(labels) or u.isnan().any():
+        raise SettingsError(f"the verifier gave {tuple(u.shape)} probabilities for {len(labels)} labels"
+                            + (", some of them not a number" if u.isnan().any() else ""))
+    order = u.argsort(dim=1, stable=True).flip(1)[:, :k].tolist()  # [S, k]
+    over = (u > tau).sum(1).tolist()  # [S]
+    return [[labels[j] for j in best[: max(1, n)]] for best, n in zip(order, over)]
 
 
-def extract_answer(completion: str, rule: str = "paper") -> str | None:
-    """The text of the first <answer>...</answer>. "released": it must stand on one line, and without one the whole
-    completion is the answer. None ("paper" only) where there is no closed answer."""
-    if rule == "paper":
-        return between(completion, "<answer>", "</answer>")
-    lines = (between(line, "<answer>", "</answer>") for line in completion.split("\n"))
-    return next((answer for answer in lines if answer is not None), completion.strip())
+def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_rule: str = "only",
+                       neutral_filter: bool = True, weights: Sequence[float] | None = None) -> float:
+    """R_E of one completion, algorithm 1 lines 15-26 (Eq. 4): c / (N - N_neu), or c / N where e_gt is neutral.
+
+    label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
+    labels. N: sentences. N_neu: sentences whose only label is neutral ("only"), or that have it among them ("any", as
+    line 15 prints it: such a sentence can count in c and not in the denominator, so R_E can pass 1; divergence 2).
+    neutral_filter=False divides by N (table 2). weights: what each sentence adds to c, 1 where None. R_E is 0 where the
+    denominator is (divergence 3), and where the verifier does not have the label e_gt.
+    """
+    if neutral_rule not in ("only", "any"):
+        raise SettingsError(f"neutral rule {neutral_rule!r} is unknown; there are 'only' and 'any'")
+    e_gt = canonical(e_gt)
+    sets = [[canonical(label) for label in EL] for EL in label_sets]
+    N = len(sets)
+    N_neu = sum(EL == ["neutral"] if neutral_rule == "only" else "neutral" in EL for EL in sets)
+    c = sum(w for w, EL in zip(weights or [1.0] * N, sets) if e_gt in EL)
+    denominator = N - N_neu if neutral_filter and e_gt != "neutral" else N
+    return c / denominator if denominator > 0 else 0.0
+
+
+# ---- R_format and R_answer -------------------------------------------------------------------------------------------
 
 
 def format_reward(completion: str) -> float:
@@ -51,6 +84,15 @@ def format_reward(completion: str) -> float:
         return 0.0
     middle = re.compile(r"</think>\s*<answer>").search(completion, len("<think>"))
     return float(middle is not None and completion.endswith("</answer>"))
+
+
+def extract_answer(completion: str, rule: str = "paper") -> str | None:
+    """The text of the first <answer>...</answer>. "released": it must stand on one line, and without one the whole
+    completion is the answer. None ("paper" only) where there is no closed answer."""
+    if rule == "paper":
+        return between(completion, "<answer>", "</answer>")
+    lines = (between(line, "<answer>", "</answer>") for line in completion.split("\n"))
+    return next((answer for answer in lines if answer is not None), completion.strip())
 
 
 def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper") -> float:
@@ -65,85 +107,41 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
     return float(answer is not None and normalize(answer, dataset) == target)
 
 
-# ---- Eq. 4 -----------------------------------------------------------------------------------------------------------
-
-
-def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
-    """EL_k, algorithm 1 lines 7-14: probs [S, K] -> for each sentence its labels, best first.
-
-    The k best of those strictly over tau; the best one where none is. Of equal probabilities the later label goes
-    first, as in the release. Raises SettingsError where K is not len(labels), or a probability is not a number."""
-    probs = torch.as_tensor(probs)
-    if probs.numel() == 0:
-        return [[] for _ in range(len(probs))]
-    if probs.shape[1] != len(labels) or probs.isnan().any():
-        raise SettingsError(f"the verifier gave {tuple(probs.shape)} probabilities for {len(labels)} labels"
-                            + (", some of them not a number" if probs.isnan().any() else ""))
-    order = probs.argsort(dim=1, stable=True).flip(1)[:, :k].tolist()  # [S, k]
-    over = (probs > tau).sum(1).tolist()  # [S]
-    return [[labels[j] for j in best[: max(1, n)]] for best, n in zip(order, over)]
-
-
-def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_rule: str = "only",
-                       neutral_filter: bool = True, weights: Sequence[float] | None = None) -> float:
-    """R_E of one completion (Eq. 4): c / (N - N_neu), or c / N where e_gt is neutral; 0 where the denominator is 0.
-
-    label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
-    labels. N_neu: sentences whose only label is neutral ("only"), or that have it among them ("any", as algorithm 1
-    prints it: such a sentence can count above the line and not below, so R_E can pass 1; divergence 2).
-    neutral_filter=False divides by N (table 2). weights: what each sentence adds to c, 1 where None. A label that the
-    verifier does not have is never met: 0.
-    """
-    if neutral_rule not in ("only", "any"):
-        raise SettingsError(f"neutral rule {neutral_rule!r} is unknown; there are 'only' and 'any'")
-    target = canonical(e_gt)
-    sets = [[canonical(label) for label in EL] for EL in label_sets]
-    weights = [1.0] * len(sets) if weights is None else weights
-    c = sum(w for w, EL in zip(weights, sets) if target in EL)
-    N = len(sets)
-    N_neu = sum(EL == ["neutral"] if neutral_rule == "only" else "neutral" in EL for EL in sets)
-    below = N - N_neu if neutral_filter and target != "neutral" else N
-    return c / below if below > 0 else 0.0
-
-
-# ---- Eq. 5 -----------------------------------------------------------------------------------------------------------
+# ---- Eq. 5: R --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Eq. 5's parameters. Defaults: the paper, or where it is undefined the README's table of divergences.
+    """Parameters of algorithm 1 and Eq. 5, table 2's rows, and four remedies. Raises SettingsError out of its ranges.
 
-    The remedies against reward hacking, off by default, take an idea each from the literature; the forms are ours.
+    The remedies against reward hacking take an idea each from the literature; the forms are ours.
     gate_on_answer: GRPO-CARE (arXiv 2506.16141), whose consistency bonus lifts only what is also correct.
     phase_in_steps: EmotionThinker (2601.15668), whose reasoning reward comes in progressively. length_target:
     AffectGPT-R1 (2508.01318), with a term on length; here from below, since R_E invites short explanations.
     repeat_discount: the repetition penalty of Demystifying Long Chain-of-Thought (2502.03373), on whole sentences.
     """
 
-    tau: float = 0.5  # divergence 1
-    k: int = 2
-    neutral_rule: str = "only"  # divergence 2: "only" or "any"
-    neutral_filter: bool = True  # table 2: W/o Neutral Filtering
-    sentence_level: bool = True  # table 2: W/o Sentence-Level Verification
-    answer_rule: str = "paper"  # divergence 18: "paper" or "released"
-    sentence_rule: str = "released"  # or "extended"
-    w_format: float = 1.0
-    w_answer: float = 1.0
-    w_explanation: float = 1.0
-    gate_on_answer: bool = False  # R_E only where format and answer are right
-    phase_in_steps: int = 0  # R_E's weight grows linearly over the first N steps
-    length_target: int = 0  # R_E shrinks with an explanation of fewer words
-    repeat_discount: float = 0.0  # a repeated sentence adds 1 - this to c, and still 1 to N
+    tau: float = setting(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
+    k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
+    neutral_rule: str = setting("only", "a sentence is neutral where neutral is its only label, or any of its labels "
+                                        "(divergence 2)", ("only", "any"))
+    neutral_filter: bool = setting(True, "table 2's W/o Neutral Filtering: --ablate", option=False)
+    sentence_level: bool = setting(True, "table 2's W/o Sentence-Level Verification: --ablate", option=False)
+    answer_rule: str = setting("paper", "how an answer is read (divergence 18)", ("paper", "released"))
+    sentence_rule: str = setting("released", "how an explanation is split (sentences.py)", ("released", "extended"))
+    w_format: float = setting(1.0, "weight of R_format (Eq. 5)")
+    w_answer: float = setting(1.0, "weight of R_answer (Eq. 5)")
+    w_explanation: float = setting(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
+    gate_on_answer: bool = setting(False, "R_E only where format and answer are right (remedy, as GRPO-CARE's bonus)")
+    phase_in_steps: int = setting(0, "R_E grows linearly over the first steps; 0: at once (remedy, EmotionThinker)",
+                                least=0)
+    length_target: int = setting(0, "R_E shrinks with an explanation of fewer words; 0: off (remedy, AffectGPT-R1)",
+                               least=0)
+    repeat_discount: float = setting(0.0, "a repeated sentence adds 1 less this to c, and still 1 to N (remedy)",
+                                     least=0, most=1)
 
     def __post_init__(self):
-        for name, ok in (("tau", 0 <= self.tau <= 1), ("k", self.k >= 1), ("phase_in_steps", self.phase_in_steps >= 0),
-                         ("length_target", self.length_target >= 0),
-                         ("repeat_discount", 0 <= self.repeat_discount <= 1),
-                         ("neutral_rule", self.neutral_rule in ("only", "any")),
-                         ("answer_rule", self.answer_rule in ("paper", "released")),
-                         ("sentence_rule", self.sentence_rule in ("released", "extended"))):
-            if not ok:
-                raise SettingsError(f"reward setting {name} = {getattr(self, name)!r} is out of its range")
+        check(self)
 
     @classmethod
     def released(cls, **changes) -> "RewardSettings":
@@ -165,19 +163,17 @@ class Reward:
 
 def sentences_of(completion: str, settings: RewardSettings) -> list[str]:
     """S_i of a completion, or the whole explanation as one where `sentence_level` is off."""
-    explanation = extract_explanation(completion)
+    E = extract_explanation(completion)
     if settings.sentence_level:
-        return split_sentences(explanation, settings.sentence_rule)
-    return [explanation] if explanation else []
+        return split_sentences(E, settings.sentence_rule)
+    return [E] if E else []
 
 
 def _weights(sentences: list[str], discount: float) -> list[float]:
-    seen, weights = set(), []
-    for sentence in sentences:
-        key = " ".join(re.findall(r"\w+", sentence.lower()))
-        weights.append(1.0 - discount if key in seen else 1.0)
-        seen.add(key)
-    return weights
+    """What each sentence adds to c: 1, or 1 - discount where its words stood before."""
+    keys = [" ".join(re.findall(r"\w+", sentence.lower())) for sentence in sentences]
+    first = {key: i for i, key in reversed(list(enumerate(keys)))}
+    return [1.0 if first[key] == i else 1.0 - discount for i, key in enumerate(keys)]
 
 
 def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: str | Sequence[str],
@@ -185,32 +181,32 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
                       settings: RewardSettings = RewardSettings(), step: int | None = None) -> list[Reward]:
     """R = R_E + R_format + R_answer of each completion (Eq. 5), weighted by the settings.
 
-    e_gt: a label a completion, as its data set spells it; dataset: one name, or one a completion. probabilities: the
-    verifier, sentences -> [S, K] in the order of `labels`, called once with every distinct sentence, and not at all
+    e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
+    the verifier, sentences -> [S, K] in the order of `labels`, called once with every distinct sentence, and not at all
     where there is none (divergence 17: R_E = 0); None leaves R_E out (the paper's baseline). step: training step,
     counted from 0, for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
     if not len(completions) == len(e_gt) == len(datasets):
         raise SettingsError(f"{len(completions)} completions, {len(e_gt)} labels and {len(datasets)} data sets")
-    split = [sentences_of(c, settings) if probabilities else [] for c in completions]
-    distinct = list(dict.fromkeys(s for sentences in split for s in sentences))
+    split = [sentences_of(o, settings) if probabilities else [] for o in completions]
+    distinct = list(dict.fromkeys(s for S in split for s in S))
     chosen = select_labels(probabilities(distinct), labels, settings.tau, settings.k) if distinct else []
     if len(chosen) != len(distinct):
         raise SettingsError(f"the verifier gave {len(chosen)} rows for {len(distinct)} sentences")
-    label_sets = dict(zip(distinct, chosen))
+    EL_of = dict(zip(distinct, chosen))
     phase = 1.0 if step is None or not settings.phase_in_steps else min(1.0, step / settings.phase_in_steps)
     rewards = []
-    for completion, label, name, sentences in zip(completions, e_gt, datasets, split):
-        R_format = format_reward(completion)
-        R_answer = answer_reward(completion, label, name, settings.answer_rule)
-        EL = [label_sets[s] for s in sentences]
+    for o, label, name, S in zip(completions, e_gt, datasets, split):
+        R_format = format_reward(o)
+        R_answer = answer_reward(o, label, name, settings.answer_rule)
+        EL = [EL_of[s] for s in S]
         R_E = explanation_reward(EL, label, settings.neutral_rule, settings.neutral_filter,
-                                 _weights(sentences, settings.repeat_discount))
+                                 _weights(S, settings.repeat_discount))
         if settings.length_target:
-            R_E *= min(1.0, sum(len(s.split()) for s in sentences) / settings.length_target)
+            R_E *= min(1.0, sum(len(s.split()) for s in S) / settings.length_target)
         if settings.gate_on_answer and not (R_format and R_answer):
             R_E = 0.0
-        total = settings.w_explanation * phase * R_E + settings.w_format * R_format + settings.w_answer * R_answer
-        rewards.append(Reward(R_format, R_answer, R_E, total, sentences, EL))
+        R = settings.w_explanation * phase * R_E + settings.w_format * R_format + settings.w_answer * R_answer
+        rewards.append(Reward(R_format, R_answer, R_E, R, S, EL))
     return rewards

@@ -1,4 +1,4 @@
-"""An explanation -> its sentences (section 3.3; algorithm 1, line 3).
+"""E_i -> S_i: an explanation's sentences (section 3.3; algorithm 1, line 3).
 
 The paper does not say how: the release's rule is the default, ours stands beside it. One pass over the text: the
 release's regex counts the quotes ahead anew at every stop, which takes minutes on an odd completion. Left out: any

@@ -22,14 +22,14 @@ from pathlib import Path
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
 from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.run.errors import DataError, SettingsError
-from erv_min.erv import counts_table, read_rows
+from erv_min.data.pairs import counts_table, read_rows
 from erv_min.run.files import read_jsonl, write_jsonl
 from erv_min.judge import ChatClient, permuted, read_answer
 from erv_min.run.processes import run_script
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.data.predictions import predict_to_file
 from erv_min.rewards import extract_explanation
-from erv_min.run.settings import PredictionSettings, add_options
+from erv_min.run.settings import PredictionSettings, add_options, check
 from erv_min.run.start import load_policy
 from erv_min.run.processes import join_processes
 
@@ -201,7 +201,9 @@ def describe(settings: PredictionSettings) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.step == "describe":
-        return describe(PredictionSettings(**{k: v for k, v in vars(args).items() if k != "step"}))
+        settings = PredictionSettings(**{k: v for k, v in vars(args).items() if k != "step"})
+        check(settings)
+        return describe(settings)
     if args.step == "annotated":
         rows, left = annotated(load_examples(args.data, "train"))
         write_rows(args.out, rows)

@@ -21,21 +21,21 @@ from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
 from erv_min.run.processes import run_script
 from erv_min.data.predictions import predict_to_file, read_predictions
-from erv_min.run.settings import PredictionSettings, parser_for, setting
+from erv_min.run.settings import PredictionSettings, checked, parser_for, setting
 from erv_min.run.start import load_policy
 from erv_min.run.processes import join_processes
 
 
 @dataclass
 class EvaluateSettings(PredictionSettings):
-    predictions: str = setting("", "evaluate these predictions instead of a model's")
+    predictions: str = setting("", "evaluate these predictions instead of a model's", path="files")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
     split: str = setting("test", "which split of --data", ("test", "train", "tune"))
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
-    bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none")
+    bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none", least=0)
     judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
-    concurrency: int = setting(8, "requests to a hosted judge at once")
+    concurrency: int = setting(8, "requests to a hosted judge at once", least=1)
 
 
 def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, lexicon2; may be repeated")
     given = vars(parser.parse_args(argv))
     judges = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
-    settings = EvaluateSettings(**{"out": "runs/evaluate", **given})
+    settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})
     if bool(settings.model) == bool(settings.predictions):
         raise SettingsError("give either --model (with --data) or --predictions")
     if settings.model and not settings.data:

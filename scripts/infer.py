@@ -22,7 +22,7 @@ from erv_min.run.processes import run_script
 from erv_min.data.readers import CLIP_SUFFIXES, read_text
 from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,
                              sentences_of)
-from erv_min.run.settings import Answers, parser_for, setting
+from erv_min.run.settings import Answers, checked, parser_for, setting
 from erv_min.run.start import load_policy
 from erv_min.run.processes import join_processes
 
@@ -83,15 +83,15 @@ class InferSettings(Answers):
     subtitle: str = setting("", "what is said in the clip, for the prompt")
     json: bool = setting(False, "one JSON object a clip instead of text")
     explain_reward: str = setting("", "show each sentence's emotions and R_E for this label (Eq. 4)")
-    erv: str = setting("", "the verifier for it: a folder or a hub repository")
-    tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)")
+    erv: str = setting("", "the verifier for it: a folder or a hub repository", path="hub")
+    tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = parser_for(InferSettings, __doc__)
     parser.add_argument("clips", nargs="+", help="clips, folders of clips, or .txt files with a path a line")
     given = vars(parser.parse_args(argv))
-    names, args = given.pop("clips"), InferSettings(**given)
+    names, args = given.pop("clips"), checked(parser, InferSettings, given)
     if not args.model:
         raise SettingsError("--model: name a checkpoint, a folder or a hub repository")
     if bool(args.explain_reward) != bool(args.erv):

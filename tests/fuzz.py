@@ -180,7 +180,7 @@ class Annotations:
 
     def run(self, rng, folder):
         from erv_min.data.examples import check_clips, load_examples, summary
-        from erv_min.erv import counts_table, read_rows
+        from erv_min.data.pairs import counts_table, read_rows
         name = rng.choice(list(self.files))
         file, content = self.files[name]
         if name == "mafw" and rng.random() < 0.5:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
+from torch import nn
 
 from erv_min.checkpoint import load_erv
 from erv_min.config import BertConfig, roberta
@@ -73,9 +74,10 @@ def test_parameter_names_are_the_released_ones():
 def test_dropout_acts_in_train_mode_only():
     model = RobertaClassifier(roberta("toy")).eval()
     ids = torch.tensor([[0, 5, 6, 2]])
-    set_dropout(model, 0.5)
+    set_dropout(model, nn.Dropout(0.5))
+    model.eval()
     torch.testing.assert_close(model(ids), model(ids), rtol=0, atol=0)
     model.train()
     assert not torch.allclose(model(ids), model(ids))
-    set_dropout(model, 0.0)
+    set_dropout(model, nn.Dropout(0.0))
     torch.testing.assert_close(model(ids), model(ids), rtol=0, atol=0)

@@ -1,25 +1,31 @@
-"""erv.py and audit.py: loss, data, verifier, measures, ways to cheat; and scripts/erv.py end to end."""
+"""erv.py and data/pairs.py, scripts/erv.py end to end, and scripts/tools/audit.py: ways to cheat."""
 
-import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from erv_min import audit, checkpoint, erv
+from erv_min import checkpoint, erv
+from erv_min.data import pairs
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.run.errors import CheckpointError, DataError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
-from erv_min.rewards import Reward, RewardSettings, explanation_reward, select_labels
+from erv_min.run.processes import Processes
+from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
 from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
 from erv_min.toy.vocab import roberta_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
+import audit  # noqa: E402
 
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
 
@@ -71,7 +77,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(folder, script) -> Path:
-    script.train(arguments(folder, folder / "run"))
+    script.main(arguments(folder, folder / "run"))
     return folder / "run"
 
 
@@ -125,10 +131,10 @@ def test_erv_loss_by_hand():
 def test_balance_weights_by_hand():
     # 4 rows; class 0 in three, class 1 in one, class 2 in none. Negatives / positives: 1/3, 3/1; an absent class 1.
     wanted = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    torch.testing.assert_close(erv.positive_weights(wanted), torch.tensor([1 / 3, 3.0, 1.0]))
-    assert erv.positive_weights(wanted, most=2.0)[1] == 2.0
+    torch.testing.assert_close(pairs.positive_weights(wanted), torch.tensor([1 / 3, 3.0, 1.0]))
+    assert pairs.positive_weights(wanted, most=2.0)[1] == 2.0
     # 1 / size of the rarest class a row carries: 1/3, 1/3, 1/1; 0 for a row of no class.
-    torch.testing.assert_close(erv.sampling_weights(wanted), torch.tensor([1 / 3, 1 / 3, 1.0, 0.0]))
+    torch.testing.assert_close(pairs.sampling_weights(wanted), torch.tensor([1 / 3, 1 / 3, 1.0, 0.0]))
 
 
 # ---- training data ---------------------------------------------------------------------------------------------------
@@ -138,9 +144,9 @@ def test_rows_accept_any_data_sets_names(tmp_path):
     path = write(tmp_path / "emer.jsonl", [{"text": " He shouts. ", "labels": ["angry", "Anger"]},
                                            {"text": "She waits.", "labels": ["worried"], "truth": ["sad"], "clip": "7",
                                             "source": "pseudo"}])
-    first, second = erv.read_rows([path])
-    assert first == erv.Row("He shouts.", ("anger",), "emer", "He shouts.", ("anger",))
-    assert second == erv.Row("She waits.", ("anxiety",), "pseudo", "7", ("sadness",))
+    first, second = pairs.read_rows([path])
+    assert first == pairs.Row("He shouts.", ("anger",), "emer", "He shouts.", ("anger",))
+    assert second == pairs.Row("She waits.", ("anxiety",), "pseudo", "7", ("sadness",))
 
 
 @pytest.mark.parametrize("row, field", [
@@ -150,35 +156,35 @@ def test_rows_accept_any_data_sets_names(tmp_path):
 def test_bad_rows_are_named(tmp_path, row, field):
     path = write(tmp_path / "rows.jsonl", [{"text": "fine", "labels": ["sad"]}, row])
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2") as error:
-        erv.read_rows([path])
+        pairs.read_rows([path])
     assert field in str(error.value)
 
 
 def test_no_rows_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no training pair"):
-        erv.read_rows([write(tmp_path / "empty.jsonl", [])])
+        pairs.read_rows([write(tmp_path / "empty.jsonl", [])])
 
 
 def test_split_keeps_a_clip_on_one_side():
-    rows = [erv.Row(f"text {i}", ("anger",), "s", f"clip {i // 4}", ("anger",)) for i in range(4000)]
-    train, valid = erv.split_rows(rows, 0.1)
+    rows = [pairs.Row(f"text {i}", ("anger",), "s", f"clip {i // 4}", ("anger",)) for i in range(4000)]
+    train, valid = pairs.split_rows(rows, 0.1)
     assert {r.key for r in train}.isdisjoint(r.key for r in valid) and len(train) + len(valid) == 4000
     assert 300 < len(valid) < 500  # 10% of 1000 clips, 3 standard deviations are 28 clips
-    assert erv.split_rows(rows, 0.1) == (train, valid) and erv.split_rows(rows, 0.1, seed=1) != (train, valid)
+    assert pairs.split_rows(rows, 0.1) == (train, valid) and pairs.split_rows(rows, 0.1, seed=1) != (train, valid)
 
 
 def test_counts_are_table_5s():
-    rows = [erv.Row("a", ("anger", "fear"), "emer", "a", ()), erv.Row("b", ("anger",), "emer", "b", ()),
-            erv.Row("c", ("neutral",), "pseudo", "c", ())]
-    assert erv.class_counts(rows) == {"emer": {"anger": 2, "fear": 1}, "pseudo": {"neutral": 1}}
-    lines = [line.split() for line in erv.counts_table(rows).splitlines()]
+    rows = [pairs.Row("a", ("anger", "fear"), "emer", "a", ()), pairs.Row("b", ("anger",), "emer", "b", ()),
+            pairs.Row("c", ("neutral",), "pseudo", "c", ())]
+    assert pairs.class_counts(rows) == {"emer": {"anger": 2, "fear": 1}, "pseudo": {"neutral": 1}}
+    lines = [line.split() for line in pairs.counts_table(rows).splitlines()]
     assert lines[1][:5] == ["emer", "2", "2", "-", "1"] and lines[-1][:6] == ["all", "3", "2", "-", "1", "-"]
 
 
 def test_targets_of_both_heads():
-    small = erv.targets([("anger", "neutral"), ("fear",)])
+    small = pairs.targets([("anger", "neutral"), ("fear",)])
     assert small.shape == (2, 11) and small.nonzero().tolist() == [[0, 0], [0, 4], [1, 2]]
-    large = erv.targets([("anger", "neutral"), ("fear",)], 28)
+    large = pairs.targets([("anger", "neutral"), ("fear",)], 28)
     assert large.shape == (2, 28) and large.nonzero().tolist() == [[0, 2], [0, 27], [1, 14]]
 
 
@@ -243,7 +249,7 @@ def test_max_tokens():
 def test_selected_is_the_rewards_selection():
     probs = torch.randint(0, 11, (400, 11), generator=torch.Generator().manual_seed(0)) / 10  # with many ties
     for tau, k in ((0.5, 2), (0.1, 2), (0.9, 1), (1.0, 3)):
-        chosen = audit.selected(probs, tau, k)
+        chosen = erv.selected(probs, tau, k)
         names = [{ERV_LABELS[j] for j in row.nonzero()[:, 0].tolist()} for row in chosen]
         assert names == [set(EL) for EL in select_labels(probs, ERV_LABELS, tau, k)]
 
@@ -253,13 +259,13 @@ def test_f1_by_hand():
     guess = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 0]]).bool()
     # class a: hit 1 of 2 guessed, 2 there: P 1/2, R 1/2, F1 1/2. b: 2 of 2, 2: 1, 1, 1. c: none there, none guessed.
     # micro: 2 * 3 / (4 + 4) = 3/4; macro over the classes there: (1/2 + 1) / 2 = 3/4.
-    report = audit.f1_report(guess, truth, ("a", "b", "c"))
+    report = erv.f1_report(guess, truth, ("a", "b", "c"))
     assert report["per_class"]["a"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     assert report["per_class"]["b"]["f1"] == 1 and report["per_class"]["c"]["support"] == 0
     assert report["micro_f1"] == pytest.approx(0.75) and report["macro_f1"] == pytest.approx(0.75)
     # Another guess of class b: micro 2 * 3 / 9, b: P 2/3, F1 4/5, macro (1/2 + 4/5) / 2 = 0.65.
     guess[0, 1] = True
-    report = audit.f1_report(guess, truth, ("a", "b", "c"))
+    report = erv.f1_report(guess, truth, ("a", "b", "c"))
     assert report["micro_f1"] == pytest.approx(6 / 9) and report["macro_f1"] == pytest.approx(0.65)
 
 
@@ -267,13 +273,28 @@ def test_best_tau_is_found():
     # Truth {a}, {a, b}: below 0.3 both rows get b, from 0.4 on none; between, as it should be. Nearest to 0.5: 0.35.
     probs = torch.tensor([[0.9, 0.3], [0.9, 0.4]])
     truth = torch.tensor([[True, False], [True, True]])
-    assert audit.best_tau(probs, truth) == (0.35, 1.0)
+    assert erv.best_tau(probs, truth) == (0.35, 1.0)
+
+
+def test_texts_of_training_are_told_apart(script, capsys):
+    """Rows 0, 1 are right, row 2 says anger for fear. All: anger P 1/2, R 1; fear 0; sadness 1: (2/3 + 0 + 1) / 3.
+    Of the two that training does not have, 1 and 2: sadness 1, fear 0: 1/2 (anger has no support there)."""
+    anger, fear, sadness = (ERV_LABELS.index(x) for x in ("anger", "fear", "sadness"))
+    probs, truth = torch.full((3, 11), 0.1), torch.zeros(3, 11, dtype=torch.bool)
+    probs[[0, 1, 2], [anger, sadness, anger]] = 0.9
+    truth[[0, 1, 2], [anger, sadness, fear]] = True
+    report = erv.verifier_report(probs, truth, seen=torch.tensor([True, False, False]))
+    assert report["at_tau"]["macro_f1"] == pytest.approx(5 / 9)
+    assert report["unseen"] == {"sentences": 2, "macro_f1": pytest.approx(1 / 2)}
+    script.print_report(report)
+    assert "2 of these texts are not in training: macro F1 0.500 on them" in capsys.readouterr().out
+    assert erv.verifier_report(probs, truth, seen=torch.ones(3).bool())["unseen"] == {"sentences": 0, "macro_f1": None}
 
 
 def test_calibration_by_hand():
     # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.94, both true: |0.97 - 1| = 0.03.
     # ECE = 2/4 * 0.25 + 2/4 * 0.03 = 0.14.
-    error, table = audit.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
+    error, table = erv.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
     assert error == pytest.approx(0.14)
     assert [(row["from"], row["count"], round(row["true"], 3)) for row in table] == [(0.2, 2, 0.5), (0.9, 2, 1.0)]
 
@@ -350,9 +371,12 @@ def test_audit_by_hand():
 # ---- scripts/erv.py --------------------------------------------------------------------------------------------------
 
 
-def test_training_reaches_macro_f1_of_09(trained):
+def test_training_reaches_macro_f1_of_09(folder, trained):
     """Issue 4: macro F1 of at least 0.9 against the generator's truth, from labels with 15% noise."""
     report = read_json(trained / "report.json")
+    texts = {row["text"] for row in read_jsonl(folder / "train.jsonl")}
+    unseen = sum(row["text"] not in texts for row in read_jsonl(folder / "valid.jsonl"))
+    assert 0 < unseen < 400 and report["unseen"]["sentences"] == unseen and 0 < report["unseen"]["macro_f1"] <= 1
     assert report["at_tau"]["macro_f1"] >= 0.9 and report["sentences"] == 400
     assert {"micro_f1", "macro_f1", "per_class"} <= set(report["at_tau"]) and 0 < report["best_tau"] < 1
     assert sum(row["count"] for row in report["reliability"]) == 400 * 11
@@ -377,7 +401,7 @@ def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
     """A run that is stopped after 4 of 8 steps and resumed ends as the one that was not, dropout included."""
     few = write(tmp_path / "train.jsonl", read_jsonl(folder / "train.jsonl")[:128])
     more = ["--data", str(few), "--epochs", "4", "--save-every", "2", "--dropout", "0.1"]
-    script.train(arguments(folder, tmp_path / "whole", *more))
+    script.main(arguments(folder, tmp_path / "whole", *more))
     learning_rate = script.learning_rate
 
     def stop(step, *rest):
@@ -387,27 +411,59 @@ def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "learning_rate", stop)
     with pytest.raises(KeyboardInterrupt):
-        script.train(arguments(folder, tmp_path / "cut", *more))
+        script.main(arguments(folder, tmp_path / "cut", *more))
     monkeypatch.undo()
     with pytest.raises(SettingsError, match="--resume"):
-        script.train(arguments(folder, tmp_path / "cut", *more))
-    script.train(arguments(folder, tmp_path / "cut", *more, "--resume"))
+        script.main(arguments(folder, tmp_path / "cut", *more))
+    script.main(arguments(folder, tmp_path / "cut", *more, "--resume"))
     for name in ("model.safetensors", "epochs.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     assert [x["step"] for x in read_jsonl(tmp_path / "cut" / "metrics.jsonl")] == list(range(8))
+
+
+def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
+    """8 steps with the paper's dropout and rate, and their logged losses; of 15 rows the processes have 8 and 7."""
+    script = str(Path(__file__).parent.parent / "scripts" / "erv.py")
+    for size in (1, 2):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+        options = "--steps 8 --batch-size 15 --dropout 0.1 --lr 3e-5".split()
+        subprocess.run([*torchrun, script, *arguments(folder, tmp_path / str(size), *options)], check=True,
+                       capture_output=True)
+    one, two = (load_file(tmp_path / size / "model.safetensors") for size in "12")
+    losses = [[x["loss"] for x in read_jsonl(tmp_path / size / "metrics.jsonl")] for size in "12"]
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 8
+
+
+def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
+    """The others wait until it is there: they hold its paths only after the exchange."""
+    made, order = [], []
+    monkeypatch.setattr(script, "prepare_world", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(script, "all_gather_object", lambda value: order.append(len(made)))
+    for rank in (0, 1):
+        settings = script.ERVSettings(out=str(tmp_path / "erv"), init="scratch:toy")
+        script.prepare_toy(settings, Processes(rank, 2, torch.device("cpu")))
+        assert settings.data.endswith("erv_train.jsonl") and settings.tokenizer
+    assert made == [1] and order == [1, 1]
+
+
+def test_more_processes_than_rows_of_a_step(folder, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "join_processes", lambda device: Processes(0, 4, torch.device("cpu")))
+    with pytest.raises(SettingsError, match="--batch-size 3 leaves some of 4 processes idle"):
+        script.main(arguments(folder, tmp_path, "--batch-size", "3"))
 
 
 def test_options_of_training(folder, script, trained, tmp_path):
     """A 28-way head, balance, early stopping, and a start from another verifier's weights."""
     few = write(tmp_path / "few.jsonl", read_jsonl(folder / "train.jsonl")[:200])
     base = arguments(folder, tmp_path / "a", "--data", str(few), "--epochs", "1", "--head", "28")
-    script.train([*base, "--balance", "weight", "--holdout", "0.2", "--valid", ""])
+    script.main([*base, "--balance", "weight", "--holdout", "0.2", "--valid", ""])
     assert erv.Verifier.load(tmp_path / "a").labels == GOEMOTIONS
-    script.train(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1",
+    script.main(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1",
                            "--balance", "resample"))
     assert erv.Verifier.load(tmp_path / "b").labels == ERV_LABELS
     # No step at lr 0 can better the first epoch: with a patience of 2 the run ends after the third.
-    script.train(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
+    script.main(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
                            "9", "--patience", "2"))
     assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
 
@@ -447,19 +503,6 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
 
 
-def test_every_reward_setting_has_an_option():
-    """What RewardSettings holds can be asked of scripts/grpo.py; table 2's two rows of R_E by --ablate."""
-    grpo = load_script("grpo")
-    other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
-                 w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
-                 repeat_discount=0.5)
-    assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
-    assert grpo.reward_settings(grpo.GRPOSettings()) == RewardSettings()
-    assert grpo.reward_settings(grpo.GRPOSettings(**other)) == RewardSettings(**other)
-    for ablate, field in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
-        assert grpo.reward_settings(grpo.GRPOSettings(ablate=ablate)) == RewardSettings(**{field: False})
-
-
 def test_patience_and_resampling_by_hand(script):
     epochs = [{"macro_f1": x} for x in (0.5, 0.7, 0.7, 0.6)]
     assert [script.waited(epochs[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]  # an equal score is not a better one
@@ -472,21 +515,21 @@ def test_patience_and_resampling_by_hand(script):
 
 def test_sources_and_missing_data_are_named(folder, script, tmp_path):
     with pytest.raises(SettingsError, match="the data has the sources pseudo"):
-        script.train(arguments(folder, tmp_path / "a", "--sources", "emer"))
+        script.main(arguments(folder, tmp_path / "a", "--sources", "emer"))
     with pytest.raises(SettingsError, match="--data"):
-        script.train(["--preset", "paper", "--out", str(tmp_path / "b")])
+        script.main(["--preset", "paper", "--out", str(tmp_path / "b")])
     with pytest.raises(SettingsError, match="--tokenizer"):
-        script.train(["--preset", "paper", "--init", "scratch:toy", "--out", str(tmp_path / "c"), "--data",
+        script.main(["--preset", "paper", "--init", "scratch:toy", "--out", str(tmp_path / "c"), "--data",
                       str(folder / "train.jsonl")])
 
 
-def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
+def test_audit_and_score_commands(trained, tmp_path, capsys):
     told = {"sad": "He sobs as he talks. He is sad.", "angry": "He glares with hard eyes. He is angry.",
             "happy": "Tears fill his eyes. He is sad."}
     rows = [{"video_id": e, "ground_truth": e, "dataset": "dfew", "output": f"<think>A man is in the office. {text}"
              f"</think>\n<answer>{e}</answer>"} for e, text in told.items()]
     predictions = str(write(tmp_path / "rows.jsonl", rows))
-    script.audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
+    audit.run_audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
                   str(tmp_path / "audit.json")])
     result = read_json(tmp_path / "audit.json")
     assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
@@ -494,18 +537,20 @@ def test_audit_and_score_commands(folder, script, trained, tmp_path, capsys):
     blind = erv.Verifier.load(trained)  # a second verifier that takes every sentence for disgust
     with torch.no_grad():
         blind.model.classifier["out_proj"].weight.zero_()
-        blind.model.classifier["out_proj"].bias.copy_(torch.where(torch.arange(11) == ERV_LABELS.index("disgust"), 9.0, -9.0))
+        blind.model.classifier["out_proj"].bias.fill_(-9.0)[ERV_LABELS.index("disgust")] = 9.0
     checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
-    script.score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
+    audit.run_score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
                   str(tmp_path / "score.json")])
     by_verifier = read_json(tmp_path / "score.json")
     assert [x["reward_explanation"] for x in by_verifier.values()] == pytest.approx([2 / 3, 0])
     capsys.readouterr()
-    script.score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
+    audit.run_score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
     with pytest.raises(SettingsError, match="--predictions"):
-        script.score(["--erv", str(trained)])
+        audit.run_score(["--erv", str(trained)])
+    with pytest.raises(SettingsError, match="--erv"):
+        audit.run_audit(["--predictions", predictions])
 
 
 def test_long_sentences_are_cut(folder):

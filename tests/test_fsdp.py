@@ -26,11 +26,13 @@ from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.run.processes import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
 from erv_min.run.sharding import FullyShard, Replicated
-from erv_min.plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.sft import sft_loss
 from erv_min.run.state import load_state, save_state
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
+from plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies  # noqa: E402
 
 WAYS = {"none": Replicated, "hand": Sharded, "torch": FullyShard}
 CLIPS, STEPS, GROUP, LR = 4, 5, 2, 1e-3

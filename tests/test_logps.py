@@ -1,5 +1,8 @@
 """Log-probs of completions on a shared prompt: equal to the repeated form, in value and gradient (Eq. 2, Eq. 3)."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,8 +11,10 @@ from erv_min.model.qwen2 import Packing
 from erv_min.logps import Completions, Prompts, completion_logps, token_logps
 from erv_min.sft import group_targets, sft_loss
 from erv_min.data.readers import Example
-from erv_min.plan import Live
 from tiny import tiny_model, tiny_prompts
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
+from plan import Live  # noqa: E402
 
 
 def repeated_logps(model, prompts, completions):

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "tools")]
+import audit  # noqa: E402
 import augment  # noqa: E402
 import erv  # noqa: E402
 import evaluate  # noqa: E402
@@ -28,12 +29,14 @@ def begin(*_, **__):
 
 
 def parse_only(script: str, argv: list[str], patch) -> None:
-    """Reads the command line as the script does, and exits with its usage error."""
+    """Reads the command line as the script does, and exits with its usage error. The page's paths need not exist."""
+    patch.setattr("erv_min.run.options.missing_path", lambda text, kind: None)
     if script == "augment":
         augment.parser().parse_args(argv)
     elif script == "erv":
-        kind, rest = (argv[0], argv[1:]) if argv[:1] and argv[0] in ("train", "audit", "score") else ("train", argv)
-        parse(erv.ERVSettings, erv.PRESETS, "", rest) if kind == "train" else erv.options("", rest)
+        parse(erv.ERVSettings, erv.PRESETS, "", argv)
+    elif script == "audit":
+        parse(audit.AuditSettings, {}, "", argv[1:] if argv[:1] == ["score"] else argv)
     elif script in ("sft", "grpo"):
         parse({"sft": SFTSettings, "grpo": GRPOSettings}[script], PRESETS[script], "", argv)
     else:
@@ -50,13 +53,13 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
             words = [*takewhile(lambda word: word not in (">", ">>", "|"), shlex.split(line, comments=True))]
-            at = next((i for i, word in enumerate(words) if re.fullmatch(r"(?:.*/)?scripts/\w+\.py", word)), None)
+            at = next((i for i, word in enumerate(words) if re.fullmatch(r"(?:.*/)?scripts/(?:tools/)?\w+\.py", word)), None)
             if at is not None and "--help" not in words:
                 found.append((Path(words[at]).stem, words[at + 1:]))
     return found
 
 
-KNOWN = ("sft", "grpo", "erv", "evaluate", "augment", "infer", "plan")
+KNOWN = ("sft", "grpo", "erv", "evaluate", "augment", "infer", "plan", "audit")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -103,6 +103,9 @@ def test_eq4_compares_names_of_every_list():
     """DFEW's happy is MAFW's happiness and GoEmotions' joy; 17 of GoEmotions' classes are no emotion of ours."""
     assert explanation_reward([["happiness"], ["joy"], ["admiration"], ["love", "neutral"]], "happy") == 2 / 4
     assert explanation_reward([["nervousness"], ["grief"]], "anxiety") == 1 / 2
+    # EMER's worried is anxiety, RAVDESS's fearful, surprised and calm are fear, surprise and neutral (divided by N).
+    for e_gt, EL in (("worried", "anxiety"), ("fearful", "fear"), ("surprised", "surprise"), ("calm", "neutral")):
+        assert explanation_reward([[EL], ["anger"]], e_gt) == 1 / 2
     with pytest.raises(SettingsError, match="most"):
         explanation_reward([SAD], "sad", "most")
 
@@ -214,7 +217,7 @@ def test_score_completions_refuses_what_does_not_fit():
         score_completions(["<think>So sad. A hat.</think>"], ["sad"], "dfew", lambda s: verifier(s)[:1], LABELS)
     for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"repeat_discount": 2},
                 {"sentence_rule": "x"}, {"length_target": -1}, {"phase_in_steps": -1}):
-        with pytest.raises(SettingsError, match=next(iter(bad))):
+        with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):
             RewardSettings(**bad)
 
 

@@ -1,20 +1,25 @@
 """Schedule, data order, settings, the run's folder and resume, gradients over processes."""
 
+import dataclasses
+import importlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from erv_min.rewards import RewardSettings
 from erv_min.run.errors import SettingsError
 from erv_min.run.processes import leave
-from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, check, parse
+from erv_min.run.settings import (PRESETS, Answers, Clips, GRPOSettings, PredictionSettings, SFTSettings, check, parse,
+                                  reward_settings)
 from erv_min.run.folder import LOCKS, Run, open_folder
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
 from erv_min.run.processes import Processes, all_reduce_sum, gather_lists, join_processes
@@ -24,7 +29,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def test_learning_rate_by_hand():
-    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 steps from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
+    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
     rates = [learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
@@ -46,17 +51,104 @@ def test_presets_hold_table_8():
     assert large.epochs == 10 and large.num_frames == 8
     grpo = parse(GRPOSettings, PRESETS["grpo"], "", ["--preset", "paper-0.5b"])
     assert (grpo.lr, grpo.epochs, grpo.batch_size, grpo.group_size, grpo.beta) == (1e-6, 2, 16, 16, 0.04)
-    assert (grpo.tau, grpo.k, grpo.max_new_tokens, grpo.temperature, grpo.eval_temperature) == (0.5, 2, 512, 1.0, 0.3)
+    assert (grpo.max_new_tokens, grpo.temperature, grpo.eval_temperature) == (512, 1.0, 0.3)
+    assert (grpo.rewards.tau, grpo.rewards.k) == (0.5, 2) and grpo.rewards == RewardSettings()
 
 
-def test_command_line_overrides_the_preset_and_is_checked(capsys):
+def test_command_line_overrides_the_preset():
     settings = parse(GRPOSettings, PRESETS["grpo"], "", ["--group-size", "4", "--recompute", "--w-explanation", "0"])
-    assert settings.group_size == 4 and settings.recompute and settings.w_explanation == 0 and settings.preset == "toy"
-    with pytest.raises(SystemExit):
-        parse(GRPOSettings, PRESETS["grpo"], "", ["--group-size", "0"])
-    assert "--group-size must be at least 1" in capsys.readouterr().err
+    assert settings.group_size == 4 and settings.recompute and settings.preset == "toy"
+    assert settings.rewards == RewardSettings(w_explanation=0)
+
+
+def test_every_reward_setting_has_an_option():
+    """RewardSettings declares the options of R once; table 2's two rows of R_E are given by --ablate alone."""
+    other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
+                 w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
+                 repeat_discount=0.5)
+    assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
+    given = [x for name, value in other.items()
+             for x in ["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]]
+    assert parse(GRPOSettings, PRESETS["grpo"], "", given).rewards == RewardSettings(**other)
+    assert reward_settings(GRPOSettings()) == reward_settings(GRPOSettings(ablate="augmentation")) == RewardSettings()
+    for ablate, name in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
+        both = parse(GRPOSettings, PRESETS["grpo"], "", ["--ablate", ablate, "--tau", "0.1"])
+        assert reward_settings(both) == RewardSettings(tau=0.1, **{name: False})
+
+
+REFUSED = {GRPOSettings: ["--group-size 1", "--group-size 0", "--workers -1", "--sample-every 0", "--batch-size 0",
+                          "--micro-batch 0", "--max-new-tokens 0", "--steps -5", "--tau 1.5", "--tau -0.1", "--tau nan",
+                          "--k 0", "--temperature 0", "--beta -1", "--warmup 1.5", "--lr inf", "--eval-clips -2",
+                          "--repeat-discount 2", "--phase-in-steps -1", "--keep 0", "--top-k -1", "--allow-missing 2"],
+           SFTSettings: ["--targets-per-clip 0", "--num-frames 0", "--epochs 0", "--max-grad-norm 0"],
+           PredictionSettings: ["--limit -3", "--batch-size 0", "--top-p 0", "--top-p 1.1", "--temperature -1"]}
+
+
+@pytest.mark.parametrize("cls, given", [(cls, given) for cls, all_given in REFUSED.items() for given in all_given])
+def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(cls, {}, "", given.split())
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and line.count("\n") == 1 and given.split()[0] in line and "must be" in line
+
+
+@pytest.mark.parametrize("script, given", [
+    ("evaluate", "--bootstrap -5 --model m --data toy:."), ("evaluate", "--predictions gone.jsonl"),
+    ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"), ("erv", "--data gone.jsonl"), ("audit", "--erv /gone --data toy:."),
+    ("augment", "describe --limit -3"), ("sft", "--model /gone"), ("grpo", "--erv /gone")])
+def test_every_script_checks_its_settings_first(script, given, monkeypatch, capsys):
+    root = Path(__file__).parent.parent / "scripts"
+    monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])
+    module = importlib.import_module(script)
+    with pytest.raises((SystemExit, SettingsError)) as error:
+        (module.run_audit if script == "audit" else module.main)(given.split())
+    said = capsys.readouterr().err + str(error.value)
+    assert "must be at" in said or "there is no file or folder" in said
+
+
+def test_check_of_settings_made_in_python():
     with pytest.raises(SettingsError, match="no group would have a spread"):
         check(GRPOSettings(temperature=0.0))
+    with pytest.raises(SettingsError, match="--schedule must be one of"):
+        check(SFTSettings(schedule="sine"))
+
+
+def test_special_values_pass():
+    parse(GRPOSettings, PRESETS["grpo"], "", "--eval-clips -1 --steps 0 --workers 0 --top-k 0 --lr 0 --tau 1".split())
+    parse(PredictionSettings, {}, "", "--limit 0 --temperature 0 --num-frames 0".split())
+
+
+def test_options_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(SFTSettings, PRESETS["sft"], "", ["--step", "5"])
+    assert error.value.code == 2 and "--step 5" in capsys.readouterr().err
+
+
+def test_paths_that_are_not_there_are_named_at_once(tmp_path, monkeypatch):
+    there, monkey = tmp_path / "there", tmp_path / "gone"
+    there.mkdir()
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in ("StarJiaxing/EMER-SFT-0.5B", "there", str(there), str(tmp_path / "a,b"), ""):
+        check(Answers(model=model))
+    for data in (f"dfew:{there},mafw:there", f"dfew:{tmp_path / 'a,b'}", f"json:emer:{there}@{there}", f"json:{there}"):
+        check(Clips(data=data))
+    for model in (str(monkey), "./gone", "there/gone"):
+        with pytest.raises(SettingsError, match="--model .*gone: there is no file or folder"):
+            check(Answers(model=model))
+    for data in (f"dfew:{there},mafw:{monkey}", "dfew:gone", f"json:emer:{monkey}@{there}", f"json:{there}@gone"):
+        with pytest.raises(SettingsError, match="--data .*no file or folder .*gone$"):
+            check(Clips(data=data))
+
+
+def test_help_shows_defaults_and_each_presets_value(capsys):
+    with pytest.raises(SystemExit):
+        parse(GRPOSettings, PRESETS["grpo"], "", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(table 8) [toy: 0.0005, paper-0.5b: 1e-06, paper-7b: 1e-06]" in text  # --lr
+    assert "threshold of algorithm 1 (release: 0.1; divergence 1) [0.5]" in text
+    assert "--resume, --no-resume go on from the last checkpoint in OUT [off]" in text
+    assert "0: all, -1: no table [0]" in text
 
 
 def small_run(out, steps=6, total=6, first_run=True):
@@ -163,7 +255,8 @@ def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
 def test_config_says_what_made_the_run(tmp_path):
     Run(tmp_path, GRPOSettings(out="x"), ALONE, 1)
     made = json.loads((tmp_path / "config.json").read_text())["erv_min"]
-    assert made["settings"]["group_size"] == 16 and made["versions"]["torch"] == torch.__version__ and "git_commit" in made
+    assert made["settings"]["group_size"] == 16 and made["settings"]["rewards"]["tau"] == 0.5
+    assert made["versions"]["torch"] == torch.__version__ and "git_commit" in made
 
 
 def _process(rank: int, size: int, folder: str) -> None:

@@ -43,11 +43,16 @@ class SelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(0.0)  # its rate only: scaled_dot_product_attention applies it
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        dropout = self.dropout.p if self.training else 0.0
-        return multi_head(self.query(x), self.key(x), self.value(x), self.heads, mask, dropout)
+        q, k, v = self.query(x), self.key(x), self.value(x)  # [B, L, D]
+        if not (self.training and self.dropout.p):
+            return multi_head(q, k, v, self.heads, mask)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, L, D / H]
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [B, H, L, L], written out: `BatchDropout` draws per row
+        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        return (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
 
 class AddNorm(nn.Module):
@@ -123,8 +128,26 @@ class RobertaClassifier(nn.Module):
         return self.classifier["out_proj"](self.dropout(hidden))  # [S, labels]
 
 
-def set_dropout(model: nn.Module, rate: float) -> None:
-    """Sets every dropout of `model`, attention's included. It acts in train mode only; RoBERTa's own rate is 0.1."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
+class BatchDropout(nn.Dropout):
+    """Dropout of some rows of a batch that lies on several processes: the masks of all rows are drawn on each of them,
+    from the same seed, so that a row's mask does not depend on how many processes there are.
+
+    Before each pass set `count`, the rows of the whole batch, and `rows`, which of them the pass has.
+    """
+
+    count, rows = 0, slice(None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        drawn = torch.rand(self.count, *x.shape[1:], device=x.device)[self.rows]
+        return x * (drawn >= self.p) / (1 - self.p)
+
+
+def set_dropout(model: nn.Module, dropout: nn.Dropout) -> nn.Dropout:
+    """Puts `dropout` in the place of every dropout of `model`, attention's included, and returns it. It acts in train
+    mode only; RoBERTa's own rate is 0.1."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "dropout", None), nn.Dropout):
+            module.dropout = dropout
+    return dropout

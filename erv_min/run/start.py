@@ -96,7 +96,7 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
 
 def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
     """The verifier that R_E asks: --erv, random weights of RoBERTa base with --random-weights, None where R_E is off."""
-    if not settings.w_explanation:
+    if not settings.rewards.w_explanation:
         return None
     if settings.erv:
         return Verifier.load(settings.erv, device)

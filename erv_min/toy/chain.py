@@ -27,6 +27,7 @@ from erv_min.metrics import COLUMNS, score, table
 from erv_min.rewards import format_reward
 from erv_min.run.files import atomic_write, write_json
 from erv_min.run.folder import STOPPED
+from erv_min.run.options import build, option_name
 from erv_min.run.processes import Processes, barrier
 from erv_min.run.settings import PRESETS, GRPOSettings
 
@@ -85,14 +86,15 @@ def prepare_world(settings, processes: Processes, base: bool) -> Path:
     return world
 
 
-def options(settings, preset: dict, without: tuple[str, ...] = ()) -> list[str]:
-    """What a user would type to get `settings`: an option for each field that differs from the preset's value."""
-    usual, words = type(settings)(**preset), []
+def options(settings, usual, without: tuple[str, ...] = ()) -> list[str]:
+    """What a user would type to get `settings`: an option for each field whose value is not that of `usual`."""
+    words = []
     for field in dataclasses.fields(settings):
-        value, option = getattr(settings, field.name), "--" + field.name.replace("_", "-")
-        if field.name in without or value == getattr(usual, field.name):
-            continue
-        words += [option if value else f"--no{option[1:]}"] if isinstance(value, bool) else [option, str(value)]
+        value, option = getattr(settings, field.name), option_name(field.name)
+        if dataclasses.is_dataclass(value):
+            words += options(value, getattr(usual, field.name), without)
+        elif field.name not in without and value != getattr(usual, field.name):
+            words += [option if value else f"--no{option[1:]}"] if isinstance(value, bool) else [option, str(value)]
     return words
 
 
@@ -111,14 +113,14 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     verifier, sft, baseline, todo = out / ("erv-unaugmented" if human else "erv"), out / "sft", out / "baseline", []
     if not settings.model and not (sft / WEIGHTS).exists():
         todo.append([str(scripts / "sft.py"), *same, "--out", str(sft)])
-    if settings.w_explanation and not settings.erv and not (verifier / WEIGHTS).exists():
+    if settings.rewards.w_explanation and not settings.erv and not (verifier / WEIGHTS).exists():
         todo.append([str(scripts / "erv.py"), *same, "--out", str(verifier), *human])
     settings.model, settings.erv = settings.model or str(sft), settings.erv or str(verifier)
     if processes.main and todo:
         run(*todo)
     if processes.main and settings.baseline and not (baseline / WEIGHTS).exists():
         own = ("out", "erv", "ablate", "w_explanation", "baseline", "eval_clips", "resume")
-        run([str(scripts / "grpo.py"), *options(settings, PRESETS["grpo"]["toy"], own), "--out", str(baseline),
+        run([str(scripts / "grpo.py"), *options(settings, build(GRPOSettings, PRESETS["grpo"]["toy"]), own), "--out", str(baseline),
              "--w-explanation", "0", "--eval-clips", "-1", "--resume"])
     barrier()
 
@@ -126,7 +128,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
-    name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
+    name = "GRPO with R_E" if settings.rewards.w_explanation else "GRPO without R_E"
     systems = {"SFT": settings.model}
     if settings.baseline:
         systems["GRPO without R_E"] = f"{settings.out}/baseline"

@@ -1,16 +1,206 @@
 """Will it fit? `python scripts/tools/plan.py --preset paper-7b --gpu a100-80 --gpus 8 [--stage grpo|sft] [settings]`
 
-Prints the bytes that one GPU holds with --sharding hand, and whether they fit: the step itself runs on fake tensors
-(erv_min/plan.py), so neither a GPU nor weights are needed. Where they do not fit, it names the switches that help.
+Prints the bytes that one GPU holds with --sharding hand, and whether they fit; where not, the switches that help. No
+GPU, no weights, no minutes: the sharded step itself runs (fsdp.py, logps.py, generate.py: the real code) on PyTorch's
+fake tensors, which have shapes and no memory, in a process group of N whose collectives do nothing; `Live` adds up the
+storages that exist. Fake tensors have no values, so that prompts and masks are built here from their shapes alone.
+What is estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE), prompt text and target lengths.
+tests/test_fsdp.py holds the plan of a small model against the same steps on real tensors.
 """
 
 import argparse
 import sys
+import weakref
+from dataclasses import dataclass, replace
+from functools import partial
 
-from erv_min.config import humanomni
-from erv_min.run.errors import ErvMinError
-from erv_min.plan import GPUS, RESERVE, TARGET_TOKENS, TEXT_TOKENS, Plan, plan, remedies
-from erv_min.run.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from erv_min.config import HumanOmniConfig, humanomni
+from erv_min.run.errors import ErvMinError, SettingsError
+from erv_min.fsdp import Sharded
+from erv_min.generate import sample_token
+from erv_min.model.humanomni import HumanOmni, trainable
+from erv_min.model.qwen2 import GroupCache, Packing
+from erv_min.logps import token_logps
+from erv_min.run.settings import DIMENSIONS, PRESETS, TRAINABLE, GRPOSettings, SFTSettings, parse
+
+GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
+RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation
+VERIFIER = 125e6 * 4  # RoBERTa base in float32, whole on every GPU
+TEXT_TOKENS, TARGET_TOKENS = 128, 256  # of a prompt beside its clip; of an SFT target
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of storages that operations inside made and that still exist; `peak` is the most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    @property
+    def now(self) -> int:
+        """Bytes at this moment; storages that were emptied and filled again (fully_shard's) count as they stand."""
+        return sum(s.nbytes() for reference in list(self.storages.values()) if (s := reference()) is not None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [s for s in self._storages(out) if id(s) not in self.storages]
+        if made:
+            old = {id(s) for s in self._storages((args, kwargs))}
+            for storage in made:
+                if id(storage) not in old:  # else a view of what was there before
+                    self.storages[id(storage)] = weakref.ref(storage, partial(self._gone, id(storage)))
+            self.peak = max(self.peak, self.now)
+        return out
+
+    @staticmethod
+    def _storages(tree) -> list:
+        tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
+        return [getattr(x, "_local_tensor", x).untyped_storage() for x in tensors]  # of a DTensor, what is held here
+
+    def _gone(self, key: int, _) -> None:
+        self.storages.pop(key, None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each GPU. `rollout` and `update` are the peaks of the two halves of a step beside what stays."""
+
+    shards: int
+    reference: int
+    optimizer: int
+    gradients: int
+    verifier: int
+    gathered: int  # root and two units in the compute type, and one's gradients; or the root's alone, if they are more
+    rollout_copy: int
+    kv_cache: int
+    logits: int  # one chunk of them, with its gradient
+    rollout: int  # peak: copy, cache, and the activations of towers, prefill and decoding
+    update: int  # peak: gradients, gathered units, activations, logits
+
+    @property
+    def stays(self) -> int:
+        return self.shards + self.reference + self.optimizer + self.verifier
+
+    @property
+    def peak(self) -> int:
+        """Of sampling, a pass, and AdamW's step, whose square roots take as much again as the gradients (on CUDA)."""
+        return self.stays + max(self.rollout, self.update, 2 * self.gradients)
+
+    def fits(self, memory: int) -> bool:
+        return self.peak <= (memory - RESERVE[0]) * (1 - RESERVE[1])
+
+
+def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
+    """Runs a pass of `stage` ("sft" or "grpo") on fake tensors, for a model of these dimensions sharded over `gpus`."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
+
+    if dist.is_initialized():
+        raise SettingsError("plan needs a process of its own: a process group is open in this one")
+    if gpus > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    try:
+        with FakeTensorMode():
+            return _run(config, stage, settings, gpus)
+    finally:
+        if gpus > 1:
+            dist.destroy_process_group()
+
+
+def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
+    compute = getattr(torch, settings.dtype)
+    model = HumanOmni(config)
+    model.model.recompute = settings.recompute
+    parts = TRAINABLE[stage] + (("vision_tower",) if getattr(settings, "train_vision_tower", False) else ())
+    trainable(model, parts)
+    towers_too = ("model.vision_tower.", "model.audio_tower.")  # which the reference does without
+    language = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(towers_too))
+    run = Sharded(model, compute=compute)
+    grpo = stage == "grpo"
+    clips = settings.micro_batch if grpo else max(1, settings.micro_batch // settings.targets_per_clip)
+    group = settings.group_size if grpo else settings.targets_per_clip
+    length = settings.max_new_tokens if grpo else TARGET_TOKENS
+    video = torch.zeros(clips, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
+    audio = torch.zeros(clips, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
+    gate_ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
+    features = []  # of the towers, kept from the rollout for the update
+
+    def towers() -> None:
+        features[:] = model.vision_features(video), model.audio_features(audio)
+
+    def prompts() -> Tensor:  # [B, P, D]; inputs.embed without its look at ids
+        text = model.model.embed_tokens(torch.zeros(clips, TEXT_TOKENS, dtype=torch.long))
+        return torch.cat([model.project_video(features[0], gate_ids), model.project_audio(features[1]), text], 1)
+
+    def loss() -> Tensor:  # logps.completion_logps without its look at masks
+        hidden, kv = model.model(prompts(), keep_kv=True)
+        total = hidden.shape[1]
+        ids = torch.zeros(clips * group, length, dtype=torch.long)
+        mask = torch.ones(1, 1, length - 1, total + length - 1, dtype=torch.bool)
+        packing = Packing(clips * group, length - 1, torch.zeros(clips * group * (length - 1), dtype=torch.long))
+        places = packing.places[None]
+        rest, _ = model.model(model.model.embed_tokens(places), places, past=kv, mask=mask, packing=packing)
+        hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0), rest[0]])
+        return token_logps(hidden, model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
+
+    def sample() -> int:
+        _, kv = model.model(prompts(), keep_kv=True)
+        cache = GroupCache.start(kv, None, group, length)
+        cache.length += length - 1
+        rows = torch.zeros(clips * group, 1, dtype=torch.long)
+        hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
+        sample_token(hidden @ model.head_weight.T, torch.zeros(clips * group), settings.temperature)
+        return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
+
+    copy, cache, rollout = 0, 0, 0
+    with Live() as live, run.unsharded():
+        copy = live.now
+        towers()
+        if grpo:
+            cache = sample()
+            rollout = live.peak
+    with Live() as live:
+        for shard in run.named_parameters().values():
+            shard.grad = torch.zeros_like(shard)  # of the passes before, that this one adds to
+        with run.forward_pass():
+            total = loss()
+        total.backward()
+        update = live.peak
+    with Live() as live:
+        head = torch.zeros(config.text.vocab_size, config.text.hidden_size, dtype=compute)
+        hidden = torch.zeros(clips * group * length, config.text.hidden_size, dtype=compute, requires_grad=True)
+        before = live.now
+        token_logps(hidden, head, torch.zeros(len(hidden), dtype=torch.long), with_entropy=grpo)[0].sum().backward()
+        logits = live.peak - before
+    root = sum(u.numel for u in run.root)
+    largest = max(u.numel for u in run.units if u not in run.root)
+    size, trained = compute.itemsize, sum(len(p) for p in run.named_parameters().values())
+    on_the_way = size + 4  # bytes per gradient that is being reduced: in the compute type, and as a float32 sum
+    return Plan(
+        shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * size * language // gpus,
+        optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
+        gathered=size * root + max((2 * size + on_the_way) * largest, on_the_way * root),
+        rollout_copy=grpo * copy, kv_cache=cache, logits=logits, rollout=rollout, update=update)
+
+
+def remedies(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[tuple[str, int, Plan]]:
+    """Switches that lower the peak: (what to give, number of GPUs, the plan with it), each added to those before it."""
+    found = []
+    for name, change in (("--dtype bfloat16", {"dtype": "bfloat16"}), ("--recompute", {"recompute": True}),
+                         ("--micro-batch 1", {"micro_batch": 1})):
+        if any(getattr(settings, k) != v for k, v in change.items()):
+            settings = replace(settings, **change)
+            found.append((name, gpus, plan(config, stage, settings, gpus)))
+    return [*found, (f"{gpus + 8} GPUs", gpus + 8, plan(config, stage, settings, gpus + 8))]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
 ROWS = (("what stays", "stays"), ("  parameter shards, float32", "shards"), ("  reference shards", "reference"),
@@ -40,7 +230,8 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--stage", choices=KINDS, default="grpo")
     parser.add_argument("--gpu", choices=GPUS, default="a100-80")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
@@ -52,7 +243,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse(KINDS[own.stage], PRESETS[own.stage], __doc__, rest)
     config = humanomni(DIMENSIONS[settings.preset])
     prompt = config.video_tokens + config.audio_tokens + TEXT_TOKENS
-    rows = f"G {settings.group_size} of {settings.max_new_tokens}" if own.stage == "grpo" else f"targets of {TARGET_TOKENS}"
+    grpo = own.stage == "grpo"
+    rows = f"G {settings.group_size} of {settings.max_new_tokens}" if grpo else f"targets of {TARGET_TOKENS}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
           f"{prompt} tokens, {rows}, {settings.dtype}, recomputation {'on' if settings.recompute else 'off'}")
     first = plan(config, own.stage, settings, own.gpus)
@@ -66,8 +258,8 @@ def main(argv: list[str] | None = None) -> int:
         if fits:
             break
     else:
-        print("  with all of these it does not fit" + (", since the policy stands whole on each GPU while it samples: take one "
-                                                       "with more memory" if p.rollout > p.update else ""))
+        why = ", since the policy stands whole on each GPU while it samples: take one with more memory"
+        print("  with all of these it does not fit" + (why if p.rollout > p.update else ""))
     return 1
 
 

@@ -27,7 +27,8 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        return self.config.get("settings") or {}
+        found = self.config.get("settings") or {}
+        return {k: v for k, v in found.items() if k != "rewards"} | found["rewards"] if "rewards" in found else found
 
 
 @dataclass

@@ -24,14 +24,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path[:0] = [str(Path(__file__).parents[i]) for i in (3, 1)]
 
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.run.processes import leave
 from erv_min.model.humanomni import random_humanomni, trainable
 from erv_min.run.sharding import shard
-from erv_min.plan import Live
 from erv_min.logps import Completions, Prompts, completion_logps
+from plan import Live
 
 WAYS = ("hand", "torch")
 PROMPT = 64  # tokens

@@ -1,110 +1,47 @@
-"""How good a verifier is, whether it agrees with a judge, and what the reward made from it pays for.
+"""What does the reward pay for? Ways to cheat R_E, the remedies, and the verifier's agreement with a judge:
 
-The paper reports none of this for its ERV. Held-out quality (`verifier_report`) uses the selection of algorithm 1, so
-that F1 is of what the reward reads. `cheat` writes the completions that a policy could earn R_E with dishonestly, and
-`audit` pays them under the paper's settings and under each optional remedy (REMEDIES, off by default everywhere).
+  python scripts/tools/audit.py --erv DIR --data toy:/world --judge lexicon
+  python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
+
+The paper reports none of this for its ERV. `cheat` writes the completions that could earn R_E dishonestly, and `audit`
+pays them under the paper's settings and under each optional remedy (`remedies`, off by default everywhere).
 Left out: what a policy does with the remedies over a training run (scripts/grpo.py has them as options).
 """
 
+import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from erv_min.emotions import ERV_LABELS, to_erv
-from erv_min.run.errors import SettingsError
+from erv_min import metrics
+from erv_min.data.examples import load_examples
+from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns, explanation_statistics
+from erv_min.judge import make_judge
 from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
-
-# ---- held-out quality ------------------------------------------------------------------------------------------------
-
-
-def selected(probs: Tensor, tau: float = 0.5, k: int = 2) -> Tensor:
-    """`rewards.select_labels` as a matrix: [S, K] -> bool [S, K]. The k best of those over tau, else the best."""
-    best = probs.argsort(dim=1, stable=True).flip(1)[:, :k]  # [S, k]
-    chosen = torch.zeros_like(probs, dtype=torch.bool).scatter_(1, best, probs.gather(1, best) > tau)
-    return chosen.scatter_(1, best[:, :1], True)
-
-
-def f1_report(predicted: Tensor, truth: Tensor, labels: tuple[str, ...]) -> dict:
-    """bool [S, K] each -> micro F1, macro F1 (over classes with support), per class precision, recall, F1, support."""
-    hit, guessed, there = (x.sum(0).double() for x in (predicted & truth, predicted, truth))
-    precision, recall = hit / guessed.clamp(min=1), hit / there.clamp(min=1)
-    f1 = 2 * hit / (guessed + there).clamp(min=1)
-    present = there > 0
-    per_class = {label: {"precision": precision[i].item(), "recall": recall[i].item(), "f1": f1[i].item(),
-                         "support": int(there[i])} for i, label in enumerate(labels)}
-    return {"micro_f1": (2 * hit.sum() / (guessed.sum() + there.sum()).clamp(min=1)).item(),
-            "macro_f1": f1[present].mean().item() if present.any() else 0.0, "per_class": per_class}
-
-
-def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
-    """The threshold of 0.05, 0.10, ... 0.95 with the best macro F1 (the one nearest 0.5 of equals), and that F1."""
-    grid = [round(0.05 * i, 2) for i in range(1, 20)]
-    scores = {tau: f1_report(selected(probs, tau, k), truth, tuple(map(str, range(truth.shape[1]))))["macro_f1"]
-              for tau in grid}
-    tau = max(grid, key=lambda t: (scores[t], -abs(t - 0.5)))
-    return tau, scores[tau]
-
-
-def calibration(probs: Tensor, truth: Tensor, bins: int = 10) -> tuple[float, list[dict]]:
-    """Probabilities and outcomes of one shape -> expected calibration error and the reliability table (equal bins).
-
-    ECE = sum over bins of (share of cases) * |mean probability - share of true cases| (Guo et al. 2017)."""
-    p, y = probs.flatten().double(), truth.flatten().double()
-    place = (p * bins).long().clamp(max=bins - 1)
-    table, error = [], 0.0
-    for b in range(bins):
-        inside = place == b
-        if inside.any():
-            mean, share = p[inside].mean().item(), y[inside].mean().item()
-            error += inside.double().mean().item() * abs(mean - share)
-            table.append({"from": b / bins, "to": (b + 1) / bins, "count": int(inside.sum()), "probability": mean,
-                          "true": share})
-    return error, table
-
-
-def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2) -> dict:
-    """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
-
-    "at_tau" counts what the reward would select (at most k, at least one); "threshold_only" plain p > tau."""
-    tau_best, f1_best = best_tau(probs, truth, k)
-    error, table = calibration(probs, truth)
-    top, place = probs.max(1)
-    top_error, top_table = calibration(top, truth.gather(1, place[:, None])[:, 0])
-    plain = f1_report(probs > tau, truth, tuple(ERV_LABELS))
-    return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(selected(probs, tau, k), truth,
-                                                                              tuple(ERV_LABELS)),
-            "threshold_only": {name: plain[name] for name in ("micro_f1", "macro_f1")},
-            "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
-            "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
-            "ece": error, "reliability": table, "ece_top1": top_error, "reliability_top1": top_table}
-
+from erv_min.run.errors import SettingsError
+from erv_min.run.files import read_jsonl, write_json
+from erv_min.run.processes import run_script
+from erv_min.run.settings import parse, setting
 
 # ---- agreement with a judge ------------------------------------------------------------------------------------------
 
 
 def agreement(verifier: list[str], judge: list[str | None], labels: tuple[str, ...]) -> dict:
-    """One emotion a sentence from each -> accuracy, Cohen's kappa, and per class precision and recall with the judge
-    as truth. Sentences that the judge left without an emotion (None) are counted apart and left out.
-
-    Kappa = (p_o - p_e) / (1 - p_e); None where both always say the same one emotion (p_e = 1)."""
-    pairs = [(v, j) for v, j in zip(verifier, judge, strict=True) if j is not None]
-    n = len(pairs)
-    if not n:
+    """One emotion per sentence from each -> `metrics.agreement`, and per class precision and recall with the judge as
+    truth. Sentences that the judge left without an emotion (None) are counted apart and left out."""
+    found = metrics.agreement(verifier, judge)
+    if not found["n"]:
         raise SettingsError("the judge gave no emotion for any sentence: nothing to compare the verifier with")
-    said = {x: sum(v == x for v, _ in pairs) for x in labels}
-    judged = {x: sum(j == x for _, j in pairs) for x in labels}
-    both = {x: sum(v == j == x for v, j in pairs) for x in labels}
-    observed = sum(v == j for v, j in pairs) / n
-    expected = sum(said[x] * judged[x] for x in labels) / n**2
-    per_class = {x: {"precision": both[x] / said[x] if said[x] else None,
-                     "recall": both[x] / judged[x] if judged[x] else None, "support": judged[x]} for x in labels}
-    return {"sentences": n, "unanswered": len(judge) - n, "accuracy": observed,
-            "kappa": None if expected == 1 else (observed - expected) / (1 - expected), "per_class": per_class}
+    pairs, per_class = [(v, j) for v, j in zip(verifier, judge) if j is not None], {}
+    for x in labels:
+        said, judged = sum(v == x for v, _ in pairs), sum(j == x for _, j in pairs)
+        both = sum(v == j == x for v, j in pairs)
+        per_class[x] = {"precision": both / said if said else None, "recall": both / judged if judged else None,
+                        "support": judged}
+    return {"sentences": found["n"], "unanswered": found["left_out"], "accuracy": found["accuracy"],
+            "kappa": found["kappa"], "per_class": per_class}
 
 
 def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]) -> list[str]:
@@ -187,7 +124,7 @@ class AuditRow:
 def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset: str, labels: tuple[str, ...],
           judge: Callable[[list[str]], list[str | None]] | None = None,
           settings: RewardSettings = RewardSettings()) -> list[AuditRow]:
-    """Honest explanations and their e_gt -> a row a way to cheat, "honest" first; the answer is right but in the last.
+    """Honest explanations and their e_gt -> a row per way to cheat, "honest" first; only the last has a wrong answer.
 
     labels: the data set's; judge: explanations -> emotions. Raises SettingsError where no sentence is found."""
     split = [split_sentences(text, settings.sentence_rule) for text in explanations]
@@ -236,3 +173,109 @@ def audit_table(rows: list[AuditRow]) -> str:
                       *(cell(s[x], 100) for x in ("neutral_share", "label_word_rate", "distinct_sentence_rate")),
                       cell(s["explanation_words"])])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AuditSettings:
+    """What `audit` and `score` take."""
+
+    erv: str = setting("", "the verifier: a folder or a hub repository; score: or several, A,B", path="hubs")
+    data: str = setting("", "explanations with labels: toy:/world, json:dfew:/file.json", path="data")
+    predictions: str = setting("", "or JSONL rows of video_id, output, ground_truth, dataset", path="files")
+    text: str = setting("", "score: one explanation")
+    judge: str = setting("", "audit: lexicon, openai:gpt-4.1-mini, erv:/folder, ...")
+    limit: int = setting(200, "explanations at most; 0: all", least=0)
+    tau: float = setting(0.5, "threshold of algorithm 1", least=0, most=1)
+    k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
+    out: str = setting("", "JSON file of the result")
+    device: str = setting("cpu", "cpu, cuda, cuda:1")
+
+
+def options(argv: list[str]) -> AuditSettings:
+    args = parse(AuditSettings, {}, __doc__, argv)
+    if not args.erv:
+        raise SettingsError("--erv: name a verifier, a folder or a hub repository")
+    return args
+
+
+def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
+    """(completion, e_gt, data set) from predictions or annotated explanations. Raises SettingsError without any."""
+    if args.predictions:
+        found = [(x["output"], x["ground_truth"], x["dataset"]) for x in read_jsonl(args.predictions)]
+    elif args.data:
+        found = [(sft_target(x.explanation, x.label), x.label, x.dataset)
+                 for x in load_examples(args.data, "sft") if x.explanation]
+    else:
+        raise SettingsError("no explanations: give --predictions rows.jsonl or --data toy:/world")
+    if not found:
+        raise SettingsError(f"{args.predictions or args.data}: no explanation found")
+    return found
+
+
+def run_audit(argv: list[str]) -> None:
+    """Pays each way to cheat; honest are the explanations that the judge (where given) reads as their label."""
+    args = options(argv)
+    found, verifier = read_completions(args), Verifier.load(args.erv, args.device)
+    dataset = found[0][2]
+    names, judge = dataset_labels(dataset), make_judge(args.judge) if args.judge else None
+    found = [(extract_explanation(c), e) for c, e, d in found if d == dataset]
+    found = found[:args.limit * (4 if judge else 1) or None]
+
+    def ask(texts: list[str]) -> list[str | None]:
+        return [x.emotion if x.status == "ok" else None for x in judge.judge(texts, names)]
+
+    result = {"erv": args.erv, "dataset": dataset, "judge": args.judge, "tau": args.tau, "k": args.k}
+    if judge:
+        sentences = list(dict.fromkeys(s for text, _ in found for s in split_sentences(text)))
+        result["agreement"] = agreement(best_label(verifier, sentences, names), ask(sentences), names)
+        honest = [x for x, emotion in zip(found, ask([text for text, _ in found])) if emotion == x[1]]
+        print(f"{len(honest)} of {len(found)} explanations are honest: {args.judge} reads their label in them")
+        found = honest[:args.limit or None]
+    rows = audit(verifier, [text for text, _ in found], [e for _, e in found], dataset, names, ask if judge else None,
+                 RewardSettings(tau=args.tau, k=args.k))
+    result |= {"explanations": len(found), "rows": [dataclasses.asdict(row) for row in rows]}
+    print(audit_table(rows))
+    if judge:
+        x = result["agreement"]
+        kappa = "undefined" if x["kappa"] is None else f"{x['kappa']:.3f}"
+        print(f"verifier and judge on {x['sentences']} different sentences ({x['unanswered']} without an answer): "
+              f"accuracy {x['accuracy']:.3f}, kappa {kappa}; precision and recall, the judge as truth: "
+              + ", ".join(f"{name} {y['precision'] or 0:.2f} {y['recall'] or 0:.2f}"
+                          for name, y in x["per_class"].items()))
+    if args.out:
+        write_json(args.out, result)
+
+
+def run_score(argv: list[str]) -> None:
+    """Prints each sentence with its emotions for --text; for rows mean R_E by each verifier, and what is watched.
+
+    A second verifier, trained on other data, shows what a policy gained from the first one's blind spots."""
+    args = options(argv)
+    settings, results = RewardSettings(tau=args.tau, k=args.k), {}
+    if args.text:
+        found = [(args.text if "<think>" in args.text else sft_target(args.text, "neutral"), "neutral", "mafw")]
+    else:
+        found = read_completions(args)[:args.limit or None]
+    completions, truths, datasets = (list(column) for column in zip(*found))
+    for folder in args.erv.split(","):
+        verifier = Verifier.load(folder, args.device)
+        rewards = score_completions(completions, truths, datasets, verifier.probabilities, verifier.labels, settings)
+        if args.text:
+            for sentence, names in zip(rewards[0].sentences, rewards[0].label_sets):
+                print(f"{', '.join(names):>24}  {sentence}")
+            continue
+        mean = sum(r.explanation for r in rewards) / len(rewards)
+        results[folder] = {"reward_explanation": mean, **explanation_statistics(rewards)}
+        print(f"{folder}: " + ", ".join(f"{name} {'-' if value is None else round(value, 4)}"
+                                        for name, value in results[folder].items()))
+    if args.out:
+        write_json(args.out, results)
+
+
+if __name__ == "__main__":
+    command = "score" if sys.argv[1:2] == ["score"] else "audit"
+    arguments = sys.argv[2:] if sys.argv[1:2] == [command] else sys.argv[1:]
+    run_script(lambda: {"audit": run_audit, "score": run_score}[command](arguments))
