@@ -89,6 +89,11 @@ def append_jsonl(path: str | Path, value) -> None:
         f.write(line)
 
 
+def write_jsonl(path: str | Path, rows) -> None:
+    """Writes one JSON object per line, whole or not at all."""
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def cut_partial_line(path: Path) -> None:
     """Removes what follows the last newline: the start of a row whose write was cut."""
     data = path.read_bytes()

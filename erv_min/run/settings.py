@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from erv_min.run.errors import SettingsError
 
 
-def setting(default, help: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help: str, choices: tuple = (), *, least: float | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Policy:
     seed: int = setting(0, "seed of the sampling (training: also of data order and random weights)")
     device: str = setting("", "cpu, cuda, cuda:1 (default: cuda where there is one)")
     dtype: str = setting("float32", "type of weights and compute (training: of compute alone)", ("float32", "bfloat16"))
-    workers: int = setting(2, "processes that decode clips ahead of the model")
+    workers: int = setting(2, "processes that decode clips ahead of the model", least=0)
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Answers(Policy):
     """What every script takes that lets a policy answer (divergence 9)."""
 
     question: str = setting("", "another question than the paper's; it is asked as it stands")
-    temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3)")
+    temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3)", least=0)
     top_p: float = setting(1.0, "nucleus of the sampling (release: 0.9)")
-    max_new_tokens: int = setting(512, "longest output in tokens")
+    max_new_tokens: int = setting(512, "longest output in tokens", least=1)
 
 
 @dataclass
@@ -63,8 +63,8 @@ class PredictionSettings(Clips, Answers):
     """Predictions over data sets: scripts/evaluate.py and `scripts/augment.py describe`."""
 
     out: str = setting("", "folder of the results")
-    limit: int = setting(0, "the first so many clips only; 0: all")
-    batch_size: int = setting(8, "clips at once on one process")
+    limit: int = setting(0, "the first so many clips only; 0: all", least=0)
+    batch_size: int = setting(8, "clips at once on one process", least=1)
     resume: bool = setting(False, "go on with the predictions that OUT holds")
 
 
@@ -177,9 +177,20 @@ DIMENSIONS = {"toy": "toy", "paper-0.5b": "0.5b", "paper-7b": "7b"}
 
 def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
     """An argument parser with one option a field of the settings dataclass `cls`; defaults are left to the preset."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add_options(parser, cls)
     return parser
+
+
+def checked(parser: argparse.ArgumentParser, cls: type, values: dict):
+    """Checked settings from parsed values; exits with a usage error where one is refused."""
+    settings = cls(**values)
+    try:
+        check(settings)
+    except SettingsError as error:
+        parser.error(str(error))
+    return settings
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -210,6 +221,12 @@ def parse(cls: type, presets: dict[str, dict], description: str, argv: list[str]
 
 def check(settings) -> None:
     """Raises SettingsError on values that cannot work together."""
+    for f in dataclasses.fields(settings):
+        if f.metadata.get("least") is not None and getattr(settings, f.name) < f.metadata["least"]:
+            raise SettingsError(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}, not "
+                                f"{getattr(settings, f.name)}")
+    if isinstance(settings, Answers):
+        return
     for name in ("batch_size", "micro_batch", "group_size", "max_new_tokens", "mu", "num_frames", "k", "save_every", "keep"):
         if getattr(settings, name, 1) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(settings, name)}")
