@@ -16,7 +16,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
@@ -27,10 +27,10 @@ from erv_min.judge import permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.run.chat import ChatClient
-from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.errors import DataError
 from erv_min.run.files import read_jsonl, write_jsonl
 from erv_min.run.processes import join_processes, run_script
-from erv_min.run.settings import PredictionSettings, add_options, check
+from erv_min.run.settings import PredictionSettings, add_options, checked, setting
 from erv_min.run.start import load_policy
 
 
@@ -136,41 +136,52 @@ def complemented(rows: list[dict], client: ChatClient, target: int, classes: tup
     return good, rejected
 
 
+@dataclass
+class Annotated:
+    data: str = setting("", "data sets, 'emer:/path,merr:/path'")
+    out: str = setting("", "JSONL file")
+
+
+@dataclass
+class Label:
+    input: str = setting("", "JSONL files, separated by commas")
+    ask: str = setting("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for complement)")
+    out: str = setting("", "JSONL file")
+    concurrency: int = setting(8, "requests at once", least=1)
+    reply_tokens: int = setting(0, "longest reply (a reasoning model's thoughts count); 0: 24 for label, 400 for complement",
+                                least=0)
+    seed: int = setting(0, "seed of permutations and draws")
+
+
+@dataclass
+class Complement(Label):
+    per_class: int = setting(1000, "descriptions per class in the end (section 3.2: about 1K)", least=0)
+    classes: str = setting("disgust,fear,contempt,disappointment,neutral,helplessness", "the rare ones (section 3.2)")
+    temperature: float = setting(1.0, "of the new descriptions (the paper does not say)", least=0)
+
+
+@dataclass
+class Stats:
+    input: str = setting("", "JSONL files, separated by commas")
+
+
+STEPS = {"annotated": (Annotated, "EMER and MERR-fine as training rows"),
+         "describe": (PredictionSettings, "explanations of training clips by a policy"),
+         "label": (Label, "figure 6: up to two emotions per description"),
+         "complement": (Complement, "figure 7: descriptions of rare classes"),
+         "stats": (Stats, "table 5")}
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
     steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
-    annotated, describe, label, complement, stats = (
-        steps.add_parser(name, help=text, allow_abbrev=False) for name, text in (
-            ("annotated", "EMER and MERR-fine as training rows"),
-            ("describe", "explanations of training clips by a policy"),
-            ("label", "figure 6: up to two emotions per description"),
-            ("complement", "figure 7: descriptions of rare classes"),
-            ("stats", "table 5")))
-    annotated.add_argument("--data", required=True, help="data sets, 'emer:/path,merr:/path'")
-    add_options(describe, PredictionSettings)
-    for one in (label, complement, stats):
-        one.add_argument("--input", required=True, help="JSONL files, separated by commas")
-    for one in (annotated, label, complement):
-        one.add_argument("--out", required=True, help="JSONL file")
-    for one, model in ((label, "gpt-4.1"), (complement, "gpt-4.1-mini")):
-        one.add_argument("--ask", required=True, help=f"openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: {model})")
-        one.add_argument("--concurrency", type=int, default=8, help="requests at once")
-        one.add_argument("--reply-tokens", type=int, default=0, help="longest reply (a reasoning model's thoughts count); "
-                                                                     "0: 24 for label, 400 for complement")
-        one.add_argument("--seed", type=int, default=0, help="seed of permutations and draws")
-    add = complement.add_argument
-    add("--per-class", type=int, default=1000, help="descriptions per class in the end (section 3.2: about 1K)")
-    add("--classes", default="disgust,fear,contempt,disappointment,neutral,helplessness",
-        help="the rare ones (section 3.2)")
-    add("--temperature", type=float, default=1.0, help="of the new descriptions (the paper does not say)")
+    for name, (cls, text) in STEPS.items():
+        add_options(steps.add_parser(name, help=text, allow_abbrev=False), cls)
     return top
 
 
 def describe(settings: PredictionSettings) -> None:
-    for name in ("model", "data", "out"):
-        if not getattr(settings, name):
-            raise SettingsError(f"describe needs --{name}")
     examples = load_examples(settings.data, "train")
     for part in re.split(r",(?=\w+:)", settings.data):
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
@@ -192,26 +203,26 @@ def describe(settings: PredictionSettings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = parser()
-    args = options.parse_args(argv)
-    settings = PredictionSettings(**{k: v for k, v in vars(args).items() if k != "step"}) if args.step == "describe" else args
-    try:
-        check(settings)
-    except SettingsError as error:
-        options.error(str(error))
-    if args.step == "describe":
-        return describe(settings)
-    if args.step == "annotated":
+    given = vars(options.parse_args(argv))
+    step = given.pop("step")
+    args = checked(options, STEPS[step][0], given)
+    for name in ("model", "data", "input", "ask", "out"):
+        if getattr(args, name, None) == "":
+            options.error(f"{step} needs --{name}")
+    if step == "describe":
+        return describe(args)
+    if step == "annotated":
         rows, left = annotated(load_examples(args.data, "train"))
         write_jsonl(args.out, rows)
         lost = ", ".join(f"{count} {what}" for what, count in left.items()) or "none"
         return print(f"{args.out}: {len(rows)} rows; left out: {lost}")
     files = args.input.split(",")
-    if args.step == "stats":
+    if step == "stats":
         return print(counts_table(read_rows(files)))
     rows = [row for file in files for row in read_jsonl(file)]
     training_only(rows, args.input)
     client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency, reply_tokens=args.reply_tokens)
-    if args.step == "label":
+    if step == "label":
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict) or not str(row.get("text") or "").strip():
                 raise DataError(f"{args.input}, row {number}: no text in field text; `describe` writes such rows")

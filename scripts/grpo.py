@@ -33,7 +33,7 @@ from erv_min.run.sharding import idle_loss, rounds, save_model, spread
 from erv_min.logps import Completions
 from erv_min.data.predictions import predict
 from erv_min.rewards import RewardSettings, format_reward, score_completions
-from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, parse
+from erv_min.run.settings import PRESETS, TRAINABLE, Answers, GRPOSettings, parse
 from erv_min.run.start import (SCRIPTS, finish, prepare_world, start, start_model, start_verifier, training_examples,
                                world_folder)
 from erv_min.run.folder import Run, prepare_out
@@ -265,9 +265,9 @@ def evaluate(settings: GRPOSettings, builder: PromptBuilder, processes: Processe
         model = load_humanomni(folder, torch.float32, processes.device)
         own = PromptBuilder(model, builder.tokenizer, builder.gate_tokenizer, builder.cache, settings.modality,
                             settings.prompt_stage)
-        rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
-                          batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
-                          workers=settings.workers)
+        rows, _ = predict(own, examples, processes, Answers(
+            max_new_tokens=settings.max_new_tokens, temperature=settings.eval_temperature, seed=settings.seed,
+            num_frames=settings.num_frames, geometry=settings.geometry, workers=settings.workers), batch_size=64)
         if processes.main:
             judge_rows(rows, judge)
             scores[name] = score(rows, rows[0]["dataset"])

@@ -321,7 +321,7 @@ class Predictions:
         from erv_min.run.files import append_jsonl, write_json
         from erv_min.judge import ChatClient, judge_rows, make_judge, read_answer
         from erv_min.metrics import score
-        from erv_min.data.predictions import read_predictions
+        from erv_min.data.results import read_predictions
         for _ in range(3):
             said = mutate_text(rng.choice(("happy", "Answer: Happy.", "The emotion is sad", "neutral\n")), rng)
             judgement = read_answer(said.decode("utf-8", rng.choice(("replace", "ignore", "surrogateescape"))), labels("dfew"))
