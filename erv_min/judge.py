@@ -83,7 +83,8 @@ class ErvJudge:
             return [NOTHING] * len(explanations)
         columns = [self.column[to_erv(label)] for label in labels]
         best, place = self.verifier.probabilities(texts)[:, columns].max(1)  # [S] each
-        said = {text: Judgement(labels[i], "ok", f"{p:.3f}") for text, p, i in zip(texts, best.tolist(), place.tolist())}
+        said = {text: Judgement(labels[i], "ok", f"{p:.3f}")
+                for text, p, i in zip(texts, best.tolist(), place.tolist())}
         return [said.get(text, NOTHING) for text in explanations]
 
 
@@ -100,7 +101,8 @@ class OfflineJudge:
 
 
 def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", **options) -> Judge:
-    """The judge that `spec` names; `options` are ChatClient's. Raises JudgeError (unknown name, no key)."""
+    """The judge that `spec` names; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown name, no
+    key)."""
     kind, _, rest = spec.partition(":")
     if spec in ("lexicon", "lexicon2"):
         return OfflineJudge(spec)

@@ -30,7 +30,7 @@ class Scored:
     judged: np.ndarray | None  # None where no row has a judged_emotion
     outside: int  # judge answers outside the label list
     errors: int  # rows that the judge could not answer
-    released: bool  # rule "released": EEA wants an answer, and a class without rows counts 0 in UAR (divergences 15, 16)
+    released: bool  # the rule: EEA wants an answer; a class without rows counts 0 in UAR (divergences 15, 16)
     leave_out: bool  # the release on MAFW: an unknown prediction leaves its class's recall (divergence 16)
 
 

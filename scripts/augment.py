@@ -46,7 +46,7 @@ def without_repeats(rows: list[dict]) -> list[dict]:
 
 def training_only(rows: list[dict], where: str) -> None:
     """Raises DataError on a row that comes from a test split."""
-    bad = [row for row in rows if row.get("split") == "test"]
+    bad = [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]
     if bad:
         raise DataError(f"{where}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
                         "the verifier must not see test clips")
@@ -99,7 +99,7 @@ def labelled(rows: list[dict], client: ChatClient, seed: int = 0) -> tuple[list[
 
 def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
                     seed: int) -> list[tuple[str, list[str], int]]:
-    """(emotion, two examples, seed of the draw) for each description that is missing to `target` a class.
+    """(emotion, two examples, seed of the draw) for each description that is missing to `target` per class.
 
     The two examples are drawn at random from the pseudo-labelled rows of the class (all rows where there are fewer than
     two); the draw depends on seed, class and number alone. Raises DataError where a class has less than two examples.
@@ -145,11 +145,12 @@ class Annotated:
 @dataclass
 class Label:
     input: str = setting("", "JSONL files, separated by commas")
-    ask: str = setting("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for complement)")
+    ask: str = setting("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for "
+                           "complement)")
     out: str = setting("", "JSONL file")
     concurrency: int = setting(8, "requests at once", least=1)
-    reply_tokens: int = setting(0, "longest reply (a reasoning model's thoughts count); 0: 24 for label, 400 for complement",
-                                least=0)
+    reply_tokens: int = setting(0, "longest reply in tokens, a reasoning model's thoughts included; 0: 24 for label, "
+                                   "400 for complement", least=0)
     seed: int = setting(0, "seed of permutations and draws")
 
 

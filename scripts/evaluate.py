@@ -5,9 +5,9 @@
                       our JSONL, the released `clip|output` text, the released judged JSON, or the last two together
   table 4             give --judge twice: each judge's figures and their agreement
 
-Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% intervals over resampled clips, recall per class
-and confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their key from
-OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
+Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% intervals over resampled clips, recall per
+class and confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their
+key from OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
 """
 
 from dataclasses import asdict, dataclass
@@ -36,7 +36,8 @@ class EvaluateSettings(PredictionSettings):
     bootstrap: int = setting(1000, "resamples of the clips for the 95% intervals; 0: none", least=0)
     judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
     concurrency: int = setting(8, "requests to a hosted judge at once", least=1)
-    reply_tokens: int = setting(0, "longest reply of a hosted judge (a reasoning model's thoughts count); 0: 16", least=0)
+    reply_tokens: int = setting(0, "longest reply of a hosted judge in tokens, a reasoning model's thoughts included; "
+                                   "0: 16", least=0)
 
 
 def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
@@ -104,7 +105,7 @@ def agreements_of(judged: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def confusion_text(result: dict) -> str:
-    """The confusion matrix, a row a true label, a column a prediction; recall in percent at the end of a row."""
+    """The confusion matrix, true labels in rows, predictions in columns; recall in percent at a row's end."""
     names = [*result["labels"], "unknown"]
     width = max(map(len, names)) + 1
     lines = [" " * width + "".join(f"{name[:7]:>8}" for name in names) + f"{'recall':>8}"]
@@ -139,7 +140,8 @@ def report(name: str, results: dict[str, dict], agreements: dict) -> str:
     """What is printed and kept as table.txt."""
     parts = []
     for dataset in next(iter(results.values())):
-        scores = {f"{name}, {judge}" if len(results) > 1 else name: result[dataset] for judge, result in results.items()}
+        scores = {f"{name}, {judge}" if len(results) > 1 else name: result[dataset]
+                  for judge, result in results.items()}
         first = next(iter(scores.values()))
         parts.append(f"{dataset}, {first['n']} clips (percent; judged by {', '.join(results)})\n{table(scores)}")
         parts += [f"{system}: {beside_the_figures(result)}" for system, result in scores.items()]

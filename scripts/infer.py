@@ -1,6 +1,6 @@
 """One clip in, explanation and emotion out: `scripts/infer.py clip.mp4 --model FOLDER_OR_REPO [...]`
 
-Clips may be files, folders, or text files with a path a line. On a terminal the answer appears as it is sampled. The
+Clips may be files, folders, or text files with a path per line. On a terminal the answer appears as it is sampled. The
 prompt and the temperature are section 4.3's; released ones were evaluated with --geometry stretch (divergence 11).
 --explain-reward happy --erv FOLDER shows what the verifier reads in each sentence, and R_E for that label (Eq. 4).
 """
@@ -25,7 +25,7 @@ from erv_min.run.start import load_policy
 
 
 def find_clips(names: list[str]) -> list[Path]:
-    """Files, folders (their clips, sorted) and lists (.txt, a path a line, relative to the list) -> paths of clips."""
+    """Files, folders (their clips, sorted) and lists (.txt, a path per line, relative to the list) -> paths of clips."""
     clips = []
     for path in map(Path, names):
         if path.is_dir():

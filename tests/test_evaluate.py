@@ -87,7 +87,8 @@ def test_our_rows_with_and_without_data(tmp_path):
     ('[{"1": "happy"}]', "entry 0: expected"),
     ('[{"1": {"reason": "a", "gpt_response": "b"}}, {"1": {"reason": "a", "gpt_response": "b"}}]',
      "entry 1: a second judgement of clip 1, after .*entry 0"),
-    ('{"video_id": "1", "output": "a"}\n{"video_id": "01", "output": "b"}', "row 2: a second output of clip 1, after .*row 1"),
+    ('{"video_id": "1", "output": "a"}\n{"video_id": "01", "output": "b"}',
+     "row 2: a second output of clip 1, after .*row 1"),
     ("[{]", "not JSON"), ('{"video_id": "1"}', "row 1: expected fields video_id and output"),
 ])
 def test_damaged_predictions(tmp_path, text, message):
@@ -192,7 +193,7 @@ def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    monkeypatch.setattr("erv_min.run.chat.ChatClient.__init__.__defaults__", (None, 8, 60, 6, 0.01, 300, 20, 0, print))
+    monkeypatch.setattr("erv_min.run.chat.ChatClient.__init__.__defaults__", (None, 8, 60, 6, 0.01, 20, 0, print))
     rows = [{"video_id": str(i), "output": f"<think>{i}</think><answer>sad</answer>", "ground_truth": "sad",
              "dataset": "dfew"} for i in range(3)]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -202,15 +203,17 @@ def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, options, told", [
-    (evaluate, ["--limit", "-3"], "--limit must be at least 0"), (evaluate, ["--batch-size", "0"], "--batch-size must be"),
-    (evaluate, ["--max-new-tokens", "0"], "--max-new-tokens must be"), (evaluate, ["--bootstrap", "-5"], "--bootstrap must be"),
+    (evaluate, ["--limit", "-3"], "--limit must be at least 0"),
+    (evaluate, ["--batch-size", "0"], "--batch-size must be"),
+    (evaluate, ["--max-new-tokens", "0"], "--max-new-tokens must be"),
+    (evaluate, ["--bootstrap", "-5"], "--bootstrap must be"),
     (evaluate, ["--workers", "-1"], "--workers must be"), (evaluate, ["--concurrency", "0"], "--concurrency must be"),
     (evaluate, ["--predict", "x"], "unrecognized arguments: --predict"),
     (infer, ["clip.mp4", "--max-new-tokens", "0"], "--max-new-tokens must be"),
     (infer, ["clip.mp4", "--max-new", "5"], "unrecognized arguments: --max-new"),
     (augment, ["describe", "--batch-size", "0"], "--batch-size must be"),
-    (augment, ["label", "--input", "a", "--out", "b", "--ask", "openai:m", "--concurrency", "0"], "--concurrency must be"),
-    (augment, ["complement", "--input", "a", "--out", "b", "--ask", "openai:m", "--per-class", "-1"], "--per-class must be"),
+    (augment, [*"label --input a --out b --ask openai:m --concurrency 0".split()], "--concurrency must be"),
+    (augment, [*"complement --input a --out b --ask openai:m --per-class -1".split()], "--per-class must be"),
     (augment, ["label", "--out", "b", "--ask", "openai:m"], "label needs --input"),
     (augment, ["stats", "--inp", "a"], "unrecognized arguments: --inp"),
 ])
@@ -225,7 +228,8 @@ def test_answers_without_explanations_are_judged_by_two_as_well(tmp_path, capsys
              "dataset": "dfew"} for i, answer in enumerate(("sad", "happy"))]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     evaluate.main(["--predictions", path, "--judge", "lexicon", "--judge", "lexicon2", "--out", f"{tmp_path}/out"])
-    assert "lexicon and lexicon2: no explanation has an emotion from both judges (2 left out)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "lexicon and lexicon2: no explanation has an emotion from both judges (2 left out)" in printed
     found = read_json(tmp_path / "out" / "metrics.json")["judges"]["lexicon"]["dfew"]
     assert (found["WAR"], found["EEA"], found["FCR"]) == (50, 0, 0)
 
@@ -312,7 +316,7 @@ def test_undecodable_and_missing_clips_are_listed(world, tmp_path):
     test[2].path.unlink()
     with pytest.raises(DataError, match="1 of 6 clips are missing"):
         run_model(copy, tmp_path / "out")
-    with pytest.raises(DataError, match="1 of 6 clips could not be decoded .* and 1 are missing, the first: .*--resume"):
+    with pytest.raises(DataError, match="1 of 6 clips could not be decoded .* and 1 are missing, .*--resume"):
         run_model(copy, tmp_path / "out", "--allow-missing", "0.2")
     assert not (tmp_path / "out" / "metrics.json").exists()
     rows = run_model(copy, tmp_path / "out", "--allow-missing", "0.4", "--resume")
@@ -388,15 +392,12 @@ def test_one_clip_in_five_lines_of_python(world, tmp_path, capsys):
         predictions.load_policy_for(predictions.Answers(model="x", max_new_tokens=0))
 
 
-def run_infer(world, clips, **more) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, str(ROOT / "scripts/infer.py"), *map(str, clips), "--model", str(world / "model"),
-                             "--max-new-tokens", "40", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), **more})
-
-
-def test_infer_into_a_closed_pipe_and_on_an_ascii_terminal(world):
+def test_infer_into_a_closed_pipe(world):
     clips = [example.path for example in load_examples(f"toy:{world}", "test")[:2]]
-    process = run_infer(world, clips, PYTHONIOENCODING="ascii")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/infer.py"), *map(str, clips), "--model", str(world / "model"),
+         "--max-new-tokens", "40", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline().startswith(b"== ")
     process.stdout.close()  # as `| head -1` does
     assert b"Traceback" not in process.stderr.read() and process.wait() == 0
@@ -406,7 +407,8 @@ def test_an_answer_with_letters_that_the_terminal_lacks(world, monkeypatch):
     clip = load_examples(f"toy:{world}", "test")[0].path
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(infer, "answers", lambda *args: iter([predictions.Answer("Größe", "sad", "<think>Größe</think>")]))
+    said = predictions.Answer("Größe", "sad", "<think>Größe</think>")
+    monkeypatch.setattr(infer, "answers", lambda *args: iter([said]))
     infer.main([str(clip), "--model", str(world / "model"), "--device", "cpu"])
     terminal.flush()
     assert terminal.buffer.getvalue() == b"<think>Gr\\xf6\\xdfe</think>\n"

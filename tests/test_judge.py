@@ -270,12 +270,23 @@ def test_where_nothing_is_answered_the_first_reason_is_the_error(serve):
     assert sum(api.asked.values()) == 3
 
 
+def test_one_prompt_that_is_always_refused_ends_no_evaluation(serve, tmp_path):
+    """The next run asks it alone, and it fails again: the others' answers are in the cache."""
+    serve(lambda prompt, times: bad(400, "content_filter") if reason(prompt) == "b" else good("sad"))
+    for _ in range(2):
+        assert [j.status for j in ask(["a", "b"], tmp_path / "cache.jsonl")[0]] == ["ok", "error"]
+
+
 def test_a_server_that_is_not_there_is_not_waited_for(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # the discard port: nobody listens
     waits = []
     made = client(show=lambda text: None, backoff=1.0)
     made._stop.wait = waits.append
+    made.answers[made.key("cached")] = "sad"
+    with pytest.raises(JudgeError, match="none of 1 requests was answered"):
+        made.ask(["cached", "y"])
+    waits.clear()
     with pytest.raises(JudgeError, match="none of 1 requests was answered, the first: .*[Cc]onnect"):
         made.ask(["x"])
     assert len(waits) == 2 and sum(waits) < 5  # seconds; with all retries it was 60 and more

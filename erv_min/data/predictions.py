@@ -123,7 +123,8 @@ def predict_to_file(builder: PromptBuilder, examples: list[Example], processes: 
         if not settings.resume:
             raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
         if read_json(about) != made_by:
-            raise SettingsError(f"{about}: these predictions were made with other settings or clips; give another --out")
+            raise SettingsError(f"{about}: these predictions were made with other settings or clips; give another "
+                                "--out")
         rows, failed = read_jsonl(file), read_jsonl(failures) if failures.exists() else []
     whole = {n for n, part in enumerate(chunks) if sum(row["chunk"] == n for row in rows + failed) == len(part)}
     rows, failed = ([row for row in part if row["chunk"] in whole] for part in (rows, failed))

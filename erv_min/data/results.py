@@ -53,8 +53,8 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
             clip, dataset = clip_key(row["video_id"]), row.get("dataset", "").lower()
             if truth:
                 if not dataset and len(datasets.get(clip, ())) > 1:
-                    raise DataError(f"{where}: clip {row['video_id']} is in {' and '.join(datasets[clip])}, and the file "
-                                    "does not say which: give --data one data set at a time")
+                    raise DataError(f"{where}: clip {row['video_id']} is in {' and '.join(datasets[clip])}, and the "
+                                    "file does not say which: give --data one data set at a time")
                 key = dataset or next(iter(datasets.get(clip, ())), ""), clip
                 if key not in truth:
                     unknown.append(row["video_id"])

@@ -1,7 +1,7 @@
 """A hosted model asked many prompts: cache, retries, cost. What is asked and how a reply is read: judge.py, augment.py.
 
-Requests go through huggingface_hub's InferenceClient, a bounded number at once. Every answer is appended to the cache as
-it comes in, so that a stopped run asks nothing twice; a failure is not kept. Keys come from the environment and go
+Requests go through huggingface_hub's InferenceClient, a bounded number at once. Every answer is appended to the cache
+as it comes in, so that a stopped run asks nothing twice; a failure is not kept. Keys come from the environment and go
 nowhere but the request's header.
 """
 
@@ -21,8 +21,10 @@ from erv_min.run.files import append_jsonl, read_jsonl
 
 BASE_URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta/openai"}
 KEYS = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY", "hf": "HF_TOKEN"}
-PRICES = {"gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),  # USD per million tokens,
-          "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-pro": (1.25, 10.00)}                     # in and out, mid 2025
+PRICES = {  # model -> USD per million tokens in and out, mid 2025
+    "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
+    "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-pro": (1.25, 10.00)}
+MAX_WAIT = 300  # seconds; where a server asks for more, the prompt fails
 HOPELESS = {401: "the key is refused", 403: "the key is not allowed to", 404: "no such model or address"}
 
 
@@ -41,16 +43,13 @@ class ChatClient:
     """
 
     def __init__(self, spec: str, cache: str | Path | None = None, concurrency: int = 8, timeout: float = 60,
-                 retries: int = 6, backoff: float = 1.0, max_wait: float = 300, give_up: int = 20,
-                 reply_tokens: int = 0, show=print):
+                 retries: int = 6, backoff: float = 1.0, give_up: int = 20, reply_tokens: int = 0, show=print):
         provider, _, model = spec.partition(":")
         if provider not in KEYS or not model:
             raise JudgeError(f"{spec!r}: expected openai:MODEL, gemini:MODEL or hf:ORG/MODEL")
-        if concurrency < 1 or reply_tokens < 0:
-            raise JudgeError(f"{spec}: --concurrency must be at least 1, --reply-tokens not negative")
         self.name, self.model, self.cache = spec, model, Path(cache) if cache else None
-        self.concurrency, self.retries, self.backoff, self.max_wait = concurrency, retries, backoff, max_wait
-        self.give_up, self.reply_tokens, self.show = give_up, reply_tokens, show
+        self.concurrency, self.retries, self.backoff, self.give_up = concurrency, retries, backoff, give_up
+        self.reply_tokens, self.show = reply_tokens, show
         self.extra = {"reasoning_effort": "none"} if "2.5-flash" in model else None  # else thinking eats max_tokens
         own_server = os.environ.get("ERV_JUDGE_BASE_URL") if provider == "openai" else None
         self._key = os.environ.get(KEYS[provider], "").strip()
@@ -81,8 +80,8 @@ class ChatClient:
         """A Reply for each prompt, in order; equal prompts are asked once, cached ones not at all.
 
         Raises JudgeError where asking on is pointless: a refused key, an unknown model, no credit left, `give_up`
-        failures in a row, or not one prompt with an answer. A stop (Ctrl-C) waits for the requests under way, keeps
-        their answers, and starts no other.
+        failures in a row, a server that is not there, or not one prompt with an answer. A stop (Ctrl-C) waits for the
+        requests under way, keeps their answers, and starts no other.
         """
         limit = self.reply_tokens or max_tokens
         seeds = seeds or [None] * len(prompts)
@@ -109,7 +108,7 @@ class ChatClient:
             pool.shutdown(wait=True, cancel_futures=True)
         if failed:
             first = next(iter(failed.values())).error
-            if not any(key in self.answers for key in keys):
+            if not self._reached or not any(key in self.answers for key in keys):
                 raise JudgeError(f"{self.name}: none of {len(todo)} requests was answered, the first: {first}")
             self.show(f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {first}")
         return [failed[key] if key in failed else Reply(self.answers[key]) for key in keys]
@@ -128,7 +127,7 @@ class ChatClient:
 
     def _one(self, key: str, prompt: str, temperature: float, seed: int | None, limit: int) -> Reply:
         """One prompt with retries: exponential back-off with jitter, never before Retry-After; the answer is cached.
-        A server that has answered nothing yet and does not speak HTTP is tried three times: it may not be there."""
+        A server that has not said a word of HTTP yet is tried three times: it may not be there."""
         attempt = 0
         while not self._stop.is_set():
             try:
@@ -140,6 +139,7 @@ class ChatClient:
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
                 reason = self._clean(f"{type(error).__name__}: {error}")
+            self._reached = self._reached or status is not None
             if "OfflineModeIsEnabled" in reason:
                 raise JudgeError(f"{self.name}: HF_HUB_OFFLINE is set: unset it to ask a hosted model")
             if status in HOPELESS or "insufficient_quota" in reason:
@@ -147,16 +147,16 @@ class ChatClient:
             if status is not None and status < 500 and status not in (408, 409, 425, 429):
                 return Reply("", reason)  # about this prompt: asking again gives the same
             wait = max(min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60), _retry_after(response))
-            if wait > self.max_wait:
+            if wait > MAX_WAIT:
                 return Reply("", f"{reason} (may be asked again in {wait:.0f} s)")
             attempt += 1
-            if attempt > (self.retries if self._reached or status is not None else min(self.retries, 2)):
+            if attempt > (self.retries if self._reached else min(self.retries, 2)):
                 return Reply("", reason)
             self._stop.wait(wait)
         return Reply("", "stopped")
 
     def _keep(self, key: str, text: str, finish_reason: str | None, limit: int) -> Reply:
-        """An answer, cached. An empty reply is none: a reasoning model may spend all its tokens before the first word."""
+        """An answer, cached. An empty reply is none: reasoning may take all tokens before the first word."""
         self._reached = True
         if not text.strip():
             return Reply("", f"an empty reply ({finish_reason})" + (
