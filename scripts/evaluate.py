@@ -28,7 +28,7 @@ from erv_min.run.start import load_policy
 
 @dataclass
 class EvaluateSettings(PredictionSettings):
-    predictions: str = setting("", "evaluate these predictions instead of a model's")
+    predictions: str = setting("", "evaluate these predictions instead of a model's", path="files")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
     split: str = setting("test", "which split of --data", ("test", "train", "tune"))
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",

@@ -25,7 +25,7 @@ from erv_min.run.start import load_policy
 
 
 def find_clips(names: list[str]) -> list[Path]:
-    """Files, folders (their clips, sorted) and lists (.txt, a path per line, relative to the list) -> paths of clips."""
+    """Files, folders (their clips, sorted) and lists (.txt, a path per line, relative to the list) -> clips."""
     clips = []
     for path in map(Path, names):
         if path.is_dir():
@@ -74,8 +74,8 @@ class InferSettings(Answers):
     subtitle: str = setting("", "what is said in the clip, for the prompt")
     json: bool = setting(False, "one JSON object per clip instead of text")
     explain_reward: str = setting("", "show each sentence's emotions and R_E for this label (Eq. 4)")
-    erv: str = setting("", "the verifier for it: a folder or a hub repository")
-    tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)")
+    erv: str = setting("", "the verifier for it: a folder or a hub repository", path="hub")
+    tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
 
 
 def show_reward(reward: dict | None) -> None:

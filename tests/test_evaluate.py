@@ -245,7 +245,7 @@ def test_too_many_missing_predictions(tmp_path):
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(metrics["missing"]) == 100 and metrics["judges"]["no judge"]["dfew"]["EEA"] is None
     for wrong in (["--out", "x"], ["--model", "m"], ["--model", "m", "--predictions", "p"]):
-        with pytest.raises(SettingsError):
+        with pytest.raises((SettingsError, SystemExit)):
             evaluate.main(wrong)
 
 

@@ -136,7 +136,7 @@ def test_request_is_figure_3_at_temperature_0(serve):
 
 
 def test_order_repeats_empty_and_outside(serve):
-    answers = {"a": "Happy.", "b": "**sad**", "c": "joyful", "d": "happy, sad", "e": "I cannot tell.", "f": "?",
+    answers = {"a": "Happy.", "b": "**sad**", "c": "content", "d": "happy, sad", "e": "I cannot tell.", "f": "?",
                "g": "Answer Emotion: fear", "h": "Happiness", "i": "unhappy"}
     api = serve(lambda prompt, times: good(answers[reason(prompt)]))
     texts = [*answers, "a", "", "  "]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from erv_min.run.errors import SettingsError
 
 
-def setting(default, help: str, choices: tuple = (), *, least: float | None = None):
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+def setting(default, help: str, choices: tuple = (), *, least: float | None = None, most: float | None = None,
+            path: str = ""):
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
 @dataclass
@@ -224,6 +225,9 @@ def check(settings) -> None:
     for f in dataclasses.fields(settings):
         if f.metadata.get("least") is not None and getattr(settings, f.name) < f.metadata["least"]:
             raise SettingsError(f"--{f.name.replace('_', '-')} must be at least {f.metadata['least']}, not "
+                                f"{getattr(settings, f.name)}")
+        if f.metadata.get("most") is not None and getattr(settings, f.name) > f.metadata["most"]:
+            raise SettingsError(f"--{f.name.replace('_', '-')} must be at most {f.metadata['most']}, not "
                                 f"{getattr(settings, f.name)}")
     if isinstance(settings, Answers):
         return
