@@ -15,7 +15,7 @@ from erv_min.judge import (ErvJudge, HostedJudge, Judgement, explanation_of, jud
                            read_answer)
 from erv_min.metrics import score
 from erv_min.run.chat import ChatClient
-from erv_min.run.errors import DataError, JudgeError
+from erv_min.run.errors import DataError, DiskError, JudgeError
 
 KEY = "sk-planted-0123456789"
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
@@ -290,6 +290,17 @@ def test_a_server_that_is_not_there_is_not_waited_for(monkeypatch):
     with pytest.raises(JudgeError, match="none of 1 requests was answered, the first: .*[Cc]onnect"):
         made.ask(["x"])
     assert len(waits) == 2 and sum(waits) < 5  # seconds; with all retries it was 60 and more
+
+
+def test_a_full_disk_is_told_and_nothing_is_paid_twice(serve, tmp_path, monkeypatch):
+    def full(path, row):
+        raise DiskError("the disk is full")
+
+    api = serve(lambda prompt, times: good("sad"))
+    monkeypatch.setattr("erv_min.run.chat.append_jsonl", full)
+    with pytest.raises(DiskError):
+        ask(["x"], tmp_path / "cache.jsonl")
+    assert api.explanation_counts() == {"x": 1}
 
 
 # ---------------------------------------------------------------------------------------------------- stop and resume

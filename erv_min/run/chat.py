@@ -134,11 +134,13 @@ class ChatClient:
                 choice = self._client.chat_completion(
                     [{"role": "user", "content": prompt}], model=self.model, temperature=temperature, seed=seed,
                     max_tokens=limit, **({"extra_body": self.extra} if self.extra else {})).choices[0]
-                return self._keep(key, choice.message.content or "", choice.finish_reason, limit)
+                text = choice.message.content or ""
             except Exception as error:  # the client's exceptions differ between its versions; sorted by status below
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
                 reason = self._clean(f"{type(error).__name__}: {error}")
+            else:
+                return self._keep(key, text, choice.finish_reason, limit)
             self._reached = self._reached or status is not None
             if "OfflineModeIsEnabled" in reason:
                 raise JudgeError(f"{self.name}: HF_HUB_OFFLINE is set: unset it to ask a hosted model")
