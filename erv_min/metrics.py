@@ -7,6 +7,7 @@ once into arrays of label numbers; a metric is then a weighted count of rows, so
 of weights. Divergences 14-16 and 18 are what separates rule "paper" from "released". The judge is judge.py's.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ class Scored:
     judged: np.ndarray | None  # None where no row has a judged_emotion
     outside: int  # judge answers outside the label list
     errors: int  # rows that the judge could not answer
+    released: bool  # the rule: EEA wants an answer; a class without rows counts 0 in UAR (divergences 15, 16)
+    leave_out: bool  # the release on MAFW: an unknown prediction leaves its class's recall (divergence 16)
 
 
 def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str | None, str | None]:
@@ -48,9 +51,10 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
     and SettingsError (unknown rule).
 
     "paper": a judge's answer outside the list, or none, is no emotion (divergence 14); "released": it is neutral."""
+    if rule not in ("paper", "released"):
+        raise SettingsError(f"scoring rule {rule!r} is unknown; there are 'paper' and 'released'")
     names = labels(dataset)
     number = {name: i for i, name in enumerate(names)}
-    unknown = len(names)
     if not rows:
         raise DataError("no prediction to score: the file is empty")
     was_judged = any("judged_emotion" in row for row in rows)
@@ -69,44 +73,36 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
             errors, outside = errors + failed, outside + (not failed)
             word = "neutral" if rule == "released" else None
         predicted, answered = read_prediction(row["output"], dataset, rule)
-        numbers.append([number.get(x, unknown) for x in (truth, predicted, answered, word)])
+        numbers.append([number.get(x, len(names)) for x in (truth, predicted, answered, word)])
     truth, predicted, answered, judged = np.array(numbers).T
     if not was_judged:
         judged, outside, errors = None, 0, 0
-    return Scored(names, truth, predicted, answered, judged, outside, errors)
+    released = rule == "released"
+    return Scored(names, truth, predicted, answered, judged, outside, errors, released,
+                  released and names == labels("mafw"))
 
 
-def weighted(s: Scored, weights: np.ndarray, leave_out: bool = False, empty_is_zero: bool = False) -> dict:
-    """The metrics in percent under `weights` [n, N], how often each row counts: name -> float [n].
-
-    leave_out: an unknown prediction leaves its class's recall; empty_is_zero: a class without rows counts 0 in UAR
-    instead of leaving the mean (both: the release, divergence 16)."""
+def weighted(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics in percent under `weights` [n, N], how often each row counts: name -> float [n]."""
     C, total = len(s.labels), weights.sum(1)
 
     def percent(hits: np.ndarray) -> np.ndarray:  # bool [N] -> [n]
         return 100 * (weights @ hits) / total
 
     right, of_class = s.predicted == s.truth, np.eye(C)[s.truth]  # [N], [N, C]
-    there = weights @ (of_class * (s.predicted < C)[:, None] if leave_out else of_class)  # [n, C]
+    there = weights @ (of_class * (s.predicted < C)[:, None] if s.leave_out else of_class)  # [n, C]
     recall = 100 * (weights @ (of_class * right[:, None])) / np.maximum(there, 1)
-    counted = C if empty_is_zero else np.maximum((there > 0).sum(1), 1)
+    counted = C if s.released else np.maximum((there > 0).sum(1), 1)
     values = {"WAR": percent(right), "UAR": recall.sum(1) / counted}
     if s.judged is not None:
         eea = s.judged == s.truth
-        values["EEA"] = percent(eea)
         values["EEA_answered"] = percent(eea & (s.answered < C))
+        values["EEA"] = values["EEA_answered"] if s.released else percent(eea)
         values["EPC"] = percent((s.judged < C) & (s.judged == s.answered))
         values["FCR"] = percent(eea & (s.answered == s.truth))
         with np.errstate(divide="ignore", invalid="ignore"):
             values["FCR/WAR"] = 100 * values["FCR"] / values["WAR"]  # section 6: coherence among the right ones
     return values
-
-
-def _rule(rule: str, dataset: str) -> dict:
-    if rule not in ("paper", "released"):
-        raise SettingsError(f"scoring rule {rule!r} is unknown; there are 'paper' and 'released'")
-    released = rule == "released"
-    return {"leave_out": released and labels(dataset) == labels("mafw"), "empty_is_zero": released}
 
 
 def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
@@ -119,14 +115,12 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
     None for an absent class); "per_class" ([right, counted] for UAR). The judged metrics are None where no row has
     "judged_emotion". Raises as read_rows.
     """
-    how, s = _rule(rule, dataset), read_rows(rows, dataset, rule)
+    s = read_rows(rows, dataset, rule)
     n, C = len(rows), len(s.labels)
-    values = {name: value[0].item() for name, value in weighted(s, np.ones((1, n)), **how).items()}
-    if rule == "released" and s.judged is not None:
-        values["EEA"] = values["EEA_answered"]
+    values = {name: value[0].item() for name, value in weighted(s, np.ones((1, n))).items()}
     confusion = np.zeros((C, C + 1), dtype=int)
     np.add.at(confusion, (s.truth, s.predicted), 1)
-    counted = confusion[:, :C].sum(1) if how["leave_out"] else confusion.sum(1)
+    counted = confusion[:, :C].sum(1) if s.leave_out else confusion.sum(1)
     right = confusion.diagonal()
     return {**{name: values[name] if np.isfinite(values.get(name, np.nan)) else None for name in METRICS}, "n": n,
             "unparsed": int((s.answered == C).sum()), "unknown_labels": int((s.predicted == C).sum()),
@@ -138,37 +132,34 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
 # ---- how sure --------------------------------------------------------------------------------------------------------
 
 
-def _draws(rows: int, n: int, seed: int):
-    """Bootstrap weights [<=256, rows] at a time, n in all: how often each row was drawn, with replacement."""
-    rng = np.random.default_rng(seed)
-    for at in range(0, n, 256):
-        yield rng.multinomial(rows, np.full(rows, 1 / rows), size=min(256, n - at)).astype(float)
+def _resampled(s: Scored, n: int, seed: int) -> dict[str, np.ndarray]:
+    """metric -> float [n]: the metrics of n draws of N clips with replacement, 256 draws at a time."""
+    rng, N = np.random.default_rng(seed), len(s.truth)
+    parts = [weighted(s, rng.multinomial(N, np.full(N, 1 / N), size=min(256, n - at)).astype(float))  # [<=256, N]
+             for at in range(0, n, 256)]
+    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-def _resampled(s: Scored, n: int, seed: int, how: dict, released: bool) -> dict[str, np.ndarray]:
-    parts = [weighted(s, w, **how) for w in _draws(len(s.truth), n, seed)]
-    drawn = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-    return drawn | {"EEA": drawn["EEA_answered"]} if released and "EEA" in drawn else drawn
-
-
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return low.item(), high.item()
+def _intervals(drawn: dict[str, np.ndarray], level: float) -> dict[str, tuple[float, float]]:
+    """metric -> (low, high): what the middle `level` of its draws spans."""
+    return {name: tuple(np.nanquantile(drawn[name], [(1 - level) / 2, (1 + level) / 2]).tolist())
+            for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
 
 
 def bootstrap(rows: list[dict], dataset: str, n: int = 1000, seed: int = 0, rule: str = "paper",
               level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """metric -> (low, high), percent: the percentile interval over n resamples of the clips. Raises as score."""
-    how = _rule(rule, dataset)
-    drawn = _resampled(read_rows(rows, dataset, rule), n, seed, how, rule == "released")
-    return {name: _interval(drawn[name], level) for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
+    """metric -> (low, high), percent: the percentile interval over n resamples of the clips. Raises as score.
+
+    It holds for this one trained model on other clips; another training seed's model moves the figures as well, often
+    further, and only runs over several seeds show by how much."""
+    return _intervals(_resampled(read_rows(rows, dataset, rule), n, seed), level)
 
 
 def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, seed: int = 0, rule: str = "paper",
            level: float = 0.95) -> dict[str, tuple[float, float, float]]:
     """metric -> (b - a, low, high), in points: two systems on the same clips, matched by video_id and resampled
-    together, which leaves out the spread that both share. Raises DataError where the clips or their labels differ."""
-    how = _rule(rule, dataset)
+    together, which leaves out the spread that both share. The interval takes both models as they are (see bootstrap).
+    Raises DataError where the clips or their labels differ."""
     by_id = [{row["video_id"]: row for row in rows} for rows in (rows_a, rows_b)]
     if len(by_id[0]) != len(rows_a) or len(by_id[1]) != len(rows_b) or by_id[0].keys() != by_id[1].keys():
         alone = sorted(map(str, by_id[0].keys() ^ by_id[1].keys()))[:3]
@@ -177,31 +168,28 @@ def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, 
     a, b = (read_rows([rows[i] for i in by_id[0]], dataset, rule) for rows in by_id)
     if (a.truth != b.truth).any():
         raise DataError("the two prediction files disagree about ground_truth; were they made from one split?")
-    out, ones = {}, np.ones((1, len(a.truth)))
-    both = [_resampled(s, n, seed, how, rule == "released") for s in (a, b)]
-    point = [weighted(s, ones, **how) for s in (a, b)]
-    for name in METRICS:
-        if name in both[0] and name in both[1]:
-            source = "EEA_answered" if name == "EEA" and rule == "released" else name
-            difference = both[1][name] - both[0][name]
-            if np.isfinite(difference).any():
-                out[name] = ((point[1][source] - point[0][source])[0].item(), *_interval(difference, level))
-    return out
+    of_a, of_b = _resampled(a, n, seed), _resampled(b, n, seed)
+    spans = _intervals({name: of_b[name] - of_a[name] for name in of_a.keys() & of_b.keys()}, level)
+    ones = np.ones((1, len(a.truth)))
+    point_a, point_b = weighted(a, ones), weighted(b, ones)
+    return {name: ((point_b[name] - point_a[name])[0].item(), *span) for name, span in spans.items()}
 
 
-def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
+def agreement(judged_a: list[str | None], judged_b: list[str | None], labels: tuple[str, ...] = ()) -> dict:
     """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa", "per_class"}; shares, not percent.
 
     Rows where either gave no emotion (None) are left out and counted; accuracy and kappa are None where nothing is left
     (a policy that does not explain). Cohen's kappa = (p_o - p_e) / (1 - p_e), None where p_e = 1 (both always say the
-    same one word). per_class: of the rows where either said it, the share where both did."""
+    same one word). per_class: {"precision", "recall", "support"} with the second as truth, for `labels` and whatever
+    else was said; None where the first (precision) or the second (recall) never said it."""
     pairs = [(a, b) for a, b in zip(judged_a, judged_b, strict=True) if a is not None and b is not None]
-    if not pairs:
-        return {"n": 0, "left_out": len(judged_a), "accuracy": None, "kappa": None, "per_class": {}}
-    n, names = len(pairs), sorted({x for pair in pairs for x in pair})
-    p_o = sum(a == b for a, b in pairs) / n
-    p_e = sum(sum(a == x for a, _ in pairs) * sum(b == x for _, b in pairs) for x in names) / n**2
-    per_class = {x: sum(a == b == x for a, b in pairs) / sum(x in pair for pair in pairs) for x in names}
+    n, said_a, said_b = len(pairs), Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    both = Counter(a for a, b in pairs if a == b)
+    per_class = {x: {"precision": both[x] / said_a[x] if said_a[x] else None,
+                     "recall": both[x] / said_b[x] if said_b[x] else None, "support": said_b[x]}
+                 for x in dict.fromkeys([*labels, *sorted(said_a | said_b)])}
+    p_o = both.total() / n if n else None
+    p_e = sum(said_a[x] * said_b[x] for x in said_a) / n**2 if n else 1
     return {"n": n, "left_out": len(judged_a) - n, "accuracy": p_o,
             "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e), "per_class": per_class}
 

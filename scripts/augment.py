@@ -16,42 +16,41 @@ import hashlib
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
-from erv_min.emotions import ERV_LABELS, to_erv
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.data.pairs import counts_table, read_rows
-from erv_min.run.files import read_jsonl, write_jsonl
-from erv_min.judge import ChatClient, permuted, read_answer
-from erv_min.run.processes import run_script
-from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.data.predictions import predict_to_file
+from erv_min.emotions import ERV_LABELS, to_erv
+from erv_min.data.pairs import counts_table, read_rows
+from erv_min.judge import permuted, read_answer
+from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
-from erv_min.run.settings import PredictionSettings, add_options, check
+from erv_min.run.chat import ChatClient
+from erv_min.run.errors import DataError
+from erv_min.run.files import read_jsonl, write_jsonl
+from erv_min.run.processes import join_processes, run_script
+from erv_min.run.settings import PredictionSettings, add_options, checked, setting
 from erv_min.run.start import load_policy
-from erv_min.run.processes import join_processes
 
 
-def write_rows(path: str | Path, rows: list[dict]) -> None:
-    write_jsonl(path, rows)
+def text_key(text: str) -> str:
+    """Two texts are one where they differ in case and white space alone."""
+    return " ".join(text.lower().split())
 
 
 def without_repeats(rows: list[dict]) -> list[dict]:
-    """The first row of each text, case and white space apart."""
-    return list({" ".join(row["text"].lower().split()): row for row in reversed(rows)}.values())[::-1]
+    """The first row of each text."""
+    return list({text_key(row["text"]): row for row in reversed(rows)}.values())[::-1]
 
 
 def training_only(rows: list[dict], where: str) -> None:
     """Raises DataError on a row that comes from a test split."""
-    bad = [row for row in rows if row.get("split") == "test"]
+    bad = [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]
     if bad:
         raise DataError(f"{where}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
                         "the verifier must not see test clips")
 
-
-# ---------------------------------------------------------------------------------------------------- steps
 
 def annotated(examples) -> tuple[list[dict], Counter]:
     """Human descriptions -> rows, and how many of each label have no counterpart among the 11 (MERR's doubt)."""
@@ -85,13 +84,12 @@ def read_labels(raw: str) -> list[str]:
     return names if 1 <= len(names) <= 2 and None not in names else []
 
 
-def labelled(rows: list[dict], client: ChatClient, seed: int = 0, show=print) -> tuple[list[dict], list[dict]]:
+def labelled(rows: list[dict], client: ChatClient, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """Descriptions -> (rows with labels, rejected rows); figure 6 with the 11 labels permuted for each description."""
     rows = without_repeats(rows)
     prompts = [label_prompt(row["text"], permuted(ERV_LABELS, row["text"], seed)) for row in rows]
-    show(client.estimate(prompts, output_tokens=6))
     good, rejected = [], []
-    for row, reply in zip(rows, client.ask(prompts, max_tokens=24, on_reply=_progress(client.name, show))):
+    for row, reply in zip(rows, client.ask(prompts, max_tokens=24)):
         names = [] if reply.error else read_labels(reply.text)
         row = {**row, "labels": names, "raw": reply.text or reply.error, "description_raw": row.get("raw", ""),
                "described_by": row.get("model", ""), "model": client.name, "prompt": "figure 6", "seed": seed}
@@ -101,7 +99,7 @@ def labelled(rows: list[dict], client: ChatClient, seed: int = 0, show=print) ->
 
 def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
                     seed: int) -> list[tuple[str, list[str], int]]:
-    """(emotion, two examples, seed of the draw) for each description that is missing to `target` a class.
+    """(emotion, two examples, seed of the draw) for each description that is missing to `target` per class.
 
     The two examples are drawn at random from the pseudo-labelled rows of the class (all rows where there are fewer than
     two); the draw depends on seed, class and number alone. Raises DataError where a class has less than two examples.
@@ -122,63 +120,69 @@ def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
 
 
 def complemented(rows: list[dict], client: ChatClient, target: int, classes: tuple[str, ...], seed: int = 0,
-                 temperature: float = 1.0, show=print) -> tuple[list[dict], list[dict]]:
+                 temperature: float = 1.0) -> tuple[list[dict], list[dict]]:
     """New descriptions (figure 7) that bring each class to about `target`; those that repeat a text are rejected."""
     plan = complement_plan(rows, target, classes, seed)
     prompts = [complement_prompt(emotion, examples) for emotion, examples, _ in plan]
     seeds = [draw for *_, draw in plan]
-    show(client.estimate(prompts, 150, temperature, seeds))
-    replies = client.ask(prompts, temperature, seeds, max_tokens=400, on_reply=_progress(client.name, show))
-    good, rejected, seen = [], [], {" ".join(row["text"].lower().split()) for row in rows}
+    replies = client.ask(prompts, temperature, seeds, max_tokens=400)
+    good, rejected, seen = [], [], {text_key(row["text"]) for row in rows}
     for (emotion, examples, draw), reply in zip(plan, replies):
         text = re.sub(r"^\W*target emotion:\s*\w+\W*", "", reply.text.strip(), flags=re.IGNORECASE).strip()
         row = {"text": text, "labels": [emotion], "source": "complement", "raw": reply.text or reply.error,
                "examples": examples, "model": client.name, "prompt": "figure 7", "seed": draw}
-        key = " ".join(text.lower().split())
-        (rejected if not text or key in seen else good).append(row)
-        seen.add(key)
+        (rejected if not text or text_key(text) in seen else good).append(row)
+        seen.add(text_key(text))
     return good, rejected
 
 
-def _progress(name: str, show):
-    return lambda done, total: show(f"{name}: {done}/{total} answered") if done % 100 == 0 or done == total else None
+@dataclass
+class Annotated:
+    data: str = setting("", "data sets, 'emer:/path,merr:/path'")
+    out: str = setting("", "JSONL file")
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+@dataclass
+class Label:
+    input: str = setting("", "JSONL files, separated by commas")
+    ask: str = setting("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for "
+                           "complement)")
+    out: str = setting("", "JSONL file")
+    concurrency: int = setting(8, "requests at once", least=1)
+    reply_tokens: int = setting(0, "longest reply in tokens, a reasoning model's thoughts included; 0: 24 for label, "
+                                   "400 for complement", least=0)
+    seed: int = setting(0, "seed of permutations and draws")
+
+
+@dataclass
+class Complement(Label):
+    per_class: int = setting(1000, "descriptions per class in the end (section 3.2: about 1K)", least=0)
+    classes: str = setting("disgust,fear,contempt,disappointment,neutral,helplessness", "the rare ones (section 3.2)")
+    temperature: float = setting(1.0, "of the new descriptions (the paper does not say)", least=0)
+
+
+@dataclass
+class Stats:
+    input: str = setting("", "JSONL files, separated by commas")
+
+
+STEPS = {"annotated": (Annotated, "EMER and MERR-fine as training rows"),
+         "describe": (PredictionSettings, "explanations of training clips by a policy"),
+         "label": (Label, "figure 6: up to two emotions per description"),
+         "complement": (Complement, "figure 7: descriptions of rare classes"),
+         "stats": (Stats, "table 5")}
+
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                  allow_abbrev=False)
     steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
-    one = {name: steps.add_parser(name, help=text) for name, text in (
-        ("annotated", "EMER and MERR-fine as training rows"),
-        ("describe", "explanations of training clips by a policy"),
-        ("label", "figure 6: up to two emotions a description"),
-        ("complement", "figure 7: descriptions of rare classes"),
-        ("stats", "table 5"))}
-    one["annotated"].add_argument("--data", required=True, help="data sets, 'emer:/path,merr:/path'")
-    for name in ("label", "complement", "stats"):
-        one[name].add_argument("--input", required=True, help="JSONL files, separated by commas")
-    for name in ("label", "complement"):
-        one[name].add_argument("--ask", required=True, help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 "
-                                                            "for label, gpt-4.1-mini for complement)")
-        one[name].add_argument("--concurrency", type=int, default=8, help="requests at once")
-    for name in ("annotated", "label", "complement"):
-        one[name].add_argument("--out", required=True, help="JSONL file")
-    for name in ("label", "complement"):
-        one[name].add_argument("--seed", type=int, default=0, help="seed of permutations and draws")
-    extra = one["complement"].add_argument
-    extra("--per-class", type=int, default=1000, help="descriptions a class in the end (section 3.2: about 1K)")
-    extra("--classes", default="disgust,fear,contempt,disappointment,neutral,helplessness",
-          help="the rare ones (section 3.2)")
-    extra("--temperature", type=float, default=1.0, help="of the new descriptions (the paper does not say)")
-    add_options(one["describe"], PredictionSettings)
+    for name, (cls, text) in STEPS.items():
+        add_options(steps.add_parser(name, help=text, allow_abbrev=False), cls)
     return top
 
 
 def describe(settings: PredictionSettings) -> None:
-    for name in ("model", "data", "out"):
-        if not getattr(settings, name):
-            raise SettingsError(f"describe needs --{name}")
     examples = load_examples(settings.data, "train")
     for part in re.split(r",(?=\w+:)", settings.data):
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
@@ -192,30 +196,34 @@ def describe(settings: PredictionSettings) -> None:
     rows, failed = predict_to_file(load_policy(settings, processes), examples, processes, out, settings)
     if processes.main:
         good, empty = described(rows, settings.model, settings.seed)
-        write_rows(out / "descriptions.jsonl", good)
-        write_rows(out / "descriptions.rejected.jsonl", empty)
+        write_jsonl(out / "descriptions.jsonl", good)
+        write_jsonl(out / "descriptions.rejected.jsonl", empty)
         print(f"{out}/descriptions.jsonl: {len(good)} different descriptions; {len(empty)} outputs without one, "
               f"{len(failed)} clips that could not be decoded")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    if args.step == "describe":
-        settings = PredictionSettings(**{k: v for k, v in vars(args).items() if k != "step"})
-        check(settings)
-        return describe(settings)
-    if args.step == "annotated":
+    options = parser()
+    given = vars(options.parse_args(argv))
+    step = given.pop("step")
+    args = checked(options, STEPS[step][0], given)
+    for name in ("model", "data", "input", "ask", "out"):
+        if getattr(args, name, None) == "":
+            options.error(f"{step} needs --{name}")
+    if step == "describe":
+        return describe(args)
+    if step == "annotated":
         rows, left = annotated(load_examples(args.data, "train"))
-        write_rows(args.out, rows)
+        write_jsonl(args.out, rows)
         lost = ", ".join(f"{count} {what}" for what, count in left.items()) or "none"
         return print(f"{args.out}: {len(rows)} rows; left out: {lost}")
     files = args.input.split(",")
-    if args.step == "stats":
+    if step == "stats":
         return print(counts_table(read_rows(files)))
     rows = [row for file in files for row in read_jsonl(file)]
     training_only(rows, args.input)
-    client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency)
-    if args.step == "label":
+    client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency, reply_tokens=args.reply_tokens)
+    if step == "label":
         for number, row in enumerate(rows, 1):
             if not isinstance(row, dict) or not str(row.get("text") or "").strip():
                 raise DataError(f"{args.input}, row {number}: no text in field text; `describe` writes such rows")
@@ -224,8 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         read_rows(files)  # checks every field
         classes = tuple(map(to_erv, args.classes.split(",")))
         good, rejected = complemented(rows, client, args.per_class, classes, args.seed, args.temperature)
-    write_rows(args.out, good)
-    write_rows(f"{args.out}.rejected.jsonl", rejected)
+    write_jsonl(args.out, good)
+    write_jsonl(f"{args.out}.rejected.jsonl", rejected)
     print(f"{args.out}: {len(good)} rows, {len(rejected)} rejected ({args.out}.rejected.jsonl)")
     if good:
         print(counts_table(read_rows([args.out])))

@@ -5,9 +5,9 @@
                       our JSONL, the released `clip|output` text, the released judged JSON, or the last two together
   table 4             give --judge twice: each judge's figures and their agreement
 
-Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% bootstrap intervals, recall per class and
-confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their key from
-OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
+Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% intervals over resampled clips, recall per
+class and confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their
+key from OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,15 +15,15 @@ from itertools import combinations
 from pathlib import Path
 
 from erv_min.data.examples import check_clips, load_examples, summary
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import atomic_write, write_json, write_jsonl
+from erv_min.data.predictions import predict_to_file
+from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
-from erv_min.run.processes import run_script
-from erv_min.data.predictions import predict_to_file, read_predictions
+from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.files import atomic_write, write_json, write_jsonl
+from erv_min.run.processes import join_processes, run_script
 from erv_min.run.settings import PredictionSettings, checked, parser_for, setting
 from erv_min.run.start import load_policy
-from erv_min.run.processes import join_processes
 
 
 @dataclass
@@ -33,9 +33,11 @@ class EvaluateSettings(PredictionSettings):
     split: str = setting("test", "which split of --data", ("test", "train", "tune"))
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
-    bootstrap: int = setting(1000, "resamples for the 95% intervals; 0: none", least=0)
+    bootstrap: int = setting(1000, "resamples of the clips for the 95% intervals; 0: none", least=0)
     judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
     concurrency: int = setting(8, "requests to a hosted judge at once", least=1)
+    reply_tokens: int = setting(0, "longest reply of a hosted judge in tokens, a reasoning model's thoughts included; "
+                                   "0: 16", least=0)
 
 
 def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
@@ -52,29 +54,21 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
         print(summary(examples), flush=True)
     out = Path(settings.out)
     found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if processes.main else None)
-    builder = load_policy(settings, processes)
-    rows, failed = predict_to_file(builder, found, processes, out, settings)
+    policy = load_policy(settings, processes)
+    rows, failed = predict_to_file(policy, found, processes, out, settings)
     there = {example.path for example in found}
-    return rows, {"missing": [e.video_id for e in examples if e.path not in there], "unknown": [], "failed": failed,
-                  "towers": builder.model.tower_source}
-
-
-def figures(rows: list[dict], rule: str = "paper", resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
-    """Data set -> score, with "intervals" beside it."""
-    results = {}
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        part = [row for row in rows if row["dataset"] == dataset]
-        results[dataset] = score(part, dataset, rule)
-        if resamples:
-            results[dataset]["intervals"] = bootstrap(part, dataset, resamples, seed, rule)
-    return results
+    missing = [example.video_id for example in examples if example.path not in there]
+    if failed and len(missing) + len(failed) > settings.allow_missing * len(examples):
+        raise DataError(f"{len(failed)} of {len(examples)} clips could not be decoded ({out}/failed_clips.jsonl) and "
+                        f"{len(missing)} are missing, the first: {failed[0]}; where that is how it is, go on with "
+                        "--resume and a larger --allow-missing")
+    return rows, {"missing": missing, "unknown": [], "failed": failed, "towers": policy.model.tower_source}
 
 
 def make_judges(specs: list[str], settings: EvaluateSettings, device="cpu") -> dict:
     """Judge by name. Raises JudgeError: an unknown one, or a missing key, is told before the predictions begin."""
     cache = settings.judge_cache or Path(settings.out) / "judge-cache.jsonl"
-    hosted = {"concurrency": settings.concurrency}
-    return {spec: make_judge(spec, cache, device, **(hosted if spec.partition(":")[0] in ("openai", "gemini", "hf") else {}))
+    return {spec: make_judge(spec, cache, device, concurrency=settings.concurrency, reply_tokens=settings.reply_tokens)
             for spec in specs}
 
 
@@ -89,8 +83,29 @@ def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
     return result
 
 
+def figures(rows: list[dict], settings: EvaluateSettings) -> dict[str, dict]:
+    """Data set -> score, with "intervals" beside it."""
+    results = {}
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        part = [row for row in rows if row["dataset"] == dataset]
+        results[dataset] = score(part, dataset, settings.rule)
+        if settings.bootstrap:
+            results[dataset]["intervals"] = bootstrap(part, dataset, settings.bootstrap, settings.seed, settings.rule)
+    return results
+
+
+def agreements_of(judged: dict[str, list[dict]]) -> dict[str, dict]:
+    """Data set -> "A and B" -> agreement of two judges, the second as truth."""
+    found = {}
+    for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):
+        for dataset in dict.fromkeys(row["dataset"] for row in rows_a):
+            said = ([row["judged_emotion"] for row in rows if row["dataset"] == dataset] for rows in (rows_a, rows_b))
+            found.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
+    return found
+
+
 def confusion_text(result: dict) -> str:
-    """The confusion matrix, a row a true label, a column a prediction; recall in percent at the end of a row."""
+    """The confusion matrix, true labels in rows, predictions in columns; recall in percent at a row's end."""
     names = [*result["labels"], "unknown"]
     width = max(map(len, names)) + 1
     lines = [" " * width + "".join(f"{name[:7]:>8}" for name in names) + f"{'recall':>8}"]
@@ -101,28 +116,37 @@ def confusion_text(result: dict) -> str:
     return "\n".join(lines)
 
 
+def beside_the_figures(result: dict) -> str:
+    """One system's intervals, how far its right answers hang together (section 6), and what could not be counted."""
+    spans = ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in result.get("intervals", {}).items()
+                      if name in COLUMNS)
+    coherent = result["FCR/WAR"]
+    return ((f"95% intervals over clips {spans}; " if spans else "")
+            + (f"right answers with an incoherent explanation (1 - FCR/WAR) {100 - coherent:.2f}; "
+               if coherent is not None else "")
+            + f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged outside the list, "
+              f"{result['judge_errors']} judge errors")
+
+
+def agreement_text(pair: str, value: dict) -> str:
+    if not value["n"]:
+        return f"{pair}: no explanation has an emotion from both judges ({value['left_out']} left out)"
+    kappa = f"{value['kappa']:.3f}" if value["kappa"] is not None else "-"
+    return (f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, kappa {kappa} "
+            f"({value['left_out']} left out)")
+
+
 def report(name: str, results: dict[str, dict], agreements: dict) -> str:
     """What is printed and kept as table.txt."""
-    several = len(results) > 1
     parts = []
     for dataset in next(iter(results.values())):
-        scores = {f"{name}, {judge}" if several else name: result[dataset] for judge, result in results.items()}
+        scores = {f"{name}, {judge}" if len(results) > 1 else name: result[dataset]
+                  for judge, result in results.items()}
         first = next(iter(scores.values()))
         parts.append(f"{dataset}, {first['n']} clips (percent; judged by {', '.join(results)})\n{table(scores)}")
-        for system, result in scores.items():
-            spans = ", ".join(f"{m} {low:.1f} to {high:.1f}" for m, (low, high) in result.get("intervals", {}).items()
-                              if m in COLUMNS)
-            parts.append(f"{system}: " + (f"95% intervals {spans}; " if spans else "")
-                         + f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged outside "
-                           f"the list, {result['judge_errors']} judge errors")
+        parts += [f"{system}: {beside_the_figures(result)}" for system, result in scores.items()]
         parts.append(confusion_text(first))
-        for pair, value in agreements.get(dataset, {}).items():
-            if not value["n"]:
-                parts.append(f"{pair}: no explanation has an emotion from both judges ({value['left_out']} left out)")
-                continue
-            kappa = f"{value['kappa']:.3f}" if value["kappa"] is not None else "-"
-            parts.append(f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, "
-                         f"kappa {kappa} ({value['left_out']} left out)")
+        parts += [agreement_text(pair, value) for pair, value in agreements.get(dataset, {}).items()]
     return "\n".join(parts) + "\n"
 
 
@@ -141,25 +165,25 @@ def main(argv: list[str] | None = None) -> None:
         judges = ["lexicon"]
     processes = join_processes(settings.device)
     judges = make_judges(judges, settings, processes.device) if processes.main else {}
+
     rows, lost = predictions_of(settings, processes)
     if not processes.main:
         return
-    out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
     judged = judged_by(judges, rows)
-    results = {judge: figures(part, settings.rule, settings.bootstrap, settings.seed) for judge, part in judged.items()}
-    agreements = {}
-    for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):
-        for dataset in next(iter(results.values())):
-            said = ([r["judged_emotion"] for r in part if r["dataset"] == dataset] for part in (rows_a, rows_b))
-            agreements.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
+    results = {judge: figures(part, settings) for judge, part in judged.items()}
+    agreements = agreements_of(judged)
+
+    out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
+    for path in out.glob("judged-*.jsonl"):  # of an evaluation before this one, maybe with more judges
+        path.unlink()
     for number, part in enumerate(judged.values(), 1):
         write_jsonl(out / f"judged-{number}.jsonl", part)
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
                                       "agreement": agreements, **lost})
-    lost.pop("towers", None)
     text = report(name, results, agreements)
     atomic_write(out / "table.txt", text)
-    print(text + "".join(f"{len(clips)} clips {kind}, e.g. {clips[0]}\n" for kind, clips in lost.items() if clips)
+    print(text + "".join(f"{len(lost[kind])} clips {kind}, e.g. {lost[kind][0]}\n"
+                         for kind in ("missing", "unknown", "failed") if lost[kind])
           + f"files: {out}/metrics.json, table.txt, judged-*.jsonl")
 
 

@@ -1,34 +1,31 @@
 """One clip in, explanation and emotion out: `scripts/infer.py clip.mp4 --model FOLDER_OR_REPO [...]`
 
-Clips may be files, folders, or text files with a path a line. On a terminal the answer appears as it is sampled. The
+Clips may be files, folders, or text files with a path per line. On a terminal the answer appears as it is sampled. The
 prompt and the temperature are section 4.3's; released ones were evaluated with --geometry stretch (divergence 11).
 --explain-reward happy --erv FOLDER shows what the verifier reads in each sentence, and R_E for that label (Eq. 4).
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from erv_min.data.readers import Example
-from erv_min.emotions import to_erv
-from erv_min.run.errors import ClipError, DataError, SettingsError
-from erv_min.erv import Verifier
-from erv_min.generate import rollout, sampling_noise
-from erv_min.inputs import Collator, clip_inputs, embed
-from erv_min.run.processes import run_script
+from erv_min.data.predictions import answers
 from erv_min.data.readers import CLIP_SUFFIXES, read_text
-from erv_min.rewards import (RewardSettings, explanation_reward, extract_answer, extract_explanation, select_labels,
-                             sentences_of)
+from erv_min.emotions import to_erv
+from erv_min.erv import Verifier
+from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of
+from erv_min.run.errors import ClipError, DataError, SettingsError
+from erv_min.run.processes import join_processes, run_script
 from erv_min.run.settings import Answers, checked, parser_for, setting
 from erv_min.run.start import load_policy
-from erv_min.run.processes import join_processes
 
 
 def find_clips(names: list[str]) -> list[Path]:
-    """Files, folders (their clips, sorted) and lists (.txt, a path a line, relative to the list) -> paths of clips."""
+    """Files, folders (their clips, sorted) and lists (.txt, a path per line, relative to the list) -> clips."""
     clips = []
     for path in map(Path, names):
         if path.is_dir():
@@ -47,7 +44,11 @@ class Stream:
     """Shows an answer while it is sampled: prints what each token adds to the text."""
 
     def __init__(self, tokenizer, file=sys.stdout):
-        self.tokenizer, self.file, self.ids, self.shown = tokenizer, file, [], ""
+        self.tokenizer, self.file = tokenizer, file
+        self.start()
+
+    def start(self) -> None:
+        self.ids, self.shown = [], ""
 
     def __call__(self, ids: torch.Tensor) -> None:
         self.ids.append(int(ids[0]))
@@ -55,16 +56,6 @@ class Stream:
         if text.startswith(self.shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
             print(text[len(self.shown):], end="", file=self.file, flush=True)
             self.shown = text
-
-
-@torch.no_grad()
-def answer(builder: Collator, inputs, settings: Answers, on_token=None) -> str:
-    """The model's output for one clip, as text."""
-    length, temperature = settings.max_new_tokens, settings.temperature
-    noise = sampling_noise(settings.seed, 0, [0], 1, length) if temperature > 0 else None
-    completions = rollout(builder.model, embed(builder.model, builder([inputs])), 1, length, builder.tokenizer.eos_id, noise,
-                          temperature, top_p=settings.top_p, on_token=on_token)
-    return builder.tokenizer.decode(completions.ids[0][completions.mask[0]].tolist(), skip_special=True)
 
 
 def explain_reward(output: str, e_gt: str, verifier: Verifier, settings: RewardSettings = RewardSettings()) -> dict:
@@ -81,53 +72,60 @@ def explain_reward(output: str, e_gt: str, verifier: Verifier, settings: RewardS
 @dataclass
 class InferSettings(Answers):
     subtitle: str = setting("", "what is said in the clip, for the prompt")
-    json: bool = setting(False, "one JSON object a clip instead of text")
+    json: bool = setting(False, "one JSON object per clip instead of text")
     explain_reward: str = setting("", "show each sentence's emotions and R_E for this label (Eq. 4)")
     erv: str = setting("", "the verifier for it: a folder or a hub repository", path="hub")
     tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
 
 
+def show_reward(reward: dict | None) -> None:
+    """What `explain_reward` found, a line per sentence."""
+    if reward:
+        for sentence in reward["sentences"]:
+            print(f"  [{', '.join(f'{name} {p:.2f}' for name, p in sentence['labels'].items())}] {sentence['text']}")
+        print(f"  R_E for {reward['label']}: {reward['R_E']:.3f}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = parser_for(InferSettings, __doc__)
-    parser.add_argument("clips", nargs="+", help="clips, folders of clips, or .txt files with a path a line")
+    parser.add_argument("clips", nargs="+", help="clips, folders of clips, or .txt files with a path per line")
     given = vars(parser.parse_args(argv))
-    names, args = given.pop("clips"), checked(parser, InferSettings, given)
-    if not args.model:
+    names, settings = given.pop("clips"), checked(parser, InferSettings, given)
+    if not settings.model:
         raise SettingsError("--model: name a checkpoint, a folder or a hub repository")
-    if bool(args.explain_reward) != bool(args.erv):
+    if bool(settings.explain_reward) != bool(settings.erv):
         raise SettingsError("--explain-reward LABEL and --erv FOLDER go together")
-    if args.explain_reward:
-        to_erv(args.explain_reward)  # an unknown label is said before the model is loaded
-    clips, processes = find_clips(names), join_processes(args.device)
-    builder = load_policy(args, processes, lambda line: print(line, file=sys.stderr))
-    verifier = Verifier.load(args.erv, processes.device) if args.erv else None
-    examples = [Example(path.stem, path, "", "", subtitle=args.subtitle) for path in clips]
-    num_frames = args.num_frames or builder.model.config.num_frames
-    stream = clip_inputs(examples, builder.model.config, None, args.modality, num_frames, args.geometry,
-                         workers=2 if len(clips) > 1 else 0)
-    failed = 0
-    for path, inputs in zip(clips, stream):
-        if isinstance(inputs, ClipError):
-            failed += 1
-            print(f"ClipError: {inputs}", file=sys.stderr)
-            continue
-        live = not args.json and sys.stdout.isatty()
-        if not args.json and len(clips) > 1:
-            print(f"== {path}")
-        output = answer(builder, inputs, args, Stream(builder.tokenizer) if live else None)
-        result = {"clip": str(path), "emotion": extract_answer(output), "explanation": extract_explanation(output),
-                  "output": output}
-        if verifier:
-            result["reward"] = explain_reward(output, args.explain_reward, verifier, RewardSettings(tau=args.tau))
-        if args.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
-            continue
-        print("" if live else output)
-        if verifier:
-            for sentence in result["reward"]["sentences"]:
-                marks = ", ".join(f"{label} {p:.2f}" for label, p in sentence["labels"].items())
-                print(f"  [{marks}] {sentence['text']}")
-            print(f"  R_E for {args.explain_reward}: {result['reward']['R_E']:.3f}")
+    if settings.explain_reward:
+        to_erv(settings.explain_reward)  # an unknown label is said before the model is loaded
+    clips, processes = find_clips(names), join_processes(settings.device)
+    policy = load_policy(settings, processes, lambda line: print(line, file=sys.stderr))
+    verifier = Verifier.load(settings.erv, processes.device) if settings.erv else None
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer
+    live, failed = not settings.json and sys.stdout.isatty(), 0
+    stream = Stream(policy.tokenizer) if live else None
+    found = answers(policy, clips, settings, settings.subtitle, stream)
+    try:
+        for path in clips:
+            if not settings.json and len(clips) > 1:
+                print(f"== {path}", flush=True)
+            if live:
+                stream.start()
+            said = next(found)
+            if isinstance(said, ClipError):
+                failed += 1
+                print(f"ClipError: {said}", file=sys.stderr)
+                continue
+            row = {"clip": str(path), "emotion": said.emotion, "explanation": said.explanation, "output": said.text}
+            if verifier:
+                row["reward"] = explain_reward(said.text, settings.explain_reward, verifier,
+                                               RewardSettings(tau=settings.tau))
+            if settings.json:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+            else:
+                print("" if live else said.text, flush=True)  # on a terminal it stands there already
+                show_reward(row.get("reward"))
+    except BrokenPipeError:  # the reader has seen enough (| head -1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed has no reader
     if failed:
         sys.exit(f"{failed} of {len(clips)} clips could not be decoded")
 

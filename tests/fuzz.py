@@ -315,18 +315,20 @@ class Checkpoints:
 class Predictions:
     def __init__(self, folder: Path):
         from erv_min.data.readers import Example
-        self.examples = [Example(str(i), Path(f"{i}.mp4"), "happy", "dfew", split="test") for i in range(5)]
-        self.rows = [{"video_id": str(i), "output": "<think>She smiles.</think><answer>happy</answer>", "ground_truth": "happy",
-                      "dataset": "dfew"} for i in range(5)]
+        self.examples = [Example(str(i), Path(f"{dataset}/{i}.mp4"), label, dataset, split="test")
+                         for dataset, label in (("dfew", "happy"), ("mafw", "happiness")) for i in range(5)]
+        self.rows = [{"video_id": x.video_id, "output": "<think>She smiles.</think><answer>happy</answer>",
+                      "ground_truth": x.label, "dataset": x.dataset} for x in self.examples]
         self.judged = [{f"{i}.mp4": {"reason": "She smiles.", "gpt_response": "Happy"}} for i in range(5)]
         self.text = "\n".join(f"{i}.mp4|<think>She\nsmiles.</think>\n<answer>happy</answer>" for i in range(5))
 
     def run(self, rng, folder):
         from erv_min.emotions import labels
         from erv_min.run.files import append_jsonl, write_json
-        from erv_min.judge import ChatClient, judge_rows, make_judge, read_answer
+        from erv_min.judge import judge_rows, make_judge, read_answer
         from erv_min.metrics import score
-        from erv_min.data.predictions import read_predictions
+        from erv_min.run.chat import ChatClient
+        from erv_min.data.results import read_predictions
         for _ in range(3):
             said = mutate_text(rng.choice(("happy", "Answer: Happy.", "The emotion is sad", "neutral\n")), rng)
             judgement = read_answer(said.decode("utf-8", rng.choice(("replace", "ignore", "surrogateescape"))), labels("dfew"))
@@ -337,16 +339,18 @@ class Predictions:
         elif kind == "judged":
             path.write_bytes(dump(mutate_json(self.judged, rng), rng))
         elif kind == "rows":
-            rows = [mutate_json(row, rng) if rng.random() < 0.3 else row for row in self.rows]
+            rows = [mutate_json(row, rng) if rng.random() < 0.1 else row for row in self.rows]
             text = "\n".join(json.dumps(row) for row in rows)
             path.write_bytes(mutate_text(text, rng) if rng.random() < 0.3 else text.encode())
         else:
             rows = [mutate_json({"key": "k", "model": "m", "raw": "happy"}, rng) for _ in range(3)]
             path.write_bytes(b"\n".join(dump(row, rng) for row in rows))
             os.environ["OPENAI_API_KEY"] = "sk-planted"
-            ChatClient("openai:gpt-4.1-mini", path).estimate(["x"])
+            assert all(answer.strip() for answer in ChatClient("openai:gpt-4.1-mini", path).answers.values())
             return
-        rows, _ = read_predictions(str(path), self.examples if kind != "rows" or rng.random() < 0.5 else [])
+        examples = self.examples if kind == "rows" else self.examples[:5]  # the other forms name no data set
+        rows, _ = read_predictions(str(path), examples if kind != "rows" or rng.random() < 0.5 else [])
+        assert len({(row["dataset"].lower(), row["video_id"]) for row in rows}) == len(rows)
         judge_rows([row for row in rows], make_judge("lexicon"))
         for dataset in {row["dataset"] for row in rows}:
             write_json(folder / "scores.json", score([row for row in rows if row["dataset"] == dataset], dataset))

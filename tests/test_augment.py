@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import augment  # noqa: E402
 from test_judge import bad, good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
-from erv_min.data.readers import Example  # noqa: F401
-from erv_min.run.errors import DataError  # noqa: F401
-from erv_min.run.files import read_jsonl  # noqa: F401
-from erv_min.judge import ChatClient  # noqa: F401
+from erv_min.data.readers import Example
+from erv_min.run.errors import DataError
+from erv_min.run.files import read_jsonl, write_jsonl
+from erv_min.run.chat import ChatClient
 
 MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
         "helplessness",
@@ -34,7 +34,7 @@ def rows_of(*texts: str, **fields) -> list[dict]:
 
 @pytest.mark.parametrize("raw, labels", [
     ("anger", ["anger"]), ("Anger, Sadness.", ["anger", "sadness"]), ("anger and fear", ["anger", "fear"]),
-    ("happy", ["happiness"]), ("anger, anger", ["anger"]), ("anger, sadness, fear", []), ("anger, joyful", []),
+    ("happy", ["happiness"]), ("anger, anger", ["anger"]), ("anger, sadness, fear", []), ("anger, content", []),
     ("", []),
     ("I cannot say.", []),
 ])
@@ -48,7 +48,7 @@ def test_label_keeps_raw_answers_rejects_and_removes_repeats(serve, tmp_path):  
     api = serve(lambda prompt, times: good(answers[reason(prompt)]) if answers[reason(prompt)] else bad(400))
     rows = rows_of("He shouts.", "She weeps,  alone.", "she WEEPS, alone.", "A wall.", "Oops.", raw="<think>..",
                    model="r1")
-    kept, rejected = augment.labelled(rows, client(tmp_path / "cache.jsonl"), seed=3, show=lambda text: None)
+    kept, rejected = augment.labelled(rows, client(tmp_path / "cache.jsonl"), seed=3)
     assert [(row["text"], row["labels"]) for row in kept] == [
         ("He shouts.", ["anger"]), ("She weeps,  alone.", ["sadness", "helplessness"])]
     assert kept[1] | {"raw": "sadness, helplessness", "description_raw": "<think>..", "described_by": "r1",
@@ -66,24 +66,20 @@ def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monke
         return good("fear")
 
     api = serve(behave)
-    augment.write_rows(tmp_path / "raw.jsonl", rows_of(*(f"Text {i}." for i in range(150))))
+    write_jsonl(tmp_path / "raw.jsonl", rows_of(*(f"Text {i}." for i in range(150))))
     command = ["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:gpt-4.1", "--out",
                str(tmp_path / "out.jsonl"),
                "--concurrency", "4"]
-    real = augment._progress
 
-    def stopping(name, show):
-        def on_reply(done, total):
-            real(name, show)(done, total)
-            if done == 60:
-                raise KeyboardInterrupt
-        return on_reply
+    def stop(self, done, total):
+        if done == 60:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(augment, "_progress", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        augment.main(command)
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatClient, "progress", stop)
+        with pytest.raises(KeyboardInterrupt):
+            augment.main(command)
     assert not (tmp_path / "out.jsonl").exists() and 60 <= sum(api.asked.values()) < 150
-    monkeypatch.setattr(augment, "_progress", real)
     augment.main(command)
     assert set(api.asked.values()) == {1} and len(api.asked) == 150
     rows = read_jsonl(tmp_path / "out.jsonl")
@@ -93,7 +89,7 @@ def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monke
 
 def test_test_clips_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    augment.write_rows(tmp_path / "raw.jsonl", rows_of("a", "b", split="test"))
+    write_jsonl(tmp_path / "raw.jsonl", rows_of("a", "b", split="test"))
     for step in ("label", "complement"):
         with pytest.raises(DataError, match="2 rows come from a test split, the first: clip dfew/0"):
             augment.main([step, "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out",
@@ -126,7 +122,7 @@ def test_complement_command(serve, tmp_path, capsys):  # noqa: F811
         return good("Fear 1." if emotion == "fear" else f"Target Emotion: Disgust\nA new text, number {draw}.")
 
     api = serve(behave)
-    augment.write_rows(tmp_path / "pool.jsonl", pool())
+    write_jsonl(tmp_path / "pool.jsonl", pool())
     out = tmp_path / "more.jsonl"
     augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:gpt-4.1-mini", "--out",
                   str(out),
@@ -157,7 +153,7 @@ def test_annotated_leaves_doubt_out_and_stats_count_labels(tmp_path, capsys):
     assert [(row["text"], row["labels"], row["source"], row["clip"]) for row in rows] == [
         ("Her voice shakes.", ["anxiety"], "emer", "emer/a"), ("He shouts.", ["anger"], "merr", "merr/c")]
     assert left == {"doubt": 1, "without a description": 1}
-    augment.write_rows(tmp_path / "rows.jsonl", rows + rows_of("x", labels=["anger", "fear"]))
+    write_jsonl(tmp_path / "rows.jsonl", rows + rows_of("x", labels=["anger", "fear"]))
     augment.main(["stats", "--input", str(tmp_path / "rows.jsonl")])
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     column = lines["source"].index("anger")

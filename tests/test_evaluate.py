@@ -1,7 +1,10 @@
 """Predictions in every form -> judge -> metrics.json; one clip in, explanation out (section 4.2, tables 1 and 4)."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +19,19 @@ import infer  # noqa: E402
 from conftest import GOLDEN  # noqa: E402
 from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
-from erv_min.checkpoint import save_humanomni  # noqa: F401
-from erv_min.config import humanomni  # noqa: F401
-from erv_min.data.examples import load_examples  # noqa: F401
-from erv_min.data.readers import Example  # noqa: F401
-from erv_min.run.errors import DataError, JudgeError, SettingsError  # noqa: F401
-from erv_min.run.files import read_json, read_jsonl  # noqa: F401
-from erv_min.model.humanomni import HumanOmni, init_weights  # noqa: F401
-from erv_min.data.predictions import clip_key, read_predictions  # noqa: F401
-from erv_min.rewards import RewardSettings  # noqa: F401
-from erv_min.toy.world import WorldSettings, build_world  # noqa: F401
+from erv_min.checkpoint import save_humanomni
+from erv_min.config import humanomni
+from erv_min.data import predictions
+from erv_min.data.examples import load_examples
+from erv_min.data.readers import Example
+from erv_min.run.errors import ClipError, DataError, JudgeError, SettingsError
+from erv_min.run.files import read_json, read_jsonl
+from erv_min.model.humanomni import HumanOmni, init_weights
+from erv_min.data.results import clip_key, read_predictions
+from erv_min.rewards import RewardSettings
+from erv_min.toy.world import WorldSettings, build_world
+
+ROOT = Path(__file__).parent.parent
 
 
 def clips(*labels: str, dataset: str = "dfew") -> list[Example]:
@@ -76,16 +82,40 @@ def test_our_rows_with_and_without_data(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("no record at all", "line 1: expected `clip|output`"),
-    ("1.mp4|a\n1.mp4|b", "line 2: clip 1.mp4 was already on line 1"),
+    ("1.mp4|a\n1.mp4|b", "line 2: a second output of clip 1, after .*line 1"),
     ("7.mp4|a", "no prediction for a clip of --data; the first there: 7.mp4"),
     ('[{"1": "happy"}]', "entry 0: expected"),
     ('[{"1": {"reason": "a", "gpt_response": "b"}}, {"1": {"reason": "a", "gpt_response": "b"}}]',
-     "entry 1: clip 1 is there twice"),
+     "entry 1: a second judgement of clip 1, after .*entry 0"),
+    ('{"video_id": "1", "output": "a"}\n{"video_id": "01", "output": "b"}',
+     "row 2: a second output of clip 1, after .*row 1"),
     ("[{]", "not JSON"), ('{"video_id": "1"}', "row 1: expected fields video_id and output"),
 ])
 def test_damaged_predictions(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
         read_predictions(write(tmp_path / "p", text), clips("happy", "sad"))
+
+
+def test_clips_of_two_data_sets_with_the_same_numbers_stay_apart(tmp_path):
+    """100 DFEW rows and 100 MAFW rows of the same numbers are 200 predictions."""
+    def row(i, dataset, label):
+        return {"video_id": f"{i:05d}", "output": f"{dataset} {i}", "ground_truth": label, "dataset": dataset}
+
+    rows = [row(i, "dfew", "sad") for i in range(1, 101)] + [row(i, "mafw", "fear") for i in range(1, 101)]
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    assert read_predictions(path, [])[0] == rows
+    examples = [Example(r["video_id"], Path(f"/{r['dataset']}/{r['video_id']}.mp4"), r["ground_truth"], r["dataset"])
+                for r in rows]
+    found, lost = read_predictions(path, examples[::-1])
+    assert found == rows[::-1] and lost == {"missing": [], "unknown": []}
+    found, lost = read_predictions(path, examples[:150])
+    assert found == rows[:150] and len(lost["unknown"]) == 50
+    only = write(tmp_path / "mafw.jsonl", "".join(json.dumps(r) + "\n" for r in rows[100:]))
+    with pytest.raises(DataError, match="no prediction for a clip of --data"):  # they are of another data set
+        read_predictions(only, examples[:100])
+    evaluate.main(["--predictions", path, "--judge", "lexicon", "--out", f"{tmp_path}/out", "--bootstrap", "0"])
+    figures = read_json(tmp_path / "out" / "metrics.json")["judges"]["lexicon"]
+    assert {name: result["n"] for name, result in figures.items()} == {"dfew": 100, "mafw": 100}
 
 
 def test_predictions_need_labels_and_one_data_set(tmp_path):
@@ -154,6 +184,43 @@ def test_two_judges_and_their_agreement(serve, tmp_path, capsys):  # noqa: F811
     assert "the judges agree on 100.0% of 2 explanations" in capsys.readouterr().out
     evaluate.main(command)  # again: everything is in the cache
     assert set(api.asked.values()) == {1}
+    assert "right answers with an incoherent explanation (1 - FCR/WAR) 50.00" in capsys.readouterr().out
+    evaluate.main(["--predictions", path, "--judge", "lexicon", "--out", f"{tmp_path}/out"])
+    assert [p.name for p in (tmp_path / "out").glob("judged-*")] == ["judged-1.jsonl"]  # no second judge's, from before
+
+
+def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    monkeypatch.setattr("erv_min.run.chat.ChatClient.__init__.__defaults__", (None, 8, 60, 6, 0.01, 20, 0, print))
+    rows = [{"video_id": str(i), "output": f"<think>{i}</think><answer>sad</answer>", "ground_truth": "sad",
+             "dataset": "dfew"} for i in range(3)]
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(JudgeError, match="none of 3 requests was answered, the first: .*[Cc]onnect"):
+        evaluate.main(["--predictions", path, "--judge", "openai:m", "--out", f"{tmp_path}/out"])
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("script, options, told", [
+    (evaluate, ["--limit", "-3"], "--limit must be at least 0"),
+    (evaluate, ["--batch-size", "0"], "--batch-size must be"),
+    (evaluate, ["--max-new-tokens", "0"], "--max-new-tokens must be"),
+    (evaluate, ["--bootstrap", "-5"], "--bootstrap must be"),
+    (evaluate, ["--workers", "-1"], "--workers must be"), (evaluate, ["--concurrency", "0"], "--concurrency must be"),
+    (evaluate, ["--predict", "x"], "unrecognized arguments: --predict"),
+    (infer, ["clip.mp4", "--max-new-tokens", "0"], "--max-new-tokens must be"),
+    (infer, ["clip.mp4", "--max-new", "5"], "unrecognized arguments: --max-new"),
+    (augment, ["describe", "--batch-size", "0"], "--batch-size must be"),
+    (augment, [*"label --input a --out b --ask openai:m --concurrency 0".split()], "--concurrency must be"),
+    (augment, [*"complement --input a --out b --ask openai:m --per-class -1".split()], "--per-class must be"),
+    (augment, ["label", "--out", "b", "--ask", "openai:m"], "label needs --input"),
+    (augment, ["stats", "--inp", "a"], "unrecognized arguments: --inp"),
+])
+def test_a_wrong_option_is_one_line_before_anything_is_loaded(script, options, told, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(options)
+    assert stopped.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_answers_without_explanations_are_judged_by_two_as_well(tmp_path, capsys):
@@ -161,7 +228,8 @@ def test_answers_without_explanations_are_judged_by_two_as_well(tmp_path, capsys
              "dataset": "dfew"} for i, answer in enumerate(("sad", "happy"))]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     evaluate.main(["--predictions", path, "--judge", "lexicon", "--judge", "lexicon2", "--out", f"{tmp_path}/out"])
-    assert "lexicon and lexicon2: no explanation has an emotion from both judges (2 left out)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "lexicon and lexicon2: no explanation has an emotion from both judges (2 left out)" in printed
     found = read_json(tmp_path / "out" / "metrics.json")["judges"]["lexicon"]["dfew"]
     assert (found["WAR"], found["EEA"], found["FCR"]) == (50, 0, 0)
 
@@ -177,7 +245,7 @@ def test_too_many_missing_predictions(tmp_path):
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(metrics["missing"]) == 100 and metrics["judges"]["no judge"]["dfew"]["EEA"] is None
     for wrong in (["--out", "x"], ["--model", "m"], ["--model", "m", "--predictions", "p"]):
-        with pytest.raises(SettingsError):
+        with pytest.raises((SettingsError, SystemExit)):
             evaluate.main(wrong)
 
 
@@ -220,11 +288,10 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="other settings"):
         run_model(world, tmp_path / "whole", "--resume", "--temperature", "0")
 
-    from erv_min.data import predictions as results
     chunked = evaluate.predict_to_file
     monkeypatch.setattr(evaluate, "predict_to_file", lambda *args, **kwargs: chunked(*args, chunk=2, **kwargs))
     rows = run_model(world, tmp_path / "chunks")
-    real, calls = results.predict, []
+    real, calls = predictions.predict, []
 
     def stops_in_the_third_chunk(*args, **kwargs):
         calls.append(args[1])
@@ -232,7 +299,7 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(results, "predict", stops_in_the_third_chunk)
+    monkeypatch.setattr(predictions, "predict", stops_in_the_third_chunk)
     with pytest.raises(KeyboardInterrupt):
         run_model(world, tmp_path / "stopped")
     path = tmp_path / "stopped" / "predictions.jsonl"
@@ -249,7 +316,10 @@ def test_undecodable_and_missing_clips_are_listed(world, tmp_path):
     test[2].path.unlink()
     with pytest.raises(DataError, match="1 of 6 clips are missing"):
         run_model(copy, tmp_path / "out")
-    rows = run_model(copy, tmp_path / "out", "--allow-missing", "0.2")
+    with pytest.raises(DataError, match="1 of 6 clips could not be decoded .* and 1 are missing, .*--resume"):
+        run_model(copy, tmp_path / "out", "--allow-missing", "0.2")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    rows = run_model(copy, tmp_path / "out", "--allow-missing", "0.4", "--resume")
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(rows) == 4 and metrics["missing"] == [test[2].video_id] and test[1].path.name in metrics["failed"][0]
     assert (tmp_path / "out" / "missing_clips.txt").read_text() == f"{test[2].path}\n"
@@ -300,6 +370,48 @@ def test_infer_one_clip_a_folder_and_a_list(world, tmp_path, capsys):
         infer.main([str(clip), *options, "--explain-reward", "bored", "--erv", "x"])
     with pytest.raises(SettingsError, match="go together"):
         infer.main([str(clip), *options, "--explain-reward", "happy"])
+
+
+def test_one_clip_in_five_lines_of_python(world, tmp_path, capsys):
+    """The lines that the module's docstring and the README show, and infer.py's answer."""
+    clip = load_examples(f"toy:{world}", "test")[0].path
+    lines = [line.strip() for line in predictions.__doc__.splitlines() if line.startswith("    ")]
+    code = "\n".join(lines).replace("clip.mp4", str(clip)).replace(
+        '"runs/toy/sft"', f'"{world}/model", max_new_tokens=6, device="cpu"')
+    found = {}
+    exec(code, found)
+    said, printed = found["said"], capsys.readouterr().out.splitlines()[-1]
+    infer.main([str(clip), "--model", str(world / "model"), "--max-new-tokens", "6", "--device", "cpu", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert said == predictions.Answer(shown["explanation"], shown["emotion"], shown["output"])
+    assert len(lines) == 5 and printed == f"{said.emotion} {said.explanation}" and said.text
+    (tmp_path / "bad.mp4").write_bytes(b"x")
+    with pytest.raises(ClipError, match="bad.mp4"):
+        predictions.answer(found["policy"], tmp_path / "bad.mp4", found["settings"])
+    with pytest.raises(SettingsError, match="--max-new-tokens"):
+        predictions.load_policy_for(predictions.Answers(model="x", max_new_tokens=0))
+
+
+def test_infer_into_a_closed_pipe(world):
+    clips = [example.path for example in load_examples(f"toy:{world}", "test")[:2]]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/infer.py"), *map(str, clips), "--model", str(world / "model"),
+         "--max-new-tokens", "40", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.stdout.readline().startswith(b"== ")
+    process.stdout.close()  # as `| head -1` does
+    assert b"Traceback" not in process.stderr.read() and process.wait() == 0
+
+
+def test_an_answer_with_letters_that_the_terminal_lacks(world, monkeypatch):
+    clip = load_examples(f"toy:{world}", "test")[0].path
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    said = predictions.Answer("Größe", "sad", "<think>Größe</think>")
+    monkeypatch.setattr(infer, "answers", lambda *args: iter([said]))
+    infer.main([str(clip), "--model", str(world / "model"), "--device", "cpu"])
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"<think>Gr\\xf6\\xdfe</think>\n"
 
 
 def test_explained_reward_by_hand():

@@ -18,8 +18,9 @@ from erv_min.config import read_roberta
 from erv_min.data.examples import load_examples
 from erv_min.run.errors import CheckpointError, DataError, JudgeError
 from erv_min.run.files import append_jsonl, read_jsonl, write_json
-from erv_min.judge import ChatClient, HostedJudge, judge_rows
-from erv_min.data.predictions import read_predictions
+from erv_min.judge import HostedJudge, judge_rows
+from erv_min.run.chat import ChatClient
+from erv_min.data.results import read_predictions
 from erv_min.run.weights import open_weights
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from erv_min import judge as judge_module
-from erv_min.run.errors import DataError, JudgeError
-from erv_min.judge import ChatClient, ErvJudge, Judgement, make_judge, permuted, read_answer
+from erv_min.judge import (ErvJudge, HostedJudge, Judgement, explanation_of, judge_rows, make_judge, permuted,
+                           read_answer)
+from erv_min.metrics import score
+from erv_min.run.chat import ChatClient
+from erv_min.run.errors import DataError, DiskError, JudgeError
 
 KEY = "sk-planted-0123456789"
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
@@ -23,6 +25,7 @@ class FakeApi:
     """An OpenAI-compatible server on 127.0.0.1. `behave(prompt, times)` -> (status, headers, body | None to cut)."""
 
     def __init__(self, behave):
+        self.behave = behave
         self.asked, self.bodies, self.auth, self.most_at_once, self._now = Counter(), [], set(), 0, 0
         lock = threading.Lock()
         api = self
@@ -41,7 +44,7 @@ class FakeApi:
                     api.bodies.append(body)
                     api.auth.add(self.headers["Authorization"])
                 try:
-                    status, headers, content = behave(prompt, times)
+                    status, headers, content = api.behave(prompt, times)
                 finally:
                     with lock:
                         api._now -= 1
@@ -78,9 +81,9 @@ def reason(prompt: str) -> str:
     return re.search(r"Reason:\s*(.*?)\s*Answer Emotion:", prompt, re.DOTALL).group(1)
 
 
-def good(text: str):
+def good(text: str | None, finish_reason: str = "stop"):
     return 200, {}, json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
-        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}).encode()
+        {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}]}).encode()
 
 
 def bad(status: int, message: str = "no", **headers):
@@ -113,7 +116,7 @@ def client(cache=None, **options) -> ChatClient:
 
 def ask(texts, cache=None, labels=DFEW, **options):
     shown = []
-    judge = judge_module.HostedJudge(client(cache, **options), shown.append)
+    judge = HostedJudge(client(cache, show=shown.append, **options))
     return judge.judge(texts, labels), shown
 
 
@@ -133,7 +136,7 @@ def test_request_is_figure_3_at_temperature_0(serve):
 
 
 def test_order_repeats_empty_and_outside(serve):
-    answers = {"a": "Happy.", "b": "**sad**", "c": "content", "d": "happy, sad", "e": "I cannot tell.", "f": "",
+    answers = {"a": "Happy.", "b": "**sad**", "c": "content", "d": "happy, sad", "e": "I cannot tell.", "f": "?",
                "g": "Answer Emotion: fear", "h": "Happiness", "i": "unhappy"}
     api = serve(lambda prompt, times: good(answers[reason(prompt)]))
     texts = [*answers, "a", "", "  "]
@@ -204,7 +207,9 @@ def test_retry_after_is_honoured(serve):
     serve(behave)
     assert ask(["x"])[0][0].emotion == "sad" and stamps[1] - stamps[0] >= 1
     api = serve(lambda prompt, times: bad(429, **{"Retry-After": "3600"}))  # too long to wait for
-    assert ask(["x"])[0][0].status == "error" and api.explanation_counts() == {"x": 1}
+    with pytest.raises(JudgeError, match="may be asked again in 3600 s"):
+        ask(["x"])
+    assert api.explanation_counts() == {"x": 1}
 
 
 def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
@@ -215,7 +220,8 @@ def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
     assert [(j.emotion, j.status) for j in judgements] == [("sad", "ok"), (None, "error"), (None, "error")]
     assert api.explanation_counts() == {"a": 1, "b": 3, "c": 1}  # a 400 is not asked again
     assert len(cache.read_text().splitlines()) == 1
-    api = serve(lambda prompt, times: good("fear"))
+    api.behave = lambda prompt, times: good("fear")
+    api.asked.clear()
     judgements, shown = ask(["a", "b", "c"], cache)
     assert [j.emotion for j in judgements] == ["sad", "fear", "fear"] and api.explanation_counts() == {"b": 1, "c": 1}
     assert "2 requests (1 answered or repeated)" in shown[0]
@@ -238,6 +244,65 @@ def test_a_dead_server_ends_the_run(serve):
         ask([f"text {i}" for i in range(50)], retries=0, give_up=5)
 
 
+@pytest.mark.parametrize("text", [None, "", " \n"])
+def test_an_empty_reply_is_an_error_that_says_what_to_raise(serve, tmp_path, text):
+    """What reasoning models give where their thoughts take all of max_tokens: no answer, and none to keep."""
+    cache = tmp_path / "cache.jsonl"
+    api = serve(lambda prompt, times: good("sad") if reason(prompt) == "a" else good(text, "length"))
+    judgements, shown = ask(["a", "b"], cache)
+    assert judgements[0].emotion == "sad" and judgements[1].status == "error"
+    assert "cut at 16 tokens, raise --reply-tokens" in judgements[1].raw and judgements[1].raw in shown[-1]
+    assert len(cache.read_text().splitlines()) == 1 and api.explanation_counts() == {"a": 1, "b": 1}
+    api.behave = lambda prompt, times: good("fear") if api.bodies[-1]["max_tokens"] == 500 else good(text, "length")
+    assert [j.emotion for j in ask(["b"], cache, reply_tokens=500)[0]] == ["fear"]
+
+
+def test_an_empty_answer_of_an_older_cache_is_asked_again(serve, tmp_path):
+    api, cache = serve(lambda prompt, times: good("fear")), tmp_path / "cache.jsonl"
+    cache.write_text(json.dumps({"key": client().key("Reason: x Answer Emotion:"), "raw": ""}) + "\n")
+    assert client(cache).ask(["Reason: x Answer Emotion:"])[0].text == "fear" and sum(api.asked.values()) == 1
+
+
+def test_where_nothing_is_answered_the_first_reason_is_the_error(serve):
+    api = serve(lambda prompt, times: bad(400, "no such parameter"))
+    with pytest.raises(JudgeError, match="none of 3 requests was answered, the first: .*no such parameter"):
+        ask(["a", "b", "c"])
+    assert sum(api.asked.values()) == 3
+
+
+def test_one_prompt_that_is_always_refused_ends_no_evaluation(serve, tmp_path):
+    """The next run asks it alone, and it fails again: the others' answers are in the cache."""
+    serve(lambda prompt, times: bad(400, "content_filter") if reason(prompt) == "b" else good("sad"))
+    for _ in range(2):
+        assert [j.status for j in ask(["a", "b"], tmp_path / "cache.jsonl")[0]] == ["ok", "error"]
+
+
+def test_a_server_that_is_not_there_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # the discard port: nobody listens
+    waits = []
+    made = client(show=lambda text: None, backoff=1.0)
+    made._stop.wait = waits.append
+    made.answers[made.key("cached")] = "sad"
+    with pytest.raises(JudgeError, match="none of 1 requests was answered"):
+        made.ask(["cached", "y"])
+    waits.clear()
+    with pytest.raises(JudgeError, match="none of 1 requests was answered, the first: .*[Cc]onnect"):
+        made.ask(["x"])
+    assert len(waits) == 2 and sum(waits) < 5  # seconds; with all retries it was 60 and more
+
+
+def test_a_full_disk_is_told_and_nothing_is_paid_twice(serve, tmp_path, monkeypatch):
+    def full(path, row):
+        raise DiskError("the disk is full")
+
+    api = serve(lambda prompt, times: good("sad"))
+    monkeypatch.setattr("erv_min.run.chat.append_jsonl", full)
+    with pytest.raises(DiskError):
+        ask(["x"], tmp_path / "cache.jsonl")
+    assert api.explanation_counts() == {"x": 1}
+
+
 # ---------------------------------------------------------------------------------------------------- stop and resume
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
@@ -249,12 +314,13 @@ def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop):
     api, cache = serve(behave), tmp_path / "cache.jsonl"
     prompts = [f"Reason: {i} Answer Emotion:" for i in range(40)]
 
-    def on_reply(done, total):
-        if done == 15:
-            raise stop("in the middle")
+    class Stopped(ChatClient):
+        def progress(self, done, total):
+            if done == 15:
+                raise stop("in the middle")
 
     with pytest.raises(stop):
-        client(cache, concurrency=4).ask(prompts, on_reply=on_reply)
+        Stopped("openai:gpt-4.1-mini", cache, concurrency=4).ask(prompts)
     answered = len(cache.read_text().splitlines())
     assert 15 <= answered < 40 and answered == sum(api.asked.values())  # what was under way is kept
     with open(cache, "a") as f:
@@ -265,13 +331,15 @@ def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop):
     assert client(cache).ask(prompts) == replies and set(api.asked.values()) == {1}
 
 
-def test_cache_is_keyed_by_model_and_prompt_and_damage_is_named(serve, tmp_path):
+def test_cache_is_keyed_by_server_model_and_prompt_and_damage_is_named(serve, tmp_path):
     api, cache = serve(lambda prompt, times: good(f"{times}")), tmp_path / "cache.jsonl"
     prompt = "Reason: x Answer Emotion:"
     assert client(cache).ask([prompt])[0].text == "1"
     assert ChatClient("openai:gpt-4.1", cache).ask([prompt])[0].text == "2"
     drawn = client(cache).ask([prompt] * 2, temperature=1.0, seeds=[1, 2])  # drawn answers: one a seed
     assert sorted(reply.text for reply in drawn) == ["3", "4"] and sum(api.asked.values()) == 4
+    api = serve(lambda prompt, times: good("another server"))  # of the same model's name
+    assert client(cache).ask([prompt])[0].text == "another server"
     cache.write_text("nonsense\n" + cache.read_text())
     with pytest.raises(DataError, match="cache.jsonl, line 1"):
         client(cache)
@@ -336,3 +404,23 @@ def test_erv_judge_takes_the_best_of_the_labels():
     judge.verifier = type("V", (), {"probabilities": lambda _, texts: torch.tensor([[.2, .9, .6, .1]] * len(texts))})()
     judged = judge.judge(["x", " "], ("happy", "fear", "sad"))  # contempt is not on this list
     assert judged == [Judgement("fear", "ok", "0.600"), Judgement(None, "outside", "")]
+
+
+# ---------------------------------------------------------------------------------------------------- what is judged
+
+@pytest.mark.parametrize("output, read", [
+    ("<think> He weeps. </think><answer>sad</answer>", "He weeps."),
+    ("<think>He weeps. He", "He weeps. He"),  # cut at its longest: divergence 15
+    ("<think>He weeps.\n<answer>sad</answer>", "He weeps."),
+    ("He weeps. <answer>sad</answer>", ""), ("He weeps.</think>", ""), ("", ""),
+])
+def test_the_explanation_is_judged_whatever_became_of_its_tags(output, read):
+    assert explanation_of(output) == read
+
+
+def test_an_unclosed_explanation_counts_for_eea():
+    rows = [{"output": "<think>He is sad and weeps.", "dataset": "dfew", "video_id": "1", "ground_truth": "sad"}]
+    judge_rows(rows, make_judge("lexicon"))
+    assert rows[0]["judged_emotion"] == "sad"
+    found = score(rows, "dfew")
+    assert (found["EEA"], found["EEA_answered"], found["FCR"]) == (100, 0, 0)

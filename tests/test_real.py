@@ -29,8 +29,8 @@ from erv_min.config import TOWERS, read_part, roberta, towers_json  # noqa: F401
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
 from erv_min.run.errors import CheckpointError, DataError  # noqa: F401
 from erv_min.erv import Verifier  # noqa: F401
-from erv_min.run.files import read_json, read_jsonl, write_json  # noqa: F401
-from erv_min.judge import HostedJudge  # noqa: F401
+from erv_min.run.files import read_json, read_jsonl, write_json, write_jsonl  # noqa: F401
+from erv_min.run.chat import ChatClient
 from erv_min.model.bert import RobertaClassifier  # noqa: F401
 from erv_min.run.settings import SFTSettings  # noqa: F401
 from erv_min.run.processes import Processes  # noqa: F401
@@ -145,8 +145,8 @@ def test_a_stopped_evaluation_and_complement_ask_nothing_twice(serve, tmp_path, 
     api = serve(lambda prompt, times: good("sad") if "Reason:" in prompt else good(f"New text {len(api.bodies)}."))
     rows = [{"video_id": str(i), "output": f"<think>Case {i}.</think><answer>sad</answer>", "ground_truth": "sad",
              "dataset": "dfew"} for i in range(30)]
-    augment.write_rows(tmp_path / "p.jsonl", rows)
-    augment.write_rows(tmp_path / "pool.jsonl", rows_of("a", "b", labels=["fear"], prompt="figure 6"))
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    write_jsonl(tmp_path / "pool.jsonl", rows_of("a", "b", labels=["fear"], prompt="figure 6"))
     judged = ["--predictions", f"{tmp_path}/p.jsonl", "--judge", "openai:gpt-4.1-mini,openai:gpt-4.1", "--out",
               f"{tmp_path}/out", "--bootstrap", "0", "--concurrency", "2"]
     more = ["complement", "--input", f"{tmp_path}/pool.jsonl", "--ask", "openai:gpt-4.1-mini", "--out",
@@ -157,8 +157,7 @@ def test_a_stopped_evaluation_and_complement_ask_nothing_twice(serve, tmp_path, 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(HostedJudge, "_progress", stop)
-        patch.setattr(augment, "_progress", lambda name, show: lambda done, total: stop(None, done, total))
+        patch.setattr(ChatClient, "progress", stop)
         for script, command in ((evaluate, judged), (augment, more)):
             with pytest.raises(KeyboardInterrupt):
                 script.main(command)

@@ -29,7 +29,8 @@ from erv_min.run.files import atomic_write, write_json
 from erv_min.run.folder import STOPPED
 from erv_min.run.options import build, option_name
 from erv_min.run.processes import Processes, barrier
-from erv_min.run.settings import PRESETS, GRPOSettings
+from erv_min.run.settings import PRESETS, Answers, GRPOSettings
+from erv_min.run.start import decoding
 
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
 GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}  # torchrun's
@@ -137,9 +138,9 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     for system, folder in systems.items():
         own = Collator(load_humanomni(folder, torch.float32, processes.device), collate.tokenizer,
                        collate.gate_tokenizer, collate.cache, settings.modality, settings.prompt_stage)
-        rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
-                          batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
-                          workers=settings.workers)
+        rows, _ = predict(own, examples, processes, Answers(
+            temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
+            **decoding(settings)), batch_size=64)
         if processes.main:
             judge_rows(rows, judge)
             scores[system] = score(rows, rows[0]["dataset"])

@@ -29,7 +29,7 @@ from erv_min.emotions import labels, normalize
 from erv_min.run.errors import DataError, ErvMinError, SettingsError
 from erv_min.run.files import atomic_write, write_json
 from erv_min.metrics import read_prediction
-from erv_min.data.predictions import read_predictions
+from erv_min.data.results import read_predictions
 from erv_min.rewards import extract_explanation
 
 # ---- make ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,186 @@
+"""A hosted model asked many prompts: cache, retries, cost. What is asked and how a reply is read: judge.py, augment.py.
+
+Requests go through huggingface_hub's InferenceClient, a bounded number at once. Every answer is appended to the cache
+as it comes in, so that a stopped run asks nothing twice; a failure is not kept. Keys come from the environment and go
+nowhere but the request's header.
+"""
+
+import hashlib
+import os
+import random
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+from erv_min.run.errors import JudgeError
+from erv_min.run.files import append_jsonl, read_jsonl
+
+BASE_URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta/openai"}
+KEYS = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY", "hf": "HF_TOKEN"}
+PRICES = {  # model -> USD per million tokens in and out, mid 2025
+    "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
+    "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-pro": (1.25, 10.00)}
+MAX_WAIT = 300  # seconds; where a server asks for more, the prompt fails
+HOPELESS = {401: "the key is refused", 403: "the key is not allowed to", 404: "no such model or address"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    error: str = ""  # why there is no text
+
+
+class ChatClient:
+    """Asks one hosted model. spec: openai:MODEL, gemini:MODEL or hf:ORG/MODEL; ERV_JUDGE_BASE_URL sends openai: to
+    another server. Raises JudgeError where there is no key.
+
+    reply_tokens: the longest reply, where it is not 0, in place of what the caller of `ask` thinks enough. Time-out and
+    back-off in seconds; `give_up`: failed prompts in a row that end `ask`.
+    """
+
+    def __init__(self, spec: str, cache: str | Path | None = None, concurrency: int = 8, timeout: float = 60,
+                 retries: int = 6, backoff: float = 1.0, give_up: int = 20, reply_tokens: int = 0, show=print):
+        provider, _, model = spec.partition(":")
+        if provider not in KEYS or not model:
+            raise JudgeError(f"{spec!r}: expected openai:MODEL, gemini:MODEL or hf:ORG/MODEL")
+        self.name, self.model, self.cache = spec, model, Path(cache) if cache else None
+        self.concurrency, self.retries, self.backoff, self.give_up = concurrency, retries, backoff, give_up
+        self.reply_tokens, self.show = reply_tokens, show
+        self.extra = {"reasoning_effort": "none"} if "2.5-flash" in model else None  # else thinking eats max_tokens
+        own_server = os.environ.get("ERV_JUDGE_BASE_URL") if provider == "openai" else None
+        self._key = os.environ.get(KEYS[provider], "").strip()
+        if not self._key and not own_server and provider != "hf":
+            raise JudgeError(f"{spec}: no key; set {KEYS[provider]} in the environment"
+                             + (" (or ERV_JUDGE_BASE_URL for a server without one)" if provider == "openai" else ""))
+        from huggingface_hub import InferenceClient
+        if provider == "hf":
+            self.url = ""
+            self._client = InferenceClient(model=model, token=self._key or None, timeout=timeout)
+        else:  # a key is always given: without one the client would send the user's hub token to that server
+            self.url = (own_server or BASE_URLS[provider]).rstrip("/").removesuffix("/chat/completions")
+            self._client = InferenceClient(base_url=f"{self.url}/chat/completions", api_key=self._key or "none",
+                                           timeout=timeout)
+        self._lock, self._stop, self._reached = threading.Lock(), threading.Event(), False
+        rows = read_jsonl(self.cache) if self.cache and self.cache.exists() else []
+        self.answers = {row["key"]: row["raw"] for row in rows  # what is no answer is asked again
+                        if isinstance(row, dict) and isinstance(row.get("key"), str)
+                        and isinstance(row.get("raw"), str) and row["raw"].strip()}
+
+    def key(self, prompt: str, temperature: float = 0.0, seed: int | None = None) -> str:
+        """sha256 of server, model and prompt (and of temperature and seed where the answer is drawn)."""
+        drawn = "" if temperature == 0 else f"\0{temperature}\0{seed}"
+        return hashlib.sha256(f"{self.url}\0{self.name}\0{prompt}{drawn}".encode()).hexdigest()
+
+    def ask(self, prompts: list[str], temperature: float = 0.0, seeds: list[int] | None = None,
+            max_tokens: int = 16) -> list[Reply]:
+        """A Reply for each prompt, in order; equal prompts are asked once, cached ones not at all.
+
+        Raises JudgeError where asking on is pointless: a refused key, an unknown model, no credit left, `give_up`
+        failures in a row, a server that is not there, or not one prompt with an answer. A stop (Ctrl-C) waits for the
+        requests under way, keeps their answers, and starts no other.
+        """
+        limit = self.reply_tokens or max_tokens
+        seeds = seeds or [None] * len(prompts)
+        keys = [self.key(prompt, temperature, seed) for prompt, seed in zip(prompts, seeds)]
+        todo = {key: (prompt, seed) for key, prompt, seed in zip(keys, prompts, seeds) if key not in self.answers}
+        self.show(self.estimate(len(prompts), [prompt for prompt, _ in todo.values()], limit))
+        failed, in_a_row = {}, 0
+        self._stop.clear()
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            futures = {pool.submit(self._one, key, prompt, temperature, seed, limit): key
+                       for key, (prompt, seed) in todo.items()}
+            for done, future in enumerate(as_completed(futures), 1):
+                reply = future.result()
+                in_a_row = in_a_row + 1 if reply.error else 0
+                if reply.error:
+                    failed[futures[future]] = reply
+                if in_a_row >= self.give_up:
+                    raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: {reply.error}. "
+                                     "What was answered is kept; run again to go on")
+                self.progress(done, len(todo))
+        finally:
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+        if failed:
+            first = next(iter(failed.values())).error
+            if not self._reached or not any(key in self.answers for key in keys):
+                raise JudgeError(f"{self.name}: none of {len(todo)} requests was answered, the first: {first}")
+            self.show(f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {first}")
+        return [failed[key] if key in failed else Reply(self.answers[key]) for key in keys]
+
+    def estimate(self, prompts: int, todo: list[str], limit: int) -> str:
+        """What asking costs, told first: requests not in the cache, tokens (4 characters each), price at most."""
+        tokens = (sum(map(len, todo)) // 4 + 8 * len(todo), limit * len(todo))
+        price = PRICES.get(self.model)
+        cost = "unknown price" if price is None else f"at most ${sum(n * p for n, p in zip(tokens, price)) / 1e6:.2f}"
+        return (f"{self.name}: {len(todo)} requests ({prompts - len(todo)} answered or repeated), "
+                f"about {tokens[0]:,} tokens in, at most {tokens[1]:,} out: {cost}")
+
+    def progress(self, done: int, total: int) -> None:
+        if done % 100 == 0 or done == total:
+            self.show(f"{self.name}: {done}/{total} answered")
+
+    def _one(self, key: str, prompt: str, temperature: float, seed: int | None, limit: int) -> Reply:
+        """One prompt with retries: exponential back-off with jitter, never before Retry-After; the answer is cached.
+        A server that has not said a word of HTTP yet is tried three times: it may not be there."""
+        attempt = 0
+        while not self._stop.is_set():
+            try:
+                choice = self._client.chat_completion(
+                    [{"role": "user", "content": prompt}], model=self.model, temperature=temperature, seed=seed,
+                    max_tokens=limit, **({"extra_body": self.extra} if self.extra else {})).choices[0]
+                text = choice.message.content or ""
+            except Exception as error:  # the client's exceptions differ between its versions; sorted by status below
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", None)
+                reason = self._clean(f"{type(error).__name__}: {error}")
+            else:
+                return self._keep(key, text, choice.finish_reason, limit)
+            self._reached = self._reached or status is not None
+            if "OfflineModeIsEnabled" in reason:
+                raise JudgeError(f"{self.name}: HF_HUB_OFFLINE is set: unset it to ask a hosted model")
+            if status in HOPELESS or "insufficient_quota" in reason:
+                raise JudgeError(f"{self.name}: {HOPELESS.get(status, 'no credit left')} ({reason})")
+            if status is not None and status < 500 and status not in (408, 409, 425, 429):
+                return Reply("", reason)  # about this prompt: asking again gives the same
+            wait = max(min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60), _retry_after(response))
+            if wait > MAX_WAIT:
+                return Reply("", f"{reason} (may be asked again in {wait:.0f} s)")
+            attempt += 1
+            if attempt > (self.retries if self._reached else min(self.retries, 2)):
+                return Reply("", reason)
+            self._stop.wait(wait)
+        return Reply("", "stopped")
+
+    def _keep(self, key: str, text: str, finish_reason: str | None, limit: int) -> Reply:
+        """An answer, cached. An empty reply is none: reasoning may take all tokens before the first word."""
+        self._reached = True
+        if not text.strip():
+            return Reply("", f"an empty reply ({finish_reason})" + (
+                f": cut at {limit} tokens, raise --reply-tokens" if finish_reason == "length" else ""))
+        with self._lock:
+            if self.cache:
+                append_jsonl(self.cache, {"key": key, "model": self.name, "raw": text})
+            self.answers[key] = text
+        return Reply(text)
+
+    def _clean(self, text: str) -> str:
+        """An error's text on one line, without the key, which servers like to repeat."""
+        text = text.replace(self._key, "***") if self._key else text
+        return " ".join(text.split())[:300]
+
+
+def _retry_after(response) -> float:
+    """Seconds that a Retry-After header asks for (a number or a date); 0 without one."""
+    value = getattr(response, "headers", {}).get("Retry-After", "") if response is not None else ""
+    try:
+        if re.fullmatch(r"[\d.]+", value):
+            return float(value)
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    except (TypeError, ValueError):
+        return 0.0
