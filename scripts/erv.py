@@ -37,7 +37,7 @@ from erv_min.run.processes import run_script
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, split_sentences
 from erv_min.run.settings import check, parse, setting
-from erv_min.toy.chain import prepare_world, world_folder
+from erv_min.toy.chain import one_thread, prepare_world, world_folder
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.run.folder import Run, prepare_out
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
@@ -155,6 +155,7 @@ def train(argv: list[str]) -> None:
     if settings.random_weights:
         settings.init = "scratch:base"
     if settings.preset == "toy" or settings.random_weights:
+        one_thread(settings)
         prepare_toy(settings)
     if not settings.data:
         raise SettingsError("--data: name JSONL files of {'text', 'labels', 'source'}; scripts/augment.py writes them")

@@ -23,7 +23,7 @@ from erv_min.prompts import sft_target
 from erv_min.run.settings import PRESETS, TRAINABLE, SFTSettings, parse
 from erv_min.sft import group_targets, sft_loss
 from erv_min.run.start import start_model, training_examples
-from erv_min.toy.chain import prepare_world, world_folder
+from erv_min.toy.chain import one_thread, prepare_world, world_folder
 from erv_min.run.folder import Run, prepare_out
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
 from erv_min.run.processes import main_process, join_processes, all_reduce_sum
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.train_vision_tower and settings.cache_features:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
     if settings.preset == "toy" or settings.random_weights:
+        one_thread(settings)
         base = not (settings.model or settings.random_weights)
         settings.world = str(world_folder(settings))
         if main_process():

@@ -299,9 +299,10 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     chain.prepare(settings, tmp_path / "scripts")
-    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
-    assert all(Path(c[0]).parent == tmp_path / "scripts" for c in commands[1:])  # not the package's own place
-    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
+    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "-m"]
+    scripts = [word for c in commands for word in c if word.endswith(".py")]
+    assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
+    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][commands[-1].index(scripts[-1]) + 1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="", baseline=False,
                            eval_clips=-1, resume=True)
