@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_annotations(small):
     captions = read_json(small / "pretrain.json")
     assert {truth[int(e["video"][5:10])]["split"] for e in captions} == {"pretrain"} and len(captions) == 60
     assert len(read_jsonl(small / "erv_train.jsonl")) == 300 and len(read_jsonl(small / "erv_valid.jsonl")) == 60
-    assert len(read_jsonl(small / "erv_small.jsonl")) == 60
+    assert sum(row["source"] == "human" for row in read_jsonl(small / "erv_train.jsonl")) == 60
     assert all("truth" in row for row in read_jsonl(small / "erv_valid.jsonl"))
     assert not any("truth" in row for row in read_jsonl(small / "erv_train.jsonl"))
 
@@ -210,17 +211,19 @@ def test_tokenizers(small):
     folder = small / "tokenizers"
     lm = Tokenizer.from_file(str(folder / "lm" / "tokenizer.json"))
     golden = Tokenizer.from_file(str(Path(__file__).parent / "golden" / "chat" / "tokenizer.json"))
-    assert lm.get_vocab_size() == 640
+    assert lm.get_vocab_size() == 800
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-    assert [lm.token_to_id(t) for t in specials] == list(range(634, 640))
+    assert [lm.token_to_id(t) for t in specials] == list(range(794, 800))
     words = "<vi_start> isn't it 42 times?\n\n  <|im_end|>\nA naïve test – ok"
     assert lm.decode(lm.encode(words).ids, skip_special_tokens=False) == words
     assert lm.pre_tokenizer.pre_tokenize_str(words) == golden.pre_tokenizer.pre_tokenize_str(words)
     settings = read_json(folder / "lm" / "tokenizer_config.json")
     assert settings == read_json(Path(__file__).parent / "golden" / "chat" / "tokenizer_config.json")
-    assert 634 not in lm.encode(render()).ids and 635 in lm.encode(render()).ids
+    assert 794 not in lm.encode(render()).ids and 795 in lm.encode(render()).ids
     spoken = [e["conversations"][1]["value"] for e in read_json(small / "train.json")]
-    assert np.mean([len(lm.encode(s).ids) for s in spoken]) < 50
+    said = {f" {word}" for text_ in spoken for word in re.findall(r"(?<= )[A-Za-z]+", text_)}
+    assert len(said) > 60 and [word for word in said if len(lm.encode(word).ids) > 1] == []
+    assert len(lm.encode(render()).ids) < 90
 
     gate = Tokenizer.from_file(str(folder / "text_gate" / "tokenizer.json"))
     ids = gate.encode(QUESTION)
