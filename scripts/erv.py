@@ -155,7 +155,7 @@ def train(argv: list[str]) -> None:
     if settings.random_weights:
         settings.init = "scratch:base"
     if settings.preset == "toy" or settings.random_weights:
-        one_thread(settings)
+        one_thread(settings.preset)
         prepare_toy(settings)
     if not settings.data:
         raise SettingsError("--data: name JSONL files of {'text', 'labels', 'source'}; scripts/augment.py writes them")

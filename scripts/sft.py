@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.train_vision_tower and settings.cache_features:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
     if settings.preset == "toy" or settings.random_weights:
-        one_thread(settings)
+        one_thread(settings.preset)
         base = not (settings.model or settings.random_weights)
         settings.world = str(world_folder(settings))
         if main_process():
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     # Model, targets and optimizer.
     model, builder = start_model(settings, "sft", processes)
     tokenizer = builder.tokenizer
-    parts = TRAINABLE["sft"] + (("vision_tower",) if settings.train_vision_tower else ())
+    parts = TRAINABLE["sft"] if settings.train_projectors else ("language_model",)
+    parts += ("vision_tower",) if settings.train_vision_tower else ()
     trainable(model, parts)
     policy = spread(model, settings.sharding, processes.device, getattr(torch, settings.dtype))
     params = policy.parameters()

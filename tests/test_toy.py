@@ -348,6 +348,25 @@ def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
         assert stopped.value.code == 75 and mark.exists()
 
 
+def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypatch):
+    """Under torchrun with one process on the CPU, and never else; both find one store and add up on one thread."""
+    started, given = [], ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
+    monkeypatch.setattr(chain.subprocess, "Popen", lambda command, env: started.append((command, env)))
+    monkeypatch.setattr(chain.os, "environ", {})
+    settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
+    for size, device in ((None, "cpu"), ("2", "cpu"), ("1", "cuda")):
+        os.environ |= {"WORLD_SIZE": size} if size else {}
+        chain.second_process(replace(settings, device=device), Path("grpo.py"))
+    assert not started
+    os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    chain.second_process(settings, Path("grpo.py"))
+    ((_, script, *options), env), = started
+    assert script == "grpo.py" and parse(GRPOSettings, PRESETS["grpo"], "", options) == settings
+    changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
+    assert changed == {"RANK": ("0", "1"), "LOCAL_RANK": (None, "1"), "OMP_NUM_THREADS": (None, "1")}
+    assert env["WORLD_SIZE"] == "2" and env["TORCHELASTIC_USE_AGENT_STORE"] == "False" and env["MASTER_PORT"].isdecimal()
+
+
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip
 
 def test_what_the_world_writes_is_of_its_grammar():

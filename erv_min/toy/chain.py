@@ -44,9 +44,9 @@ def lap(name: str) -> None:
     laps.append((name, time.time()))
 
 
-def one_thread(settings) -> None:
-    """With the toy preset, what this process adds up does not depend on how many cores there are (unless asked to)."""
-    if settings.preset == "toy" and "OMP_NUM_THREADS" not in os.environ:
+def one_thread(preset: str) -> None:
+    """The toy's sums do not depend on how many cores there are, unless the user says how many threads to use."""
+    if preset == "toy" and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
@@ -121,7 +121,7 @@ def prepare(settings: GRPOSettings, scripts: Path) -> None:
         prepare_world(world, settings.seed, base=False)
     if settings.random_weights:
         return
-    one_thread(settings)
+    one_thread(settings.preset)
     lap("world")
     human = ["--sources", "human"] if settings.ablate == "augmentation" else []  # table 2: a verifier of its own
     sft, verifier, baseline = out / "sft", out / ("erv-unaugmented" if human else "erv"), out / "baseline"
