@@ -195,7 +195,8 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}" for x in shown)
 
     lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; percent, "
-             "mean ± standard deviation over seeds; (the paper on MAFW)",
+             "mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right answers whose "
+             "explanation says something else",
              f"{'':{width}}" + "".join(f"{c:>13}" for c in columns)]
     for row in rows:
         name, paper = ROWS[row]
