@@ -118,7 +118,7 @@ TOWERS = {
 def humanomni(name: str) -> HumanOmniConfig:
     """The named model: "toy" (the embedded world), "0.5b" or "7b" (released). Raises SettingsError on another name."""
     if name == "toy":
-        text = Qwen2Config(640, 96, 256, 3, 4, 2, max_position_embeddings=2048)
+        text = Qwen2Config(800, 96, 256, 3, 4, 2, max_position_embeddings=2048)
         vision = SiglipConfig(48, 96, 3, 4, image_size=48, patch_size=12)
         audio = WhisperConfig(48, 2, 4, 96, num_mel_bins=32, max_source_positions=50, classifier_proj_size=8)
         gate = BertConfig(256, 32, 1, 2, 64, max_position_embeddings=160)

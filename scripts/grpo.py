@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     settings.resume = open_folder(settings.out, settings.resume, processes)
     toy = settings.preset == "toy" and not settings.random_weights
     if toy or settings.random_weights:
-        chain.prepare(settings, Path(__file__).parent, processes)
+        processes = chain.prepare(settings, Path(__file__).parent, processes)
     elif settings.rewards.w_explanation and not settings.erv:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
 

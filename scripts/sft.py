@@ -36,13 +36,15 @@ def main(argv: list[str] | None = None) -> None:
     processes = join_processes(settings.device)
     settings.resume = open_folder(settings.out, settings.resume, processes)
     if settings.preset == "toy" or settings.random_weights:
+        one_thread(settings.preset)
         base = not (settings.model or settings.random_weights)
         world = prepare_world(settings, processes, base)
         settings.model = str(world / "base") if base else settings.model
 
     # Model, optimizer, and targets y in units that share a clip and so its prompt x.
     model, collate = start_model(settings, "sft", processes)
-    trainable(model, TRAINABLE["sft"] + (("vision_tower",) if settings.train_vision_tower else ()))
+    parts = TRAINABLE["sft"] if settings.train_projectors else ("language_model",)
+    trainable(model, parts + (("vision_tower",) if settings.train_vision_tower else ()))
     policy = shard(model.train(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
     units = group_targets(explained(training_examples(settings, "sft", processes), settings), settings.targets_per_clip)

@@ -203,7 +203,7 @@ def test_loss_is_the_mean_over_label_tokens(toy):
     (dict(gate_ids=torch.zeros(3, 5, dtype=torch.long)), "3 rows for 1 videos"),
     (dict(gate_mask=torch.ones(1, 4)), "gate_mask has shape"),
     (dict(input_ids=torch.tensor([1, VIDEO])), r"input_ids has shape \[2\]"),
-    (dict(input_ids=torch.tensor([[640, VIDEO, AUDIO]])), "holds 640"),
+    (dict(input_ids=torch.tensor([[800, VIDEO, AUDIO]])), "holds 800"),
     (dict(input_ids=torch.tensor([[-200, VIDEO, AUDIO]])), "holds -200"),
     (dict(labels=torch.full((1, 3), IGNORE)), "no target"),
     (dict(labels=torch.zeros(1, 4, dtype=torch.long)), "labels has shape"),

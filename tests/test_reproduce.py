@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from erv_min.run.errors import SettingsError
@@ -54,10 +55,18 @@ def test_jobs_run_once_in_order_and_a_failure_names_its_log(tmp_path):
 
 
 def predictions(folder: Path, right: int, clips: int = 10) -> None:
-    """Every answer right; `right` of the explanations judged as the truth, the others as fear (truth: happy)."""
+    """Every answer right; `right` of the explanations judged as the truth, the others as fear (truth: happy).
+
+    Each explanation has one sentence out of the grammar, one of it about the look, and one cue, true where it is right.
+    """
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
-             "output": "<think>x</think><answer>happy</answer>", "judged_emotion": "happy" if i < right else "fear"}
+             "output": f"<think>She freeurprised. A man is in the office. {'His face beams.' if i < right else 'He gasps as he talks.'}"
+                       "</think><answer>happy</answer>", "judged_emotion": "happy" if i < right else "fear"}
             for i in range(clips)]
+    world = folder.parents[1] / "world"
+    world.mkdir(parents=True, exist_ok=True)
+    (world / "params.jsonl").write_text("".join(json.dumps(
+        {"number": i, "look": {"woman": False}, "face_shows": "happy", "voice_shows": "happy"}) + "\n" for i in range(clips)))
     folder.mkdir(parents=True)
     (folder / "judged-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scores = {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES}
@@ -80,10 +89,26 @@ def test_tables_by_hand(tmp_path):
     lines = {line[:28].strip(): line[28:].split() for line in reversed(text.splitlines()) if "lexicon" not in line[28:]}
     assert lines["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
     assert lines["Baseline (GRPO without R_E)"][:2] == ["25.0", "±"]
-    assert "EEA +45.0 (" in text and "[+40.0, +50.0]" in text and "WAR +0.0 (+0.0 to +0.0)" in text
+    # Gaps 50 and 40: mean 45, standard error 5, t of one degree of freedom 12.706; two seeds resolve nothing.
+    assert "EEA +45.0  (-18.5 to +108.5) [+40.0, +50.0]" in text and "WAR +0.0  (+0.0 to +0.0)" in text
+    said = text[text.index("Sentences, percent"):].splitlines()[2:4]  # 20 of 30 sentences; cues true in 3, 2; 8, 6 of 10
+    assert [line[28:].split() for line in said] == [["66.7", "±", "0.0", "25.0", "±", "7.1"],
+                                                    ["66.7", "±", "0.0", "70.0", "±14.1"]]
     assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["rows"]["ours"]["lexicon2"]["FCR"] == [80, 60]
+
+
+def test_intervals_over_seeds_by_hand():
+    """Gaps 1, 2, 3: mean 2, standard error 1 / sqrt(3), t of two degrees of freedom 4.303; nothing known from one seed."""
+    assert reproduce.interval([1, 2, 3]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert reproduce.difference([10, 20, 30], [9, 18, 27]) == "+2.0  (-0.5 to +4.5) [+1.0, +3.0]"
+    assert reproduce.difference([10, 20, 30], [7, 18, 27.5]).startswith("+2.5* (+1.3 to +3.7)")
+    assert reproduce.difference([10], [7]) == "+3.0  (-inf to +inf) [+3.0, +3.0]"
+    rng = np.random.default_rng(0)  # 95% of such intervals hold the truth, of five seeds and of forty
+    for seeds in (5, 40):
+        inside = [low < 0 < high for low, high in (reproduce.interval(rng.standard_normal(seeds)) for _ in range(4000))]
+        assert abs(np.mean(inside) - 0.95) < 0.012
 
 
 def test_a_folder_of_other_settings_and_an_unknown_row_are_refused(tmp_path):

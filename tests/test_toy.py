@@ -3,6 +3,7 @@
 import ast
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def test_annotations(small):
     captions = read_json(small / "pretrain.json")
     assert {truth[int(e["video"][5:10])]["split"] for e in captions} == {"pretrain"} and len(captions) == 60
     assert len(read_jsonl(small / "erv_train.jsonl")) == 300 and len(read_jsonl(small / "erv_valid.jsonl")) == 60
-    assert len(read_jsonl(small / "erv_small.jsonl")) == 60
+    assert sum(row["source"] == "human" for row in read_jsonl(small / "erv_train.jsonl")) == 60
     assert all("truth" in row for row in read_jsonl(small / "erv_valid.jsonl"))
     assert not any("truth" in row for row in read_jsonl(small / "erv_train.jsonl"))
 
@@ -210,17 +211,19 @@ def test_tokenizers(small):
     folder = small / "tokenizers"
     lm = Tokenizer.from_file(str(folder / "lm" / "tokenizer.json"))
     golden = Tokenizer.from_file(str(Path(__file__).parent / "golden" / "chat" / "tokenizer.json"))
-    assert lm.get_vocab_size() == 640
+    assert lm.get_vocab_size() == 800
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-    assert [lm.token_to_id(t) for t in specials] == list(range(634, 640))
+    assert [lm.token_to_id(t) for t in specials] == list(range(794, 800))
     words = "<vi_start> isn't it 42 times?\n\n  <|im_end|>\nA naïve test – ok"
     assert lm.decode(lm.encode(words).ids, skip_special_tokens=False) == words
     assert lm.pre_tokenizer.pre_tokenize_str(words) == golden.pre_tokenizer.pre_tokenize_str(words)
     settings = read_json(folder / "lm" / "tokenizer_config.json")
     assert settings == read_json(Path(__file__).parent / "golden" / "chat" / "tokenizer_config.json")
-    assert 634 not in lm.encode(render()).ids and 635 in lm.encode(render()).ids
+    assert 794 not in lm.encode(render()).ids and 795 in lm.encode(render()).ids
     spoken = [e["conversations"][1]["value"] for e in read_json(small / "train.json")]
-    assert np.mean([len(lm.encode(s).ids) for s in spoken]) < 50
+    said = {f" {word}" for text_ in spoken for word in re.findall(r"(?<= )[A-Za-z]+", text_)}
+    assert len(said) > 60 and [word for word in said if len(lm.encode(word).ids) > 1] == []
+    assert len(lm.encode(render()).ids) < 90
 
     gate = Tokenizer.from_file(str(folder / "text_gate" / "tokenizer.json"))
     ids = gate.encode(QUESTION)
@@ -299,9 +302,10 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     chain.prepare(settings, tmp_path / "scripts")
-    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
-    assert all(Path(c[0]).parent == tmp_path / "scripts" for c in commands[1:])  # not the package's own place
-    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
+    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "-m"]
+    scripts = [word for c in commands for word in c if word.endswith(".py")]
+    assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
+    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][commands[-1].index(scripts[-1]) + 1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="", baseline=False,
                            eval_clips=-1, resume=True)
@@ -342,6 +346,25 @@ def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
         with pytest.raises(SystemExit) as stopped:
             chain.run(python(ready + f"sys.exit({code})"), waits)
         assert stopped.value.code == 75 and mark.exists()
+
+
+def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypatch):
+    """Under torchrun with one process on the CPU, and never else; both find one store and add up on one thread."""
+    started, given = [], ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
+    monkeypatch.setattr(chain.subprocess, "Popen", lambda command, env: started.append((command, env)))
+    monkeypatch.setattr(chain.os, "environ", {})
+    settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
+    for size, device in ((None, "cpu"), ("2", "cpu"), ("1", "cuda")):
+        os.environ |= {"WORLD_SIZE": size} if size else {}
+        chain.second_process(replace(settings, device=device), Path("grpo.py"))
+    assert not started
+    os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    chain.second_process(settings, Path("grpo.py"))
+    ((_, script, *options), env), = started
+    assert script == "grpo.py" and parse(GRPOSettings, PRESETS["grpo"], "", options) == settings
+    changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
+    assert changed == {"RANK": ("0", "1"), "LOCAL_RANK": (None, "1"), "OMP_NUM_THREADS": (None, "1")}
+    assert env["WORLD_SIZE"] == "2" and env["TORCHELASTIC_USE_AGENT_STORE"] == "False" and env["MASTER_PORT"].isdecimal()
 
 
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip

@@ -182,7 +182,7 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     small_run(tmp_path)
     with pytest.raises(SettingsError, match="--resume"):
         open_folder(tmp_path, False, ALONE)
-    LOCKS.pop().close()
+    LOCKS.popitem()[1].close()
     assert open_folder(tmp_path, True, ALONE)
 
 
@@ -218,7 +218,7 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
             open_folder(tmp_path, True, ALONE)
         other.kill()
     assert open_folder(tmp_path, True, ALONE)  # the lock ends with its process, however that ends
-    LOCKS.pop().close()
+    LOCKS.popitem()[1].close()
 
 
 def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, monkeypatch):

@@ -75,10 +75,11 @@ def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
     problem = ""
     if processes.main:
         out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / ".lock", "a+")  # held until this process ends, however it ends
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            LOCKS.append(handle)
+            if str(out) not in LOCKS:
+                handle = open(out / ".lock", "a+")
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                LOCKS[str(out)] = handle
         except BlockingIOError:
             problem = f"{out}: another run is writing into this folder: wait for its end, stop it, or give another --out"
         if not problem and not resume and (out / "metrics.jsonl").exists():
@@ -88,7 +89,7 @@ def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
     return resume
 
 
-LOCKS: list = []  # open files whose locks this process holds
+LOCKS: dict = {}  # folder -> open file whose lock this process holds until it ends, however it ends
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:

@@ -122,6 +122,8 @@ class SFTSettings(Common):
     targets_per_clip: int = setting(1, "targets of one clip that share its prompt in a step", least=1)
     answers_only: bool = setting(False, "leave every <think> empty: a policy that answers without explaining, to see "
                                         "what the reasoning is worth")
+    train_projectors: bool = setting(True, "train the projectors and the gate's MLP too (table 8); the toy's would forget "
+                                           "what its base model sees")
     train_vision_tower: bool = setting(False, "train the vision tower too, as table 8 says and the release does not "
                                               "(divergence 12)")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from erv_min.run.errors import ErvMinError
 from erv_min.toy.base import train_base
+from erv_min.toy.chain import one_thread
 from erv_min.toy.world import WorldSettings, build_world
 
 if __name__ == "__main__":
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     parser.add_argument("--exploitable", action="store_true", help="cues that are true of two emotions: shows reward hacking")
     parser.add_argument("--clips-only", action="store_true", help="render and annotate, train nothing")
     arguments = parser.parse_args()
+    one_thread("toy")
     try:
         build_world(arguments.folder, WorldSettings(seed=arguments.seed, test=arguments.test, tune=arguments.tune,
                                                     exploitable=arguments.exploitable))

@@ -42,7 +42,7 @@ def _in_labels(emotion: str | None, labels) -> str | None:
 
 
 def _phrases(text: str) -> list[str]:
-    return [p for p in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text.lower()) if p.strip()]
+    return [p for p in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text) if p.strip()]
 
 
 def _matches(phrase: str, stem: str) -> bool:
@@ -51,8 +51,8 @@ def _matches(phrase: str, stem: str) -> bool:
     return bool(found) and not set(re.findall(r"[a-z']+", phrase[:found.start()])[-3:]) & set(NEGATIONS)
 
 
-class LexiconJudge:
-    """Reads the whole explanation: each phrase votes for the emotion whose words weigh most in it."""
+class Judge:
+    """What both share: `votes(text)` counts for each emotion."""
 
     def judge(self, explanations: list[str], labels) -> list[str | None]:
         """One of `labels` for each explanation; a text without emotional words is neutral, an empty one None.
@@ -64,6 +64,14 @@ class LexiconJudge:
     def emotion(self, text: str) -> str | None:
         if not re.search(r"[a-z]", text.lower()):
             return None
+        votes = self.votes(text.lower())
+        return max(votes, key=votes.get) if any(votes.values()) else "neutral"
+
+
+class LexiconJudge(Judge):
+    """Reads the whole explanation: each phrase votes for the emotion whose words weigh most in it."""
+
+    def votes(self, text: str) -> dict[str, float]:
         votes = dict.fromkeys(WEIGHTS, 0.0)
         for phrase in _phrases(text):
             scores = {e: sum(w for stem, w in words.items() if _matches(phrase, stem)) for e, words in WEIGHTS.items()}
@@ -74,10 +82,10 @@ class LexiconJudge:
             winners = [e for e, s in scores.items() if s == best and s > 0]
             for emotion in winners:
                 votes[emotion] += min(best, 3) / len(winners)  # a phrase is heard once, however many words it piles up
-        return max(votes, key=votes.get) if any(votes.values()) else "neutral"
+        return votes
 
 
-class SecondJudge:
+class SecondJudge(Judge):
     """Counts sentences, one vote each without weights; a sentence that names an emotion outright has two votes."""
 
     NAMES = {"happy": "happy|joy|glad", "sad": "sad|sorrow|grief", "angry": "angry|rage|anger|mad|furious",
@@ -88,18 +96,12 @@ class SecondJudge:
              "disgust": "sneer|wrinkles?|groans?|sour|squint", "fear": "trembles?|shaky|whimpers?|shrinks?|freezes",
              "neutral": "rest|relaxed|plain|even|still"}
 
-    def judge(self, explanations: list[str], labels) -> list[str | None]:
-        """As LexiconJudge.judge."""
-        return [_in_labels(self.emotion(text), labels) for text in explanations]
-
-    def emotion(self, text: str) -> str | None:
-        if not re.search(r"[a-z]", text.lower()):
-            return None
+    def votes(self, text: str) -> dict[str, float]:
         votes = dict.fromkeys(self.NAMES, 0)
-        for sentence in re.split(r"(?<=[.!?])\s+", text.lower()):
+        for sentence in re.split(r"(?<=[.!?])\s+", text):
             for emotion in votes:
                 if re.search(rf"\b({self.NAMES[emotion]})\b", sentence):
                     votes[emotion] += 2
                 elif re.search(rf"\b({self.SIGNS[emotion]})\b", sentence):
                     votes[emotion] += 1
-        return max(votes, key=votes.get) if any(votes.values()) else "neutral"
+        return votes

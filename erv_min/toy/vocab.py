@@ -1,6 +1,7 @@
 """Tokenizers of the small world, trained on its own text: the language model's, the text gate's, the verifier's.
 
-lm: Qwen2's form (NFC, its word pattern, byte-level BPE), 640 entries, with its special tokens last.
+lm: Qwen2's form (NFC, its word pattern, byte-level BPE) with its special tokens last, and room for every word of prompt
+and grammar as one token: where words are pieces, GRPO learns to put pieces of two emotions together, and verifiers pay.
 text_gate: BERT uncased (WordPiece), at most 256. erv: RoBERTa (byte-level BPE, <s>=0 <pad>=1 </s>=2), 512.
 The same text gives the same files.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from erv_min.config import humanomni
 from erv_min.run.files import atomic_write, write_json
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.tokenizer import QWEN2_WORDS
@@ -21,7 +23,6 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-TEXTS_A_PROMPT = 6  # weight of the explanations' words against the prompt's: those are generated, this is read once
 
 
 def write_tokenizers(folder: Path, spoken: list[str], described: list[str]) -> None:
@@ -35,7 +36,7 @@ def write_tokenizers(folder: Path, spoken: list[str], described: list[str]) -> N
     atomic_write(folder / "erv" / "tokenizer.json", roberta_tokenizer(described).to_str())
 
 
-def qwen_tokenizer(spoken: list[str], size: int = 640) -> Tokenizer:
+def qwen_tokenizer(spoken: list[str], size: int = humanomni("toy").text.vocab_size) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -43,11 +44,11 @@ def qwen_tokenizer(spoken: list[str], size: int = 640) -> Tokenizer:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     prompt = re.sub("|".join(map(re.escape, QWEN_SPECIALS)), "", render(modality="video_audio", stage="inference"))
-    tokenizer.train_from_iterator(spoken + [prompt] * max(1, len(spoken) // TEXTS_A_PROMPT), trainers.BpeTrainer(
+    tokenizer.train_from_iterator([*spoken, prompt], trainers.BpeTrainer(
         vocab_size=size - len(QWEN_SPECIALS), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False))
-    tokenizer.add_special_tokens(QWEN_SPECIALS)  # last, as in Qwen2's own vocabulary
-    return _sized(tokenizer, size)
+    _sized(tokenizer, size - len(QWEN_SPECIALS)).add_special_tokens(QWEN_SPECIALS)  # last, as in Qwen2's own vocabulary
+    return tokenizer
 
 
 def roberta_tokenizer(described: list[str], size: int = 512) -> Tokenizer:

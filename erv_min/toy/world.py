@@ -3,14 +3,15 @@
 `build_world(folder, WorldSettings(...))` draws each clip's face and voice around its emotion's prototype (weak in one
 modality in 20% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
 clip/<number>.mp4, DFEW's single_{train,test,tune}set_5.csv, train.json (the released training JSON for SFT, only
-loosely tied to the labels), pretrain.json (captions), erv_{train,valid,small}.jsonl, params.jsonl (the generator's
-truth), tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete world is reused.
+loosely tied to the labels), pretrain.json (captions), erv_{train,valid}.jsonl, params.jsonl (the generator's truth),
+tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete world is reused.
 """
 
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, c
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
-VERSION = 5  # of what a seed gives; raise it when rendering, grammar or files change
+VERSION = 6  # of what a seed gives; raise it when rendering, grammar or files change
+SPLITS = ("train", "test", "tune", "pretrain")  # in the order of the clips' numbers
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
@@ -100,7 +102,7 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
 
 def sample_clips(settings: WorldSettings) -> list[ClipSpec]:
     """Every clip of the world, in the order of their numbers: train, test, tune, pretrain."""
-    sizes = {split: getattr(settings, split) for split in ("train", "test", "tune", "pretrain")}
+    sizes = {split: getattr(settings, split) for split in SPLITS}
     if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= 99_999 - FIRST_NUMBER:
         raise SettingsError(f"a world holds 1 to {99_999 - FIRST_NUMBER} clips, not {sizes}")
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
@@ -124,17 +126,15 @@ def render_clips(folder: Path, clips: list[ClipSpec], settings: WorldSettings) -
     return len(clips)
 
 
-def settings_key(settings: WorldSettings) -> dict:
-    return {"version": VERSION, "settings": asdict(settings)}
-
-
 def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), workers: int = 2,
                 progress: bool = True) -> Path:
     """Renders the world into `folder` and returns it; reuses a complete one, finishes an interrupted one.
 
     Raises SettingsError where the folder holds a world of other settings, or where the settings make no sense.
     """
-    folder, key = Path(folder), settings_key(settings)
+    from tqdm import tqdm
+
+    folder, key = Path(folder), {"version": VERSION, "settings": asdict(settings)}
     done, started = folder / "world.json", folder / "world.partial.json"
     for marker in (done, started):
         if marker.exists() and {k: read_json(marker).get(k) for k in key} != key:
@@ -152,12 +152,10 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
     there = {p.name for p in (folder / "clip").glob("*.mp4") if p.stat().st_size}
     missing = [clip for clip in clips if f"{clip.number}.mp4" not in there]
     batches = [missing[i:i + 25] for i in range(0, len(missing), 25)]
-    if workers > 1 and len(batches) > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            counts = pool.map(render_clips, *zip(*((folder, b, settings) for b in batches)))
-            show_progress(counts, len(missing), progress)
-    else:
-        show_progress((render_clips(folder, b, settings) for b in batches), len(missing), progress)
+    with (ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+          tqdm(total=len(missing), desc="clips", unit="clip", disable=not progress, mininterval=1.0) as bar):
+        for count in (pool.map if workers > 1 else map)(render_clips, repeat(folder), batches, repeat(settings)):
+            bar.update(count)
 
     for part in (folder / "clip").glob(".*"):  # what a killed worker left
         part.unlink(missing_ok=True)
@@ -167,36 +165,22 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
     return folder
 
 
-def show_progress(counts, total: int, progress: bool) -> None:
-    """Drains an iterator of counts of rendered clips, with a progress bar where wanted."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="clips", unit="clip", disable=not progress, mininterval=1.0) as bar:
-        for count in counts:
-            bar.update(count)
-
-
 def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettings) -> None:
     """All files but the clips and world.json."""
-    by_split = {split: [c for c in clips if c.split == split] for split in ("train", "test", "tune", "pretrain")}
-    for split in ("train", "test", "tune"):
-        if by_split[split] or split != "tune":
-            rows = [f"{c.number},{EMOTIONS.index(c.label) + 1}\n" for c in by_split[split]]
-            atomic_write(folder / f"single_{split}set_5.csv", "".join(["video_name,label\n", *rows]))
+    by_split = {split: [c for c in clips if c.split == split] for split in SPLITS}
+    for split in ("train", "test", *(["tune"] if by_split["tune"] else [])):
+        rows = [f"{c.number},{EMOTIONS.index(c.label) + 1}\n" for c in by_split[split]]
+        atomic_write(folder / f"single_{split}set_5.csv", "".join(["video_name,label\n", *rows]))
     write_lines(folder / "params.jsonl", [asdict(c) for c in clips])
-    sft = sft_entries(by_split["train"][:settings.sft_clips], settings)
-    captions = caption_entries(by_split["pretrain"], settings)
-    write_json(folder / "train.json", sft)
-    write_json(folder / "pretrain.json", captions)
+    write_json(folder / "train.json", sft_entries(by_split["train"][:settings.sft_clips], settings))
+    write_json(folder / "pretrain.json", caption_entries(by_split["pretrain"], settings))
     train, valid = erv_pairs(by_split["train"] or clips, settings)
     write_lines(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
-    write_lines(folder / "erv_small.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train
-                                             if row["source"] == "human"])
     write_lines(folder / "erv_valid.jsonl", valid)
-    spoken = [e["conversations"][1]["value"] for e in sft[:6000] + captions[:600]]
-    if not settings.sft_clips or not by_split["train"]:  # a world of test clips alone still has its tokenizers
-        spoken = [text.join(text.explain(generator(settings, "words", c.number), c.look, c.label)) for c in clips]
-    write_tokenizers(folder / "tokenizers", spoken, [row["text"] for row in train + valid])
+    sentences = " ".join([*text.grammar(True), *text.grammar(False)])  # every word that a policy is to write
+    spoken = [entry(clips[0], sentences, emotion) for emotion in EMOTIONS] + caption_entries(clips[:300], settings)
+    write_tokenizers(folder / "tokenizers", [e["conversations"][1]["value"] for e in spoken],
+                     [row["text"] for row in train + valid])
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
