@@ -217,12 +217,13 @@ class HumanOmni(nn.Module):
             repeated = x.flatten().repeat_interleave(sizes.flatten(), output_size=total)
             return x.new_full(mask.shape, padding).masked_scatter(mask, repeated)
 
-        places = expand(ids, 0)
-        inputs_embeds = self.model.embed_tokens(places.clamp(min=0)).masked_fill(~mask[..., None], 0)  # [B, L', D]
+        places = expand(ids, IGNORE)  # [B, L']: an id of the vocabulary, VIDEO, AUDIO, or IGNORE at padding
+        words = self.model.embed_tokens(places[places >= 0])
+        inputs_embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
+        inputs_embeds[places >= 0] = words
         for _, placeholder, embeds in clips:
             if embeds is not None:
-                here = (places == placeholder)[..., None]  # [B, L', 1]
-                inputs_embeds = inputs_embeds.masked_scatter(here, embeds.to(inputs_embeds))
+                inputs_embeds[places == placeholder] = embeds.flatten(0, 1).to(words)
         if labels is not None:
             labels = self._take("labels", labels, rows=rows, tokens=tokens)
             labels = expand(labels.masked_fill(holders[0] | holders[1], IGNORE), IGNORE)
@@ -329,9 +330,8 @@ def trainable(model: HumanOmni, names) -> list[tuple[str, nn.Parameter]]:
         raise SettingsError(f"trainable part {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
     prefixes = tuple(prefix for name in names for prefix in PARTS[name])
     unused = model.unused_parameters()
-    chosen = []
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(prefixes) and name not in unused)
-        if p.requires_grad:
-            chosen.append((name, p))
+    chosen = [(k, p) for k, p in model.named_parameters() if k.startswith(prefixes) and k not in unused]
+    model.requires_grad_(False)
+    for _, p in chosen:
+        p.requires_grad_(True)
     return chosen
