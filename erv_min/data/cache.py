@@ -44,16 +44,15 @@ class FeatureCache:
     def get(self, example: Example):
         """(vision [T, N, C] | None, audio [P, C] | None, silent) on the CPU, or None where the clip is not cached."""
         name = self._name(example)
-        if name not in self.kept:
-            if not self.has(example):
-                return None
-            try:
-                parts = load_tensors((self.folder / name).read_bytes())
-            except (SafetensorError, OSError) as error:
-                log.warning("%s: damaged, made again (%s)", self.folder / name, error)
-                return None
-            return self._keep(name, parts)
-        return self.kept[name]
+        if not self.has(example):
+            return None
+        try:
+            parts = (self.kept[name] if name in self.kept else
+                     self._keep(name, load_tensors((self.folder / name).read_bytes())))
+        except (SafetensorError, OSError) as error:
+            log.warning("%s: damaged, made again (%s)", self.folder / name, error)
+            return None
+        return parts.get("vision"), parts.get("audio"), "silent" in parts
 
     def put(self, example: Example, vision=None, audio=None, silent: bool = False) -> None:
         """Keeps the features of a clip, and whether it is `silent` (media.Clip); a file appears whole or not at all."""
@@ -64,10 +63,9 @@ class FeatureCache:
                 atomic_write(self.folder / name, save_tensors(parts))
             self._keep(name, parts)
 
-    def _keep(self, name: str, parts: dict):
-        features = parts.get("vision"), parts.get("audio"), "silent" in parts
+    def _keep(self, name: str, parts: dict) -> dict:
         size = sum(value.nbytes for value in parts.values())
         if name not in self.kept and size <= self.room:
-            self.kept[name] = features
+            self.kept[name] = parts
             self.room -= size
-        return features
+        return parts
