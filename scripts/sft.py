@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> None:
     processes = join_processes(settings.device)
     settings.resume = open_folder(settings.out, settings.resume, processes)
     if settings.preset == "toy" or settings.random_weights:
-        one_thread(settings.preset)
         base = not (settings.model or settings.random_weights)
         world = prepare_world(settings, processes, base)
         settings.model = str(world / "base") if base else settings.model

@@ -244,7 +244,7 @@ def test_too_many_missing_predictions(tmp_path):
     evaluate.main([*command, "--allow-missing", "0.5"])
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(metrics["missing"]) == 100 and metrics["judges"]["no judge"]["dfew"]["EEA"] is None
-    for wrong in (["--out", "x"], ["--model", "m"], ["--model", "m", "--predictions", "p"]):
+    for wrong in (["--out", "x"], ["--model", "m"], ["--model", "m", "--predictions", command[1]]):
         with pytest.raises((SettingsError, SystemExit)):
             evaluate.main(wrong)
 
