@@ -157,33 +157,28 @@ def check_sentences(sentences: list[str], clip: dict) -> Counter:
 
 # ------------------------------------------------------------------------------------------------------- captions
 
-def _bin(value: float, low: str, middle: str, high: str, at: float = 0.3) -> str:
-    return low if value < -at else high if value > at else middle
+# What a caption says of a parameter below -0.3, between, and above 0.3; then what only shows above 0.4.
+LEVELS = {
+    "mouth_curve": "down level up", "mouth_open": "- shut open", "brow_height": "low level high",
+    "brow_slant": "out straight in", "eye_open": "small level wide", "pitch": "low level high",
+    "tempo": "slow steady fast", "loudness": "faint level loud", "glide": "falls steady rises"}
+MARKS = {"lip_skew": "The lip is tilted.", "tremble": "The mouth moves fast.", "tremolo": "The voice moves fast.",
+         "roughness": "The voice is rough."}
 
 
 def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
     """What is seen and heard, without a word of emotion: attributes read off the clip's parameters (pre-training)."""
-    f, v = dict(zip(FACE, face)), dict(zip(VOICE, voice))
-    seen = [f"The mouth is {_bin(f['mouth_curve'], 'down', 'level', 'up')} and "
-            f"{_bin(f['mouth_open'], '', 'shut', 'open')}.",
-            f"The brows are {_bin(f['brow_height'], 'low', 'level', 'high')} and "
-            f"{_bin(f['brow_slant'], 'tilt out', 'straight', 'tilt in')}.",
-            f"The eyes are {_bin(f['eye_open'], 'small', 'level', 'wide')}."]
-    if f["lip_skew"] > 0.4:
-        seen.append("The lip is tilted.")
-    if f["tremble"] > 0.4:
-        seen.append("The mouth moves fast.")
-    heard = [f"The voice is {_bin(v['pitch'], 'low', 'level', 'high')} and "
-             f"{_bin(v['tempo'], 'slow', 'steady', 'fast')}.",
-             f"The voice is {_bin(v['loudness'], 'faint', 'level', 'loud')} and "
-             f"{_bin(v['glide'], 'falls', 'steady', 'rises')}."]
-    if v["tremolo"] > 0.4:
-        heard.append("The voice moves fast.")
-    if v["roughness"] > 0.4:
-        heard.append("The voice is rough.")
-    seen = [seen[i] for i in sorted(rng.permutation(len(seen))[:3])]
-    heard = [heard[i] for i in sorted(rng.permutation(len(heard))[:2])]
-    return " ".join([appearance(rng, look, 0.0)[0].text, *seen, *heard])
+    values = dict(zip(FACE + VOICE, (*face, *voice)))
+    say = {name: words.split()[(values[name] >= -0.3) + (values[name] > 0.3)] for name, words in LEVELS.items()}
+    tilt = f"{'' if say['brow_slant'] == 'straight' else 'tilt '}{say['brow_slant']}"
+    seen = [f"The mouth is {say['mouth_curve']} and {say['mouth_open']}.", f"The brows are {say['brow_height']} and {tilt}.",
+            f"The eyes are {say['eye_open']}."]
+    heard = [f"The voice is {say['pitch']} and {say['tempo']}.", f"The voice is {say['loudness']} and {say['glide']}."]
+    chosen = []
+    for said, names, most in ((seen, FACE, 3), (heard, VOICE, 2)):
+        said += [sentence for name, sentence in MARKS.items() if name in names and values[name] > 0.4]
+        chosen += [said[i] for i in sorted(rng.permutation(len(said))[:most])]
+    return " ".join([appearance(rng, look, 0.0)[0].text, *chosen])
 
 
 # ----------------------------------------------------------------------------------- training pairs of the verifier
