@@ -63,7 +63,7 @@ def test_sigterm_to_torchrun_writes_a_state_on_all_processes(folder, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/sft.py",
                "--world", str(folder / "world"), "--model", str(folder / "world/base"), "--out", str(out),
-               "--sharding", "hand", "--steps", "100000", "--save-every", "100000", "--batch-size", "4", "--workers", "0"]
+               "--sharding", "hand", "--steps", "100000", "--save-every", "100000", "--batch-size", "8", "--workers", "0"]
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})

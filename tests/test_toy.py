@@ -14,11 +14,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
+from erv_min.run.processes import Processes
 from erv_min.run.settings import PRESETS, GRPOSettings, parse
 from erv_min.toy import chain, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
@@ -301,19 +303,20 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
-    chain.prepare(settings, tmp_path / "scripts")
+    chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
     assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "-m"]
     scripts = [word for c in commands for word in c if word.endswith(".py")]
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
+    (tmp_path / "sft").mkdir()  # which the command's own check looks for
     made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][commands[-1].index(scripts[-1]) + 1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
-    assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="", baseline=False,
-                           eval_clips=-1, resume=True)
+    assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", baseline=False, eval_clips=-1,
+                           resume=True, rewards=replace(settings.rewards, w_explanation=0.0))
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "model.safetensors").touch()
-    chain.prepare(settings, tmp_path / "scripts")
+    chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
     assert [c[:2] for c in commands] == [["-m", "erv_min.toy"]]  # the world alone is not there
 
 
@@ -350,16 +353,20 @@ def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
 
 def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypatch):
     """Under torchrun with one process on the CPU, and never else; both find one store and add up on one thread."""
-    started, given = [], ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
+    started, opened = [], []
+    given = ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
     monkeypatch.setattr(chain.subprocess, "Popen", lambda command, env: started.append((command, env)))
     monkeypatch.setattr(chain.os, "environ", {})
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     for size, device in ((None, "cpu"), ("2", "cpu"), ("1", "cuda")):
         os.environ |= {"WORLD_SIZE": size} if size else {}
-        chain.second_process(replace(settings, device=device), Path("grpo.py"))
+        alone = Processes(0, 1, torch.device(device))
+        assert chain.second_process(settings, Path("grpo.py"), alone) is alone
     assert not started
     os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    chain.second_process(settings, Path("grpo.py"))
+    monkeypatch.setattr(chain, "join_processes", lambda device: Processes(0, 2, torch.device(device)))
+    monkeypatch.setattr(chain, "open_folder", lambda out, resume, processes: opened.append(processes.size))
+    assert chain.second_process(settings, Path("grpo.py"), Processes(0, 1, torch.device("cpu"))).size == 2 == opened[0]
     ((_, script, *options), env), = started
     assert script == "grpo.py" and parse(GRPOSettings, PRESETS["grpo"], "", options) == settings
     changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
