@@ -154,8 +154,8 @@ def collect(out: Path, seeds: list[int], rows: list[str]) -> dict:
 
 
 # Student's t, two-sided 95%, by degrees of freedom 1 to 30; the last one serves for more.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-     2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -167,7 +167,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def difference(ours: list[float], other: list[float]) -> str:
-    """Ours minus another row, paired by seed: mean, interval, lowest and highest seed; * where the interval excludes 0."""
+    """Ours minus another row, paired by seed: mean (interval) [lowest, highest]; * where the interval excludes 0."""
     gaps = [a - b for a, b in zip(ours, other)]
     low, high = interval(gaps)
     return (f"{np.mean(gaps):+.1f}{'*' if low > 0 or high < 0 else ' '} ({low:+.1f} to {high:+.1f}) "
@@ -192,11 +192,12 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
 
     def cells(values) -> str:
         shown = [np.array([v for v in x if v is not None], dtype=float) for x in values]
-        return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}" for x in shown)
+        return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}"
+                       for x in shown)
 
     lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; percent, "
-             "mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right answers whose "
-             "explanation says something else",
+             "mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right answers "
+             "whose explanation says something else",
              f"{'':{width}}" + "".join(f"{c:>13}" for c in columns)]
     for row in rows:
         name, paper = ROWS[row]
@@ -205,13 +206,13 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
             ratio = 100 * paper[1] / paper[3] if paper[1] else None
             lines.append(f"{'':{width}}" + "".join(f"{f'({x:.2f})' if x else '':>13}" for x in (*paper, ratio)))
     if "ours" in rows:
-        lines.append("\nOurs minus another row, points, paired by seed; (95% interval over seeds, * where it excludes 0); "
-                     "[lowest, highest seed]")
+        lines.append("\nOurs minus another row, points, paired by seed; (95% interval over seeds, * where it excludes "
+                     "0); [lowest, highest seed]")
         ours = results["ours"][JUDGES[0]]
         for row in [r for r in rows if r != "ours"]:
             lines.append(f"  {ROWS[row][0]}: "
                          + "; ".join(f"{m} {difference(ours[m], results[row][JUDGES[0]][m])}" for m in COLUMNS))
-    lines.append("\nSentences, percent: of the grammar and in the right person; claims about face or voice true of the clip\n"
+    lines.append("\nSentences, percent: of the grammar and in the right person; claims about face or voice that are true\n"
                  + f"{'':{width}}{'formed':>13}{'true':>13}")
     for row in rows:
         results[row]["sentences"] = sentences(out, seeds, row)
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows of the tables, separated by commas")
     parser.add_argument("--clips", type=int, default=1000, help="held-out clips a seed")
-    parser.add_argument("--split", default="test", choices=("test", "tune"), help="which clips: tune is for choosing settings")
+    parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
     parser.add_argument("--steps", type=int, default=0, help="GRPO steps (default: the preset's)")
     parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time, one thread each")

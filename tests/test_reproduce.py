@@ -60,13 +60,15 @@ def predictions(folder: Path, right: int, clips: int = 10) -> None:
     Each explanation has one sentence out of the grammar, one of it about the look, and one cue, true where it is right.
     """
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
-             "output": f"<think>She freeurprised. A man is in the office. {'His face beams.' if i < right else 'He gasps as he talks.'}"
-                       "</think><answer>happy</answer>", "judged_emotion": "happy" if i < right else "fear"}
+             "judged_emotion": "happy" if i < right else "fear",
+             "output": "<think>She freeurprised. A man is in the office. "
+                       f"{'His face beams.' if i < right else 'He gasps as he talks.'}</think><answer>happy</answer>"}
             for i in range(clips)]
     world = folder.parents[1] / "world"
     world.mkdir(parents=True, exist_ok=True)
     (world / "params.jsonl").write_text("".join(json.dumps(
-        {"number": i, "look": {"woman": False}, "face_shows": "happy", "voice_shows": "happy"}) + "\n" for i in range(clips)))
+        {"number": i, "look": {"woman": False}, "face_shows": "happy", "voice_shows": "happy"}) + "\n"
+        for i in range(clips)))
     folder.mkdir(parents=True)
     (folder / "judged-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scores = {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES}

@@ -302,13 +302,13 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     chain.prepare(settings, tmp_path / "scripts")
-    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "-m"]
+    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
     scripts = [word for c in commands for word in c if word.endswith(".py")]
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
-    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][commands[-1].index(scripts[-1]) + 1:])
+    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
-    assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="", baseline=False,
-                           eval_clips=-1, resume=True)
+    assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="",
+                           baseline=False, eval_clips=-1, resume=True)
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
         (tmp_path / name).mkdir()
@@ -322,20 +322,22 @@ def python(code: str) -> list[str]:
 
 
 def test_stages_side_by_side(tmp_path, monkeypatch):
-    """Each waits for the other's file, so they run together; on one thread, outside torchrun's group."""
+    """Each waits for the other's file, so they run together; on one thread, and apart from this process's group."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     a, b = tmp_path / "a", tmp_path / "b"
-    meet = ("open({!r}, 'w').write(os.environ.get('RANK', 'alone') + os.environ['OMP_NUM_THREADS'])\n"
+    meet = ("e = os.environ\n"
+            "open({!r}, 'w').write(e['RANK'] + e.get('MASTER_PORT', 'alone') + e['OMP_NUM_THREADS'])\n"
             "while not os.path.exists({!r}): time.sleep(0.01)")
     chain.run(python(meet.format(str(a), str(b))), python(meet.format(str(b), str(a))))
-    assert a.read_text() == b.read_text() == "alone1"
+    assert a.read_text() == b.read_text() == "0alone1"
 
 
 def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
     mark = tmp_path / "stopped"
-    waits = python(f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75))); open({str(mark) + '.on'!r}, 'w'); "
-                   "time.sleep(60)")
+    waits = python(f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75))); "
+                   f"open({str(mark) + '.on'!r}, 'w'); time.sleep(60)")
     ready = f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(mark) + '.on'!r}), True)]; "
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="sys.exit.3.* ended with status 3"):
@@ -364,7 +366,7 @@ def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypa
     assert script == "grpo.py" and parse(GRPOSettings, PRESETS["grpo"], "", options) == settings
     changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
     assert changed == {"RANK": ("0", "1"), "LOCAL_RANK": (None, "1"), "OMP_NUM_THREADS": (None, "1")}
-    assert env["WORLD_SIZE"] == "2" and env["TORCHELASTIC_USE_AGENT_STORE"] == "False" and env["MASTER_PORT"].isdecimal()
+    assert (env["WORLD_SIZE"], env["TORCHELASTIC_USE_AGENT_STORE"]) == ("2", "False") and int(env["MASTER_PORT"])
 
 
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip

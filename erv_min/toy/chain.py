@@ -1,4 +1,4 @@
-"""The toy's stages before GRPO and its table after it: the whole method from nothing, by commands that a user could type.
+"""The toy's stages before GRPO and its table after it: the whole method from nothing, by commands a user could type.
 
     world, rendered -> base model, SFT | verifier -> [GRPO without R_E] -> GRPO -> table 1 on held-out clips
 
@@ -34,7 +34,8 @@ from erv_min.toy.text import check_sentences
 
 TOY = GRPOSettings(**PRESETS["grpo"]["toy"])
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
-GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}  # torchrun's
+# What torchrun tells a process of its group.
+GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 laps = [("", time.time())]  # (what was done, when it was)
@@ -52,22 +53,24 @@ def one_thread(preset: str) -> None:
 
 
 def run(*commands: list[str]) -> None:
-    """Runs `python COMMAND` for each, side by side with one thread each, apart from this process's group; waits for all.
+    """Runs `torchrun COMMAND` for each, side by side, one thread each, apart from this process's group; waits for all.
 
+    (Without torchrun itself, which is a process more, and would not hand on the status STOPPED.)
     SIGTERM is handed on (Ctrl-C reaches them by itself), and one that fails ends the others. Raises SystemExit: STOPPED
     where they stopped in order, else naming the command that failed.
     """
     environment = {k: v for k, v in os.environ.items() if k not in GROUP and not k.startswith("TORCHELASTIC")}
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
     stages: list[subprocess.Popen] = []
 
     def stop(*_) -> None:
         for stage in stages:
             stage.terminate()
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop), signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    before = {n: signal.signal(n, do) for n, do in ((signal.SIGTERM, stop), (signal.SIGINT, lambda *_: None))}
     for command in commands:
-        print("$ python", *command, flush=True)
-        stages.append(subprocess.Popen([sys.executable, *command], env=environment | {"OMP_NUM_THREADS": "1"}))
+        print("$ torchrun", *command, flush=True)
+        stages.append(subprocess.Popen([sys.executable, *command], env=environment))
     while not any(status := [stage.poll() for stage in stages]) and None in status:
         time.sleep(0.1)
     if None in status:
@@ -77,13 +80,13 @@ def run(*commands: list[str]) -> None:
         signal.signal(number, handler)
     for code, command in zip(status, commands):
         if code and code not in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
-            raise SystemExit(f"'python {' '.join(command)}' ended with status {code}: its message stands above")
+            raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {code}: its message stands above")
     if any(ended):
         raise SystemExit(STOPPED)
 
 
 def world_folder(settings) -> Path:
-    """Where the embedded world lies: --world, else in OUT or beside it, else (to be made) in OUT for GRPO, beside others."""
+    """Where the embedded world lies: --world, else in OUT or beside it, else, to be made, in GRPO's OUT, beside others'."""
     if settings.world:
         return Path(settings.world)
     inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
@@ -110,10 +113,10 @@ def options(settings, usual, without: tuple[str, ...] = ()) -> list[str]:
 
 
 def prepare(settings: GRPOSettings, scripts: Path) -> None:
-    """Makes world, SFT, verifier and, where asked, the Baseline, each where it is not there yet; names them in `settings`.
+    """Makes world, SFT, verifier and, where asked, the Baseline, where they are not there yet; names them in `settings`.
 
-    `scripts` is the folder of the stages' scripts. The main process makes them; the others wait for it where the process
-    group forms. With --random-weights the world is all that is needed.
+    `scripts` is the folder of the stages' scripts. The main process makes them; the others wait for it where the
+    process group forms. With --random-weights the world is all that is needed.
     """
     out, world, seed, todo = Path(settings.out), world_folder(settings), ["--seed", str(settings.seed)], []
     settings.world = str(world)
@@ -138,8 +141,8 @@ def prepare(settings: GRPOSettings, scripts: Path) -> None:
         lap("base model, SFT and verifier")
     if settings.baseline and not (baseline / WEIGHTS).exists():
         own = ("out", "erv", "ablate", "w_explanation", "baseline", "eval_clips", "resume")
-        run(["-m", "torch.distributed.run", "--standalone", str(scripts / "grpo.py"), *options(settings, TOY, own),
-             "--out", str(baseline), "--w-explanation", "0", "--eval-clips", "-1", "--resume"])
+        run([str(scripts / "grpo.py"), *options(settings, TOY, own), "--out", str(baseline), "--w-explanation", "0",
+             "--eval-clips", "-1", "--resume"])
         lap("Baseline")
     second_process(settings, scripts / "grpo.py")
 
@@ -148,7 +151,7 @@ def second_process(settings: GRPOSettings, script: Path) -> None:
     """Makes this process, alone under torchrun and on the CPU, the first of two, and starts the other.
 
     They share each step's prompts, which pays better than two threads on matrices as small as the toy's, and repeats.
-    Without torchrun, `python scripts/grpo.py`, the process stays alone.
+    Started as `python scripts/grpo.py`, without torchrun, the process stays alone.
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if os.environ.get("WORLD_SIZE") != "1" or device != "cpu":
@@ -176,9 +179,9 @@ def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes
     for system, folder in systems.items():
         own = PromptBuilder(load_humanomni(folder, torch.float32, processes.device), builder.tokenizer,
                             builder.gate_tokenizer, builder.cache, settings.modality, settings.prompt_stage)
-        rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature, seed=settings.seed,
-                          batch_size=64, num_frames=settings.num_frames, geometry=settings.geometry,
-                          workers=settings.workers)
+        rows, _ = predict(own, examples, processes, settings.max_new_tokens, settings.eval_temperature,
+                          seed=settings.seed, batch_size=64, num_frames=settings.num_frames,
+                          geometry=settings.geometry, workers=settings.workers)
         if processes.main:
             judge_rows(rows, judge)
             scores[system] = score(rows, rows[0]["dataset"])
@@ -202,7 +205,7 @@ def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes
 
 
 def count(rows: list[dict], clips: dict[str, dict]) -> Counter:
-    """text.check_sentences summed over predictions, and "format": outputs that keep it. clips: by video_id, params.jsonl's."""
+    """text.check_sentences summed over predictions, and "format": outputs that keep it. clips: params.jsonl by video_id."""
     total = Counter(format=sum(int(format_reward(row["output"])) for row in rows))
     for row in rows:
         total.update(check_sentences(split_sentences(extract_explanation(row["output"])), clips[row["video_id"]]))
