@@ -75,6 +75,14 @@ def test_each_emotion_looks_and_sounds_different():
             assert np.abs(heard[i] - heard[j]).mean() > 0.2, (EMOTIONS[i], EMOTIONS[j])
 
 
+def test_whom_a_sentence_is_about_can_be_seen():
+    """A man's beard: about a hundred pixels on the chin, and no other pixel."""
+    for face, _ in PROTOTYPES.values():
+        woman, man = (draw(np.array(face), replace(LOOKS[0], woman=w), np.random.default_rng(0)) for w in (True, False))
+        rows, columns = np.nonzero(np.abs(woman[-1].astype(int) - man[-1]).max(-1) > 40)
+        assert 45 < rows.min() < rows.max() < 54 and len(rows) > 80 and 18 < columns.min() < columns.max() < 47
+
+
 def test_same_seed_gives_the_same_bytes_in_another_process(small, tmp_path):
     """Other hash seed, one worker instead of two: every file is the same."""
     code = (f"from erv_min.toy.world import *; build_world({str(tmp_path / 'again')!r}, "
