@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -362,6 +363,7 @@ def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypa
     """Under torchrun with one process on the CPU, and never else; both find one store and add up on one thread."""
     started, given = [], ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
     monkeypatch.setattr(chain.subprocess, "Popen", lambda command, env: started.append((command, env)))
+    monkeypatch.setattr(chain.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
     monkeypatch.setattr(chain.os, "environ", {})
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     for size, device in ((None, "cpu"), ("2", "cpu"), ("1", "cuda")):
@@ -375,6 +377,16 @@ def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypa
     changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
     assert changed == {"RANK": ("0", "1"), "LOCAL_RANK": (None, "1"), "OMP_NUM_THREADS": (None, "1")}
     assert (env["WORLD_SIZE"], env["TORCHELASTIC_USE_AGENT_STORE"]) == ("2", "False") and int(env["MASTER_PORT"])
+
+
+def test_a_second_process_that_fails_ends_the_first(tmp_path):
+    """Before the two have met, too, where the first would otherwise wait for it."""
+    (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
+    code = (f"from erv_min.toy import chain; chain.second_process(chain.GRPOSettings(device='cpu'), "
+            f"{str(tmp_path / 'fails.py')!r}); chain.time.sleep(100)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+                            env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"}, timeout=90)
+    assert result.returncode == 1 and "the second process ended with status 3" in result.stderr
 
 
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -129,11 +130,12 @@ def prepare(settings: GRPOSettings, scripts: Path) -> None:
     human = ["--sources", "human"] if settings.ablate == "augmentation" else []  # table 2: a verifier of its own
     sft, verifier, baseline = out / "sft", out / ("erv-unaugmented" if human else "erv"), out / "baseline"
     same = ["--preset", "toy", "--world", str(world), *seed, "--device", settings.device or "cpu", "--resume"]
-    if not settings.model and not (sft / WEIGHTS).exists():
-        todo.append([str(scripts / "sft.py"), *same, "--out", str(sft)])
-    if settings.w_explanation and not settings.erv and not (verifier / WEIGHTS).exists():
-        todo.append([str(scripts / "erv.py"), *same, "--out", str(verifier), *human])
-    settings.model, settings.erv = settings.model or str(sft), settings.erv or str(verifier)
+    if not settings.model:
+        settings.model = str(sft)
+        todo += [] if (sft / WEIGHTS).exists() else [[str(scripts / "sft.py"), *same, "--out", str(sft)]]
+    if settings.w_explanation and not settings.erv:
+        settings.erv = str(verifier)
+        todo += [] if (verifier / WEIGHTS).exists() else [[str(scripts / "erv.py"), *same, "--out", settings.erv, *human]]
     if not main_process():
         return
     if todo:
@@ -161,8 +163,15 @@ def second_process(settings: GRPOSettings, script: Path) -> None:
         port = str(free.getsockname()[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "TORCHELASTIC_USE_AGENT_STORE": "False"}  # a store of their own, which the first process holds
-    subprocess.Popen([sys.executable, str(script), *options(settings, TOY)],
-                     env=os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"})
+    other = subprocess.Popen([sys.executable, str(script), *options(settings, TOY)],
+                             env=os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"})
+
+    def watch() -> None:  # without it this process would wait an hour for one that never came to the group
+        if (status := other.wait()) not in (0, STOPPED):
+            print(f"the second process ended with status {status}: its message stands above", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes) -> None:
