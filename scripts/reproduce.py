@@ -26,7 +26,7 @@ from erv_min.run.errors import SettingsError
 from erv_min.run.files import atomic_write, read_json, read_jsonl, write_json
 from erv_min.run.processes import run_script
 from erv_min.metrics import COLUMNS
-from erv_min.toy.chain import count
+from erv_min.toy.chain import count_sentences
 
 SCRIPTS = Path(__file__).parent
 JUDGES = ("lexicon", "lexicon2")
@@ -135,9 +135,9 @@ def run_all(plans: dict[int, dict], out: Path, workers: int) -> None:
                     seed, name, began = running.pop(future)
                     future.result()
                     done.add((seed, name))
-                    count, elapsed = total - len(todo) - len(running), time.time() - started
+                    count, minutes = total - len(todo) - len(running), (time.time() - started) / 60
                     print(f"  seed {seed}: {name} done in {time.time() - began:.0f} s ({count}/{total}, "
-                          f"{elapsed / 60:.1f} min, about {elapsed / count * (total - count) / 60:.0f} min left)", flush=True)
+                          f"{minutes:.1f} min, about {minutes / count * (total - count):.0f} min left)", flush=True)
         finally:
             stop.set()
 
@@ -179,7 +179,7 @@ def sentences(out: Path, seeds: list[int], row: str) -> dict[str, list[float | N
     found: dict = {"formed": [], "true": []}
     for seed in seeds:
         clips = {str(clip["number"]): clip for clip in read_jsonl(out / f"seed-{seed}" / "world" / "params.jsonl")}
-        n = count(read_jsonl(out / f"seed-{seed}" / "evaluation" / row / "judged-1.jsonl"), clips)
+        n = count_sentences(read_jsonl(out / f"seed-{seed}" / "evaluation" / row / "judged-1.jsonl"), clips)
         for part, whole in (("formed", "sentences"), ("true", "cues")):
             found[part].append(100 * n[part] / n[whole] if n[whole] else None)
     return found
@@ -195,9 +195,9 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}"
                        for x in shown)
 
-    lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; percent, "
-             "mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right answers "
-             "whose explanation says something else",
+    lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; "
+             "percent, mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right "
+             "answers whose explanation says something else",
              f"{'':{width}}" + "".join(f"{c:>13}" for c in columns)]
     for row in rows:
         name, paper = ROWS[row]
@@ -212,7 +212,7 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         for row in [r for r in rows if r != "ours"]:
             lines.append(f"  {ROWS[row][0]}: "
                          + "; ".join(f"{m} {difference(ours[m], results[row][JUDGES[0]][m])}" for m in COLUMNS))
-    lines.append("\nSentences, percent: of the grammar and in the right person; claims about face or voice that are true\n"
+    lines.append("\nSentences, percent: of the grammar and in the right person; true claims about face and voice\n"
                  + f"{'':{width}}{'formed':>13}{'true':>13}")
     for row in rows:
         results[row]["sentences"] = sentences(out, seeds, row)
@@ -233,13 +233,13 @@ WATCHED = {"reward_explanation": "R_E", "sentences": "sentences", "distinct_sent
 
 def over_training(out: Path, seeds: list[int], rows: list[str]) -> list[str]:
     """What GRPO with R_E moved: means over seeds of the first tenth of its steps and of the last."""
-    lines = ["\nGRPO with R_E, first tenth of the steps -> last: R_E, sentences an explanation, share of distinct ones, share "
-             "of sentences that are only neutral, KL"]
+    lines = ["\nGRPO with R_E, first tenth of the steps -> last: R_E, sentences per explanation, share of distinct "
+             "ones, share of sentences that are only neutral, KL"]
     for row in rows:
         runs = [read_jsonl(path) for seed in seeds if (path := out / f"seed-{seed}" / row / "metrics.jsonl").exists()]
         if runs and any(step.get("reward_explanation") for step in runs[0]):
             tenth = max(1, len(runs[0]) // 10)
-            ends = [[np.nanmean([float("nan") if step[key] is None else step[key] for run in runs for step in run[part]])
+            ends = [[np.nanmean([np.nan if step[key] is None else step[key] for run in runs for step in run[part]])
                      for key in WATCHED]  # None: a step without a single sentence
                     for part in (slice(tenth), slice(-tenth, None))]
             lines.append(f"  {ROWS[row][0]}: " + "; ".join(

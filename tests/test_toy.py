@@ -384,8 +384,8 @@ def test_a_second_process_that_fails_ends_the_first(tmp_path):
     (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
     code = (f"from erv_min.toy import chain; chain.second_process(chain.GRPOSettings(device='cpu'), "
             f"{str(tmp_path / 'fails.py')!r}); chain.time.sleep(100)")
-    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-                            env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"}, timeout=90)
+    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=90,
+                            capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"})
     assert result.returncode == 1 and "the second process ended with status 3" in result.stderr
 
 

@@ -87,7 +87,7 @@ def run(*commands: list[str]) -> None:
 
 
 def world_folder(settings) -> Path:
-    """Where the embedded world lies: --world, else in OUT or beside it, else, to be made, in GRPO's OUT, beside others'."""
+    """Where the world lies: --world, else in OUT or beside it. To be made: in GRPO's OUT, beside the others'."""
     if settings.world:
         return Path(settings.world)
     inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
@@ -114,7 +114,7 @@ def options(settings, usual, without: tuple[str, ...] = ()) -> list[str]:
 
 
 def prepare(settings: GRPOSettings, scripts: Path) -> None:
-    """Makes world, SFT, verifier and, where asked, the Baseline, where they are not there yet; names them in `settings`.
+    """Makes world, SFT, verifier and, where asked, the Baseline where they are not there; names them in `settings`.
 
     `scripts` is the folder of the stages' scripts. The main process makes them; the others wait for it where the
     process group forms. With --random-weights the world is all that is needed.
@@ -135,7 +135,8 @@ def prepare(settings: GRPOSettings, scripts: Path) -> None:
         todo += [] if (sft / WEIGHTS).exists() else [[str(scripts / "sft.py"), *same, "--out", str(sft)]]
     if settings.w_explanation and not settings.erv:
         settings.erv = str(verifier)
-        todo += [] if (verifier / WEIGHTS).exists() else [[str(scripts / "erv.py"), *same, "--out", settings.erv, *human]]
+        command = [str(scripts / "erv.py"), *same, "--out", str(verifier), *human]
+        todo += [] if (verifier / WEIGHTS).exists() else [command]
     if not main_process():
         return
     if todo:
@@ -168,7 +169,8 @@ def second_process(settings: GRPOSettings, script: Path) -> None:
 
     def watch() -> None:  # without it this process would wait an hour for one that never came to the group
         if (status := other.wait()) not in (0, STOPPED):
-            print(f"the second process ended with status {status}: its message stands above", file=sys.stderr, flush=True)
+            print(f"the second process ended with status {status}: its message stands above", file=sys.stderr)
+            sys.stderr.flush()
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -194,7 +196,7 @@ def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes
         if processes.main:
             judge_rows(rows, judge)
             scores[system] = score(rows, rows[0]["dataset"])
-            counted[system] = count(rows, clips)
+            counted[system] = count_sentences(rows, clips)
             atomic_write(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"),
                          "".join(json.dumps(row) + "\n" for row in rows))
     if not processes.main:
@@ -213,8 +215,8 @@ def compare(settings: GRPOSettings, builder: PromptBuilder, processes: Processes
           + f"; {(laps[-1][1] - laps[0][1]) / 60:.1f} minutes in all", flush=True)
 
 
-def count(rows: list[dict], clips: dict[str, dict]) -> Counter:
-    """text.check_sentences summed over predictions, and "format": outputs that keep it. clips: params.jsonl by video_id."""
+def count_sentences(rows: list[dict], clips: dict[str, dict]) -> Counter:
+    """check_sentences summed over predictions, and "format": outputs that keep it. clips: params.jsonl by video_id."""
     total = Counter(format=sum(int(format_reward(row["output"])) for row in rows))
     for row in rows:
         total.update(check_sentences(split_sentences(extract_explanation(row["output"])), clips[row["video_id"]]))
