@@ -76,12 +76,11 @@ def test_each_emotion_looks_and_sounds_different():
             assert np.abs(heard[i] - heard[j]).mean() > 0.2, (EMOTIONS[i], EMOTIONS[j])
 
 
-def test_whom_a_sentence_is_about_can_be_seen():
-    """A man's beard: about a hundred pixels on the chin, and no other pixel."""
-    for face, _ in PROTOTYPES.values():
-        woman, man = (draw(np.array(face), replace(LOOKS[0], woman=w), np.random.default_rng(0)) for w in (True, False))
-        rows, columns = np.nonzero(np.abs(woman[-1].astype(int) - man[-1]).max(-1) > 40)
-        assert 45 < rows.min() < rows.max() < 54 and len(rows) > 80 and 18 < columns.min() < columns.max() < 47
+def test_whom_a_sentence_is_about_can_be_seen_and_heard():
+    """A woman's hair is long and her voice higher, a man's the opposite: "he" or "she" is no guess."""
+    assert all(c.look.long_hair == c.look.woman for c in sample_clips(replace(SMALL, train=100)))
+    woman, man = (draw(np.zeros(7), look, np.random.default_rng(0))[-1].astype(int) for look in LOOKS)
+    assert (np.abs(woman - man).max(-1) > 40).sum() > 200
 
 
 def test_same_seed_gives_the_same_bytes_in_another_process(small, tmp_path):

@@ -99,8 +99,6 @@ def draw(face: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:
     head = _soft(_ellipse(x, y, 0, 0, 21, 24.5))
     _paint(base, head, skin)
     _paint(base, head * _soft(y + 18.5 - 0.012 * x**2), hair)  # fringe
-    if not look.woman:  # a beard: by length of hair and pitch alone one person in six is taken for the other
-        _paint(base, head * _soft(18.5 - y), hair)
 
     # What moves: features in crops of the upper and lower face, all frames at once.  [FRAMES, h, w]
     step = np.arange(FRAMES, dtype=np.float32)
