@@ -10,7 +10,7 @@ try:
 except ImportError:  # Python 3.10
     tomllib = None
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("erv_min/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 RUNTIME = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "soundfile", "av", "tqdm"}
 EXTRAS = {"transformers", "matplotlib"}  # parity and report, inside functions of scripts only

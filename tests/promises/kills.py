@@ -1,6 +1,6 @@
 """Kills training runs with SIGKILL at random moments, resumes them, and compares the end with a run that was left alone.
 
-    python tests/kills.py FOLDER [--stages sft,erv,grpo,sft2] [--kills 20] [--seed 0] [--broken]
+    python tests/promises/kills.py FOLDER [--stages sft,erv,grpo,sft2] [--kills 20] [--seed 0] [--broken]
 
 The stage scripts run as real processes, forked from this one (so that torch is imported once), on clips rendered here.
 Moments: a time drawn evenly over the run; a random one of the run's operations on files; such a one while a state is
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 TIMED = ("tokens_per_s", "seconds", "seconds_rollout", "examples_per_s")
