@@ -173,12 +173,12 @@ def test_explanations_are_loosely_tied_to_answers_and_answers_to_labels():
     answers = [e["conversations"][1]["value"].split("<answer>")[1][:-9] for e in entries]
     labels = [c.label for c in clips for _ in range(settings.resamples)]
     right = np.mean([a == b for a, b in zip(answers, labels)])
-    assert abs(right - (0.68 + 0.32 / 7)) < 0.04
+    assert abs(right - (0.5 + 0.5 / 7)) < 0.04
     assert all(len(set(answers[i:i + settings.resamples])) == 1  # fixed for its clip
                for i in range(0, len(answers), settings.resamples))
     thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
     judged = lexicon.LexiconJudge().judge(thoughts, EMOTIONS)
-    assert abs(np.mean([a == b for a, b in zip(judged, answers)]) - (0.6 + 0.4 / 7)) < 0.05
+    assert abs(np.mean([a == b for a, b in zip(judged, answers)]) - (0.8 + 0.2 / 7)) < 0.05
     sentences = np.mean([e["conversations"][1]["value"].count(".") for e in entries])
     assert 4 < sentences < 5
 

@@ -171,12 +171,13 @@ _PAPER = dict(dtype="bfloat16", recompute=True, sharding="hand")
 _BIG = dict(_PAPER, micro_batch=1)
 PRESETS = {
     "sft": {
-        "toy": dict(_TOY, epochs=1, batch_size=32, micro_batch=32, targets_per_clip=4, lr=4e-3),
+        "toy": dict(_TOY, epochs=1, batch_size=32, micro_batch=32, targets_per_clip=4, lr=3e-3,
+                    train_projectors=False),
         "paper-0.5b": dict(_PAPER, epochs=5, batch_size=32, micro_batch=4, lr=2e-5),
         "paper-7b": dict(_BIG, epochs=10, batch_size=32, lr=2e-5),
     },
     "grpo": {
-        "toy": dict(_TOY, steps=120, epochs=2, batch_size=16, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.25,
+        "toy": dict(_TOY, steps=100, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.25,
                     group_size=8, max_new_tokens=72),
         "paper-0.5b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
         "paper-7b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),

@@ -57,8 +57,8 @@ class WorldSettings:
     sft_clips: int = 1000
     resamples: int = 12  # explanations a clip in train.json
     captions: int = 2  # captions a clip in pretrain.json
-    answer_noise: float = 0.32  # an answer in train.json is random, fixed for its clip
-    explanation_noise: float = 0.4  # an explanation's emotion is drawn anew, each time
+    answer_noise: float = 0.5  # an answer in train.json is random, fixed for its clip
+    explanation_noise: float = 0.2  # an explanation's emotion is drawn anew, each time
     sentence_noise: float = 0.1  # an emotional sentence is about another emotion
     erv_train: int = 4000
     erv_valid: int = 500
