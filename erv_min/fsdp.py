@@ -13,8 +13,8 @@ shards, which are all that stays. The life of a unit in a pass:
 
 `Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: where
 autograd would save a weight for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that
-unit again. (With recomputation they gather little. They stay, since a step without recomputation takes three quarters of
-the time.) The root stays gathered through a pass. The next unit's all-gather runs beside this one's compute
+unit again. (With recomputation they gather little. They stay: a step without it takes three quarters of the time.) The
+root stays gathered through a pass. The next unit's all-gather runs beside this one's compute
 (`prefetch`), a reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On
 CUDA both run on NCCL's own stream, which waits for the compute stream where they start; `work.wait()` makes the compute
 stream wait for them and holds their memory.
@@ -222,7 +222,7 @@ class Sharded:
                         module.__dict__[attribute] = param
                 self._prefetch_after(unit)
             yield
-        finally:  # also where a recomputation ends early: once the saved tensors are there, autograd raises in it
+        finally:  # also where a recomputation ends early: checkpoint raises in it once its tensors are there
             for unit in units:
                 self.attached.pop(unit.attached, None)
                 unit.attached = 0

@@ -164,7 +164,7 @@ class Run:
                         path.unlink()
                 print(f"resume: {self.out} holds a state after step {self.first_step} of {self.total_steps}"
                       if self.first_step else f"resume: {self.out} holds no state; starting at step 1", flush=True)
-            self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # no process logs before the logs are cut
+            self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # nobody logs before the cut
         return self.first_step
 
     def _cut(self, path: Path) -> list[dict]:
