@@ -186,14 +186,14 @@ def training_inputs(places: Iterable[int], example_at: Callable[[int], Example],
 
     `example_at(place)` is the example at a place of the endless order. Where its clip cannot be decoded, `on_error` is
     told, and the next of the order stands in its place: the place that comes out is the one whose example it is. Raises
-    ClipError where `count` in a row, all there are, cannot be decoded. `how`: `clip_inputs`' other arguments.
+    ClipError where none of the `count` examples can be decoded. `how`: `clip_inputs`' other arguments.
     """
     places = list(places)
     for place, x in zip(places, clip_inputs(map(example_at, places), **how)):
         taken = place
         while isinstance(x, ClipError):
             on_error(place, x)
-            if (taken := taken + 1) - place == count:
+            if (taken := taken + 1) - place == 2 * count:  # among so many places stands every example
                 raise ClipError(f"none of the {count} clips could be decoded, the last: {x}")
             (x,) = clip_inputs([example_at(taken)], **{**how, "workers": 0})
         yield taken, x

@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     toy = settings.preset == "toy" and not settings.random_weights
     if toy or settings.random_weights:
         processes = chain.prepare(settings, Path(__file__).parent, processes)
+    elif settings.ablate == "augmentation" and not settings.erv:
+        raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
+                            "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
     elif settings.rewards.w_explanation and not settings.erv:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
 

@@ -27,7 +27,7 @@ from erv_min.run.errors import SettingsError
 from erv_min.run.files import atomic_write, read_json, read_jsonl, write_json
 from erv_min.run.processes import run_script
 from erv_min.metrics import COLUMNS
-from erv_min.toy.chain import count
+from erv_min.toy.chain import count_sentences
 
 SCRIPTS = Path(__file__).parent
 JUDGES = ("lexicon", "lexicon2")
@@ -136,9 +136,9 @@ def run_all(plans: dict[int, dict], out: Path, workers: int) -> None:
                     seed, name, began = running.pop(future)
                     future.result()
                     done.add((seed, name))
-                    count, elapsed = total - len(todo) - len(running), time.time() - started
+                    count, minutes = total - len(todo) - len(running), (time.time() - started) / 60
                     print(f"  seed {seed}: {name} done in {time.time() - began:.0f} s ({count}/{total}, "
-                          f"{elapsed / 60:.1f} min, about {elapsed / count * (total - count) / 60:.0f} min left)", flush=True)
+                          f"{minutes:.1f} min, about {minutes / count * (total - count):.0f} min left)", flush=True)
         finally:
             stop.set()
 
@@ -155,8 +155,8 @@ def collect(out: Path, seeds: list[int], rows: list[str]) -> dict:
 
 
 # Student's t, two-sided 95%, by degrees of freedom 1 to 30; the last one serves for more.
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-     2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -168,7 +168,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def difference(ours: list[float], other: list[float]) -> str:
-    """Ours minus another row, paired by seed: mean, interval, lowest and highest seed; * where the interval excludes 0."""
+    """Ours minus another row, paired by seed: mean (interval) [lowest, highest]; * where the interval excludes 0."""
     gaps = [a - b for a, b in zip(ours, other)]
     low, high = interval(gaps)
     return (f"{np.mean(gaps):+.1f}{'*' if low > 0 or high < 0 else ' '} ({low:+.1f} to {high:+.1f}) "
@@ -180,7 +180,7 @@ def sentences(out: Path, seeds: list[int], row: str) -> dict[str, list[float | N
     found: dict = {"formed": [], "true": []}
     for seed in seeds:
         clips = {str(clip["number"]): clip for clip in read_jsonl(out / f"seed-{seed}" / "world" / "params.jsonl")}
-        n = count(read_jsonl(out / f"seed-{seed}" / "evaluation" / row / "judged-1.jsonl"), clips)
+        n = count_sentences(read_jsonl(out / f"seed-{seed}" / "evaluation" / row / "judged-1.jsonl"), clips)
         for part, whole in (("formed", "sentences"), ("true", "cues")):
             found[part].append(100 * n[part] / n[whole] if n[whole] else None)
     return found
@@ -193,11 +193,12 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
 
     def cells(values) -> str:
         shown = [np.array([v for v in x if v is not None], dtype=float) for x in values]
-        return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}" for x in shown)
+        return "".join(f"{f'{x.mean():.1f} ±{x.std(ddof=min(1, len(x) - 1)):4.1f}' if len(x) else '-':>13}"
+                       for x in shown)
 
-    lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; percent, "
-             "mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right answers whose "
-             "explanation says something else",
+    lines = [f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; "
+             "percent, mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are right "
+             "answers whose explanation says something else",
              f"{'':{width}}" + "".join(f"{c:>13}" for c in columns)]
     for row in rows:
         name, paper = ROWS[row]
@@ -206,13 +207,13 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
             ratio = 100 * paper[1] / paper[3] if paper[1] else None
             lines.append(f"{'':{width}}" + "".join(f"{f'({x:.2f})' if x else '':>13}" for x in (*paper, ratio)))
     if "ours" in rows:
-        lines.append("\nOurs minus another row, points, paired by seed; (95% interval over seeds, * where it excludes 0); "
-                     "[lowest, highest seed]")
+        lines.append("\nOurs minus another row, points, paired by seed; (95% interval over seeds, * where it excludes "
+                     "0); [lowest, highest seed]")
         ours = results["ours"][JUDGES[0]]
         for row in [r for r in rows if r != "ours"]:
             lines.append(f"  {ROWS[row][0]}: "
                          + "; ".join(f"{m} {difference(ours[m], results[row][JUDGES[0]][m])}" for m in COLUMNS))
-    lines.append("\nSentences, percent: of the grammar and in the right person; claims about face or voice true of the clip\n"
+    lines.append("\nSentences, percent: of the grammar and in the right person; true claims about face and voice\n"
                  + f"{'':{width}}{'formed':>13}{'true':>13}")
     for row in rows:
         results[row]["sentences"] = sentences(out, seeds, row)
@@ -233,13 +234,13 @@ WATCHED = {"reward_explanation": "R_E", "sentences": "sentences", "distinct_sent
 
 def over_training(out: Path, seeds: list[int], rows: list[str]) -> list[str]:
     """What GRPO with R_E moved: means over seeds of the first tenth of its steps and of the last."""
-    lines = ["\nGRPO with R_E, first tenth of the steps -> last: R_E, sentences an explanation, share of distinct ones, share "
-             "of sentences that are only neutral, KL"]
+    lines = ["\nGRPO with R_E, first tenth of the steps -> last: R_E, sentences per explanation, share of distinct "
+             "ones, share of sentences that are only neutral, KL"]
     for row in rows:
         runs = [read_jsonl(path) for seed in seeds if (path := out / f"seed-{seed}" / row / "metrics.jsonl").exists()]
         if runs and any(step.get("reward_explanation") for step in runs[0]):
             tenth = max(1, len(runs[0]) // 10)
-            ends = [[np.nanmean([float("nan") if step[key] is None else step[key] for run in runs for step in run[part]])
+            ends = [[np.nanmean([np.nan if step[key] is None else step[key] for run in runs for step in run[part]])
                      for key in WATCHED]  # None: a step without a single sentence
                     for part in (slice(tenth), slice(-tenth, None))]
             lines.append(f"  {ROWS[row][0]}: " + "; ".join(
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows of the tables, separated by commas")
     parser.add_argument("--clips", type=int, default=1000, help="held-out clips a seed")
-    parser.add_argument("--split", default="test", choices=("test", "tune"), help="which clips: tune is for choosing settings")
+    parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
     parser.add_argument("--steps", type=int, default=0, help="GRPO steps (default: the preset's)")
     parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time, one thread each")

@@ -496,7 +496,8 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
     monkeypatch.setattr(grpo.chain, "run", lambda *given: commands.extend(given))
     for ablate, name, sources in (("augmentation", "erv-unaugmented", ["--sources", "human"]), ("", "erv", [])):
         commands.clear()
-        grpo.chain.prepare(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate), Path("scripts"))
+        grpo.chain.prepare(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate), Path("scripts"),
+                           Processes(0, 1, torch.device("cpu")))
         (made,) = (c for c in commands if c[0].endswith("erv.py"))
         assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--out") + 2:] == sources
     with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):

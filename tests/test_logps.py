@@ -8,8 +8,8 @@ import torch
 
 import erv_min.logps as policy
 from erv_min.model.qwen2 import Packing
-from erv_min.logps import Completions, Prompts, completion_logps, token_logps
-from erv_min.sft import group_targets, sft_loss
+from erv_min.logps import Completions, completion_logps, token_logps
+from erv_min.sft import group_targets
 from erv_min.data.readers import Example
 from tiny import tiny_model, tiny_prompts
 
@@ -84,17 +84,6 @@ def test_padding_of_prompts_gets_no_gradient():
     completion_logps(model, prompts, completions_of((3, 2)))[0].sum().backward()
     assert torch.isfinite(prompts.embeds.grad).all()
     assert prompts.embeds.grad[0, 3:].abs().max() == 0 and prompts.embeds.grad[0, :3].abs().max() > 0
-
-
-def test_token_logps_by_hand():
-    # Two words with logits 0 and ln 3 at temperature 1: probabilities 1/4, 3/4. At temperature 1/2 the logits double:
-    # 0 and 2 ln 3: 1/10, 9/10. Entropy at temperature 1: -(1/4 ln 1/4 + 3/4 ln 3/4) = 0.562335.
-    weight = torch.tensor([[0.0], [1.0]])
-    hidden = torch.tensor([[3.0]]).log()
-    logps, entropy = token_logps(hidden, weight, torch.tensor([1]), with_entropy=True)
-    torch.testing.assert_close(logps.exp(), torch.tensor([0.75]))
-    assert entropy.item() == pytest.approx(0.562335, abs=1e-5)
-    torch.testing.assert_close(token_logps(hidden, weight, torch.tensor([0]), 0.5)[0].exp(), torch.tensor([0.1]))
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -183,29 +172,6 @@ def test_empty_completions_have_a_defined_result():
     completions = Completions(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
     logps, entropy = completion_logps(model, tiny_prompts(model), completions, with_entropy=True)
     assert logps.abs().sum() == 0 and entropy.abs().sum() == 0
-
-
-def test_sft_loss_by_hand():
-    # Eq. 2: label tokens with log-probs -1, -2 and -4; the 9s are padding. Mean 7/3; sum over tokens, mean over two
-    # targets 7/2.
-    logps = torch.tensor([[-1.0, -2.0], [-4.0, 9.0]])
-    mask = torch.tensor([[1, 1], [1, 0]])
-    assert sft_loss(logps, mask).item() == pytest.approx(7 / 3)
-    assert sft_loss(logps, mask, denominator=2).item() == pytest.approx(3.5)
-
-
-def test_sft_on_a_shared_prompt_equals_the_models_own_loss():
-    """Eq. 2 through completion_logps and through the model's forward with labels (the released form) agree."""
-    model = tiny_model()
-    generator = torch.Generator().manual_seed(3)
-    prompt = torch.randint(0, 512, (1, 6), generator=generator)
-    target = torch.randint(0, 512, (1, 5), generator=generator)
-    input_ids = torch.cat([prompt, target], 1)
-    labels = torch.cat([torch.full_like(prompt, -100), target], 1)
-    embeds = model.model.embed_tokens(prompt)
-    logps, _ = completion_logps(model, Prompts(embeds, torch.ones(1, 6, dtype=torch.bool)),
-                                Completions(target, torch.ones(1, 5, dtype=torch.bool)))
-    torch.testing.assert_close(sft_loss(logps, torch.ones(1, 5)), model(input_ids, labels=labels).loss)
 
 
 def test_group_targets_gives_every_target_a_unit(tmp_path):

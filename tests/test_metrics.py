@@ -5,7 +5,7 @@ import pytest
 from conftest import GOLDEN
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import read_json
-from erv_min.metrics import COLUMNS, agreement, bootstrap, paired, read_prediction, score, table
+from erv_min.metrics import agreement, bootstrap, paired, score, table
 
 RECORDED = read_json(GOLDEN / "text/metrics.json")
 
@@ -27,56 +27,6 @@ EIGHT = [row(*x, number) for number, x in enumerate([
     ("angry", "angry", "angry")])]                        # yes     yes              yes                 yes
 
 
-@pytest.mark.parametrize("dataset", ["DFEW", "MAFW"])
-def test_recorded_scores(dataset):
-    golden, ours = RECORDED[dataset]["released"], score(RECORDED[dataset]["rows"], dataset, "released")
-    for name in COLUMNS:
-        assert ours[name] == pytest.approx(golden[name], abs=1e-9)
-    for name in ("unparsed", "unknown_labels", "per_class"):
-        assert ours[name] == golden[name]
-    last = -1 if dataset == "MAFW" else None  # the release books MAFW's unknown ones elsewhere (golden/README.md)
-    assert [r[:last] for r in ours["confusion"]] == [r[:last] for r in golden["confusion"]]
-
-
-def test_the_papers_rule_on_the_recorded_rows():
-    # `joyful` is happiness here and unknown to the release (divergence 18): a word that neither knows in its place
-    rows = {d: [{**r, "output": r["output"].replace("joy", "bliss")} for r in RECORDED[d]["rows"]] for d in RECORDED}
-    mafw, dfew = (score(rows[d], d) for d in ("MAFW", "DFEW"))
-    assert score(RECORDED["DFEW"]["rows"], "DFEW")["WAR"] == pytest.approx(dfew["WAR"] + 100 / len(rows["DFEW"]))
-    assert round(mafw["UAR"], 2) == 57.18  # divergence 16: unknown predictions stay in the denominator
-    assert dfew["UAR"] == pytest.approx(47.57560086027182 * 7 / 6)  # no disgust clip: the mean of the six others
-    for s, d in ((mafw, "MAFW"), (dfew, "DFEW")):
-        released = RECORDED[d]["released"]
-        assert s["EEA"] > released["EEA"] and s["EEA_answered"] == pytest.approx(released["EEA"])  # divergence 15
-        assert (s["FCR"], s["EPC"], s["WAR"]) == pytest.approx([released[x] for x in ("FCR", "EPC", "WAR")])
-
-
-def test_by_hand():
-    s = score(EIGHT, "DFEW")
-    assert s["WAR"] == 100 * 5 / 8
-    assert s["UAR"] == pytest.approx(100 * (3 / 4 + 1 / 2 + 1 / 2) / 3)  # happy, sad, angry; the absent four left out
-    assert s["EEA"] == 100 * 5 / 8
-    assert s["EPC"] == 100 * 4 / 8
-    assert s["FCR"] == 100 * 3 / 8
-    assert s["EEA_answered"] == 100 * 4 / 8  # `smug` is no readable answer
-    assert s["FCR/WAR"] == pytest.approx(100 * 3 / 5)
-    assert (s["n"], s["unparsed"], s["unknown_labels"]) == (8, 1, 1)
-    # columns happy, sad, neutral, angry, surprise, disgust, fear, unknown
-    assert s["confusion"][:4] == [[3, 1, 0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0, 0, 0], [0] * 8, [0, 0, 0, 1, 0, 0, 0, 1]]
-    assert s["recall"] == {"happy": 75, "sad": 50, "neutral": None, "angry": 50, "surprise": None, "disgust": None,
-                           "fear": None}
-    assert s["per_class"][0] == [3, 4] and s["labels"][0] == "happy"
-
-
-def test_by_hand_released():
-    s = score(EIGHT, "DFEW", "released")
-    assert s["UAR"] == pytest.approx(100 * (3 / 4 + 1 / 2 + 1 / 2) / 7)  # an empty class counts 0
-    assert s["EEA"] == s["EEA_answered"] == 50
-    mafw = score([row("anger", "anger", "anger"), row("anger", "smug", "anger")], "MAFW", "released")
-    assert mafw["UAR"] == pytest.approx(100 / 11) and mafw["per_class"][0] == [1, 1]  # the unknown one leaves its class
-    assert score([row("anger", "anger", "x"), row("anger", "smug", "x")], "MAFW")["UAR"] == 50
-
-
 def test_judge_failures_are_never_an_emotion():
     rows = [row("neutral", "neutral", None) | {"judge_status": "error"},  # the API failed
             row("neutral", "neutral", "melancholy"),  # outside the list
@@ -88,36 +38,6 @@ def test_judge_failures_are_never_an_emotion():
     assert (s["EEA"], s["EPC"], s["FCR"], s["judge_errors"], s["judge_outside"]) == (100, 100, 100, 1, 2)
     smug = score([row("happy", "smug", None)], "DFEW")  # two unknowns do not agree
     assert (smug["EPC"], smug["FCR"], smug["EEA"]) == (0, 0, 0)
-
-
-@pytest.mark.parametrize("output, paper, released", [
-    ("<think>x</think><answer>Sadness</answer>", ("sad", "sad"), ("sad", "sad")),
-    ("<think>x</think><answer>sad", ("sad", "sad"), ("sad", "sad")),  # not closed
-    ("<think>x</think>\nsad\n", ("sad", None), ("sad", "")),  # no tags: for WAR only
-    ("sad", ("sad", None), ("sad", "")),
-    ("<think>x</think> so <answer>sad</answer>", ("sad", "sad"), ("so sad", "sad")),
-    ("<think>x</think><answer>sad</answer><answer>x</answer>", ("sad", "sad"), ("sadx", "sad")),
-    ("<think>sad", (None, None), ("<think>sad", "")),
-    ("", (None, None), ("", "")),
-])
-def test_what_is_read(output, paper, released):
-    assert read_prediction(output, "DFEW") == paper
-    assert read_prediction(output, "DFEW", "released") == released
-
-
-def test_eea_without_an_answer():
-    s = score([row("sad", "", "sad") | {"output": "<think>He cries.</think>"}], "DFEW")
-    assert (s["EEA"], s["EEA_answered"], s["FCR"], s["EPC"], s["WAR"]) == (100, 0, 0, 0, 0)  # divergence 15
-    assert s["FCR/WAR"] is None
-
-
-def test_section_6_follows_from_table_1():
-    """55.13% of R1-Omni's right predictions on MAFW are supported: FCR 31.80 over WAR 57.68; and so on."""
-    for fcr, war, ratio in ((3180, 5768, 55.13), (2809, 6544, 42.92), (4357, 5749, 75.79), (4021, 6728, 59.77)):
-        rows = ([row("sad", "sad", "sad")] * fcr + [row("sad", "sad", "fear")] * (war - fcr)
-                + [row("sad", "fear", "happy")] * (10000 - war))
-        s = score(rows, "DFEW")
-        assert (round(s["FCR"], 2), round(s["WAR"], 2), round(s["FCR/WAR"], 2)) == (fcr / 100, war / 100, ratio)
 
 
 def test_rows_that_were_not_judged():

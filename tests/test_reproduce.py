@@ -1,4 +1,4 @@
-"""scripts/reproduce.py: the plan of commands, running them in order and again, and the tables made of known predictions."""
+"""scripts/reproduce.py: the plan of commands, running them in order and again, and tables of known predictions."""
 
 import importlib.util
 import json
@@ -60,13 +60,15 @@ def predictions(folder: Path, right: int, clips: int = 10) -> None:
     Each explanation has one sentence out of the grammar, one of it about the look, and one cue, true where it is right.
     """
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
-             "output": f"<think>She freeurprised. A man is in the office. {'His face beams.' if i < right else 'He gasps as he talks.'}"
-                       "</think><answer>happy</answer>", "judged_emotion": "happy" if i < right else "fear"}
+             "judged_emotion": "happy" if i < right else "fear",
+             "output": "<think>She freeurprised. A man is in the office. "
+                       f"{'His face beams.' if i < right else 'He gasps as he talks.'}</think><answer>happy</answer>"}
             for i in range(clips)]
     world = folder.parents[1] / "world"
     world.mkdir(parents=True, exist_ok=True)
     (world / "params.jsonl").write_text("".join(json.dumps(
-        {"number": i, "look": {"woman": False}, "face_shows": "happy", "voice_shows": "happy"}) + "\n" for i in range(clips)))
+        {"number": i, "look": {"woman": False}, "face_shows": "happy", "voice_shows": "happy"}) + "\n"
+        for i in range(clips)))
     folder.mkdir(parents=True)
     (folder / "judged-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     scores = {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES}
@@ -84,14 +86,14 @@ def test_tables_by_hand(tmp_path):
                 {"step": i, "reward_explanation": R_E * i, "sentences": 4, "distinct_sentence_rate": 1.0 if i else None,
                  "kl": 0.1, "neutral_share": 0.5}) + "\n" for i in range(20)))
     text = reproduce.tables(tmp_path, [0, 1], ["baseline", "ours"], "test", 10)
-    assert "  Ours: R_E 0.01 -> 0.37; sentences 4.00 -> 4.00; distinct 1.00 -> 1.00" in text  # means of steps 0-1, 18-19
+    assert "  Ours: R_E 0.01 -> 0.37; sentences 4.00 -> 4.00; distinct 1.00 -> 1.00" in text  # steps 0-1, 18-19
     assert "R_E): R_E" not in text  # the baseline never saw R_E
     lines = {line[:28].strip(): line[28:].split() for line in reversed(text.splitlines()) if "lexicon" not in line[28:]}
     assert lines["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
     assert lines["Baseline (GRPO without R_E)"][:2] == ["25.0", "±"]
     # Gaps 50 and 40: mean 45, standard error 5, t of one degree of freedom 12.706; two seeds resolve nothing.
     assert "EEA +45.0  (-18.5 to +108.5) [+40.0, +50.0]" in text and "WAR +0.0  (+0.0 to +0.0)" in text
-    said = text[text.index("Sentences, percent"):].splitlines()[2:4]  # 20 of 30 sentences; cues true in 3, 2; 8, 6 of 10
+    said = text[text.index("Sentences, percent"):].splitlines()[2:4]  # 20 of 30; cues true in 3, 2; 8, 6 of 10
     assert [line[28:].split() for line in said] == [["66.7", "±", "0.0", "25.0", "±", "7.1"],
                                                     ["66.7", "±", "0.0", "70.0", "±14.1"]]
     assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
@@ -100,7 +102,7 @@ def test_tables_by_hand(tmp_path):
 
 
 def test_intervals_over_seeds_by_hand():
-    """Gaps 1, 2, 3: mean 2, standard error 1 / sqrt(3), t of two degrees of freedom 4.303; nothing known from one seed."""
+    """Gaps 1, 2, 3: mean 2, standard error 1 / sqrt(3), t of two degrees of freedom 4.303; one seed says nothing."""
     assert reproduce.interval([1, 2, 3]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     assert reproduce.difference([10, 20, 30], [9, 18, 27]) == "+2.0  (-0.5 to +4.5) [+1.0, +3.0]"
     assert reproduce.difference([10, 20, 30], [7, 18, 27.5]).startswith("+2.5* (+1.3 to +3.7)")
@@ -112,7 +114,8 @@ def test_intervals_over_seeds_by_hand():
 
 
 def test_a_folder_of_other_settings_and_an_unknown_row_are_refused(tmp_path):
-    (tmp_path / "reproduce.json").write_text(json.dumps({"clips": 5, "split": "test", "steps": 0, "exploitable": False}))
+    about = {"clips": 5, "split": "test", "steps": 0, "exploitable": False}
+    (tmp_path / "reproduce.json").write_text(json.dumps(about))
     with pytest.raises(SettingsError, match="other settings.*another --out"):
         reproduce.main(["--out", str(tmp_path)])
     with pytest.raises(SettingsError, match="--rows theirs: there are base"):

@@ -10,15 +10,18 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
+from erv_min.run.processes import Processes
 from erv_min.run.settings import PRESETS, GRPOSettings, parse
 from erv_min.toy import chain, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
@@ -73,6 +76,13 @@ def test_each_emotion_looks_and_sounds_different():
         for j in range(i):
             assert (np.abs(seen[i] - seen[j]).max(-1) > 40).sum() > 40, (EMOTIONS[i], EMOTIONS[j])  # pixels
             assert np.abs(heard[i] - heard[j]).mean() > 0.2, (EMOTIONS[i], EMOTIONS[j])
+
+
+def test_whom_a_sentence_is_about_can_be_seen_and_heard():
+    """A woman's hair is long and her voice higher, a man's the opposite: "he" or "she" is no guess."""
+    assert all(c.look.long_hair == c.look.woman for c in sample_clips(replace(SMALL, train=100)))
+    woman, man = (draw(np.zeros(7), look, np.random.default_rng(0))[-1].astype(int) for look in LOOKS)
+    assert (np.abs(woman - man).max(-1) > 40).sum() > 200
 
 
 def test_same_seed_gives_the_same_bytes_in_another_process(small, tmp_path):
@@ -301,19 +311,20 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
-    chain.prepare(settings, tmp_path / "scripts")
-    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "-m"]
+    chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
+    assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
     scripts = [word for c in commands for word in c if word.endswith(".py")]
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
-    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][commands[-1].index(scripts[-1]) + 1:])
+    (tmp_path / "sft").mkdir()  # which the command's own check looks for
+    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
-    assert made == replace(settings, out=str(tmp_path / "baseline"), w_explanation=0.0, erv="", ablate="", baseline=False,
-                           eval_clips=-1, resume=True)
+    assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", baseline=False, eval_clips=-1,
+                           resume=True, rewards=replace(settings.rewards, w_explanation=0.0))
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "model.safetensors").touch()
-    chain.prepare(settings, tmp_path / "scripts")
+    chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
     assert [c[:2] for c in commands] == [["-m", "erv_min.toy"]]  # the world alone is not there
 
 
@@ -322,20 +333,22 @@ def python(code: str) -> list[str]:
 
 
 def test_stages_side_by_side(tmp_path, monkeypatch):
-    """Each waits for the other's file, so they run together; on one thread, outside torchrun's group."""
+    """Each waits for the other's file, so they run together; on one thread, and apart from this process's group."""
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     a, b = tmp_path / "a", tmp_path / "b"
-    meet = ("open({!r}, 'w').write(os.environ.get('RANK', 'alone') + os.environ['OMP_NUM_THREADS'])\n"
+    meet = ("e = os.environ\n"
+            "open({!r}, 'w').write(e['RANK'] + e.get('MASTER_PORT', 'alone') + e['OMP_NUM_THREADS'])\n"
             "while not os.path.exists({!r}): time.sleep(0.01)")
     chain.run(python(meet.format(str(a), str(b))), python(meet.format(str(b), str(a))))
-    assert a.read_text() == b.read_text() == "alone1"
+    assert a.read_text() == b.read_text() == "0alone1"
 
 
 def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
     mark = tmp_path / "stopped"
-    waits = python(f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75))); open({str(mark) + '.on'!r}, 'w'); "
-                   "time.sleep(60)")
+    waits = python(f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75))); "
+                   f"open({str(mark) + '.on'!r}, 'w'); time.sleep(60)")
     ready = f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(mark) + '.on'!r}), True)]; "
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="sys.exit.3.* ended with status 3"):
@@ -350,21 +363,36 @@ def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
 
 def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypatch):
     """Under torchrun with one process on the CPU, and never else; both find one store and add up on one thread."""
-    started, given = [], ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
+    started, opened = [], []
+    given = ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
     monkeypatch.setattr(chain.subprocess, "Popen", lambda command, env: started.append((command, env)))
+    monkeypatch.setattr(chain.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
     monkeypatch.setattr(chain.os, "environ", {})
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     for size, device in ((None, "cpu"), ("2", "cpu"), ("1", "cuda")):
         os.environ |= {"WORLD_SIZE": size} if size else {}
-        chain.second_process(replace(settings, device=device), Path("grpo.py"))
+        alone = Processes(0, 1, torch.device(device))
+        assert chain.second_process(settings, Path("grpo.py"), alone) is alone
     assert not started
     os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    chain.second_process(settings, Path("grpo.py"))
+    monkeypatch.setattr(chain, "join_processes", lambda device: Processes(0, 2, torch.device(device)))
+    monkeypatch.setattr(chain, "open_folder", lambda out, resume, processes: opened.append(processes.size))
+    assert chain.second_process(settings, Path("grpo.py"), Processes(0, 1, torch.device("cpu"))).size == 2 == opened[0]
     ((_, script, *options), env), = started
     assert script == "grpo.py" and parse(GRPOSettings, PRESETS["grpo"], "", options) == settings
     changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
     assert changed == {"RANK": ("0", "1"), "LOCAL_RANK": (None, "1"), "OMP_NUM_THREADS": (None, "1")}
-    assert env["WORLD_SIZE"] == "2" and env["TORCHELASTIC_USE_AGENT_STORE"] == "False" and env["MASTER_PORT"].isdecimal()
+    assert (env["WORLD_SIZE"], env["TORCHELASTIC_USE_AGENT_STORE"]) == ("2", "False") and int(env["MASTER_PORT"])
+
+
+def test_a_second_process_that_fails_ends_the_first(tmp_path):
+    """Before the two have met, too, where the first would otherwise wait for it."""
+    (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
+    code = (f"from erv_min.toy import chain; chain.second_process(chain.GRPOSettings(device='cpu'), "
+            f"{str(tmp_path / 'fails.py')!r}, chain.Processes(0, 1, chain.torch.device('cpu'))); chain.time.sleep(100)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=90,
+                            capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"})
+    assert result.returncode == 1 and "the second process ended with status 3" in result.stderr
 
 
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip

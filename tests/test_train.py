@@ -236,7 +236,7 @@ def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, m
 
 def test_a_batch_that_does_not_divide_is_refused():
     assert Processes(1, 4, torch.device("cpu")).share(8) == [1, 5]
-    with pytest.raises(SettingsError, match="--batch-size 6 does not divide by the 4 processes"):
+    with pytest.raises(SettingsError, match="6 prompts per step do not divide by the 4 processes"):
         Processes(0, 4, torch.device("cpu")).share(6)
 
 

@@ -78,9 +78,9 @@ def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
         try:
             if str(out) not in LOCKS:
                 handle = open(out / ".lock", "a+")
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by decoding processes
                 LOCKS[str(out)] = handle
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             problem = f"{out}: another run is writing into this folder: wait for its end, stop it, or give another --out"
         if not problem and not resume and (out / "metrics.jsonl").exists():
             problem = f"{out} already holds a run: give --resume to go on with it, another --out, or delete it"

@@ -31,12 +31,14 @@ class Processes:
     def main(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch_size: int) -> list[int]:
-        """This process's places of a global batch: every size-th, so that all have equal work. Raises SettingsError."""
-        if batch_size % self.size:
-            raise SettingsError(f"--batch-size {batch_size} does not divide by the {self.size} processes of this job: each "
-                                "needs the same number of samples per step")
-        return list(range(self.rank, batch_size, self.size))
+    def share(self, count: int) -> list[int]:
+        """This process's of a step's `count` prompts (or rows): every size-th, so that all processes have equal work.
+
+        Raises SettingsError where they do not divide."""
+        if count % self.size:
+            raise SettingsError(f"{count} prompts per step do not divide by the {self.size} processes of this job, which need "
+                                "equal work: give another --batch-size or number of processes")
+        return list(range(self.rank, count, self.size))
 
 
 def join_processes(device: str = "", timeout_minutes: float = 60) -> Processes:

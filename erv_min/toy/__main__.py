@@ -1,4 +1,4 @@
-"""`python -m erv_min.toy FOLDER [--seed S] [--test N] ...`: renders the embedded world into FOLDER and trains its base model."""
+"""`python -m erv_min.toy FOLDER [--seed S] [--test N] ...`: renders the embedded world, trains its base model."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model's weights")
     for name, help in (("test", "held-out clips"), ("tune", "clips to tune settings on, apart from the held-out ones")):
         parser.add_argument(f"--{name}", type=int, default=getattr(WorldSettings, name), help=help)
-    parser.add_argument("--exploitable", action="store_true", help="cues that are true of two emotions: shows reward hacking")
+    parser.add_argument("--exploitable", action="store_true", help="cues true of two emotions: shows reward hacking")
     parser.add_argument("--clips-only", action="store_true", help="render and annotate, train nothing")
     arguments = parser.parse_args()
     one_thread("toy")

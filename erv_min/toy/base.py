@@ -1,4 +1,4 @@
-"""The toy preset's base model, in the place of the released HumanOmni: it sees, hears and describes, and knows no emotion.
+"""The toy's base model, in the place of the released HumanOmni: it sees, hears and describes, and knows no emotion.
 
 1. `train_towers`: SigLIP and Whisper at tiny dimensions, with their projectors, regress the generator's parameters
    (mouth, brows, pitch, tempo, ..., and what the clip looks like), read through the same media code as every clip.
@@ -53,7 +53,7 @@ def decode_all(clips: list[Example], model: HumanOmni, workers: int) -> tuple[Te
 
 def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tensor, gate: tuple[Tensor, Tensor],
                  seed: int = 0, steps: int = 250, batch_size: int = 32, lr: float = 2e-3) -> None:
-    """Regresses params.jsonl's `rows` from the modality tokens of their clips; towers and projectors train, in place."""
+    """Regresses params.jsonl's `rows` from their clips' modality tokens; towers and projectors train, in place."""
     seen = torch.tensor([r["face"] + look_targets(r["look"]) for r in rows])  # [clips, F]
     heard = torch.tensor([r["voice"] + [float(r["look"]["woman"])] for r in rows])
     # Linear heads on the mean token, normalised as the language model's first layer will: what a head of attention that
@@ -61,7 +61,7 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     width = model.config.text.hidden_size
     see, hear = nn.Linear(width, seen.shape[1]), nn.Linear(width, heard.shape[1])
     params = [p for _, p in trainable(model, ("vision_tower", "visual_projector", "audio_projector"))]
-    params += [p.requires_grad_() for p in model.model.audio_tower.parameters()] + [*see.parameters(), *hear.parameters()]
+    params += [*model.model.audio_tower.requires_grad_().parameters(), *see.parameters(), *hear.parameters()]
     learner = Replicated(nn.ModuleList([model, see, hear]), compute=torch.float32)
     optimizer, started = make_optimizer(params), time.time()
     for step in range(steps):
@@ -79,7 +79,7 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
 def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, audio: Tensor, tokenizer: Tokenizer,
                    gate: tuple[Tensor, Tensor], seed: int = 0, steps: int = 250, batch_size: int = 16,
                    lr: float = 4e-3) -> None:
-    """Eq. 2 on `captions` (several a clip, sharing its prompt); the language model alone trains, in place."""
+    """Eq. 2 on `captions` (several per clip, sharing its prompt); the language model alone trains, in place."""
     with torch.no_grad():  # nothing before the language model moves: its tokens are computed once
         video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
         audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
@@ -95,7 +95,8 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
         loss.backward()
         update(learner, optimizer, learning_rate(step, steps, lr, 0.05), 1.0)
         if (step + 1) % 50 == 0:
-            print(f"captions: step {step + 1}/{steps} loss {loss.item():.4f}, {time.time() - started:.1f} s", flush=True)
+            print(f"captions: step {step + 1}/{steps} loss {loss.item():.4f}, {time.time() - started:.1f} s",
+                  flush=True)
 
 
 def train_base(world: Path, seed: int = 0, workers: int = 2) -> Path:

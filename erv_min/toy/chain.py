@@ -1,4 +1,4 @@
-"""The toy's stages before GRPO and its table after it: the whole method from nothing, by commands that a user could type.
+"""The toy's stages before GRPO and its table after it: the whole method from nothing, by commands a user could type.
 
     world, rendered -> base model, SFT | verifier -> [GRPO without R_E] -> GRPO -> table 1 on held-out clips
 
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,8 @@ from erv_min.toy.text import check_sentences
 
 TOY = build(GRPOSettings, PRESETS["grpo"]["toy"])
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
-GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}  # torchrun's
+# What torchrun tells a process of its group.
+GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 laps = [("", time.time())]  # (what was done, when it was)
@@ -53,22 +55,24 @@ def one_thread(preset: str) -> None:
 
 
 def run(*commands: list[str]) -> None:
-    """Runs `python COMMAND` for each, side by side with one thread each, apart from this process's group; waits for all.
+    """Runs `torchrun COMMAND` for each, side by side, one thread each, apart from this process's group; waits for all.
 
+    (Without torchrun itself, which is a process more, and would not hand on the status STOPPED.)
     SIGTERM is handed on (Ctrl-C reaches them by itself), and one that fails ends the others. Raises SystemExit: STOPPED
     where they stopped in order, else naming the command that failed.
     """
     environment = {k: v for k, v in os.environ.items() if k not in GROUP and not k.startswith("TORCHELASTIC")}
+    environment |= {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
     stages: list[subprocess.Popen] = []
 
     def stop(*_) -> None:
         for stage in stages:
             stage.terminate()
 
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop), signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    before = {n: signal.signal(n, do) for n, do in ((signal.SIGTERM, stop), (signal.SIGINT, lambda *_: None))}
     for command in commands:
-        print("$ python", *command, flush=True)
-        stages.append(subprocess.Popen([sys.executable, *command], env=environment | {"OMP_NUM_THREADS": "1"}))
+        print("$ torchrun", *command, flush=True)
+        stages.append(subprocess.Popen([sys.executable, *command], env=environment))
     while not any(status := [stage.poll() for stage in stages]) and None in status:
         time.sleep(0.1)
     if None in status:
@@ -78,13 +82,13 @@ def run(*commands: list[str]) -> None:
         signal.signal(number, handler)
     for code, command in zip(status, commands):
         if code and code not in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
-            raise SystemExit(f"'python {' '.join(command)}' ended with status {code}: its message stands above")
+            raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {code}: its message stands above")
     if any(ended):
         raise SystemExit(STOPPED)
 
 
 def world_folder(settings) -> Path:
-    """Where the embedded world lies: --world, else in OUT or beside it, else (to be made) in OUT for GRPO, beside others."""
+    """Where the world lies: --world, else in OUT or beside it. To be made: in GRPO's OUT, beside the others'."""
     if settings.world:
         return Path(settings.world)
     inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
@@ -133,13 +137,15 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> Proc
     human = ["--sources", "human"] if settings.ablate == "augmentation" else []  # table 2: a verifier of its own
     sft, verifier, baseline = out / "sft", out / ("erv-unaugmented" if human else "erv"), out / "baseline"
     same = ["--preset", "toy", "--world", str(world), *seed, "--device", settings.device or "cpu", "--resume"]
-    if not settings.model and not (sft / WEIGHTS).exists():
-        todo.append([str(scripts / "sft.py"), *same, "--out", str(sft)])
-    if settings.rewards.w_explanation and not settings.erv and not (verifier / WEIGHTS).exists():
-        todo.append([str(scripts / "erv.py"), *same, "--out", str(verifier), *human])
     if not settings.random_weights:
         one_thread(settings.preset)
-        settings.model, settings.erv = settings.model or str(sft), settings.erv or str(verifier)
+        if not settings.model:
+            settings.model = str(sft)
+            todo += [] if (sft / WEIGHTS).exists() else [[str(scripts / "sft.py"), *same, "--out", str(sft)]]
+        if settings.rewards.w_explanation and not settings.erv:
+            settings.erv = str(verifier)
+            command = [str(scripts / "erv.py"), *same, "--out", str(verifier), *human]
+            todo += [] if (verifier / WEIGHTS).exists() else [command]
     if processes.main:
         make_world(settings, base=False)
         lap("world")
@@ -149,8 +155,8 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> Proc
             lap("base model, SFT and verifier")
         if settings.baseline and not (baseline / WEIGHTS).exists():
             own = ("out", "erv", "ablate", "w_explanation", "baseline", "eval_clips", "resume")
-            run(["-m", "torch.distributed.run", "--standalone", str(scripts / "grpo.py"), *options(settings, TOY, own),
-                 "--out", str(baseline), "--w-explanation", "0", "--eval-clips", "-1", "--resume"])
+            run([str(scripts / "grpo.py"), *options(settings, TOY, own), "--out", str(baseline), "--w-explanation", "0",
+                 "--eval-clips", "-1", "--resume"])
             lap("Baseline")
         processes = second_process(settings, scripts / "grpo.py", processes)
     barrier()
@@ -161,7 +167,7 @@ def second_process(settings: GRPOSettings, script: Path, processes: Processes) -
     """Makes this process, alone under torchrun and on the CPU, the first of two, starts the other, and joins it.
 
     They share each step's prompts, which pays better than two threads on matrices as small as the toy's, and repeats.
-    Without torchrun, `python scripts/grpo.py`, the process stays alone, as it does where the prompts do not divide by 2.
+    Started as `python scripts/grpo.py`, without torchrun, the process stays alone, as where the prompts do not halve.
     """
     if os.environ.get("WORLD_SIZE") != "1" or processes.device.type != "cpu" or settings.batch_size % 2:
         return processes
@@ -170,8 +176,16 @@ def second_process(settings: GRPOSettings, script: Path, processes: Processes) -
         port = str(free.getsockname()[1])
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                    "TORCHELASTIC_USE_AGENT_STORE": "False"}  # a store of their own, which the first process holds
-    subprocess.Popen([sys.executable, str(script), *options(settings, TOY)],
-                     env=os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"})
+    other = subprocess.Popen([sys.executable, str(script), *options(settings, TOY)],
+                             env=os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"})
+
+    def watch() -> None:  # without it this process would wait an hour for one that never came to the group
+        if (status := other.wait()) not in (0, STOPPED):
+            print(f"the second process ended with status {status}: its message stands above", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     processes = join_processes(settings.device)
     open_folder(settings.out, settings.resume, processes)  # as the second process does where its script begins
     return processes
@@ -197,7 +211,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
         if processes.main:
             judge_rows(rows, judge)
             scores[system] = score(rows, rows[0]["dataset"])
-            counted[system] = count(rows, clips)
+            counted[system] = count_sentences(rows, clips)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
     if not processes.main:
         return
@@ -215,8 +229,8 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
           + f"; {(laps[-1][1] - laps[0][1]) / 60:.1f} minutes in all", flush=True)
 
 
-def count(rows: list[dict], clips: dict[str, dict]) -> Counter:
-    """text.check_sentences summed over predictions, and "format": outputs that keep it. clips: by video_id, params.jsonl's."""
+def count_sentences(rows: list[dict], clips: dict[str, dict]) -> Counter:
+    """check_sentences summed over predictions, and "format": outputs that keep it. clips: params.jsonl by video_id."""
     total = Counter(format=sum(int(format_reward(row["output"])) for row in rows))
     for row in rows:
         total.update(check_sentences(split_sentences(extract_explanation(row["output"])), clips[row["video_id"]]))

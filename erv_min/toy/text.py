@@ -140,7 +140,8 @@ def grammar(woman: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
     found = {sentence: ("look", ()) for look in looks for part in appearances(look) for sentence in part}
     for subject, table in (("face", FACE_CUES), ("voice", VOICE_CUES), ("conclusion", CONCLUSIONS)):
         found |= {_fill(words, looks[0]): (subject, (emotion,)) for emotion in EMOTIONS for words in table[emotion]}
-    return found | {_fill(words, looks[0]): ("voice" if "voice" in words else "face", pair) for pair, words in SHARED_CUES}
+    return found | {_fill(words, looks[0]): ("voice" if "voice" in words else "face", pair)
+                    for pair, words in SHARED_CUES}
 
 
 def check_sentences(sentences: list[str], clip: dict) -> Counter:
@@ -171,8 +172,8 @@ def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
     values = dict(zip(FACE + VOICE, (*face, *voice)))
     say = {name: words.split()[(values[name] >= -0.3) + (values[name] > 0.3)] for name, words in LEVELS.items()}
     tilt = f"{'' if say['brow_slant'] == 'straight' else 'tilt '}{say['brow_slant']}"
-    seen = [f"The mouth is {say['mouth_curve']} and {say['mouth_open']}.", f"The brows are {say['brow_height']} and {tilt}.",
-            f"The eyes are {say['eye_open']}."]
+    seen = [f"The mouth is {say['mouth_curve']} and {say['mouth_open']}.",
+            f"The brows are {say['brow_height']} and {tilt}.", f"The eyes are {say['eye_open']}."]
     heard = [f"The voice is {say['pitch']} and {say['tempo']}.", f"The voice is {say['loudness']} and {say['glide']}."]
     chosen = []
     for said, names, most in ((seen, FACE, 3), (heard, VOICE, 2)):

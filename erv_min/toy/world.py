@@ -93,9 +93,8 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
         center = strength * np.array(PROTOTYPES[emotion][modality])
         noisy = clamp(names, center + settings.noise * rng.standard_normal(len(names)))
         values.append(tuple(round(float(v), 4) for v in noisy))
-    woman = bool(rng.random() < 0.5)
-    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)),
-                bool(rng.random() < (0.8 if woman else 0.2)), bool(rng.random() < 0.25),
+    woman = bool(rng.random() < 0.5)  # and so is the hair: a model goes by its length, and would miss what goes against it
+    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)), woman, bool(rng.random() < 0.25),
                 text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
     return ClipSpec(number, split, label, *shows, *values, look)
 

@@ -1,4 +1,4 @@
-"""Rubbish in: tests/fuzz.py on every kind of input, what it found before, and what must never leave or enter.
+"""Rubbish in: tests/promises/fuzz.py on every kind of input, what it found before, and what must never leave or enter.
 
 ERV_MIN_FUZZ is the number of inputs a kind (300), ERV_MIN_FUZZ_SEED the seed.
 """
@@ -23,7 +23,7 @@ from erv_min.run.chat import ChatClient
 from erv_min.data.results import read_predictions
 from erv_min.run.weights import open_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEY = "sk-planted-9f3a7c"
 
 
@@ -31,7 +31,7 @@ KEY = "sk-planted-9f3a7c"
 @pytest.mark.parametrize("kind", ["clips", "annotations", "checkpoints", "predictions", "explanations"])
 def test_mutated_inputs_give_a_result_or_a_named_error(kind, tmp_path):
     count, seed = os.environ.get("ERV_MIN_FUZZ", "300"), os.environ.get("ERV_MIN_FUZZ_SEED", "0")
-    run = subprocess.run([sys.executable, str(ROOT / "tests/fuzz.py"), kind, "--count", count, "--seed", seed,
+    run = subprocess.run([sys.executable, str(ROOT / "tests/promises/fuzz.py"), kind, "--count", count, "--seed", seed,
                           "--keep", str(tmp_path)], text=True, capture_output=True)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)

@@ -1,12 +1,8 @@
-"""Eq. 3: advantages, KL, clipping, the objective; each worked by hand, then against the released code's numbers."""
+"""Eq. 3 by hand: advantages A_i, the KL term and its gradient, the clipped ratio, the objective."""
 
 import math
-
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from conftest import GOLDEN
 from erv_min.run.errors import SettingsError
 from erv_min.grpo import clipped, group_advantages, grpo_loss, kl_k3, masked_mean
 
@@ -107,19 +103,3 @@ def test_padding_takes_no_part_whatever_stands_there():
         loss = grpo_loss(logps, torch.full((1, 3), -1.5), torch.full((1, 3), -1.2), torch.tensor([1.0]), mask)
         loss.backward()
         assert math.isfinite(loss.item()) and torch.isfinite(logps.grad).all() and logps.grad[0, 2] == 0
-
-
-def test_released_step():
-    """Advantages, per-token KL, loss and gradient of the released trainer at mu = 1."""
-    golden = load_file(GOLDEN / "text" / "grpo_on_policy.safetensors")
-    group_size = next(g for g in (2, 3, 4, 6, 12) if torch.allclose(
-        group_advantages(golden["rewards"], g), golden["advantages"], atol=1e-6))
-    advantages = group_advantages(golden["rewards"], group_size)
-    torch.testing.assert_close(advantages, golden["advantages"], atol=1e-6, rtol=0)
-    logps = golden["policy_logps"].clone().requires_grad_()
-    kl = kl_k3(logps.detach(), golden["ref_logps"]) * golden["mask"]
-    torch.testing.assert_close(kl, golden["per_token_kl"] * golden["mask"], atol=1e-6, rtol=0)
-    loss = grpo_loss(logps, logps.detach(), golden["ref_logps"], advantages, golden["mask"])
-    torch.testing.assert_close(loss.detach(), golden["loss"][0], atol=1e-6, rtol=0)
-    loss.backward()
-    torch.testing.assert_close(logps.grad, golden["grad"], atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""Nothing lost: kill -9, SIGTERM, damaged and unwritable states. tests/kills.py does the killing (ERV_MIN_KILLS=20: all of it)."""
+"""Nothing lost: kill -9, SIGTERM, damaged and unwritable states. tests/promises/kills.py does the killing (ERV_MIN_KILLS=20: all of it)."""
 
 import errno
 import json
@@ -23,13 +23,13 @@ from erv_min.run.optimizer import make_optimizer
 from erv_min.run.processes import Processes
 from erv_min.run.sharding import Replicated
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ALONE = Processes(0, 1, torch.device("cpu"))
 KILLS = int(os.environ.get("ERV_MIN_KILLS", 2))
 
 
 def kill(folder: Path, *options: str) -> dict:
-    result = subprocess.run([sys.executable, str(ROOT / "tests/kills.py"), str(folder), *options], text=True,
+    result = subprocess.run([sys.executable, str(ROOT / "tests/promises/kills.py"), str(folder), *options], text=True,
                             capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     print(result.stdout)
@@ -63,7 +63,7 @@ def test_sigterm_to_torchrun_writes_a_state_on_all_processes(folder, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/sft.py",
                "--world", str(folder / "world"), "--model", str(folder / "world/base"), "--out", str(out),
-               "--sharding", "hand", "--steps", "100000", "--save-every", "100000", "--batch-size", "4", "--workers", "0"]
+               "--sharding", "hand", "--steps", "100000", "--save-every", "100000", "--batch-size", "8", "--workers", "0"]
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})

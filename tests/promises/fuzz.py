@@ -1,6 +1,6 @@
 """Feeds mutated inputs to everything that reads a file or a model's words: a result or one of our named errors, in time.
 
-    python tests/fuzz.py clips|annotations|checkpoints|predictions|explanations [--count 1000] [--seed 0] [--keep FOLDER]
+    python tests/promises/fuzz.py clips|annotations|checkpoints|predictions|explanations [--count 1000] [--seed 0] [--keep FOLDER]
 
 Input i of a kind is a function of (kind, seed, i). Each has SECONDS and may not let memory grow past MEGABYTES; a crash
 of the process, an unnamed error, or code run from a file counts as a failure. Inputs that kill it are kept in FOLDER.
@@ -26,7 +26,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SECONDS, MEGABYTES = 20, 1500
 INTS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)

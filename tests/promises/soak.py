@@ -1,6 +1,6 @@
 """A long GRPO run on the toy world: memory, open files, processes and speed, at its start and at its end.
 
-    python tests/soak.py FOLDER [--steps 2000]      (about 0.15 s a step on one thread)
+    python tests/promises/soak.py FOLDER [--steps 2000]      (about 0.15 s a step on one thread)
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Kills training runs with SIGKILL at random moments, resumes them, and compares the end with a run that was left alone.
 
-    python tests/kills.py FOLDER [--stages sft,erv,grpo,sft2] [--kills 20] [--seed 0] [--broken]
+    python tests/promises/kills.py FOLDER [--stages sft,erv,grpo,sft2] [--kills 20] [--seed 0] [--broken]
 
 The stage scripts run as real processes, forked from this one (so that torch is imported once), on clips rendered here.
 Moments: a time drawn evenly over the run; a random one of the run's operations on files; such a one while a state is
@@ -10,6 +10,7 @@ differ. Prints a JSON report.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 TIMED = ("tokens_per_s", "seconds", "seconds_rollout", "examples_per_s")
@@ -104,8 +105,10 @@ def break_sampling(script) -> None:
     if hasattr(script, "sampling_noise"):
         script.sampling_noise = lambda seed, step, prompts, group, length: torch.rand(
             len(prompts) * group, length, generator=generator, dtype=torch.float64)
-    else:
+    elif hasattr(script, "batch_of_step"):
         script.batch_of_step = lambda count, size, seed, step: torch.randint(count, (size,), generator=generator).tolist()
+    else:
+        script.item_at = functools.cache(lambda place, count, seed: int(torch.randint(count, (), generator=generator)))
     if script.__name__ == "erv":
         manual_seed(5)
         torch.manual_seed = lambda seed: generator
@@ -131,7 +134,7 @@ def stage(name: str, folder: Path, out: Path, kill_at: int, writing_only: bool, 
                 reward.total += text.count("e") / (1 + len(text))
             return rewards
         script.score_completions = by_letter
-    (script.train if kind == "erv" else script.main)(arguments)
+    script.main(arguments)
 
 
 # ---- in the process that kills ---------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def differences(a: Path, b: Path) -> list[str]:
         apart = [k for k in one.keys() | two.keys() if k not in one or k not in two or not torch.equal(one[k], two[k])]
         if apart or not one:
             found.append(f"{name}: {len(apart)} tensors, e.g. {apart[:1]}")
-    leftovers = [path.name for path in b.glob(".*")]
+    leftovers = [path.name for path in b.glob(".*") if path.name != ".lock"]
     return found + ([f"left behind: {leftovers}"] if leftovers else [])
 
 

@@ -1,0 +1,42 @@
+"""The prompts and ids of the three released stages."""
+
+import pytest
+from conftest import GOLDEN
+from erv_min.run.files import read_json
+from erv_min.prompts import (gate_text, human_question, render, user_turn)
+from erv_min.tokenizer import Tokenizer, sft_ids
+
+
+CHAT = GOLDEN / "chat"
+
+
+PROMPTS = read_json(CHAT / "prompts.json")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(CHAT)
+
+
+def test_inference_prompts_and_ids(tokenizer):
+    assert {x["modality"] for x in PROMPTS["inference"]} == {"video_audio", "video", "audio", "text"}
+    for x in PROMPTS["inference"]:
+        prompt = render(x["instruction"], x["modality"], "inference", system=tokenizer.system)
+        assert prompt == x["prompt"]
+        assert tokenizer.encode(prompt) == x["input_ids"]
+        assert gate_text(x["instruction"], x["modality"]) == x["instruction"]
+
+
+def test_sft_prompts_ids_labels_and_gate_text(tokenizer):
+    for x in PROMPTS["sft"]:
+        question = human_question(x["human"])
+        assert user_turn(question, "video", "sft") == x["rendered_human"]  # both tags, even where the clip has one
+        assert gate_text(question, "video", "sft") == x["gate_prompt"]
+        ids, labels = sft_ids(tokenizer, render(question, "video", "sft"), x["assistant"])
+        assert ids == x["input_ids"] and labels == x["labels"]
+
+
+def test_grpo_prompts_and_ids(tokenizer):
+    for x in PROMPTS["grpo"]:
+        prompt = render(x["question"], "video_audio", "grpo")
+        assert prompt == x["prompt"] and tokenizer.encode(prompt) == x["input_ids"]
