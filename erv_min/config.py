@@ -94,13 +94,13 @@ class HumanOmniConfig:
 
     @property
     def video_tokens(self) -> int:
-        """N_v: visual tokens a clip of num_frames takes (the branches halve the patch grid, 7B's odd one upwards)."""
+        """N_v: visual tokens of a clip of num_frames (the branches halve the patch grid, 7B's odd one upwards)."""
         half = (self.vision.grid + 1) // 2
         return self.num_frames * half * half
 
     @property
     def audio_tokens(self) -> int:
-        """N_a: audio tokens a clip of full length takes (an average pool of 3 over the encoder's positions)."""
+        """N_a: audio tokens of a clip of full length (an average pool of 3 over the encoder's positions)."""
         return self.audio.max_source_positions // 3
 
 

@@ -23,7 +23,7 @@ GOEMOTIONS = (
     "admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire",
     "disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief", "joy",
     "love", "nervousness", "optimism", "pride", "realization", "relief", "remorse", "sadness", "surprise", "neutral")
-GOEMOTIONS_INDEX = {  # ERV label -> class of the released verifier (released-code.md, section 5)
+GOEMOTIONS_INDEX = {  # ERV label -> class of the released verifier (GoEmotions' order; divergence 4)
     "anger": 2, "disgust": 11, "fear": 14, "happiness": 17, "neutral": 27, "sadness": 25, "surprise": 26,
     "contempt": 10, "anxiety": 19, "helplessness": 16, "disappointment": 9}
 

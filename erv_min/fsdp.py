@@ -7,14 +7,14 @@ shards, which are all that stays. The life of a unit in a pass:
 
     all_gather      its shards, in the compute type, become one flat vector;
     attach          views of that vector stand in the modules while the unit runs;
-    reshard         the views are taken out again, and the vector is freed;
+    reshard         the views are removed from the modules, and the vector is freed;
     all_gather      once more, where the backward pass asks for a weight (or recomputes the layer);
     reduce_scatter  its gradients, in float32, become the mean over processes of this process's shard.
 
 `Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: where
 autograd would save a weight for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that
-unit again. (With recomputation those hooks have little to do. They stay, because without it a step takes three quarters
-of the time.) The root stays gathered through a pass. The next unit's all-gather runs beside this one's compute
+unit again. (With recomputation they gather little. They stay: a step without it takes three quarters of the time.) The
+root stays gathered through a pass. The next unit's all-gather runs beside this one's compute
 (`prefetch`), a reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On
 CUDA both run on NCCL's own stream, which waits for the compute stream where they start; `work.wait()` makes the compute
 stream wait for them and holds their memory.
@@ -49,7 +49,7 @@ from erv_min.run.processes import rank_and_size
 # torch 2.13 renamed these two and warns of the old names
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-ALIGN = 64  # elements: each parameter starts where a GPU's vector loads want it
+ALIGN = 64  # elements: each parameter starts at a multiple, for a GPU's aligned vector loads
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -104,7 +104,7 @@ class Sharded:
     """A model whose parameters live as shards; `with sharded.forward_pass():` is a forward pass.
 
     The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
-    by one flat Parameter a unit, `shard`, or `frozen_shard` where requires_grad was off. `compute` is the type of
+    by one flat Parameter per unit, `shard`, or `frozen_shard` where requires_grad was off. `compute` is the type of
     gathered parameters, `master` that of the shards; `device` is where the shards go.
     """
 
@@ -222,7 +222,7 @@ class Sharded:
                         module.__dict__[attribute] = param
                 self._prefetch_after(unit)
             yield
-        finally:  # also where a recomputation stops half way, as soon as it has the tensors that it came for
+        finally:  # also where a recomputation ends early: checkpoint raises in it once its tensors are there
             for unit in units:
                 self.attached.pop(unit.attached, None)
                 unit.attached = 0

@@ -1,7 +1,7 @@
 """log pi_theta(y_t | x, y_<t) of G completions on a shared prompt: what Eq. 2 and Eq. 3 are made of.
 
 What the released step repeats or pads is done once here, with the same gradient:
-* the prompt is prefilled once a group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433);
+* the prompt is prefilled once per group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433);
 * completions of unequal length stand one after the other: no layer but attention sees padding;
 * only positions that predict a completion token meet the head, in chunks that the backward pass computes again, so that
   no [B, T, V] tensor exists;

@@ -30,7 +30,7 @@ class Clip:
 
 
 def sample_frame_indices(n_frames: int, k: int) -> list[int]:
-    """The k of n_frames that the release looks at: the middles of k equal segments (released-code.md, section 3)."""
+    """The k of n_frames that the release looks at: the middles of k equal segments."""
     if n_frames < 1 or k < 1:
         raise ValueError(f"cannot choose {k} of {n_frames} frames")
     segment = (n_frames - 1) / k
@@ -92,7 +92,7 @@ def _sound_or_silence(path, waveform: torch.Tensor | None, silence: str) -> tupl
 def pixel_values(frames: torch.Tensor, size: int, geometry: str = "pad") -> torch.Tensor:
     """Frames as SigLIP takes them: uint8 [k, H, W, 3] -> float32 [k, 3, size, size] in -1..1.
 
-    "pad" centres the frame on a grey square, "stretch" gives up its proportions (divergences.md, row 11). The resize is
+    "pad" centres the frame on a grey square, "stretch" gives up its proportions (divergence 11). The resize is
     Pillow's: the horizontal pass first, each pass clamped and rounded to 8 bits.
     """
     if geometry not in ("pad", "stretch"):

@@ -111,7 +111,7 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
     -> {"EEA", "FCR", "EPC", "WAR", "UAR"} in percent over all rows; "EEA_answered" (a row without a readable answer is
     wrong: divergence 15's other way, and the released EEA); "FCR/WAR" (section 6; None where WAR is 0); "n"; "unparsed"
     (no known label in <answer>); "unknown_labels" (no known prediction for WAR); "judge_outside", "judge_errors";
-    "labels"; "confusion" (a row a true label, a column a prediction, the last one unknown); "recall" (label -> percent,
+    "labels"; "confusion" (rows: true labels, columns: predictions, the last unknown); "recall" (label -> percent,
     None for an absent class); "per_class" ([right, counted] for UAR). The judged metrics are None where no row has
     "judged_emotion". Raises as read_rows.
     """

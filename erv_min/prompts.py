@@ -36,7 +36,7 @@ def user_turn(question: str, modality: str = "video_audio", stage: str = "infere
 
 def render(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio", stage: str = "inference",
            system: str = SYSTEM) -> str:
-    """The whole prompt P in ChatML, up to where the assistant's turn begins (released-code.md, section 2).
+    """The whole prompt P in ChatML, up to where the assistant's turn begins, in the released form.
 
     modality: video_audio, video, audio or text; stage: inference, sft or grpo. Raises SettingsError on another name and
     on a question that holds a placeholder.
@@ -47,7 +47,7 @@ def render(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "vi
 
 def gate_text(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio",
               stage: str = "inference") -> str:
-    """What the text gate's BERT reads: the bare question; released SFT leaves it the wrapped turn, video tag apart."""
+    """What the text gate's BERT reads: the bare question; in released SFT the wrapped turn without the video tag."""
     if stage != "sft":
         return question
     return user_turn(question, modality, stage).replace("<video>", "").replace("\n", "")

@@ -11,7 +11,7 @@ from erv_min.data.readers import Example
 def sft_loss(logps: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:
     """L_SFT = - sum_t log pi_theta(y_t | x, y_<t) over the label tokens, divided by `denominator` (Eq. 2); a scalar.
 
-    logps [R, T] from policy.completion_logps, mask [R, T] True at label tokens. The denominator is the number of label
+    logps [R, T] from logps.completion_logps, mask [R, T] True at label tokens. The denominator is the number of label
     tokens (default; the release's mean) or of targets (the equation's expectation over (x, y)); divergence 8.
     With micro-batches it is that of the whole batch, so that the gradients of the parts add up to the batch's.
     """

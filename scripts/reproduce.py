@@ -1,11 +1,12 @@
 """The paper's tables 1, 2 and 4 in miniature, over several seeds: `python scripts/reproduce.py [--seeds 4] [--out DIR]`
 
 Each seed is a world of its own: clips, base model, two verifiers, SFT, then GRPO without R_E (Baseline), with it
-(Ours), and with each part of table 2 left out; each system answers the same 1,000 held-out clips, and two independent
-judges read its explanations. Two rows more: the base model as it is, and a policy that answers without explaining.
-Every stage is a command that a user could type, printed as it starts; --jobs run side by side, one thread each, so that
-the figures repeat to the last bit. A stopped run goes on with what is missing. Leaves in OUT: seed-N/ROW (run folders),
-seed-N/log, results.json, tables.txt. The settings were chosen on the tune split of seeds that are not reported.
+(Ours), and with each part of table 2 left out; each system answers the same 1,000 held-out clips, and two lexicons
+read its explanations (no two independent judges: both know the world's whole grammar). Two rows more: the base model as
+it is, and a policy that answers without explaining. Every stage is a command that a user could type, printed as it
+starts; --jobs run side by side, one thread each, so that the figures repeat to the last bit. A stopped run goes on with
+what is missing. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt. The settings were chosen
+on the tune split of seeds that are not reported.
 Differences of two rows are paired by seed, and their intervals are over seeds (Student's t): each seed trains anew, and
 trained models differ by more than the clips that they answer, so an interval over clips would promise too much.
 """

@@ -24,8 +24,8 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
     """Yields (example, load(example) | ClipError) in order, decoded by `workers` processes ahead of the consumer.
 
     At most workers * prefetch clips are under way or waiting. A clip that breaks is tried once more and then comes out
-    as its ClipError: the consumer leaves it out and lists it. A decoder that dies (a crash in a codec, out of memory)
-    counts as a broken clip too: what it had taken along is decoded again, one by one. workers 0 decodes inline.
+    as its ClipError: the consumer lists it and leaves it out or replaces it. A worker that ends (crash, out of memory)
+    counts as a broken clip too: the other clips that it held are decoded again, one by one. workers 0 decodes inline.
     Clips travel as bytes through a pipe, so that neither /dev/shm nor the limit of open files is in the way.
     """
     if workers == 0:

@@ -159,7 +159,7 @@ def read_dfew(root: str | Path, split: str) -> list[Example]:
 
 
 def read_mafw(root: str | Path, split: str) -> list[Example]:
-    """`set_5/{train,test}.txt`: `01234.mp4 label` per line, the label a word or an id (1..11); clips `clips/*.mp4`.
+    """`set_5/{train,test}.txt`: a line is `01234.mp4 label`, a word or an id (1..11); clips `clips/*.mp4`.
 
     Of the official archive, `Train & Test Set/single/no_caption/set_5`: section 4.1's counts are of single labels.
     """
@@ -294,7 +294,7 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
 
 
 def _json(path: Path, kind: type, form: str):
-    """The file's value, a `kind`. JSON keeps the last of two equal keys without a word: here they are an error."""
+    """The file's value, a `kind`. json.load silently keeps the last of two equal keys: here they are an error."""
     def once(pairs: list) -> dict:
         for key, count in Counter(key for key, _ in pairs).items():
             if count > 1:

@@ -127,7 +127,7 @@ class ChatClient:
 
     def _one(self, key: str, prompt: str, temperature: float, seed: int | None, limit: int) -> Reply:
         """One prompt with retries: exponential back-off with jitter, never before Retry-After; the answer is cached.
-        A server that has not said a word of HTTP yet is tried three times: it may not be there."""
+        A server that has not sent any HTTP response yet is tried three times: it may not be there."""
         attempt = 0
         while not self._stop.is_set():
             try:

@@ -117,7 +117,7 @@ class FullyShard(_ByName):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        # It fears in-place writes to outputs that are views (here keys and values), and there are none.
+        # It warns of in-place writes to outputs that are views (here keys and values); none are written to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if not dist.is_initialized():
             raise SettingsError("--sharding torch needs processes to shard over: start the script with torchrun")

@@ -2,7 +2,7 @@
 
   towers   vision and audio tower of a clip              rollout  G completions of one prompt
   step     a GRPO step without its optimizer             logps    the head on G completions of --tokens tokens
-  erv      the verifier's sentences a second             data     the loader, and how long the model waits for it
+  erv      the verifier's sentences per second           data     the loader, and how long the model waits for it
   fsdp     sharding by hand beside PyTorch's own         all      all of these
 
 Random weights of the dimensions `--size`, prompts as long as a clip of that size makes them (950 tokens at 0.5B). The

@@ -6,8 +6,8 @@ clips with each system's explanation (as figures 8 to 11), completions over the 
 sentence stands with its verifier's labels beside it, each completion with R_E. The page is one file, asks no network,
 and goes dark with the reader's system. What a run does not hold is named on it; a damaged file is an error.
 
-Its size is bounded, however long the runs: 8 runs; 12 steps and 2 completions of each; 6 held-out clips; 4 frames a
-clip; a clip of up to 1 MB has a player, until 16 MB of the page are used (--clip-mb, --media-mb); 400 points a curve.
+Its size is bounded, however long the runs: 8 runs; 12 steps and 2 completions of each; 6 held-out clips; 4 frames per
+clip; a clip of up to 1 MB has a player, until 16 MB of the page are used (--clip-mb, --media-mb); 400 points per curve.
 Needs matplotlib (`pip install -e ".[report]"`).
 """
 

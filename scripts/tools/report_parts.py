@@ -1,7 +1,7 @@
 """The parts of report.py's page, each as HTML: curves (matplotlib SVG), tables, completions, settings.
 
 Every text that a model, a file or a user wrote goes through pages.text. Sizes do not grow with a run: a curve has at
-most POINTS points a run, a completion at most TEXT characters, a setting SETTING.
+most POINTS points per run, a completion at most TEXT characters, a setting SETTING.
 """
 
 import re

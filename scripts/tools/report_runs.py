@@ -20,7 +20,7 @@ class Run:
     name: str
     folder: Path
     config: dict = field(default_factory=dict)  # {"settings", "versions", "git_commit", "command"}
-    metrics: list[dict] = field(default_factory=list)  # a row a step
+    metrics: list[dict] = field(default_factory=list)  # a row per step
     sampled: dict[int, list[dict]] = field(default_factory=dict)  # step -> the group of completions
     systems: list = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -137,7 +137,7 @@ def read_systems(run: Run) -> None:
 
 
 def read_evaluation(run: Run) -> None:
-    """metrics.json and judged-*.jsonl of scripts/evaluate.py -> systems, one a judge and data set."""
+    """metrics.json and judged-*.jsonl of scripts/evaluate.py -> systems, one per judge and data set."""
     path = run.folder / "metrics.json"
     found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("judges"), dict):
