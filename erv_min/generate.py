@@ -5,17 +5,21 @@ batch and a resume do not change what is sampled. Rows that are done are dropped
 repetition penalties (nobody here uses them).
 """
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from erv_min.config import Qwen2Config
 from erv_min.run.errors import SettingsError
 from erv_min.model.humanomni import HumanOmni
 from erv_min.run.onednn import linear
 from erv_min.model.qwen2 import GroupCache
 from erv_min.logps import Completions, Prompts
 
-WINDOW = 64  # steps that a decode step's shapes stay the same on CUDA
+WINDOW = 64  # steps after which a decode step's shapes change on CUDA for the first time
+WORTH = 8  # steps that must be left for a capture, which takes as long as two or three steps without it
 
 
 def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, length: int) -> Tensor:
@@ -52,13 +56,14 @@ class DecodeStep:
     """Last tokens of the rows that are left -> logits of the next: one call a step, with the cache growing by one.
 
     On CUDA a step is replayed as a graph, its hundreds of kernels launched at once without Python between them. There
-    shapes are fixed for WINDOW steps; where they change (a longer window, fewer rows), one step runs as it stands, which
-    warms up, and the next ones replay what is captured after it. Elsewhere a step looks at what is filled alone.
+    shapes are fixed while a step looks at the first WINDOW places of the cache, then twice as many, and so on. Where they
+    change (a longer window, fewer rows), one step runs as it stands, which warms up, and the next ones replay what is
+    captured after it. Elsewhere a step looks at what is filled alone.
     """
 
     def __init__(self, model: HumanOmni, cache: GroupCache, lengths: Tensor):
         self.model, self.cache, self.lengths = model, cache, lengths  # [R, 1], tokens of each row's prompt
-        self.replay, self.shape = None, None
+        self.graph, self.shape = None, None
 
     def run(self, last: Tensor) -> Tensor:
         language, cache = self.model.model, self.cache
@@ -67,17 +72,16 @@ class DecodeStep:
 
     def __call__(self, last: Tensor, step: int) -> Tensor:
         """last [R] -> logits [R, V], the `step`-th (from 1 on)."""
-        cache, same = self.cache, WINDOW if last.is_cuda else 1
-        cache.window = min(cache.own[0][0].shape[2], -(-step // same) * same)
+        cache, most = self.cache, self.cache.own[0][0].shape[2]
+        cache.window = min(most, WINDOW << ((step - 1) // WINDOW).bit_length() if last.is_cuda else step)
         if (len(last), cache.window) == self.shape:
             self.last.copy_(last)
-            self.replay()
+            self.graph.replay()
             return self.logits
-        self.replay = self.shape = None  # an outgrown graph's memory goes first
-        logits = self.run(last)
-        if last.is_cuda:
+        logits, self.shape = self.run(last), None
+        if last.is_cuda and most - step > WORTH:
             self.shape, self.last = (len(last), cache.window), last.clone()
-            self.replay, self.logits = capture(lambda: self.run(self.last))
+            self.graph, self.logits = capture(lambda: self.run(self.last), last.device, self.graph)
         return logits
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
@@ -86,12 +90,22 @@ class DecodeStep:
         self.lengths = self.lengths[rows]
 
 
-def capture(function):
-    """(replay, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet."""
+def capture(function, device: torch.device, before=None):
+    """(graph, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet.
+
+    It takes over the memory of the graph `before`, which must not be replayed again. Only what runs on a stream of the
+    tensors' own `device` is recorded.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph, before and before.pool(), capture_stream(device)):
         result = function()
-    return graph.replay, result
+    return graph, result
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> "torch.cuda.Stream":
+    """One for all captures: graphs share memory on the same stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +162,34 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
     ended = (ids == eos_token_id).int().cumsum(1)
     mask = (ended - (ids == eos_token_id).int()) == 0
     return Completions(ids, mask, None if logps is None else logps[:, : t + 1].masked_fill(~mask, 0))
+
+
+def prompt_bytes(c: Qwen2Config, length: int, group_size: int, max_new_tokens: int, itemsize: int) -> int:
+    """Bytes that a `rollout` needs at most for each of its prompts, of `length` tokens, beside the weights.
+
+    Keys and values: the prompt's twice while the cache starts, the completions' one and a half times while rows are
+    dropped. Activations: the widest of a layer in the prefill, the scores of a decode step, and G rows of logits, with
+    those of the step before, probabilities in float32 and their sums in float64.
+    """
+    position = 2 * c.num_hidden_layers * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * itemsize
+    cached = position * (2 * length + group_size * max_new_tokens * 3 // 2)
+    prefilled = length * (4 * c.intermediate_size + 8 * c.hidden_size) * itemsize
+    scored = 16 * group_size * c.num_attention_heads * (length + max_new_tokens)
+    return cached + max(prefilled, scored + 32 * group_size * c.vocab_size)
+
+
+def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> int:
+    """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, at least 1; else all.
+
+    A decode step of a small model takes as long for many rows as for one, on a GPU: the launches of its kernels.
+    """
+    embeds = prompts.embeds
+    if not embeds.is_cuda:
+        return len(embeds)
+    free = torch.cuda.mem_get_info(embeds.device)[0] + (  # what the allocator holds without using it counts as free
+        torch.cuda.memory_reserved(embeds.device) - torch.cuda.memory_allocated(embeds.device))
+    needed = prompt_bytes(model.config.text, embeds.shape[1], group_size, max_new_tokens, embeds.itemsize)
+    return max(1, min(len(embeds), int(0.9 * free) // needed))
 
 
 def prefill(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> tuple[Tensor, DecodeStep]:

@@ -32,6 +32,9 @@ class Prompts:
     def lengths(self) -> Tensor:
         return self.mask.sum(1)  # [B]
 
+    def __getitem__(self, rows: slice) -> "Prompts":
+        return Prompts(self.embeds[rows], self.mask[rows])
+
 
 @dataclass
 class Completions:
@@ -152,10 +155,11 @@ def token_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float 
     hidden [N, D], weight [V, D], ids [N]. The entropy is computed where asked for, and carries no gradient. Under
     autocast the products are in its type; float64 stays float64.
     """
-    if torch.is_autocast_enabled(hidden.device.type):  # a Function's backward runs outside of autocast
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    logps, entropy = TokenLogps.apply(hidden, weight, ids, temperature, with_entropy)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # a Function's backward runs outside of autocast
+        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    with torch.autocast(device, enabled=False):  # which would take the entropy's sum in its type
+        logps, entropy = TokenLogps.apply(hidden, weight, ids, temperature, with_entropy)
     return logps, entropy if with_entropy else None
 
 

@@ -21,7 +21,7 @@ from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import atomic_write, write_json, write_jsonl
-from erv_min.run.processes import join_processes, run_script
+from erv_min.run.processes import join_processes, part, run_script
 from erv_min.run.settings import PredictionSettings, checked, parser_for, setting
 from erv_min.run.start import load_policy
 
@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     judges = make_judges(judges, settings, processes.device) if processes.main else {}
 
     rows, lost = predictions_of(settings, processes)
+    part()  # a judge may take hours, in which nobody else waits
     if not processes.main:
         return
     judged = judged_by(judges, rows)
@@ -176,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
     out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
     for path in out.glob("judged-*.jsonl"):  # of an evaluation before this one, maybe with more judges
         path.unlink()
-    for number, part in enumerate(judged.values(), 1):
-        write_jsonl(out / f"judged-{number}.jsonl", part)
+    for number, judged_rows in enumerate(judged.values(), 1):
+        write_jsonl(out / f"judged-{number}.jsonl", judged_rows)
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
                                       "agreement": agreements, **lost})
     text = report(name, results, agreements)

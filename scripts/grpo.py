@@ -16,10 +16,10 @@ import torch
 
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
-from erv_min.generate import rollout, sampling_noise
+from erv_min.generate import prompts_at_once, rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss, step_metrics, token_sums
 from erv_min.inputs import Batch, embed, training_inputs
-from erv_min.logps import Completions, completion_logps
+from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import trainable
 from erv_min.rewards import Reward, score_completions
 from erv_min.run.errors import SettingsError
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         # 1. o_1 .. o_G ~ pi_theta(. | x) for each prompt x. The frozen towers run here, once per clip.
         with policy.unsharded():
             batch = collate([x for _, (_, x) in zip(own, stream)])
-            completions = sample(model, batch, passes, own, step, settings, collate.tokenizer.eos_id)
+            completions = sample(model, embed(model, batch), own, step, settings, collate.tokenizer.eos_id)
         rolled = time.time() - started
 
         # 2. R = R_E + R_format + R_answer (Eq. 4, 5).
@@ -148,14 +148,14 @@ def rows(part: slice, settings: GRPOSettings) -> slice:
     return slice(part.start * settings.group_size, part.stop * settings.group_size)
 
 
-def sample(model, batch: Batch, passes: list[slice], places: list[int], step: int, settings: GRPOSettings,
-           eos: int) -> Completions:
-    """G completions of each prompt of this process's batch; the noise of a completion is keyed by its prompt's place."""
-    parts = []
-    for part in passes:
-        noise = sampling_noise(settings.seed, step, places[part], settings.group_size, settings.max_new_tokens)
-        parts.append(rollout(model, embed(model, batch[part]), settings.group_size, settings.max_new_tokens, eos, noise,
-                             settings.temperature, settings.top_k))
+def sample(model, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings, eos: int) -> Completions:
+    """G completions of each prompt of this process, as many prompts at once as memory allows; the noise of a completion is
+    keyed by its prompt's place, so that tokens do not depend on that."""
+    parts, G, N = [], settings.group_size, settings.max_new_tokens
+    size = settings.rollout_batch or prompts_at_once(model, prompts, G, N)
+    for part in (slice(at, at + size) for at in range(0, len(places), size)):
+        noise = sampling_noise(settings.seed, step, places[part], G, N)
+        parts.append(rollout(model, prompts[part], G, N, eos, noise, settings.temperature, settings.top_k))
     return Completions.cat(parts, eos)
 
 

@@ -59,6 +59,18 @@ def test_memory_limit(capsys):
     assert "--memory-limit" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device, index", [("cuda", 0), ("cuda:1", 1)])
+def test_memory_limit_names_the_device(monkeypatch, capsys, device, index):
+    """CUDA takes no device without an index here; all functions that the benches ask look at the current one."""
+    asked, whole = [], type("Properties", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole if isinstance(device, int) else None)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append((share, device)))
+    monkeypatch.setattr(bench, "ceilings", lambda options: exec("raise SettingsError('far enough')", globals()))
+    assert bench.main(["logps", "--memory-limit", "20G", "--device", device]) == 1
+    assert asked == [index, (0.25, index)] and "far enough" in capsys.readouterr().err
+
+
 def test_unknown_sizes_are_named(capsys):
     assert bench.main(["logps", "--size", "96,256", "--device", "cpu"]) == 1
     assert "six integers" in capsys.readouterr().err

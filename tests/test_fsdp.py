@@ -593,7 +593,8 @@ def test_plan_counts_what_training_holds(recompute):
 
 
 def test_plan_counts_what_sampling_holds():
-    settings = GRPOSettings(**{**PRESETS["grpo"]["toy"], "group_size": 3, "max_new_tokens": 40, "micro_batch": 2})
+    settings = GRPOSettings(**{**PRESETS["grpo"]["toy"], "group_size": 3, "max_new_tokens": 40, "micro_batch": 2,
+                                  "rollout_batch": 2})
     planned = plan(SMALL, "grpo", settings, 1)
     run = Sharded(random_humanomni(SMALL), compute=F32)
     noise = sampling_noise(0, 0, [0, 1], 3, 40)

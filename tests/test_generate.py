@@ -1,14 +1,29 @@
 """Sampling: the released greedy tokens, the cache, the noise that depends on nothing but its key."""
 
 
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import erv_min.generate as generation
 from erv_min.run.errors import SettingsError
-from erv_min.generate import DecodeStep, rollout, sampling_noise, unfinished
+from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
 from erv_min.logps import Completions, Prompts, completion_logps, shared_prefix_hidden
+from erv_min.run.settings import GRPOSettings
 from tiny import tiny_model, tiny_prompts
+
+sys.path += [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
+import grpo  # noqa: E402
+from plan import Live  # noqa: E402
+
+
+class FakeCuda(torch.Tensor):
+    is_cuda = True
 
 
 @torch.no_grad()
@@ -64,34 +79,105 @@ def test_which_rows_go_on_by_hand():
     assert prompts.tolist() == [0, 2] and rows.tolist() == [1, 3, 11, 8]
 
 
-def test_replayed_steps_sample_the_same(monkeypatch):
+@pytest.mark.parametrize("length, windows, steps", [(11, [4, 8], 8), (14, [4, 8, 14], 13), (20, [4, 8, 16], 16)])
+def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     """The path of CUDA graphs, its capture replaced by one that runs the recorded function at each replay: buffers are
     filled in place, and shapes that change are captured again. The graphs themselves need a GPU."""
-    captured = []
+    captured, graphs, replayed = [], [], []
 
-    def capture(function):
+    def capture(function, device, before):
         result = torch.empty(step.cache.own[0][0].shape[0], step.model.head_weight.shape[0])
-        captured.append(tuple(result.shape) + (step.cache.window,))
-        return lambda: result.copy_(function()), result
+        captured.append(step.cache.window)
+        assert before == (graphs[-1] if graphs else None)  # whose memory it takes over
+        graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))
+        return graphs[-1], result
 
     def call(self, last, number):
         nonlocal step
         step = self
         return plain_call(self, FakeCuda(last), number)
 
-    class FakeCuda(torch.Tensor):
-        is_cuda = True
-
     step, plain_call = None, DecodeStep.__call__
     monkeypatch.setattr(generation, "WINDOW", 4)
+    monkeypatch.setattr(generation, "WORTH", 3)
     model = tiny_model(3)
-    noise = sampling_noise(5, 0, [4, 9], 8, 14)
-    plain = rollout(model, tiny_prompts(model, (3, 7)), 8, 14, 17, noise)
+    noise = sampling_noise(5, 0, [4, 9], 8, length)
+    plain = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
     monkeypatch.setattr(generation, "capture", capture)
     monkeypatch.setattr(DecodeStep, "__call__", call)
-    replayed = rollout(model, tiny_prompts(model, (3, 7)), 8, 14, 17, noise)
-    assert torch.equal(plain.ids, replayed.ids)
-    assert [window for _, _, window in captured] == [4, 8, 12, 14]
+    again = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
+    assert torch.equal(plain.ids, again.ids)
+    assert captured == windows  # each twice as long, and none for the last steps
+    assert len(replayed) == steps - len(windows)
+
+
+def test_a_capture_is_on_the_tensors_device(monkeypatch):
+    """Of two GPUs the current one may be another: what is recorded there is nothing, and replays would be silent."""
+    seen, device = [], torch.device("cuda", 1)
+
+    def within(name):
+        @contextmanager
+        def block(*given):
+            seen.append((name, *given))
+            yield
+            seen.append(f"end {name}")
+        return block
+
+    first, graph = SimpleNamespace(pool=lambda: (0, 7)), SimpleNamespace()
+    for name, value in {"CUDAGraph": lambda: graph, "device": within("device"), "graph": within("graph")}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(generation, "capture_stream", lambda device: ("stream of", device))
+    assert generation.capture(lambda: "result", device, first) == (graph, "result")
+    assert seen == [("device", device), ("graph", graph, (0, 7), ("stream of", device)), "end graph", "end device"]
+
+
+class NoSync(TorchDispatchMode):
+    """Raises where the host would wait for the device, which a graph's capture forbids, or copy to it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split(".")[0]
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_does_not_wait_for_the_device():
+    model = tiny_model()
+    with torch.no_grad():
+        logits, step = generation.prefill(model, tiny_prompts(model, (3, 7)), 2, 6)
+        with NoSync():
+            step.run(logits.argmax(-1))
+            with pytest.raises(AssertionError, match="_local_scalar_dense"):
+                logits.sum().item()
+
+
+def test_prompts_at_once(monkeypatch):
+    """As many as free memory holds; what is counted for each is no less than what a rollout takes, and not three times that."""
+    model, (G, N) = tiny_model(), (4, 32)
+    needed = prompt_bytes(model.config.text, 40, G, N, 4)
+    peaks = []
+    for count in (2, 6):
+        with Live() as live:
+            rollout(model, tiny_prompts(model, (40,) * count), G, N, -1, sampling_noise(0, 0, list(range(count)), G, N))
+        peaks.append(live.peak)
+    assert 0.4 * needed < (peaks[1] - peaks[0]) / 4 < needed
+    prompts = tiny_prompts(model, (40,) * 6)
+    assert prompts_at_once(model, prompts, G, N) == 6  # on a CPU
+    prompts.embeds = FakeCuda(prompts.embeds)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * needed)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: needed)
+    for free, expected in ((0, 1), (2 * needed, 3), (2**40, 6)):  # and the 2 that the allocator holds unused; 90% of it
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**41))
+        assert prompts_at_once(model, prompts, G, N) == expected
+
+
+def test_tokens_do_not_depend_on_the_rollout_batch():
+    """Noise is keyed by the prompt's place, and a prompt's rows look at nothing of another's."""
+    model, places = tiny_model(3), [9, 4, 6]
+    prompts = tiny_prompts(model, (3, 7, 5))
+    found = [grpo.sample(model, prompts, places, 2, GRPOSettings(group_size=4, max_new_tokens=12, rollout_batch=size), 17)
+             for size in (0, 1, 2, 3)]
+    assert all(torch.equal(found[0].ids, other.ids) and torch.equal(found[0].mask, other.mask) for other in found)
+    assert len({tuple(row.tolist()) for row in found[0].ids}) == 12
 
 
 def test_a_row_does_not_depend_on_its_batch():

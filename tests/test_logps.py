@@ -167,6 +167,16 @@ def test_bfloat16_log_probs_and_gradients_are_near(tied):
     assert (results[1][1] - results[0][1]).norm() < 0.1 * results[0][1].norm()
 
 
+def test_the_entropy_keeps_float32_under_autocast():
+    """Autocast takes dot products in bfloat16; the entropy is that of the same logits without it."""
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(64, 32).bfloat16(), torch.randn(4000, 32).bfloat16(), torch.arange(64)
+    plain = token_logps(hidden, weight, ids, with_entropy=True)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = token_logps(hidden, weight, ids, with_entropy=True)[1]
+    torch.testing.assert_close(cast, plain, atol=1e-5, rtol=0)
+
+
 def test_empty_completions_have_a_defined_result():
     model = tiny_model()
     completions = Completions(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))

@@ -37,7 +37,7 @@ SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation
 # Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not what it computes.
 FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every", "baseline",
                   "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature", "eval_clips",
-                  "patience"}
+                  "patience", "rollout_batch"}
 
 
 def git_commit() -> str:
@@ -52,7 +52,8 @@ def git_commit() -> str:
 
 
 def provenance(settings) -> dict:
-    """Every setting, the versions in use, the commit and the command: what config.json keeps of a run."""
+    """What config.json keeps of a run: every setting, the versions in use, whether CUDA may round float32 to TF32, the
+    commit and the command."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
@@ -62,7 +63,9 @@ def provenance(settings) -> dict:
         except PackageNotFoundError:
             versions[package] = "not installed"
     versions["torch"] = torch.__version__  # with its build, which the package's version may leave out (2.15.0+cu132)
-    return {"settings": dataclasses.asdict(settings), "versions": versions, "git_commit": git_commit(), "command": sys.argv}
+    tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "conv": torch.backends.cudnn.allow_tf32}
+    return {"settings": dataclasses.asdict(settings), "versions": versions, "tf32": tf32, "git_commit": git_commit(),
+            "command": sys.argv}
 
 
 def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:

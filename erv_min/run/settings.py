@@ -144,6 +144,8 @@ class GRPOSettings(Common):
     top_k: int = setting(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 "
                           "(divergence 9)", least=0)
     max_new_tokens: int = setting(512, "longest completion in tokens", least=1)
+    rollout_batch: int = setting(0, "prompts that a process samples at once; 0: all, on CUDA as many as memory holds",
+                                 least=0)
     ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                           ("", "neutral-filtering", "sentence-level", "augmentation"))
     sample_every: int = setting(20, "steps between completions that are printed and kept in completions.jsonl", least=1)

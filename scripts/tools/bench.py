@@ -25,6 +25,7 @@ import torch
 
 from benches.common import Options, ceilings, resident
 from erv_min.run.errors import ErvMinError, SettingsError
+from erv_min.run.processes import exact_float32
 
 BENCHES = ("towers", "rollout", "step", "logps", "erv", "data", "fsdp")
 
@@ -77,9 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     limit = settings["memory_limit"]
     try:
         _ = options.config  # named where it is wrong, before anything runs
-        if limit and options.device.startswith("cuda"):
-            whole = torch.cuda.get_device_properties(options.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), options.device)
+        exact_float32()
+        if options.device.startswith("cuda"):
+            index = torch.device(options.device).index or 0
+            torch.cuda.set_device(index)  # whose memory and time the benches ask for
+            if limit:
+                whole = torch.cuda.get_device_properties(index).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, limit / whole), index)
         best = ceilings(options)
         if not settings["json"]:
             print(f"{options.size}, {options.dtype}, {options.device}, {torch.get_num_threads()} threads; bounds: "

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.run.errors import ErvMinError, SettingsError
 from erv_min.fsdp import Sharded
-from erv_min.generate import sample_token
+from erv_min.generate import prompt_bytes, sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.model.qwen2 import GroupCache, Packing
 from erv_min.logps import token_logps
@@ -81,7 +81,8 @@ class Plan:
     rollout_copy: int
     kv_cache: int
     logits: int  # one chunk of them, with its gradient
-    rollout: int  # peak: copy, cache, and the activations of towers, prefill and decoding
+    rollout: int  # peak: copy, cache, and the activations of towers, prefill and decoding of --rollout-batch prompts (0: 1)
+    prompt: int  # of each prompt that is sampled beside the first, at most
     update: int  # peak: gradients, gathered units, activations, logits
 
     @property
@@ -94,7 +95,21 @@ class Plan:
         return self.stays + max(self.rollout, self.update, 2 * self.gradients)
 
     def fits(self, memory: int) -> bool:
-        return self.peak <= (memory - RESERVE[0]) * (1 - RESERVE[1])
+        return self.peak <= room(memory)
+
+    def at_once(self, memory: int, prompts: int) -> int:
+        """How many of `prompts` --rollout-batch 0 samples together: generate.prompts_at_once on what memory is left."""
+        left = room(memory) - self.stays - self.rollout_copy
+        return max(1, min(prompts, int(0.9 * left) // self.prompt))
+
+
+def room(memory: int) -> float:
+    """What of a GPU's memory tensors can take."""
+    return (memory - RESERVE[0]) * (1 - RESERVE[1])
+
+
+def prompt_tokens(config: HumanOmniConfig) -> int:
+    return config.video_tokens + config.audio_tokens + TEXT_TOKENS
 
 
 def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
@@ -126,20 +141,23 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
     clips = settings.micro_batch if grpo else max(1, settings.micro_batch // settings.targets_per_clip)
     group = settings.group_size if grpo else settings.targets_per_clip
     length = settings.max_new_tokens if grpo else TARGET_TOKENS
-    video = torch.zeros(clips, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
-    audio = torch.zeros(clips, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
+    sampled = grpo and settings.rollout_batch or 1
+    most = max(clips, sampled) if grpo else clips
+    video = torch.zeros(most, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
+    audio = torch.zeros(most, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
     gate_ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
     features = []  # of the towers, kept from the rollout for the update
 
     def towers() -> None:
         features[:] = model.vision_features(video), model.audio_features(audio)
 
-    def prompts() -> Tensor:  # [B, P, D]; inputs.embed without its look at ids
-        text = model.model.embed_tokens(torch.zeros(clips, TEXT_TOKENS, dtype=torch.long))
-        return torch.cat([model.project_video(features[0], gate_ids), model.project_audio(features[1]), text], 1)
+    def prompts(count: int) -> Tensor:  # [B, P, D]; inputs.embed without its look at ids
+        text = model.model.embed_tokens(torch.zeros(count, TEXT_TOKENS, dtype=torch.long))
+        vision, audio = (x[:count] for x in features)
+        return torch.cat([model.project_video(vision, gate_ids), model.project_audio(audio), text], 1)
 
     def loss() -> Tensor:  # logps.completion_logps without its look at masks
-        hidden, kv = model.model(prompts(), keep_kv=True)
+        hidden, kv = model.model(prompts(clips), keep_kv=True)
         total = hidden.shape[1]
         ids = torch.zeros(clips * group, length, dtype=torch.long)
         mask = torch.ones(1, 1, length - 1, total + length - 1, dtype=torch.bool)
@@ -150,12 +168,12 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         return token_logps(hidden, model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
 
     def sample() -> int:
-        _, kv = model.model(prompts(), keep_kv=True)
+        _, kv = model.model(prompts(sampled), keep_kv=True)
         cache = GroupCache.start(kv, None, group, length)
         cache.length += length - 1
-        rows = torch.zeros(clips * group, 1, dtype=torch.long)
+        rows = torch.zeros(sampled * group, 1, dtype=torch.long)
         hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
-        sample_token(hidden @ model.head_weight.T, torch.zeros(clips * group), settings.temperature)
+        sample_token(hidden @ model.head_weight.T, torch.zeros(sampled * group), settings.temperature)
         return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
 
     copy, cache, rollout = 0, 0, 0
@@ -186,14 +204,17 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * size * language // gpus,
         optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
         gathered=size * root + max((2 * size + on_the_way) * largest, on_the_way * root),
-        rollout_copy=grpo * copy, kv_cache=cache, logits=logits, rollout=rollout, update=update)
+        rollout_copy=grpo * copy, kv_cache=cache, logits=logits, rollout=rollout, update=update,
+        prompt=grpo * prompt_bytes(config.text, prompt_tokens(config), group, length, size))
 
 
 def remedies(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[tuple[str, int, Plan]]:
     """Switches that lower the peak: (what to give, number of GPUs, the plan with it), each added to those before it."""
     found = []
     for name, change in (("--dtype bfloat16", {"dtype": "bfloat16"}), ("--recompute", {"recompute": True}),
-                         ("--micro-batch 1", {"micro_batch": 1})):
+                         ("--micro-batch 1", {"micro_batch": 1}), ("--rollout-batch 1", {"rollout_batch": 1})):
+        if name == "--rollout-batch 1" and getattr(settings, "rollout_batch", 0) < 2:
+            continue  # 0 takes no more than there is
         if any(getattr(settings, k) != v for k, v in change.items()):
             settings = replace(settings, **change)
             found.append((name, gpus, plan(config, stage, settings, gpus)))
@@ -220,8 +241,7 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
             value = getattr(p, name)
         if value:
             lines.append(f"{title:<34}{value / 2**30:8.2f} GiB")
-    room = (GPUS[gpu] - RESERVE[0]) * (1 - RESERVE[1])
-    lines.append(f"{'room on ' + gpu:<34}{room / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for CUDA and "
+    lines.append(f"{'room on ' + gpu:<34}{room(GPUS[gpu]) / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for CUDA and "
                  f"{RESERVE[1]:.0%} for fragmentation")
     lines.append(f"{'FITS' if p.fits(GPUS[gpu]) else 'DOES NOT FIT'} on {gpus} x {gpu}")
     others = {other: "fits" if p.fits(memory) else "does not fit" for other, memory in GPUS.items() if other != gpu}
@@ -242,13 +262,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--gpus must be at least 1, not {own.gpus}")
     settings = parse(KINDS[own.stage], PRESETS[own.stage], __doc__, rest)
     config = humanomni(DIMENSIONS[settings.preset])
-    prompt = config.video_tokens + config.audio_tokens + TEXT_TOKENS
     grpo = own.stage == "grpo"
     rows = f"G {settings.group_size} of {settings.max_new_tokens}" if grpo else f"targets of {TARGET_TOKENS}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
-          f"{prompt} tokens, {rows}, {settings.dtype}, recomputation {'on' if settings.recompute else 'off'}")
+          f"{prompt_tokens(config)} tokens, {rows}, {settings.dtype}, recomputation {'on' if settings.recompute else 'off'}")
     first = plan(config, own.stage, settings, own.gpus)
     print(show(first, own.gpu, own.gpus))
+    if grpo and not settings.rollout_batch:
+        prompts = max(1, settings.batch_size // own.gpus)
+        print(f"sampled together: {first.at_once(GPUS[own.gpu], prompts)} of a process's {prompts} prompts, at most "
+              f"{first.prompt / 2**30:.2f} GiB each; the lines above are of one (--rollout-batch)")
     if first.fits(GPUS[own.gpu]):
         return 0
     print("what helps, one after the other (logits are in chunks already):")

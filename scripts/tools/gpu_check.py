@@ -1,0 +1,190 @@
+"""Is this machine's GPU as fast and as exact as promised? `python scripts/tools/gpu_check.py [PART ...] [--json]`
+
+Runs the parts one after the other, each in processes of its own, and prints a line for each: expected, measured, ok. A
+part that fails is a line too, and the others still run. About 10 minutes on one card with 22 GB and more.
+
+  suite    tests/test_cuda.py                           rollout  decoding at 0.5B beside transformers and the bound
+  toy      40 GRPO steps of the toy's dimensions        step     a GRPO step at 0.5B beside the naive schedule
+  memory   step, log-probs, towers, verifier in 22 GiB  grpo     3 steps of paper-0.5b: plan.py's bytes; one resumed
+  sft      SFT across an epoch with cached features     7b       decoding and a step at 7B, from 60 GiB on
+
+`--device cpu` runs all parts at toy size: it says that the command works, and judges no figure. Status 1: a part missed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "scripts" / "tools"
+MEASURED = """import runpy, sys, torch
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0])["main"]()
+print("PEAK", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)"""
+
+
+@dataclass
+class Line:
+    part: str
+    expected: str
+    measured: str
+    ok: bool
+    seconds: float
+
+
+class PartError(Exception):
+    """A command of a part failed: its last line."""
+
+
+@dataclass
+class Machine:
+    """Where the parts run, and what they share."""
+
+    device: str
+    folder: Path  # of worlds and runs
+
+    @property
+    def cuda(self) -> bool:
+        return self.device != "cpu"
+
+    def python(self, *words: object) -> str:
+        """What `python WORDS` prints. Raises PartError."""
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise PartError(((done.stderr or done.stdout).strip() or "no output").splitlines()[-1])
+        return done.stdout
+
+    def bench(self, name: str, size: str, *options: object) -> dict[str, dict]:
+        """Benches (names in one string) at `size` on CUDA, the toy's on a CPU: variant "ours" of each, as bench.py has it."""
+        options = [*options, "--dtype", "bfloat16"] if self.cuda else ["--group", 3, "--new-tokens", 4, "--tokens", 8]
+        if not self.cuda:
+            size = "toy"
+        out = self.python(TOOLS / "bench.py", *name.split(), "--size", size, "--device", self.device, "--json", *options)
+        return {row["bench"]: row for row in map(json.loads, out.splitlines()) if row["variant"] == "ours"}
+
+    def train(self, script: str, out: str, preset: str, *options: object) -> tuple[list[dict], int]:
+        """metrics.jsonl of a training script from random weights, on a world of eight clips; peak bytes on CUDA."""
+        world = self.folder / "world"
+        if not world.exists():
+            self.python("-c", "import sys; from erv_min.toy.world import WorldSettings as S, build_world; build_world("
+                        "sys.argv[1], S(train=8, test=4, pretrain=0, sft_clips=5, erv_train=60, erv_valid=20))", world)
+        found = self.python("-c", MEASURED, ROOT / "scripts" / script, "--preset", preset, "--random-weights", "--world",
+                            world, "--device", self.device, "--out", self.folder / out, *options)
+        rows = [json.loads(line) for line in (self.folder / out / "metrics.jsonl").read_text().splitlines()]
+        if any("skipped_because" in row for row in rows):
+            raise PartError(f"skipped steps: {next(row['skipped_because'] for row in rows if 'skipped_because' in row)}")
+        return rows, int(found.split("PEAK")[-1])
+
+
+def suite(on: Machine) -> tuple[str, bool]:
+    return on.python("-m", "pytest", "-q", "tests/test_cuda.py").strip().splitlines()[-1], True
+
+
+def toy(on: Machine) -> tuple[str, bool]:
+    rows, _ = on.train("grpo.py", "toy", "toy", "--steps", 40 if on.cuda else 2, *([] if on.cuda else TINY))
+    return f"{len(rows)} steps, {rows[-1]['seconds']:.2f} s each", len(rows) == (40 if on.cuda else 2)
+
+
+def rollout(on: Machine) -> tuple[str, bool]:
+    row = on.bench("rollout", "0.5b", "--group", 16, "--new-tokens", 512, "--versus", "transformers", "--rounds", 2)["rollout"]
+    ratio, share = row["ratio_time"] or 0, row["ceiling_fraction"]
+    return (f"{ratio:.1f}x transformers, {share:.0%} of the bound, {1e3 * row['step_seconds']:.2f} ms a token",
+            ratio >= 10 and share >= 0.6)
+
+
+def step(on: Machine) -> tuple[str, bool]:
+    row = on.bench("step", "0.5b", "--group", 16, "--new-tokens", 256, "--versus", "naive", "--rounds", 2)["step"]
+    ratio = row["ratio_time"] or 0
+    passes = row["flops"] * 4 / 6  # forward, recomputation, twice that backward, of all six
+    share = passes / (row["forward_seconds"] + row["backward_seconds"]) / row["matmul_limit"]
+    return f"{ratio:.1f}x naive, training pass {share:.0%} of the product", ratio >= 4 and share >= 0.35
+
+
+def memory(on: Machine) -> tuple[str, bool]:
+    rows = on.bench("step logps towers erv", "0.5b", "--group", 16, "--new-tokens", 256, "--memory-limit", "22G")
+    return ", ".join(f"{name} {1e3 * row['seconds']:.0f} ms" for name, row in rows.items()), len(rows) == 4
+
+
+def grpo(on: Machine) -> tuple[str, bool]:
+    size = ["--group-size", 16, "--batch-size", 4, "--rollout-batch", 4] if on.cuda else TINY
+    preset = "paper-0.5b" if on.cuda else "toy"
+    _, peak = on.train("grpo.py", "grpo", preset, "--steps", 3, "--save-every", 3, *size)
+    rows, _ = on.train("grpo.py", "grpo", preset, "--steps", 4, "--resume", *size)
+    code = ("import sys, json; sys.path.insert(0, sys.argv[1]); import plan as p; "
+            "s = p.parse(p.GRPOSettings, p.PRESETS['grpo'], None, ['--preset', *sys.argv[2:]]); "
+            "print(p.plan(p.humanomni(p.DIMENSIONS[s.preset]), 'grpo', s, 1).peak)")
+    planned = float(on.python("-c", code, TOOLS, preset, *size))
+    return (f"{peak / 2**30:.2f} GiB of {planned / 2**30:.2f} planned, then step {len(rows)}",
+            len(rows) == 4 and abs(peak / planned - 1) <= 0.1 and peak < 22 * 2**30)
+
+
+def sft(on: Machine) -> tuple[str, bool]:
+    rows, _ = on.train("sft.py", "sft", "paper-0.5b" if on.cuda else "toy", "--steps", 5, "--batch-size", 2,
+                       "--micro-batch", 2, "--cache-features", on.folder / "features")
+    return f"{len(rows)} steps over 8 clips, loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}", len(rows) == 5
+
+
+def large(on: Machine) -> tuple[str, bool]:
+    if on.cuda and torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        return "left out: less than 60 GiB", True
+    row = on.bench("rollout", "7b", "--group", 16, "--new-tokens", 64)["rollout"]
+    whole = on.bench("step", "7b", "--group", 4, "--new-tokens", 32)["step"]
+    return (f"{row['ceiling_fraction']:.0%} of the bound, step {whole['seconds']:.1f} s, {whole['total_bytes'] / 2**30:.1f} GiB",
+            row["ceiling_fraction"] >= 0.6)
+
+
+TINY = ["--group-size", 3, "--batch-size", 2, "--micro-batch", 2, "--max-new-tokens", 6, "--workers", 0]
+PARTS: dict[str, tuple[str, Callable[[Machine], tuple[str, bool]]]] = {
+    "suite": ("all pass", suite),
+    "toy": ("40 steps, all finite", toy),
+    "rollout": (">= 10x transformers, >= 60% of the bound", rollout),
+    "step": (">= 4x naive, training pass >= 35% of the product", step),
+    "memory": ("four benches in 22 GiB", memory),
+    "grpo": ("plan.py's bytes within 10%, under 22 GiB, resumed to step 4", grpo),
+    "sft": ("5 steps", sft),
+    "7b": ("decoding >= 60% of the bound", large),
+}
+
+
+def check(name: str, on: Machine) -> Line:
+    """Runs a part. On a CPU, whose figures promise nothing, it is ok where it ends."""
+    expected, part = PARTS[name]
+    started = time.time()
+    try:
+        measured, ok = part(on)
+    except (PartError, OSError, KeyError, ValueError, TypeError) as error:  # it is a line, and the next part still runs
+        return Line(name, expected, f"{type(error).__name__}: {error}", False, time.time() - started)
+    return Line(name, expected, measured, ok or not on.cuda, time.time() - started)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + " (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    given = parser.parse_args(argv)
+    if unknown := [name for name in given.parts if name not in PARTS]:
+        parser.error(f"{', '.join(unknown)}: the parts are {', '.join(PARTS)}")
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        on = Machine(given.device, Path(folder))
+        if not given.json:
+            print(torch.cuda.get_device_name(given.device) if on.cuda else "a CPU, toy size: figures are not judged")
+        for name in given.parts or PARTS:
+            lines.append(line := check(name, on))
+            print(json.dumps(asdict(line)) if given.json else f"{'ok    ' if line.ok else 'MISSED'} {name:<8} "
+                  f"expected {line.expected}; measured {line.measured} ({line.seconds:.0f} s)", flush=True)
+    return int(not all(line.ok for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
