@@ -17,7 +17,8 @@ reproduce = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reproduce)
 
 
-def test_each_row_has_its_commands_and_each_command_parses(tmp_path):
+def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch):
+    monkeypatch.setattr("erv_min.run.options.missing_path", lambda text, kind: None)  # made by the commands before
     jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7, False)
     assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
     assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}
@@ -30,7 +31,7 @@ def test_each_row_has_its_commands_and_each_command_parses(tmp_path):
         if words[0].endswith("sft.py"):
             assert parse(SFTSettings, PRESETS["sft"], "", words[1:]).answers_only == (name == "sft-answers")
     # What separates the rows of tables 1 and 2, and nothing else.
-    assert [(Path(s.out).name, bool(s.w_explanation), s.ablate, Path(s.erv).name) for s in seen] == [
+    assert [(Path(s.out).name, bool(s.rewards.w_explanation), s.ablate, Path(s.erv).name) for s in seen] == [
         ("ours", True, "", "erv"), ("baseline", False, "", ""), ("no-augmentation", True, "", "erv-human"),
         ("no-filtering", True, "neutral-filtering", "erv"), ("no-sentences", True, "sentence-level", "erv"),
         ("answers", False, "", "")]

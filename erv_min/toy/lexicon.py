@@ -1,7 +1,8 @@
 """Two offline judges for the small world: what emotion does an explanation convey (figure 3)?
 
 Written by hand from English words. They import nothing of the package: not the grammar, not its labels, not the
-labeller of the verifier's training pairs, so that a policy rewarded by the verifier is judged by someone else.
+labeller of the verifier's training pairs. Both know the words of the whole grammar, so that they agree on what it
+writes by construction: two readers of one language, not two independent judges.
 They stand in for GPT-4.1-mini (`LexiconJudge`) and Gemini (`SecondJudge`, table 4); they do not understand language.
 """
 
