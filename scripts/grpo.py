@@ -10,6 +10,7 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 
 import copy
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
-from erv_min.grpo import group_advantages, grpo_loss, step_metrics, token_sums
+from erv_min.grpo import TokenSums, group_advantages, grpo_loss, step_metrics, token_sums
 from erv_min.inputs import Batch, embed, training_inputs
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import trainable
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
                             "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
     elif settings.rewards.w_explanation and not settings.erv:
-        raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or --w-explanation 0")
+        raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or "
+                            "--w-explanation 0")
 
     # pi_theta; the frozen pi_ref, which shares the frozen towers' features; the verifier; the optimizer.
     model, collate = start_model(settings, "grpo", processes)
@@ -56,9 +58,10 @@ def main(argv: list[str] | None = None) -> None:
     policy = shard(model.eval(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     reference = shard(ref_model, settings.sharding, processes.device, getattr(torch, settings.dtype), frozen=True)
     verifier, rules = start_verifier(settings, processes.device), reward_settings(settings)
+    eos = collate.tokenizer.eos_id
     optimizer = make_optimizer(policy.named_parameters().values())
 
-    # Each process takes an equal share of a step's prompts, in passes of micro_batch; clips are decoded ahead in that order.
+    # Each process takes an equal share of a step's prompts, in passes of micro_batch; clips are decoded ahead in order.
     examples = training_examples(settings, "train", processes)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
     own = processes.share(settings.batch_size)  # of the places 0 .. batch_size - 1
@@ -71,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         lambda place: examples[item_at(place, len(examples), settings.seed)], len(examples), failed.add,
         config=model.config, cache=collate.cache, **decoding(settings))
     if processes.main:
+        trained = sum(p.numel() for p in policy.named_parameters().values())
         print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {settings.group_size} "
-              f"completions, {sum(p.numel() for p in policy.named_parameters().values()) / 1e6:.2f} M trainable parameters "
-              "on this process", flush=True)
+              f"completions, {trained / 1e6:.2f} M trainable parameters on this process", flush=True)
 
     for step in range(first, total):
         started = time.time()
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         # 1. o_1 .. o_G ~ pi_theta(. | x) for each prompt x. The frozen towers run here, once per clip.
         with policy.unsharded():
             batch = collate([x for _, (_, x) in zip(own, stream)])
-            completions = sample(model, embed(model, batch), own, step, settings, collate.tokenizer.eos_id)
+            completions = sample(model, embed(model, batch), own, step, settings, eos)
         rolled = time.time() - started
 
         # 2. R = R_E + R_format + R_answer (Eq. 4, 5).
@@ -93,41 +96,18 @@ def main(argv: list[str] | None = None) -> None:
         R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32, device=processes.device)
         A = group_advantages(R, settings.group_size)
 
-        # 4. log pi_ref(o), once.
-        ref_logps = []
-        for part in passes:
-            with torch.no_grad(), reference.forward_pass():
-                ref_logps.append(completion_logps(ref_model, embed(ref_model, batch[part]), completions[rows(part, settings)],
-                                                  settings.temperature)[0])
+        # 4. log pi_ref(o | x), once.
+        with torch.no_grad():
+            ref_logps = [log_probs(reference, ref_model, batch, completions, part, settings)[0] for part in passes]
 
         # 5. mu updates: descend the clipped surrogate plus beta KL.
-        lr, old_logps, norms = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule), [], []
-        for iteration in range(settings.mu):
-            loss, sums = 0.0, []
-            for i, part in enumerate(passes):
-                o, a = completions[rows(part, settings)], A[rows(part, settings)]
-                with policy.forward_pass():
-                    logps, entropy = completion_logps(model, embed(model, batch[part]), o, settings.temperature,
-                                                      with_entropy=True)
-                run.watch([f"{x.video_id}, completion {k}" for x in batch.examples[part] for k in range(settings.group_size)],
-                          logps)
-                if iteration == 0:
-                    old_logps.append(logps.detach())
-                part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], a, o.mask, settings.beta, settings.epsilon)
-                share = len(batch.examples[part]) / len(own)
-                (part_loss * share).backward()  # `update` takes the mean over processes
-                loss += part_loss.item() * share
-                sums.append(token_sums(logps.detach(), old_logps[i], ref_logps[i], entropy, o, a, collate.tokenizer.eos_id,
-                                       settings.epsilon))
-            totals = all_reduce_sum({"loss": loss / processes.size, "failed": len(failed.errors)})
-            loss = totals["loss"]
-            norms.append(update(policy, optimizer, lr, settings.max_grad_norm, loss))
+        lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
+        done = descend(policy, model, optimizer, batch, completions, A, ref_logps, passes, lr, run, settings, eos)
 
-        failed.check(totals["failed"])
-        everyones = gather_lists(rewards)
-        values = step_metrics(everyones, gather_lists(sums), settings.group_size)
-        seconds = time.time() - started
-        run.log(step, {"loss": loss, **values, "lr": lr, "grad_norm": sum(norms) / len(norms),
+        failed.check(all_reduce_sum({"failed": len(failed.errors)})["failed"])
+        everyones, seconds = gather_lists(rewards), time.time() - started
+        values = step_metrics(everyones, gather_lists(done.sums), settings.group_size)
+        run.log(step, {"loss": done.loss, **values, "lr": lr, "grad_norm": done.grad_norm,
                        "tokens_per_s": values["completion_length"] * len(everyones) / seconds, "seconds": seconds,
                        "seconds_rollout": rolled, **explanation_statistics(everyones)})
         if processes.main and (step % settings.sample_every == 0 or step + 1 == total):
@@ -149,8 +129,8 @@ def rows(part: slice, settings: GRPOSettings) -> slice:
 
 
 def sample(model, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings, eos: int) -> Completions:
-    """G completions of each prompt of this process, as many prompts at once as memory allows; the noise of a completion is
-    keyed by its prompt's place, so that tokens do not depend on that."""
+    """G completions of each prompt of this process, as many prompts at once as memory allows; the noise of a completion
+    is keyed by its prompt's place, so that tokens do not depend on that."""
     parts, G, N = [], settings.group_size, settings.max_new_tokens
     size = settings.rollout_batch or prompts_at_once(model, prompts, G, N)
     for part in (slice(at, at + size) for at in range(0, len(places), size)):
@@ -165,6 +145,46 @@ def score(texts: list[str], batch: Batch, verifier, rules, step: int, G: int) ->
     return score_completions(texts, [x.label for x in each], [x.dataset for x in each],
                              verifier.probabilities if verifier else None, verifier.labels if verifier else ERV_LABELS,
                              rules, step=step)
+
+
+def log_probs(policy, model, batch: Batch, completions: Completions, part: slice, settings: GRPOSettings):
+    """log pi(o_t | x, o_<t) of a pass's completions [R, T] at the sampling temperature, and the entropy (None without
+    gradients): one forward pass of `model`, which `policy` shards."""
+    with policy.forward_pass():
+        return completion_logps(model, embed(model, batch[part]), completions[rows(part, settings)],
+                                settings.temperature, with_entropy=torch.is_grad_enabled())
+
+
+@dataclass
+class Update:
+    """What mu updates tell: the last one's loss, over all processes, and TokenSums of each pass of this process; the mean
+    norm of their gradients (NaN: one was skipped)."""
+
+    loss: float
+    grad_norm: float
+    sums: list[TokenSums]
+
+
+def descend(policy, model, optimizer, batch: Batch, completions: Completions, A: torch.Tensor, ref_logps: list,
+            passes: list[slice], lr: float, run: Run, settings: GRPOSettings, eos: int) -> Update:
+    """mu updates on one batch. log pi_old is the first update's log pi_theta; gradients of the passes add up."""
+    G, old_logps, norm = settings.group_size, [], 0.0
+    for iteration in range(settings.mu):
+        loss, sums = 0.0, []
+        for i, part in enumerate(passes):
+            o, a, examples = completions[rows(part, settings)], A[rows(part, settings)], batch.examples[part]
+            logps, entropy = log_probs(policy, model, batch, completions, part, settings)
+            run.watch([f"{x.video_id}, completion {k}" for x in examples for k in range(G)], logps)
+            if iteration == 0:
+                old_logps.append(logps.detach())
+            part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], a, o.mask, settings.beta, settings.epsilon)
+            share = len(examples) / len(batch)
+            (part_loss * share).backward()  # `update` takes the mean over processes
+            loss += part_loss.item() * share / run.processes.size
+            sums.append(token_sums(logps.detach(), old_logps[i], ref_logps[i], entropy, o, a, eos, settings.epsilon))
+        loss = all_reduce_sum({"loss": loss})["loss"]
+        norm += update(policy, optimizer, lr, settings.max_grad_norm, loss) / settings.mu  # NaN where one is
+    return Update(loss, norm, sums)
 
 
 def show(run: Run, step: int, x, texts: list[str], rewards: list[Reward]) -> None:
