@@ -129,7 +129,7 @@ def grpo(on: Machine) -> tuple[str, bool]:
 
 def sft(on: Machine) -> tuple[str, bool]:
     rows, _ = on.train("sft.py", "sft", "paper-0.5b" if on.cuda else "toy", "--steps", 5, "--batch-size", 2,
-                       "--micro-batch", 2, "--cache-features", on.folder / "features")
+                       "--micro-batch", 2, "--workers", 0, "--cache-features", on.folder / "features")
     return f"{len(rows)} steps over 8 clips, loss {rows[0]['loss']:.2f} to {rows[-1]['loss']:.2f}", len(rows) == 5
 
 
