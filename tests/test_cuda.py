@@ -17,12 +17,13 @@ from erv_min.generate import capture, prefill, rollout, sampling_noise
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import trainable
 from erv_min.run.folder import provenance
-from erv_min.run.processes import exact_float32, join_processes
+from erv_min.run.processes import Processes, exact_float32, join_processes
 from erv_min.run.settings import TRAINABLE, SFTSettings
 from erv_min.run.sharding import Replicated
 from tiny import tiny_model, tiny_prompts
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
+import evaluate  # noqa: E402
 import gpu_check  # noqa: E402
 import sft  # noqa: E402
 
@@ -52,8 +53,13 @@ def step_of(run, device: str) -> dict[str, torch.Tensor]:
     with run.forward_pass():
         logps, entropy = completion_logps(run.model, prompts, some_completions(8, 6, device), with_entropy=True)
     logps.sum().backward()
-    found = {"logps": logps.detach(), "entropy": entropy}
-    return {k: v.cpu() for k, v in (found | {n: p.grad for n, p in run.named_parameters().items() if p.grad is not None}).items()}
+    found = {n: p.grad for n, p in run.named_parameters().items() if p.grad is not None}
+    return {name: x.cpu() for name, x in (found | {"logps": logps.detach(), "entropy": entropy}).items()}
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
+    scale = max(1.0, float(expected.abs().max()))
+    assert (found - expected).abs().max() < tolerance * scale, name
 
 
 @gpu
@@ -66,7 +72,7 @@ def test_logps_and_gradients_are_the_cpus(recompute):
         found[device] = step_of(Replicated(model, device, torch.float32), device)
     assert found["cpu"].keys() == found["cuda"].keys()
     for name, value in found["cpu"].items():
-        torch.testing.assert_close(found["cuda"][name], value, atol=1e-4 * max(1, value.abs().max()), rtol=1e-4, msg=name)
+        near(found["cuda"][name], value, 1e-4, name)
 
 
 @gpu
@@ -80,7 +86,7 @@ def test_towers_and_logits_are_the_cpus():
     with torch.no_grad():
         expected = model(**given).logits
         found = copy.deepcopy(model).cuda()(**{k: v.cuda() for k, v in given.items()}).logits.cpu()
-    torch.testing.assert_close(found, expected, atol=1e-4 * expected.abs().max(), rtol=1e-4)
+    near(found, expected, 1e-4, "logits")
 
 
 @gpu
@@ -137,7 +143,7 @@ def test_bfloat16_trains_what_it_sampled():
 @gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sharded_is_replicated(nccl, recompute):
-    """fsdp.py's async all-gather and reduce-scatter on an nccl group of one: log-probs and gradients of the whole model."""
+    """fsdp.py's async collectives on an nccl group of one: the log-probs and gradients of the whole model."""
     models = [trained(recompute) for _ in range(2)]
     whole = step_of(Replicated(models[0].cuda(), "cuda", torch.float32), "cuda")
     run = Sharded(models[1], "cuda", torch.float32)
@@ -146,7 +152,7 @@ def test_sharded_is_replicated(nccl, recompute):
         if name in whole:
             of = next(unit for unit in run.units if name in unit.names)
             part = of.views(of.shard.grad)[of.names.index(name)].cpu()
-            torch.testing.assert_close(part, whole[name], atol=1e-5 * max(1, whole[name].abs().max()), rtol=1e-4, msg=name)
+            near(part, whole[name], 1e-5, name)
 
 
 def trained(recompute: bool):
@@ -184,9 +190,10 @@ def test_sft_across_an_epoch_with_cached_features(tmp_path):
     pytest.importorskip("av")
     from erv_min.toy.world import WorldSettings, build_world
     build_world(tmp_path / "world", WorldSettings(train=5, test=1, pretrain=0, sft_clips=5, erv_train=60, erv_valid=20))
-    sft.main(["--random-weights", "--world", str(tmp_path / "world"), "--device", "cuda", "--steps", "5", "--batch-size", "2",
-              "--micro-batch", "2", "--out", str(tmp_path / "run"), "--cache-features", str(tmp_path / "features")])
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+    sft.main(["--random-weights", "--world", str(tmp_path / "world"), "--device", "cuda", "--steps", "9",
+              "--batch-size", "8", "--micro-batch", "8", "--workers", "0", "--out", str(tmp_path / "run"),
+              "--cache-features", str(tmp_path / "features")])
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
 
 
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
@@ -200,10 +207,25 @@ def test_float32_on_cuda_is_not_tf32(monkeypatch):
     assert provenance(SFTSettings())["tf32"] == {"matmul": False, "conv": False}
 
 
+@pytest.mark.parametrize("rank, expected", [(0, ["parted", "judged"]), (1, ["parted"])])
+def test_nobody_waits_for_a_judge(monkeypatch, tmp_path, rank, expected):
+    """nccl ends processes that wait for an hour: they part before a judge is asked."""
+    order = []
+    monkeypatch.setattr(evaluate, "join_processes", lambda device: Processes(rank, 2, torch.device("cpu")))
+    row = {"dataset": "dfew", "video_id": "1", "output": "", "ground_truth": "happy", "judged_emotion": None}
+    monkeypatch.setattr(evaluate, "predictions_of", lambda *_: ([row], {"missing": [], "unknown": [], "failed": []}))
+    monkeypatch.setattr(evaluate, "part", lambda: order.append("parted"))
+    judged_by = evaluate.judged_by
+    monkeypatch.setattr(evaluate, "judged_by", lambda *given: order.append("judged") or judged_by(*given))
+    monkeypatch.setattr(evaluate, "report", lambda *_: "")
+    evaluate.main(["--predictions", __file__, "--out", str(tmp_path), "--bootstrap", "0"])
+    assert order == expected
+
+
 def test_gpu_check_at_toy_size(capsys, monkeypatch):
     """Its commands run, a part that fails is a line among others, and says why."""
-    monkeypatch.setitem(gpu_check.PARTS, "toy", ("nothing", lambda on: (on.python("-c", "raise SystemExit('no disk')"), True)))
+    monkeypatch.setitem(gpu_check.PARTS, "toy", ("nothing", lambda on: on.python("-c", "raise SystemExit('no disk')")))
     assert gpu_check.main(["toy", "memory", "sft", "--device", "cpu", "--json"]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["part"], line["ok"]) for line in lines] == [("toy", False), ("memory", True), ("sft", True)]
-    assert "no disk" in lines[0]["measured"] and "erv" in lines[1]["measured"] and "5 steps" in lines[2]["measured"]
+    assert "no disk" in lines[0]["measured"] and "erv" in lines[1]["measured"] and "9 steps" in lines[2]["measured"]
