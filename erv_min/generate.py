@@ -56,9 +56,9 @@ class DecodeStep:
     """Last tokens of the rows that are left -> logits of the next: one call a step, with the cache growing by one.
 
     On CUDA a step is replayed as a graph, its hundreds of kernels launched at once without Python between them. There
-    shapes are fixed while a step looks at the first WINDOW places of the cache, then twice as many, and so on. Where they
-    change (a longer window, fewer rows), one step runs as it stands, which warms up, and the next ones replay what is
-    captured after it. Elsewhere a step looks at what is filled alone.
+    shapes are fixed while a step looks at the first WINDOW places of the cache, then twice as many, and so on. Where
+    they change (a longer window, fewer rows), one step runs as it stands, which warms up, and the next ones replay what
+    is captured after it. Elsewhere a step looks at what is filled alone.
     """
 
     def __init__(self, model: HumanOmni, cache: GroupCache, lengths: Tensor):
@@ -179,7 +179,7 @@ def prompt_bytes(c: Qwen2Config, length: int, group_size: int, max_new_tokens: i
 
 
 def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> int:
-    """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, at least 1; else all.
+    """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, or 1; else all.
 
     A decode step of a small model takes as long for many rows as for one, on a GPU: the launches of its kernels.
     """

@@ -151,7 +151,7 @@ def test_a_decode_step_does_not_wait_for_the_device():
 
 
 def test_prompts_at_once(monkeypatch):
-    """As many as free memory holds; what is counted for each is no less than what a rollout takes, and not three times that."""
+    """As many as free memory holds; what is counted for each is no less than a rollout takes, and not three times that."""
     model, (G, N) = tiny_model(), (4, 32)
     needed = prompt_bytes(model.config.text, 40, G, N, 4)
     peaks = []
@@ -174,8 +174,8 @@ def test_tokens_do_not_depend_on_the_rollout_batch():
     """Noise is keyed by the prompt's place, and a prompt's rows look at nothing of another's."""
     model, places = tiny_model(3), [9, 4, 6]
     prompts = tiny_prompts(model, (3, 7, 5))
-    found = [grpo.sample(model, prompts, places, 2, GRPOSettings(group_size=4, max_new_tokens=12, rollout_batch=size), 17)
-             for size in (0, 1, 2, 3)]
+    settings = [GRPOSettings(group_size=4, max_new_tokens=12, rollout_batch=size) for size in (0, 1, 2, 3)]
+    found = [grpo.sample(model, prompts, places, 2, each, 17) for each in settings]
     assert all(torch.equal(found[0].ids, other.ids) and torch.equal(found[0].mask, other.mask) for other in found)
     assert len({tuple(row.tolist()) for row in found[0].ids}) == 12
 

@@ -81,7 +81,7 @@ class Plan:
     rollout_copy: int
     kv_cache: int
     logits: int  # one chunk of them, with its gradient
-    rollout: int  # peak: copy, cache, and the activations of towers, prefill and decoding of --rollout-batch prompts (0: 1)
+    rollout: int  # peak of --rollout-batch prompts (0: 1): copy, cache, activations of towers, prefill and decoding
     prompt: int  # of each prompt that is sampled beside the first, at most
     update: int  # peak: gradients, gathered units, activations, logits
 
@@ -241,8 +241,8 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
             value = getattr(p, name)
         if value:
             lines.append(f"{title:<34}{value / 2**30:8.2f} GiB")
-    lines.append(f"{'room on ' + gpu:<34}{room(GPUS[gpu]) / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for CUDA and "
-                 f"{RESERVE[1]:.0%} for fragmentation")
+    lines.append(f"{'room on ' + gpu:<34}{room(GPUS[gpu]) / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for "
+                 f"CUDA and {RESERVE[1]:.0%} for fragmentation")
     lines.append(f"{'FITS' if p.fits(GPUS[gpu]) else 'DOES NOT FIT'} on {gpus} x {gpu}")
     others = {other: "fits" if p.fits(memory) else "does not fit" for other, memory in GPUS.items() if other != gpu}
     lines.append(f"on {gpus} of another kind: " + ", ".join(f"{other} {verdict}" for other, verdict in others.items()))
@@ -265,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     grpo = own.stage == "grpo"
     rows = f"G {settings.group_size} of {settings.max_new_tokens}" if grpo else f"targets of {TARGET_TOKENS}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
-          f"{prompt_tokens(config)} tokens, {rows}, {settings.dtype}, recomputation {'on' if settings.recompute else 'off'}")
+          f"{prompt_tokens(config)} tokens, {rows}, {settings.dtype}, "
+          f"recomputation {'on' if settings.recompute else 'off'}")
     first = plan(config, own.stage, settings, own.gpus)
     print(show(first, own.gpu, own.gpus))
     if grpo and not settings.rollout_batch:

@@ -1,0 +1,231 @@
+"""What only a GPU shows: its numbers beside the CPU's, graphs beside plain steps, nccl, and that no step waits for the
+host. Skipped without CUDA, but for the last test. `python scripts/tools/gpu_check.py` runs it with the benchmarks."""
+
+import copy
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import erv_min.generate as generation
+from erv_min.fsdp import Sharded
+from erv_min.generate import capture, prefill, rollout, sampling_noise
+from erv_min.logps import Completions, Prompts, completion_logps
+from erv_min.model.humanomni import trainable
+from erv_min.run.folder import provenance
+from erv_min.run.processes import Processes, exact_float32, join_processes
+from erv_min.run.settings import TRAINABLE, SFTSettings
+from erv_min.run.sharding import Replicated
+from tiny import tiny_model, tiny_prompts
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
+import evaluate  # noqa: E402
+import gpu_check  # noqa: E402
+import sft  # noqa: E402
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+EOS = 17
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    exact_float32()
+
+
+def on_gpu(prompts: Prompts, dtype=torch.float32) -> Prompts:
+    return Prompts(prompts.embeds.to("cuda", dtype), prompts.mask.cuda())
+
+
+def some_completions(rows: int, length: int, device="cuda") -> Completions:
+    ids = torch.randint(0, 500, (rows, length), generator=torch.Generator().manual_seed(3))
+    lengths = torch.arange(rows) % length + 1
+    return Completions(ids.to(device), (torch.arange(length) < lengths[:, None]).to(device))
+
+
+def step_of(run, device: str) -> dict[str, torch.Tensor]:
+    """Log-probs and gradients of one pass, by name, on the CPU."""
+    prompts = tiny_prompts(tiny_model(), (7, 5))
+    prompts = Prompts(prompts.embeds.to(device), prompts.mask.to(device))
+    with run.forward_pass():
+        logps, entropy = completion_logps(run.model, prompts, some_completions(8, 6, device), with_entropy=True)
+    logps.sum().backward()
+    found = {n: p.grad for n, p in run.named_parameters().items() if p.grad is not None}
+    return {name: x.cpu() for name, x in (found | {"logps": logps.detach(), "entropy": entropy}).items()}
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
+    scale = max(1.0, float(expected.abs().max()))
+    assert (found - expected).abs().max() < tolerance * scale, name
+
+
+@gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logps_and_gradients_are_the_cpus(recompute):
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = tiny_model(3).to(device)
+        model.model.recompute = recompute
+        found[device] = step_of(Replicated(model, device, torch.float32), device)
+    assert found["cpu"].keys() == found["cuda"].keys()
+    for name, value in found["cpu"].items():
+        near(found["cuda"][name], value, 1e-4, name)
+
+
+@gpu
+def test_towers_and_logits_are_the_cpus():
+    """Convolutions, projectors, gate and prompt: 1e-4, which TF32 would miss."""
+    model, config = tiny_model(), tiny_model().config
+    g = torch.Generator().manual_seed(0)
+    given = {"input_ids": torch.tensor([[5, -201, -202, 7, 8]]), "gate_ids": torch.tensor([[2, 9, 3]]),
+             "video": torch.randn(1, config.num_frames, 3, *[config.vision.image_size] * 2, generator=g),
+             "audio": torch.randn(1, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, generator=g)}
+    with torch.no_grad():
+        expected = model(**given).logits
+        found = copy.deepcopy(model).cuda()(**{k: v.cuda() for k, v in given.items()}).logits.cpu()
+    near(found, expected, 1e-4, "logits")
+
+
+@gpu
+def test_tokens_with_graphs_and_without(monkeypatch):
+    """Rows end at many steps and windows grow: three times the same tokens, and memory back where it began."""
+    model, prompts = tiny_model(3).cuda(), on_gpu(tiny_prompts(tiny_model(), (3, 7, 5)))
+    noise, sample = sampling_noise(5, 0, [4, 9, 2], 8, 40), generation.sample_token
+    likely = 4.5 * torch.nn.functional.one_hot(torch.tensor(EOS, device="cuda"), model.config.text.vocab_size)
+    monkeypatch.setattr(generation, "sample_token", lambda logits, *rest: sample(logits + likely, *rest))
+    monkeypatch.setattr(generation, "WORTH", 10**6)  # no capture
+    plain = rollout(model, prompts, 8, 40, EOS, noise)
+    monkeypatch.setattr(generation, "WINDOW", 4)
+    monkeypatch.setattr(generation, "WORTH", 1)
+    count = []
+    monkeypatch.setattr(generation, "capture", lambda *given: count.append(1) or capture(*given))
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    for _ in range(3):
+        graphs = rollout(model, prompts, 8, 40, EOS, noise)
+        assert torch.equal(plain.ids, graphs.ids) and torch.equal(plain.mask, graphs.mask)
+    assert len(count) >= 9  # several of each rollout
+    del graphs
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == held
+
+
+@gpu
+@torch.no_grad()
+def test_a_decode_step_waits_for_nothing():
+    model = tiny_model().cuda()
+    logits, step = prefill(model, on_gpu(tiny_prompts(tiny_model(), (3, 7))), 2, 12)
+    last = logits.argmax(-1)
+    step(last, 1)  # which warms up and captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in (2, 3, 4):
+            step(last, number)
+        step.run(last)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_bfloat16_trains_what_it_sampled():
+    """|log pi of the sampler - of the training pass|: bfloat16's own noise on a peaked toy, and no more."""
+    model, prompts = tiny_model(3, torch.bfloat16).cuda(), on_gpu(tiny_prompts(tiny_model(), (3, 7)), torch.bfloat16)
+    completions = rollout(model, prompts, 8, 24, EOS, sampling_noise(0, 0, [0, 1], 8, 24))
+    logps, _ = completion_logps(model, prompts, completions)
+    gap = (logps - completions.logps)[completions.mask].abs()
+    assert gap.mean() < 0.05, gap.mean()
+
+
+@gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_sharded_is_replicated(nccl, recompute):
+    """fsdp.py's async collectives on an nccl group of one: the log-probs and gradients of the whole model."""
+    models = [trained(recompute) for _ in range(2)]
+    whole = step_of(Replicated(models[0].cuda(), "cuda", torch.float32), "cuda")
+    run = Sharded(models[1], "cuda", torch.float32)
+    torch.testing.assert_close(step_of(run, "cuda")["logps"], whole["logps"], atol=1e-5, rtol=1e-5)
+    for name, shape in run.full_shapes().items():
+        if name in whole:
+            of = next(unit for unit in run.units if name in unit.names)
+            part = of.views(of.shard.grad)[of.names.index(name)].cpu()
+            near(part, whole[name], 1e-5, name)
+
+
+def trained(recompute: bool):
+    model = tiny_model(3)
+    model.model.recompute = recompute
+    trainable(model, TRAINABLE["grpo"])
+    return model
+
+
+@pytest.fixture
+def nccl(tmp_path):
+    """A group of one whose watchdog thread lives, as in training."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@gpu
+def test_collectives_and_a_capture_beside_the_watchdog(nccl):
+    x, parts = torch.arange(4.0, device="cuda"), [None]
+    dist.scatter(y := torch.empty_like(x), [x])
+    dist.all_gather_object(parts, {"rank": 0})
+    assert torch.equal(x, y) and parts == [{"rank": 0}]
+    for _ in range(20):
+        dist.all_reduce(y)
+        graph, result = capture(lambda: x * 2, x.device)
+        graph.replay()
+        assert torch.equal(result, 2 * x)
+
+
+@gpu
+def test_sft_across_an_epoch_with_cached_features(tmp_path):
+    """The second epoch takes features from the host's memory, and a step may hold both kinds."""
+    pytest.importorskip("av")
+    from erv_min.toy.world import WorldSettings, build_world
+    build_world(tmp_path / "world", WorldSettings(train=5, test=1, pretrain=0, sft_clips=5, erv_train=60, erv_valid=20))
+    sft.main(["--random-weights", "--world", str(tmp_path / "world"), "--device", "cuda", "--steps", "9",
+              "--batch-size", "8", "--micro-batch", "8", "--workers", "0", "--out", str(tmp_path / "run"),
+              "--cache-features", str(tmp_path / "features")])
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+# ---- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_float32_on_cuda_is_not_tf32(monkeypatch):
+    """PyTorch lets cuDNN's convolutions round to TF32 by default: off where a script joins, and config.json says so."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    join_processes("cpu")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert provenance(SFTSettings())["tf32"] == {"matmul": False, "conv": False}
+
+
+@pytest.mark.parametrize("rank, expected", [(0, ["parted", "judged"]), (1, ["parted"])])
+def test_nobody_waits_for_a_judge(monkeypatch, tmp_path, rank, expected):
+    """nccl ends processes that wait for an hour: they part before a judge is asked."""
+    order = []
+    monkeypatch.setattr(evaluate, "join_processes", lambda device: Processes(rank, 2, torch.device("cpu")))
+    row = {"dataset": "dfew", "video_id": "1", "output": "", "ground_truth": "happy", "judged_emotion": None}
+    monkeypatch.setattr(evaluate, "predictions_of", lambda *_: ([row], {"missing": [], "unknown": [], "failed": []}))
+    monkeypatch.setattr(evaluate, "part", lambda: order.append("parted"))
+    judged_by = evaluate.judged_by
+    monkeypatch.setattr(evaluate, "judged_by", lambda *given: order.append("judged") or judged_by(*given))
+    monkeypatch.setattr(evaluate, "report", lambda *_: "")
+    evaluate.main(["--predictions", __file__, "--out", str(tmp_path), "--bootstrap", "0"])
+    assert order == expected
+
+
+def test_gpu_check_at_toy_size(capsys, monkeypatch):
+    """Its commands run, a part that fails is a line among others, and says why."""
+    monkeypatch.setitem(gpu_check.PARTS, "toy", ("nothing", lambda on: on.python("-c", "raise SystemExit('no disk')")))
+    assert gpu_check.main(["toy", "memory", "sft", "--device", "cpu", "--json"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["part"], line["ok"]) for line in lines] == [("toy", False), ("memory", True), ("sft", True)]
+    assert "no disk" in lines[0]["measured"] and "erv" in lines[1]["measured"] and "9 steps" in lines[2]["measured"]
