@@ -1,4 +1,4 @@
-"""annotate.py: no equation without a section, no section of something gone, no number that a function does not return."""
+"""annotate.py: no equation without a section, no section of what is gone, no number that a function does not return."""
 
 import html
 import json
@@ -58,9 +58,8 @@ def without(sections: str, name: str) -> str:
 
 def missing(page: str) -> list[str]:
     """What of the paper has no section with an equation or listing, a symbol, a function, a test and numbers."""
-    parts = {names: body for names, body in re.findall(r'<section id="[^"]+" data-paper="([^"]+)">(.*?)</section>', page, re.S)}
-    told = [name for names, body in parts.items() for name in ([names] if " " in names and names[-1].isdigit() else
-                                                              names.split())
+    parts = re.findall(r'<section id="[^"]+" data-paper="([^"]+)">(.*?)</section>', page, re.S)
+    told = [name for names, body in parts for name in ([names] if names[-1].isdigit() else names.split())
             if all(x in body for x in ("<math", 'class="code"', 'class="test"', 'class="numbers"', "name in the code"))]
     return [name for name in OF_THE_PAPER if name not in told]
 
@@ -115,7 +114,7 @@ def test_a_run_without_completions_or_verifier_is_named(tmp_path):
 
 def test_source_is_the_files(page):
     for path, name in (("erv_min/rewards.py", "explanation_reward"), ("erv_min/fsdp.py", "Sharded._attached")):
-        block = re.search(rf'id="[\w.]*\.?{re.escape(name)}">.*?lines (\d+) to (\d+)<.*?<pre[^>]*>(.*?)</pre>', page, re.S)
+        block = re.search(rf'id="\w+\.{re.escape(name)}">.*?lines (\d+) to (\d+)<.*?<pre[^>]*>(.*?)</pre>', page, re.S)
         source = html.unescape(re.sub(r"<[^>]+>", "", block[3])).rstrip("\n").split("\n")
         lines = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(block[1]) - 1 : int(block[2])]
         assert [line.strip() for line in source] == [line.strip() for line in lines]
@@ -134,7 +133,7 @@ def test_who_opens_whom_by_hand():
     assert opens(("generate.py", "rollout"), ("generate.py", "prefill"))
     assert opens(("generate.py", "prefill"), ("qwen2.py", "Qwen2.forward"))  # model.model(...)
     assert opens(("humanomni.py", "HumanOmni.project_video"), ("projector.py", "VisualProjector.forward"))
-    assert not opens(("humanomni.py", "HumanOmni.splice"), ("inputs.py", "Collator.text"))  # config.text is another text
+    assert not opens(("humanomni.py", "HumanOmni.splice"), ("inputs.py", "Collator.text"))  # config.text
     assert key["rewards.py", "select_labels"] in walk.reached and key["sft.py", "sft_loss"] not in walk.reached
 
 
@@ -158,8 +157,9 @@ def test_numbers_of_algorithm_1_and_eq_4(page, group):
         on_page = {name.split(".")[2]: v for name, v in values.items() if name.startswith(f"EL.{k}.")}
         assert on_page.pop("over") == int((u[k] > 0.5).sum())
         assert on_page == pytest.approx({label: u[k, ERV_LABELS.index(label)].item() for label in EL})
-    ways = {"default": RewardSettings(), "any": RewardSettings(neutral_rule="any"), "released": RewardSettings.released(),
-            "no_filter": RewardSettings(neutral_filter=False), "whole": RewardSettings(sentence_level=False)}
+    ways = {"default": RewardSettings(), "any": RewardSettings(neutral_rule="any"),
+            "no_filter": RewardSettings(neutral_filter=False), "whole": RewardSettings(sentence_level=False),
+            "released": RewardSettings.released()}
     for way, settings in ways.items():
         (reward,) = score_completions(group.completions[:1], ["sad"], "dfew", group.probabilities, ERV_LABELS, settings)
         assert values[f"eq4.{way}.R_E"] == reward.explanation
@@ -201,7 +201,8 @@ def test_numbers_of_eq_2_and_eq_3(page):
     assert values["kl.k3.gradient"] == torch.autograd.grad(k3, logits)[0].tolist()
     assert values["kl.k3.gradient"] == pytest.approx(values["kl.reverse.gradient"])
     assert values["kl.k2.gradient"] == pytest.approx(values["kl.KL.gradient"])
-    assert values["kl.k1.gradient"] == pytest.approx([0] * 4) and values["kl.k2"] != pytest.approx(values["kl.KL"], rel=1e-3)
+    assert values["kl.k1.gradient"] == pytest.approx([0] * 4)
+    assert values["kl.k2"] != pytest.approx(values["kl.KL"], rel=1e-3)
 
 
 def test_numbers_of_sampling_log_probs_splice_and_metrics(page):
@@ -216,20 +217,22 @@ def test_numbers_of_sampling_log_probs_splice_and_metrics(page):
     assert values["logps.shared"] == 15 and values["logps.repeated"] == 33 and values["logps.difference"] < 1e-4
     assert sum(values["splice.gate"]) == pytest.approx(1)
     assert values["splice.X_m"][1] == values["splice.X_v"][1] + values["splice.X_a"][1] + 4  # four words of the prompt
-    assert [values[name] for name in sorted((n for n in values if re.fullmatch(r"splice\.\d+", n)), key=lambda n: int(n[7:]))
-            ] == [1, values["splice.X_v"][1], 1, values["splice.X_a"][1], 2]
+    runs = [name for name in values if re.fullmatch(r"splice\.\d+", name)]  # in the order of the page
+    assert [values[name] for name in runs] == [1, values["splice.X_v"][1], 1, values["splice.X_a"][1], 2]
     for rule in ("paper", "released"):
         scores = score(numbers.clip_rows(), "dfew", rule)
         assert [values[f"metrics.{rule}.{name}"] for name in COLUMNS] == [scores[name] for name in COLUMNS]
-    assert values["metrics.paper.EEA"] == pytest.approx(60) and values["metrics.paper.FCR"] == pytest.approx(20)  # by hand
+    by_hand = {"EEA": 60, "FCR": 20, "EPC": 40, "WAR": 40}  # of five clips
+    assert {name: values[f"metrics.paper.{name}"] for name in by_hand} == pytest.approx(by_hand)
 
 
 def test_bytes_of_a_unit(page):
     values = {name: value for name, (value, _) in shown(page).items() if name.startswith("fsdp")}
-    n, moments = values.pop("fsdp.numel"), ("before its forward pass", "during it", "after it", "after the backward pass")
+    n = values.pop("fsdp.numel")
+    moments = ("before its forward pass", "during it", "after it", "after the backward pass")
     assert [values[f"fsdp.{m}.shard"] for m in moments] == [4 * n] * 4
     assert [values[f"fsdp.{m}.gathered"] for m in moments] == [0, 2 * n, 0, 0]
-    assert values["fsdp.before its forward pass.gradient"] == 0 and values["fsdp.after the backward pass.gradient"] == 4 * n
+    assert [values[f"fsdp.{m}.gradient"] for m in moments] == [0, 0, 0, 4 * n]
 
 
 @pytest.mark.parametrize("name,section,other", [
@@ -237,8 +240,9 @@ def test_bytes_of_a_unit(page):
     ("group_advantages", "advantages", lambda R, G: R * 7), ("kl_k3", "kl", lambda a, b: (a - b) * 3),
     ("sft_loss", "sft", lambda *_: torch.tensor(9.0)), ("sampling_noise", "sampling", lambda *_: torch.zeros(4, 3)),
     ("grpo_loss", "clip", None), ("completion_logps", "logps", lambda *_: (torch.zeros(3, 5), None)),
-    ("token_logps", "logps", lambda *_: (torch.zeros(1), None)), ("score", "metrics", lambda *_: dict.fromkeys(COLUMNS, 1.0)),
-    ("erv_loss", "verifier", lambda *_: torch.tensor(9.0)), ("select_labels", "algorithm1", lambda u, *_: [["fear"]] * len(u)),
+    ("token_logps", "logps", lambda *_: (torch.zeros(1), None)), ("erv_loss", "verifier", lambda *_: torch.tensor(9.0)),
+    ("score", "metrics", lambda *_: dict.fromkeys(COLUMNS, 1.0)),
+    ("select_labels", "algorithm1", lambda u, *_: [["fear"]] * len(u)),
 ])
 def test_another_function_gives_another_page(monkeypatch, group, name, section, other):
     """No number is written by hand: where a function returns something else, the page shows that, or is not made."""
@@ -260,9 +264,10 @@ def test_the_command_writes_the_page_in_seconds(tmp_path, capsys):
 
 def test_a_runs_own_completions(tmp_path, monkeypatch):
     (tmp_path / "erv").mkdir()
-    said = ("<think>A room. He cries.</think>\n<answer>sad</answer>", "<think>He smiles.</think>\n<answer>happy</answer>")
-    rows = [{"step": 3, "video_id": "v <1>", "ground_truth": "sad", "completion": o, "labels": EL, "reward_explanation": r}
-            for o, EL, r in ((said[1], [["happiness"]], 0.0), (said[0], [["neutral"], ["anger"], ["sadness"]], 0.5))]
+    said = ("<think>A room. He cries.</think>\n<answer>sad</answer>", "<think>Well.</think>\n<answer>happy</answer>")
+    rows = [{"step": 3, "video_id": "v <1>", "ground_truth": "sad", "completion": o, "labels": EL,
+             "reward_explanation": r} for o, EL, r in ((said[1], [["happiness"]], 0.0),
+                                                       (said[0], [["neutral"], ["anger"], ["sadness"]], 0.5))]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     class Verifier:
@@ -291,8 +296,9 @@ def test_the_page_in_a_browser(browser, page, tmp_path):  # noqa: F811
                 "return [...document.querySelectorAll('.eq math')].map((m) => m.getBoundingClientRect().height)")
             assert len(sizes) >= 10 and min(sizes) > 12
             wider = browser.execute_script(  # outside of what scrolls by itself nothing is wider than the screen
-                "return [...document.querySelectorAll('main *')].filter((e) => !e.closest('pre, .scroll, .eq, .algorithm')"
-                " && e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 80))")
+                "return [...document.querySelectorAll('main *')].filter((e) => "
+                "!e.closest('pre, .scroll, .eq, .algorithm') && "
+                "e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.outerHTML.slice(0, 80))")
             assert wider == []
     # MathML is laid out, not run together as text: a fraction's parts stand one above the other
     above, below = browser.execute_script(

@@ -2,11 +2,11 @@
 
     python scripts/tools/annotate.py [--run runs/toy] --out annotated.html
 
-Prose and equations (MathML by hand) stand in templates/annotated_sections.html. Its comments say what is put in when the
-page is built: `code PATH NAME` and `test NAME`, read from their files; `numbers NAME`, a function of annotate_numbers.py
-that calls the real ones; `divergence N ...`, rows of erv_min/README.md; `tree`, the walk of one GRPO step; `precisions`,
-the table of fsdp.py; `symbols`, one a line: MathML | name in the code | shape and type. With --run the verifier and the
-completions are a run's (RUN/erv, RUN/completions.jsonl).
+Prose and equations (MathML by hand) stand in templates/annotated_sections.html. Its comments say what is put in when
+the page is built: `code PATH NAME` and `test NAME`, read from their files; `numbers NAME`, a function of
+annotate_numbers.py that calls the real ones; `divergence N ...`, rows of erv_min/README.md; `tree`, the walk of a GRPO
+step; `precisions`, fsdp.py's table; `symbols`, one per line: MathML | name in the code | shape and type. With --run the
+verifier and the completions are a run's (RUN/erv, RUN/completions.jsonl).
 """
 
 import argparse
@@ -79,7 +79,8 @@ def highlighted(path: Path, node: ast.AST) -> tuple[str, int, int]:
     return "".join(numbered), first, node.end_lineno
 
 
-HELD = {"policy": "Sharded", "reference": "Sharded", "verifier": "Verifier", "model": "HumanOmni"}  # what variables hold
+# Variables whose class the text of their function does not say.
+HELD = {"policy": "Sharded", "reference": "Sharded", "verifier": "Verifier", "model": "HumanOmni"}
 COMMON = {x for kind in (torch, torch.Tensor, torch.nn.Module, dict, list, str, set, Path, builtins) for x in dir(kind)}
 
 
@@ -99,7 +100,7 @@ class Walk:
         for x in (x for node in self.known.values() for x in ast.walk(node)):
             if isinstance(x, ast.Assign) and isinstance(x.targets[0], ast.Attribute) and isinstance(x.value, ast.Call):
                 path, name = classes.get(getattr(x.value.func, "id", ""), (None, ""))
-                if (path, f"{name}.forward") in self.known:  # model.mm_projector = VisualProjector(...): calls are forward
+                if (path, f"{name}.forward") in self.known:  # self.bert_model = BertEncoder(...): its calls are forward
                     self.built[x.targets[0].attr] = path, f"{name}.forward"
         self.opens = {key: self.named_in(key, node) for key, node in self.known.items()}
         functions = [key for key, node in self.known.items() if isinstance(node, ast.FunctionDef)]
@@ -198,8 +199,9 @@ class Page:
         margin = "".join(f"<dt>{side}</dt><dd>{', '.join(map(self.link, keys)) or '–'}</dd>"
                          for side, keys in sides.items())
         step = '<p class="step">part of a GRPO step</p>' if key in self.walk.reached else ""
-        return (f'<div class="code" id="{anchor(key)}"><h3><code>{name}</code> <small>{path}, lines {first} to {last}</small>'
-                f'</h3><aside>{step}<dl>{margin}</dl></aside><pre tabindex="0">{body}</pre></div>')
+        where = f"{path}, lines {first} to {last}"
+        return (f'<div class="code" id="{anchor(key)}"><h3><code>{name}</code> <small>{where}</small></h3><aside>'
+                f'{step}<dl>{margin}</dl></aside><pre tabindex="0">{body}</pre></div>')
 
     def test(self, name: str) -> str:
         path = find_test(name)

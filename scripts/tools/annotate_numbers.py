@@ -1,7 +1,7 @@
 """The numbers of annotate.py's page: what the real functions return, and how they come to it, as HTML tables.
 
-Each `numbers_NAME(group)` is called when the page is built. Every number is written by `num`: rounded for the eye, whole
-in the element's `value`, where the tests compare it with what the function returns.
+Each `numbers_NAME(group)` is called when the page is built. Every number is written by `num`: rounded for the eye, and
+whole in the element's `value`, where the tests compare it with what the function returns.
 """
 
 import json
@@ -65,15 +65,15 @@ def small_verifier(sentences: list[str]) -> torch.Tensor:
 def read_group(run: str) -> Group:
     """The group of a run's completions.jsonl whose completion shows most: 0 < R_E < 1, then most kinds of labels."""
     if not run:
-        return Group(list(EXAMPLE), "sad", "dfew", ERV_LABELS, small_verifier, "the small numbers of annotate_numbers.py")
+        return Group(list(EXAMPLE), "sad", "dfew", ERV_LABELS, small_verifier, "small numbers in annotate_numbers.py")
     path = Path(run) / "completions.jsonl"
     fields = {"step": int, "video_id": str, "ground_truth": str, "completion": str, "labels": list,
               "reward_explanation": (int, float)}
     rows = read_objects(path, fields) if path.exists() else []
     if not rows or not (Path(run) / "erv").is_dir():
         what = "erv" if rows else "completions.jsonl, or it is empty"
-        raise DataError(f"{run} lacks {what}: --run is the folder of a toy run of scripts/grpo.py; without --run the page "
-                        "shows its own small numbers")
+        raise DataError(f"{run} lacks {what}: --run is the folder of a toy run of scripts/grpo.py; without --run the "
+                        "page shows its own small numbers")
     best = max(rows, key=lambda r: (0 < r["reward_explanation"] < 1, len(set(map(tuple, r["labels"])))))
     group = [best["completion"]] + [r["completion"] for r in rows if r is not best
                                     and (r["step"], r["video_id"]) == (best["step"], best["video_id"])]
@@ -142,8 +142,9 @@ def numbers_splice(_) -> str:
     runs = ", ".join(f"{kinds[a]} {num(f'splice.{a}', b - a)}" for a, b in zip(starts, [*starts[1:], len(kinds)]))
     return table(["", "value"], [
         ["input_ids", num("splice.input_ids", ids[0])], ["gate: video, body, face", num("splice.gate", gate)],
-        ["X_v", "shape " + num("splice.X_v", list(X_v.shape))], ["X_a", "shape " + num("splice.X_a", list(X_a.shape))],
-        ["X_m", "shape " + num("splice.X_m", list(X_m.shape))], ["X_m, position by position", runs]],
+        *([f"shape of {name}", num(f"splice.{name}", list(x.shape))]
+          for name, x in (("X_v", X_v), ("X_a", X_a), ("X_m", X_m))),
+        ["X_m, position by position", runs]],
         "The toy's dimensions, random weights. Positions are told by comparing each row of X_m with what went in.")
 
 
@@ -239,14 +240,14 @@ def numbers_clip(_) -> str:
         for state, kind in ((True, "moves"), (False, "held")):
             points = " L".join(p for p, m in zip(place, moves) if m == state)
             paths += f'<path class="{kind}" d="M{points}"/>'
-        marks = "".join(f'<line x1="{30 + 120 * x}" x2="{30 + 120 * x}" y1="15" y2="140"/><text x="{30 + 120 * x}" y="152">'
-                        f"{x:g}</text>" for x in (1 - EPSILON, 1, 1 + EPSILON))
+        marks = "".join(f'<line x1="{x}" x2="{x}" y1="15" y2="140"/><text x="{x}" y="152">{r:g}</text>'
+                        for r, x in ((r, 30 + 120 * r) for r in (1 - EPSILON, 1, 1 + EPSILON)))
         marks += "".join(f'<text class="y" x="26" y="{83 - 55 * (v - A):.1f}">{v:g}</text>' for v in (y[0], A, y[-1]))
-        plots += (f'<figure><figcaption>A = {A:+g}</figcaption><svg viewBox="0 0 280 172" role="img" aria-label="surrogate '
-                  f'over ratio" data-name="clip.{A:+g}" data-value="{json.dumps(y)}">{marks}{paths}<text x="150" y="168">'
-                  "ratio</text></svg></figure>")
-    return (f'<div class="plots">{plots}</div><p class="note">min(ratio A, clip(ratio) A) of one token, ε = {EPSILON}. Solid: '
-            "it moves the policy. Dotted: its gradient is 0, the clip holds it back.</p>")
+        plots += (f'<figure><figcaption>A = {A:+g}</figcaption><svg viewBox="0 0 280 172" role="img" '
+                  f'aria-label="surrogate over ratio" data-name="clip.{A:+g}" data-value="{json.dumps(y)}">{marks}'
+                  f'{paths}<text x="150" y="168">ratio</text></svg></figure>')
+    return (f'<div class="plots">{plots}</div><p class="note">min(ratio A, clip(ratio) A) of one token, ε = {EPSILON}. '
+            "Solid: it moves the policy. Dotted: its gradient is 0, the clip holds it back.</p>")
 
 
 POLICY, REFERENCE = [0.3, -0.2, 0.9, 0.0], [0.1, 0.4, 0.2, 0.3]  # logits of pi; probabilities of pi_ref
@@ -263,8 +264,8 @@ def numbers_kl(_) -> str:
     return table(["", "mean under π<sub>θ</sub>", "gradient with respect to the four logits"], [
         [name, num(f"kl.{key}", x), num(f"kl.{key}.gradient", torch.autograd.grad(x, logits, retain_graph=True)[0])]
         for key, (name, x) in lines.items()],
-        "A policy over four tokens, d = log π<sub>ref</sub> − log π<sub>θ</sub>. k1's and k3's means are the KL, k2's is not; "
-        "as a loss k2 has that KL's gradient, k3 has the other direction's, and k1 has none.")
+        "A policy over four tokens, d = log π<sub>ref</sub> − log π<sub>θ</sub>. k1's and k3's means are the KL, k2's "
+        "is not; as a loss k2 has that KL's gradient, k3 has the other direction's, and k1 has none.")
 
 
 NOISE, THREE = [0.1, 0.3, 0.6, 0.9], [0.2, 0.3, 0.5]
@@ -277,7 +278,7 @@ def numbers_sampling(_) -> str:
     rows = [[key, *(num(f"sample.{key}.{i}", x) for i, x in enumerate(sample_token(logits, noise, *how).tolist()))]
             for key, how in WAYS_TO_SAMPLE.items()]
     both, alone = sampling_noise(0, 7, [3, 4], 2, 3), sampling_noise(0, 7, [4], 2, 3)
-    return (table(["", *(f"u = {u}" for u in NOISE)], rows, f"The token drawn from probabilities {THREE} at a noise u.") +
+    return (table(["", *(f"u = {u}" for u in NOISE)], rows, f"The token drawn from probabilities {THREE} at noise u.") +
             table(["noise of seed 0, step 7", "sample 0", "sample 1"], [
                 [name, num(f"noise.{name}.0", x[0]), num(f"noise.{name}.1", x[1])]
                 for name, x in (("prompt 4, beside prompt 3", both[2:]), ("prompt 4 alone", alone))]))
@@ -296,12 +297,15 @@ def numbers_logps(_) -> str:
         each = completion_logps(model, Prompts(embeds.repeat(G, 1, 1), torch.ones(G, PROMPT, dtype=torch.bool)), o)[0]
     rows = [[f"o<sub>{i + 1}</sub>", num(f"logps.{i}", x[:n])] for i, (x, n) in enumerate(zip(shared, LENGTHS))]
     weight, hidden = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]]).log()  # logits 0 and ln 3
-    one, half = (num(f"token_logps.{t:g}", token_logps(hidden, weight, torch.tensor([1]), t)[0][0].exp()) for t in (1.0, 0.5))
-    computed = num("logps.shared", PROMPT + sum(n - 1 for n in LENGTHS)), num("logps.repeated", G * (PROMPT + max(LENGTHS)))
+    one, half = (num(f"token_logps.{t:g}", token_logps(hidden, weight, torch.tensor([1]), t)[0][0].exp())
+                 for t in (1.0, 0.5))
+    few = num("logps.shared", PROMPT + sum(n - 1 for n in LENGTHS))
+    many = num("logps.repeated", G * (PROMPT + max(LENGTHS)))
+    difference = num("logps.difference", (shared - each).abs().max())
     return table(["", "log π<sub>θ</sub>(o<sub>t</sub>)"], rows, (
-        f"Positions: {computed[0]} with the prompt shared, {computed[1]} where it is repeated and completions are padded. "
-        f"Largest difference between the two ways: {num('logps.difference', (shared - each).abs().max())}. Of logits 0 and "
-        f"ln 3, token_logps gives the second the probability {one} at temperature 1 and {half} at temperature 0.5."))
+        f"Positions: {few} with the prompt shared, {many} where it is repeated and completions are padded. Largest "
+        f"difference between the two ways: {difference}. Of logits 0 and ln 3, token_logps gives the second "
+        f"the probability {one} at temperature 1 and {half} at temperature 0.5."))
 
 
 def numbers_fsdp(_) -> str:
@@ -324,14 +328,17 @@ def numbers_fsdp(_) -> str:
             loss = run.model.model(x)[0].float().sum()
             measure("after it")
         loss.backward()
+        measure("after the backward pass")
+        for unit in run.units:
+            unit.shard.grad = None
     handle.remove()
-    measure("after the backward pass")
     rows = [[moment, *(num(f"fsdp.{moment}.{n}", x) for n, x in zip(("shard", "gathered", "gradient"), sizes)),
              text(", ".join(sizes[3]) or "–")] for moment, sizes in seen.items()]
-    note = (f"{num('fsdp.numel', sum(u.numel for u in units))} elements with padding. One process alone: its shard is the "
-            "whole, of N processes each keeps 1/N and gathers the same whole. Prefetched: the unit whose all-gather has "
-            "begun. The second pass of two: until its backward pass, the gradient is the first's.")
-    return table([f"bytes of {name}", "shard, float32", "gathered, bfloat16", "gradient, float32", "prefetched"], rows, note)
+    note = (f"{num('fsdp.numel', sum(u.numel for u in units))} elements with padding. One process alone: its shard is "
+            "the whole, of N processes each keeps 1/N and gathers the same whole. Prefetched: the unit whose "
+            "all-gather has begun, in a second pass, which knows the order.")
+    head = [f"bytes of {name}", "shard, float32", "gathered, bfloat16", "gradient, float32", "prefetched"]
+    return table(head, rows, note)
 
 
 CLIPS = (("happy", "happy", "happy"), ("happy", "happy", "sad"), ("happy", "sad", "sad"), ("sad", "angry", "sad"),
@@ -347,5 +354,5 @@ def numbers_metrics(_) -> str:
     rows = [[str(i + 1), *map(text, x)] for i, x in enumerate(CLIPS)]
     return (table(["clip", "truth", "answer", "judged"], rows) + table(["percent", *COLUMNS], [
         [rule, *(num(f"metrics.{rule}.{name}", score(clip_rows(), "dfew", rule)[name]) for name in COLUMNS)]
-        for rule in ("paper", "released")], "<code>smug</code> is no label of DFEW. The released UAR divides by all seven "
-        "classes, whether a clip has them or not."))
+        for rule in ("paper", "released")], "<code>smug</code> is no label of DFEW. The released UAR divides by all "
+        "seven classes, whether a clip has them or not."))
