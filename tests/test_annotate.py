@@ -16,6 +16,7 @@ while not (ROOT / "scripts").is_dir():
 sys.path[:0] = [str(ROOT / "scripts" / "tools"), str(Path(__file__).resolve().parent)]
 import annotate  # noqa: E402
 import annotate_numbers as numbers  # noqa: E402
+from annotate_code import walk as made_walk  # noqa: E402
 from test_pages import browser, clean, look, no_overflow  # noqa: E402, F401
 
 from erv_min.emotions import ERV_LABELS  # noqa: E402
@@ -122,7 +123,7 @@ def test_source_is_the_files(page):
 
 
 def test_who_opens_whom_by_hand():
-    walk = annotate.Walk()
+    walk = made_walk()
     key = {(p.name, name): (p, name) for p, name in walk.known}
 
     def opens(a, b):

@@ -4,6 +4,7 @@ Each `numbers_NAME(group)` is called when the page is built. Every number is wri
 whole in the element's `value`, where the tests compare it with what the function returns.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ PROBABILITIES = {  # what the verifier might say of each sentence; of a longer t
     "A man stands in a kitchen.": {"neutral": 0.93, "sadness": 0.04},
     "He keeps still and looks down.": {"neutral": 0.56, "sadness": 0.53, "anxiety": 0.12},
     "His eyes are wet and his voice shakes.": {"sadness": 0.71, "anxiety": 0.64, "fear": 0.21},
-    "His hands move a little.": {"surprise": 0.31, "neutral": 0.27, "anxiety": 0.22},
+    "His hands move a little.": {"surprise": 0.31, "sadness": 0.27, "neutral": 0.09},
     "He smiles at the end.": {"happiness": 0.81, "neutral": 0.11},
     "He looks sad.": {"sadness": 0.97}}
 
@@ -93,8 +94,10 @@ def num(name: str, value) -> str:
     def short(x) -> str:
         if isinstance(x, list):
             return ", ".join(map(short, x))
-        rounded = f"{x:,}" if isinstance(x, int) else f"{round(x, 3) or 0:.3f}".rstrip("0").rstrip(".")
-        return rounded.replace("-", "−")
+        if isinstance(x, int):
+            return f"{x:,}".replace("-", "−")
+        small = 1e-12 < abs(x) < 5e-4
+        return (f"{x:.0e}" if small else f"{round(x, 3) or 0:g}").replace("-", "−")
     return f'<data data-name="{text(name)}" value="{text(json.dumps(value))}">{short(value)}</data>'
 
 
@@ -310,7 +313,7 @@ def numbers_logps(_) -> str:
 
 def numbers_fsdp(_) -> str:
     """Bytes of one decoder layer, measured in this process: the shard, what is gathered, the gradient."""
-    run = Sharded(random_humanomni(humanomni("toy"), seed=0), "cpu", torch.bfloat16)
+    run = Sharded(copy.deepcopy(tiny()), "cpu", torch.bfloat16)
     name, layer = "model.layers.1", run.model.model.layers[1]
     units, seen = [unit for unit in run.units if unit.name == name], {}
 
