@@ -145,7 +145,7 @@ def test_what_is_seen_is_the_value_rounded(page):
     for name, (value, seen) in shown(page).items():
         if seen is not None:
             flat = torch.tensor(value, dtype=torch.float64).flatten().tolist()
-            read = [float(x.replace(",", "").replace("−", "-")) for x in seen.split(", ")]
+            read = [float(x.replace(",", "").replace("−", "-")) for x in re.split("[,;] ", seen)]
             assert read == pytest.approx(flat, abs=5.01e-4), name
 
 

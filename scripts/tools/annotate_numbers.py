@@ -93,7 +93,7 @@ def num(name: str, value) -> str:
 
     def short(x) -> str:
         if isinstance(x, list):
-            return ", ".join(map(short, x))
+            return ("; " if x and isinstance(x[0], list) else ", ").join(map(short, x))
         if isinstance(x, int):
             return f"{x:,}".replace("-", "−")
         small = 1e-12 < abs(x) < 5e-4
@@ -212,7 +212,8 @@ def numbers_eq4(group: Group) -> str:
 
 def numbers_eq5(group: Group) -> str:
     parts = ("explanation", "format", "answer", "total")
-    rows = [[f"o<sub>{i + 1}</sub>", *(num(f"eq5.{i}.{x}", getattr(r, x)) for x in parts), text(o[-60:])]
+    rows = [[f"o<sub>{i + 1}</sub>", *(num(f"eq5.{i}.{x}", getattr(r, x)) for x in parts),
+             text("".join(o.rpartition("</think>")[1:])[-60:])]
             for i, (o, r) in enumerate(zip(group.completions, rewards_of(group, RewardSettings())))]
     return table(["", "R<sub>E</sub>", "R<sub>format</sub>", "R<sub>answer</sub>", "R", "how it ends"], rows)
 
