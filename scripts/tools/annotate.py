@@ -86,7 +86,7 @@ class Page:
         return f'<aside class="divergence">{"".join(parts)}</aside>'
 
     def nested(self, keys: list[tuple], seen: set) -> str:
-        """Of `keys` and what they open in turn, those on the page that a GRPO step reaches, each once, as list items."""
+        """Of `keys` and what they open in turn, what a GRPO step reaches on the page, each once, as list items."""
         items = ""
         for key in keys:
             if key not in seen and key in self.walk.reached:

@@ -1,4 +1,4 @@
-"""The code on annotate.py's page: a function's source by its qualified name, and who opens whom, from the text alone."""
+"""The code on annotate.py's page: sources by qualified name, and who opens whom, from the text alone."""
 
 import ast
 import builtins
