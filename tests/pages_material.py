@@ -52,7 +52,7 @@ def make_run(folder: Path, world: Path, truths: dict, steps: int = 40, **setting
     about = provenance(build(GRPOSettings, dict(out=str(folder), world=str(world), steps=steps, **settings)))
     (folder / "config.json").write_text(json.dumps({"model_type": "x", "erv_min": about}))
     same = dict(loss=0.1, reward_format=1.0, reward_explanation=0.5, entropy=1.0, completion_length=40.0, lr=1e-4,
-                neutral_share=None, groups_without_spread=0.0, grad_norm=float("nan"), tokens_per_s=100.0)
+                neutral_share=None, frac_zero_std=0.0, grad_norm=float("nan"), tokens_per_s=100.0)
     lines(folder / "metrics.jsonl", [{"step": i, "reward": 2.0, "reward_answer": i / steps, "kl": i / 100, **same}
                                      for i in range(steps)])
     clip, truth = next(iter(truths["train"].items()))

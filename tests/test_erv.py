@@ -18,6 +18,7 @@ from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.run.errors import CheckpointError, DataError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.run.processes import Processes
+from erv_min.toy import chain
 from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
@@ -152,7 +153,7 @@ def test_rows_accept_any_data_sets_names(tmp_path):
 @pytest.mark.parametrize("row, field", [
     ({"labels": ["sad"]}, "text"), ({"text": " ", "labels": ["sad"]}, "text"), ({"text": "x"}, "labels"),
     ({"text": "x", "labels": "sad"}, "labels"), ({"text": "x", "labels": []}, "labels"),
-    ({"text": "x", "labels": ["joyful"]}, "joyful"), ({"text": "x", "labels": ["sad"], "truth": ["?"]}, "truth")])
+    ({"text": "x", "labels": ["gloomyish"]}, "gloomyish"), ({"text": "x", "labels": ["sad"], "truth": ["?"]}, "truth")])
 def test_bad_rows_are_named(tmp_path, row, field):
     path = write(tmp_path / "rows.jsonl", [{"text": "fine", "labels": ["sad"]}, row])
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2") as error:
@@ -422,11 +423,11 @@ def test_resume_gives_the_same_weights(folder, script, tmp_path, monkeypatch):
 
 
 def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
-    """8 steps with the paper's dropout and rate, and their logged losses; of 15 rows the processes have 8 and 7."""
+    """8 steps with the paper's dropout and rate, and their logged losses; 8 of 16 rows on each."""
     script = str(Path(__file__).parent.parent / "scripts" / "erv.py")
     for size in (1, 2):
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-        options = "--steps 8 --batch-size 15 --dropout 0.1 --lr 3e-5".split()
+        options = "--steps 8 --batch-size 16 --dropout 0.1 --lr 3e-5".split()
         subprocess.run([*torchrun, script, *arguments(folder, tmp_path / str(size), *options)], check=True,
                        capture_output=True)
     one, two = (load_file(tmp_path / size / "model.safetensors") for size in "12")
@@ -436,10 +437,10 @@ def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
 
 
 def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
-    """The others wait until it is there: they hold its paths only after the exchange."""
+    """The others wait until it is there: they have its paths only after the barrier."""
     made, order = [], []
-    monkeypatch.setattr(script, "prepare_world", lambda *_, **__: made.append(1))
-    monkeypatch.setattr(script, "all_gather_object", lambda value: order.append(len(made)))
+    monkeypatch.setattr(chain, "make_world", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(chain, "barrier", lambda: order.append(len(made)))
     for rank in (0, 1):
         settings = script.ERVSettings(out=str(tmp_path / "erv"), init="scratch:toy")
         script.prepare_toy(settings, Processes(rank, 2, torch.device("cpu")))
@@ -449,7 +450,7 @@ def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
 
 def test_more_processes_than_rows_of_a_step(folder, script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "join_processes", lambda device: Processes(0, 4, torch.device("cpu")))
-    with pytest.raises(SettingsError, match="--batch-size 3 leaves some of 4 processes idle"):
+    with pytest.raises(SettingsError, match="3 prompts per step do not divide by the 4 processes"):
         script.main(arguments(folder, tmp_path, "--batch-size", "3"))
 
 

@@ -26,6 +26,8 @@ def browser(tmp_path_factory):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    made.get("about:blank")
+    made.get_log("performance")  # what Chromium's own first page asked for
     yield made
     made.quit()
 

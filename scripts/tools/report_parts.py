@@ -25,7 +25,7 @@ PANELS = {  # group -> key of metrics.jsonl -> (title, unit)
     "Policy": {
         "kl": ("KL to the reference", "nats a token, k3"), "entropy": ("Entropy", "nats a token"),
         "completion_length": ("Length", "tokens a completion"),
-        "groups_without_spread": ("Groups without spread", "share")},
+        "frac_zero_std": ("Groups of equal rewards", "share")},
     "What a policy that cheats R_E would move": {
         "sentences": ("Sentences", "an explanation"),
         "distinct_sentence_rate": ("Distinct sentences", "share of a text"),

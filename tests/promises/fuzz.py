@@ -232,16 +232,18 @@ class Checkpoints:
         from erv_min.model.humanomni import random_humanomni
         from erv_min.run.state import save_state
         from erv_min.run.optimizer import make_optimizer
+        from erv_min.run.sharding import Replicated
         config = replace(roberta("toy", len(ERV_LABELS)), vocab_size=50)
         torch.manual_seed(0)
         self.model = RobertaClassifier(config)
         save_erv(self.model, folder / "erv", ERV_LABELS)
         save_humanomni(random_humanomni(humanomni("toy"), 0), folder / "policy")
         self.linear = torch.nn.Linear(3, 2)
-        optimizer = make_optimizer(list(self.linear.parameters()))
+        self.held = Replicated(self.linear, compute=torch.float32)
+        optimizer = make_optimizer(self.linear.parameters())
         self.linear(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-        save_state(folder / "run", 1, dict(self.linear.named_parameters()), optimizer)
+        save_state(folder / "run", 1, self.held, optimizer)
         self.places = {"erv": folder / "erv", "policy": folder / "policy", "run": folder / "run/state-000001"}
 
     def pickled(self, rng, path: Path, pwned: Path) -> None:
@@ -305,7 +307,7 @@ class Checkpoints:
             weights.write_bytes(mutate(data[:size], rng) + data[size:])
         try:
             if kind == "run":
-                load_state(place.parent, dict(self.linear.named_parameters()), make_optimizer(list(self.linear.parameters())))
+                load_state(place.parent, self.held, make_optimizer(self.linear.parameters()))
             else:
                 {"erv": load_erv, "policy": load_humanomni}[kind](place, device=rng.choice(("cpu", "meta")))
         finally:
