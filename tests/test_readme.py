@@ -12,11 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "tools")]
+import annotate  # noqa: E402
 import audit  # noqa: E402
 import augment  # noqa: E402
 import bench  # noqa: E402
 import erv  # noqa: E402
 import evaluate  # noqa: E402
+import gpu_check  # noqa: E402
 import infer  # noqa: E402
 import plan  # noqa: E402
 import report  # noqa: E402
@@ -62,10 +64,12 @@ def parse_only(script: str, argv: list[str], patch) -> None:
         whole = argparse.ArgumentParser.parse_args
         with patch.context() as after, pytest.raises(Started):
             after.setattr(argparse.ArgumentParser, "parse_args", lambda *args: (whole(*args), begin()))
-            {"bench": bench, "report": report, "reproduce": reproduce, "survey": survey}[script].main(argv)
+            {"annotate": annotate, "bench": bench, "gpu_check": gpu_check, "report": report, "reproduce": reproduce,
+             "survey": survey}[script].main(argv)
 
 
-KNOWN = ("sft", "grpo", "erv", "evaluate", "augment", "infer", "plan", "audit", "bench", "report", "reproduce", "survey")
+KNOWN = ("sft", "grpo", "erv", "evaluate", "augment", "infer", "plan", "annotate", "audit", "bench", "gpu_check", "report",
+         "reproduce", "survey")
 
 
 def spans(text: str) -> list[str]:
