@@ -537,20 +537,26 @@ def can_encode(name: str) -> bool:
         return False
 
 
+def walk(folder: Path) -> tuple[list[str], Path]:
+    """WALK's clips, one cut off and one missing in `folder`/clips: the names of the whole ones, and the training JSON."""
+    written = []
+    (folder / "clips").mkdir()
+    for name, options in WALK.items():
+        if can_encode(options.get("codec", "libx264")) and can_encode(options.get("sound") or "aac"):
+            write_clip(folder / "clips" / name, size=(64, 48), n=24, seconds=2, **options)
+            written.append(name)
+    cut = (folder / "clips/h264-aac.mp4").read_bytes()
+    write(folder / "clips/cut.mp4", cut[: len(cut) // 2])
+    entries = [entry(f"clips/{name}", "<think>She smiles.</think>\n<answer>happy</answer>")
+               for name in [*written, "cut.mp4", "missing.mp4"]]
+    return written, write(folder / "train.json", json.dumps(entries))
+
+
 def test_a_folder_of_clips_in_the_released_layout(tmp_path):
     """Five containers, four video and five sound codecs, one clip mute, one HEVC of 10 bit, one rotated, one cut off, one
     missing: a result for each, or a reason that names it. Where this build of FFmpeg lacks an encoder, not its clip."""
-    written = []
-    (tmp_path / "clips").mkdir()
-    for name, options in WALK.items():
-        if can_encode(options.get("codec", "libx264")) and can_encode(options.get("sound") or "aac"):
-            write_clip(tmp_path / "clips" / name, size=(64, 48), n=24, seconds=2, **options)
-            written.append(name)
-    cut = (tmp_path / "clips/h264-aac.mp4").read_bytes()
-    write(tmp_path / "clips/cut.mp4", cut[: len(cut) // 2])
-    answer = "<think>She smiles.</think>\n<answer>happy</answer>"
+    written, path = walk(tmp_path)
     names = [*written, "cut.mp4", "missing.mp4"]
-    path = write(tmp_path / "train.json", json.dumps([entry(f"clips/{name}", answer) for name in names]))
     examples = check_clips(read_training_json(path), 0.2, tmp_path / "missing.txt")
     assert [e.path.name for e in examples] == names[:-1] and "missing.mp4" in (tmp_path / "missing.txt").read_text()
     load = partial(load_job, modality="video_audio", num_frames=4, image_size=48, n_mels=32, n_frames=300)

@@ -20,6 +20,7 @@ from erv_min.run.errors import ClipError
 from erv_min.run.start import tower_key
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
+from test_data import walk
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ("step", "loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length",
@@ -117,25 +118,6 @@ def test_two_processes_train_as_one(chain, world, tmp_path):
         assert apart < 0.02 * moved  # Adam's first steps have size lr whatever the gradient: signs of zeros may differ
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(chain, world, tmp_path):
-    out, _ = chain
-    common = ("--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 4, "--batch-size", 2,
-              "--group-size", 2, "--eval-clips", -1, "--save-every", 2)
-    run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / "whole")
-    script = tmp_path / "stop.py"  # the same run, killed as step 3 is logged
-    script.write_text("import os, sys\nsys.path.insert(0, sys.argv.pop(1))\nimport grpo\nlog = grpo.Run.log\n"
-                      "def stop(run, step, values):\n    log(run, step, values)\n    if step == 2: os._exit(9)\n"
-                      "grpo.Run.log = stop\ngrpo.main(sys.argv[1:])\n")
-    run(script, ROOT / "scripts", *common, "--out", tmp_path / "stopped", ok=False)
-    run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / "stopped", "--resume")
-    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "stopped"))
-    assert all(torch.equal(a[n], b[n]) for n in a)
-    timed = ("tokens_per_s", "seconds", "seconds_rollout")
-    a, b = ([{k: v for k, v in row.items() if k not in timed} for row in rows(tmp_path / n / "metrics.jsonl")]
-            for n in ("whole", "stopped"))
-    assert a == b
-
-
 def test_a_broken_clip_is_replaced_in_its_place_listed_and_counted(chain, world, tmp_path):
     out, _ = chain
     entries = json.loads((world / "train.json").read_text())[:6:3]
@@ -151,6 +133,27 @@ def test_a_broken_clip_is_replaced_in_its_place_listed_and_counted(chain, world,
     assert rows(tmp_path / "run/metrics.jsonl")[0]["completion_length"] > 0
     printed = run(*command, "--out", tmp_path / "strict", ok=False)
     assert "1 of 2 clips cannot be decoded (50.0%)" in printed and "--allow-missing" in printed
+
+
+def test_a_users_folder_goes_through_every_script(chain, tmp_path):
+    """Clips of five containers, one mute, one of 10 bit, one rotated, one cut off, one missing, in the released JSON: SFT,
+    evaluation and inference give a result for each, or say why not."""
+    out, _ = chain
+    written, path = walk(tmp_path)
+    data = ("--data", f"json:dfew:{path}", "--allow-missing", 0.5, "--device", "cpu")
+    printed = run(ROOT / "scripts/sft.py", "--model", out / "sft", *data, "--steps", 2, "--batch-size", 16,
+                  "--out", tmp_path / "sft")
+    assert f"{len(written) + 1} clips found, 1 missing" in printed and "no sound, heard as 10 s of silence" in printed
+    assert {Path(row["error"].partition(": ")[0]).name for row in rows(tmp_path / "sft/failed_clips.jsonl")} == {"cut.mp4"}
+    printed = run(ROOT / "scripts/evaluate.py", "--model", tmp_path / "sft", *data, "--split", "train", "--judge",
+                  "lexicon", "--max-new-tokens", 40, "--bootstrap", 0, "--out", tmp_path / "eval")
+    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert metrics["missing"] == ["missing"] and len(metrics["failed"]) == 1 and "cut.mp4" in metrics["failed"][0]
+    assert len(rows(tmp_path / "eval/predictions.jsonl")) == len(written)
+    printed = run(ROOT / "scripts/infer.py", tmp_path / "clips", "--model", tmp_path / "sft", "--max-new-tokens", 40,
+                  "--json", ok=False)  # the exit status tells of the clip that was cut off
+    answers = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert {Path(row["clip"]).name for row in answers} == set(written) and "ClipError" in printed and "cut.mp4" in printed
 
 
 def test_training_inputs_put_the_next_of_the_order_in_a_broken_clips_place(world):

@@ -180,6 +180,15 @@ def test_tokens_do_not_depend_on_the_rollout_batch():
     assert len({tuple(row.tolist()) for row in found[0].ids}) == 12
 
 
+def test_a_prompt_that_stands_twice_in_a_step_is_sampled_twice():
+    """Fewer clips than prompts per step: each place has noise of its own."""
+    model = tiny_model(3)
+    one = tiny_prompts(model, (7,))
+    twice = Prompts(one.embeds.repeat(2, 1, 1), one.mask.repeat(2, 1))
+    ids = grpo.sample(model, twice, [0, 1], 2, GRPOSettings(group_size=4, max_new_tokens=12), 17).ids
+    assert not torch.equal(ids[:4], ids[4:])
+
+
 def test_a_row_does_not_depend_on_its_batch():
     model = tiny_model(3)
     prompts = tiny_prompts(model, (7, 7, 7))

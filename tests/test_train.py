@@ -234,6 +234,17 @@ def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, m
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_what_a_user_did_ends_in_one_line():
+    """A folder that cannot be made, a closed pipe: no traceback."""
+    code = "from erv_min.run.processes import run_script; run_script(lambda: {})"
+    for did, said in (("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory\n"), ("[print(i) for i in range(10**5)]", "")):
+        with subprocess.Popen([sys.executable, "-c", code.format(did)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) as process:
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr.read() == said and process.wait() == 1
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     assert Processes(1, 4, torch.device("cpu")).share(8) == [1, 5]
     with pytest.raises(SettingsError, match="6 prompts per step do not divide by the 4 processes"):

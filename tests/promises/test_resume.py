@@ -25,7 +25,7 @@ from erv_min.run.sharding import Replicated
 
 ROOT = Path(__file__).parents[2]
 ALONE = Processes(0, 1, torch.device("cpu"))
-KILLS = int(os.environ.get("ERV_MIN_KILLS", 2))
+KILLS = int(os.environ.get("ERV_MIN_KILLS", 1))
 
 
 def kill(folder: Path, *options: str) -> dict:
