@@ -15,7 +15,7 @@ from erv_min.run.errors import SettingsError
 from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
 from erv_min.logps import Completions, Prompts, completion_logps, shared_prefix_hidden
 from erv_min.run.settings import GRPOSettings
-from tiny import tiny_model, tiny_prompts
+from tiny import plain_rollout, tiny_model, tiny_prompts
 
 sys.path += [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
 import grpo  # noqa: E402
@@ -24,24 +24,6 @@ from plan import Live  # noqa: E402
 
 class FakeCuda(torch.Tensor):
     is_cuda = True
-
-
-@torch.no_grad()
-def plain_rollout(model, prompts, group_size, max_new_tokens, eos_token_id, noise=None, temperature=1.0) -> Completions:
-    """What `rollout` is tested against: no cache, each step from the start, every row to the end."""
-    total = prompts.embeds.shape[0] * group_size
-    ids = torch.full((total, max_new_tokens), eos_token_id)
-    done = torch.zeros(total, dtype=torch.bool)
-    for t in range(max_new_tokens):
-        first, rest = shared_prefix_hidden(model, prompts, ids[:, : t + 1], torch.ones(total, t + 1, dtype=torch.bool))
-        logits = (rest.view(total, t, -1)[:, -1] if t else first) @ model.head_weight.T
-        token = generation.sample_token(logits, None if noise is None else noise[:, t], temperature)
-        ids[:, t] = torch.where(done, eos_token_id, token)
-        done |= ids[:, t] == eos_token_id
-        if done.all():
-            break
-    ids = ids[:, : t + 1]
-    return Completions(ids, (ids == eos_token_id).int().cumsum(1) - (ids == eos_token_id).int() == 0)
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (3, 7)])

@@ -3,28 +3,12 @@
 import pytest
 
 from conftest import GOLDEN
+from equations.test_metrics_eea_fcr_epc_war_uar import EIGHT, row
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import read_json
 from erv_min.metrics import agreement, bootstrap, paired, score, table
 
 RECORDED = read_json(GOLDEN / "text/metrics.json")
-
-
-def row(truth, predicted, judged, number=0):
-    return {"video_id": number, "output": f"<think>x</think>\n<answer>{predicted}</answer>", "ground_truth": truth,
-            "judged_emotion": judged}
-
-
-# Eight clips of DFEW. truth, predicted, judged:       right?  judged = truth?  judged = predicted?  all three?
-EIGHT = [row(*x, number) for number, x in enumerate([
-    ("happy", "happy", "happy"),                          # yes     yes              yes                 yes
-    ("happy", "happy", "sad"),                            # yes     no               no                  no
-    ("happy", "sad", "sad"),                              # no      no               yes                 no
-    ("happy", "happy", "happy"),                          # yes     yes              yes                 yes
-    ("sad", "sad", "happy"),                              # yes     no               no                  no
-    ("sad", "angry", "sad"),                              # no      yes              no                  no
-    ("angry", "smug", "angry"),                           # unknown yes              no                  no
-    ("angry", "angry", "angry")])]                        # yes     yes              yes                 yes
 
 
 def test_judge_failures_are_never_an_emotion():

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import GOLDEN
@@ -15,17 +14,7 @@ from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
 from erv_min.model.qwen2 import Packing, attend_causal
 from erv_min.run.onednn import Linear, use_onednn
-
-LAYOUTS = ["humanomni_small", "humanomni_large"]
-
-
-def golden(layout):
-    return load_humanomni(GOLDEN / layout), load_file(GOLDEN / layout / "expected.safetensors")
-
-
-def close(got, expected, tolerance):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max().item() <= tolerance
+from tiny import close
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +206,7 @@ def test_use_onednn_changes_the_class_alone():
         assert "Linear" in repr(same) and same.state_dict().keys() == model.state_dict().keys()
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert type(model.siglip.head.attention.out_proj) not in (Linear, torch.nn.Linear)
-    for loaded in (random_humanomni(humanomni("toy")), load_humanomni(GOLDEN / LAYOUTS[0])):
+    for loaded in (random_humanomni(humanomni("toy")), load_humanomni(GOLDEN / "humanomni_small")):
         assert {type(module) for module in loaded.modules() if type(module).__name__ == "Linear"} == {Linear}
 
 

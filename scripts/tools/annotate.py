@@ -11,7 +11,6 @@ verifier and the completions are a run's (RUN/erv, RUN/completions.jsonl).
 
 import argparse
 import re
-import sys
 
 import annotate_numbers
 from annotate_code import ROOT, anchor, find, find_test, highlighted, walk
@@ -19,8 +18,9 @@ from annotate_numbers import Group, read_group, table
 from pages import TEMPLATES, fill, text
 
 from erv_min import fsdp
-from erv_min.run.errors import DataError, ErvMinError
+from erv_min.run.errors import DataError
 from erv_min.run.files import atomic_write
+from erv_min.run.processes import run_script
 
 SECTIONS = TEMPLATES / "annotated_sections.html"
 
@@ -136,7 +136,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from erv_min.config import HumanOmniConfig, humanomni
-from erv_min.run.errors import ErvMinError, SettingsError
+from erv_min.run.errors import SettingsError
+from erv_min.run.processes import run_script
 from erv_min.fsdp import Sharded
 from erv_min.generate import prompt_bytes, sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
@@ -288,7 +289,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(lambda: sys.exit(main()))

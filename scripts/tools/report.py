@@ -12,7 +12,6 @@ Needs matplotlib (`pip install -e ".[report]"`).
 """
 
 import argparse
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from report_runs import RESAMPLES, Run, System, all_systems, read_run
 
 from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS, normalize
-from erv_min.run.errors import DataError, ErvMinError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.erv import Verifier
 from erv_min.run.files import atomic_write
+from erv_min.run.processes import run_script
 from erv_min.metrics import paired, read_prediction
 from erv_min.rewards import RewardSettings, explanation_reward, extract_answer, select_labels, sentences_of
 from erv_min.run.settings import ABLATIONS
@@ -252,7 +252,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

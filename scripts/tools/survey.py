@@ -18,7 +18,6 @@ import hashlib
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 from pages import PLAYABLE, data_uri, fill, json_script, text
@@ -26,8 +25,9 @@ from survey_score import report, score
 
 from erv_min.data.examples import load_examples
 from erv_min.emotions import labels, normalize
-from erv_min.run.errors import DataError, ErvMinError, SettingsError
+from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import atomic_write, write_json
+from erv_min.run.processes import run_script
 from erv_min.metrics import read_prediction
 from erv_min.data.results import read_predictions
 from erv_min.rewards import extract_explanation
@@ -149,7 +149,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ErvMinError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -8,9 +8,9 @@ from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.model.humanomni import HumanOmni
-import erv_min.generate as generation
 from erv_min.generate import generate
-from erv_min.logps import Completions, Prompts, shared_prefix_hidden
+from erv_min.logps import Prompts
+from tiny import close, plain_rollout
 
 
 LAYOUTS = ["humanomni_small", "humanomni_large"]
@@ -18,11 +18,6 @@ LAYOUTS = ["humanomni_small", "humanomni_large"]
 
 def golden(layout):
     return load_humanomni(GOLDEN / layout), load_file(GOLDEN / layout / "expected.safetensors")
-
-
-def close(got, expected, tolerance):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max().item() <= tolerance
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -70,28 +65,9 @@ def test_full_size_names_and_shapes(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-@torch.no_grad()
-def plain_rollout(model, prompts, group_size, max_new_tokens, eos_token_id, noise=None, temperature=1.0) -> Completions:
-    """What `rollout` is tested against: no cache, each step from the start, every row to the end."""
-    total = prompts.embeds.shape[0] * group_size
-    ids = torch.full((total, max_new_tokens), eos_token_id)
-    done = torch.zeros(total, dtype=torch.bool)
-    for t in range(max_new_tokens):
-        first, rest = shared_prefix_hidden(model, prompts, ids[:, : t + 1], torch.ones(total, t + 1, dtype=torch.bool))
-        logits = (rest.view(total, t, -1)[:, -1] if t else first) @ model.head_weight.T
-        token = generation.sample_token(logits, None if noise is None else noise[:, t], temperature)
-        ids[:, t] = torch.where(done, eos_token_id, token)
-        done |= ids[:, t] == eos_token_id
-        if done.all():
-            break
-    ids = ids[:, : t + 1]
-    return Completions(ids, (ids == eos_token_id).int().cumsum(1) - (ids == eos_token_id).int() == 0)
-
-
-@pytest.mark.parametrize("layout", ["humanomni_small", "humanomni_large"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_released_greedy_tokens(layout):
-    model = load_humanomni(GOLDEN / layout)
-    expected = load_file(GOLDEN / layout / "expected.safetensors")
+    model, expected = golden(layout)
     eos = json.loads((GOLDEN / layout / "config.json").read_text())["eos_token_id"]
     ids = generate(model, expected["input_ids"][0], video=expected["images"][0], audio=expected["audios"][0],
                    gate_ids=expected["prompts.input_ids"][:1], gate_mask=expected["prompts.attention_mask"][:1],
