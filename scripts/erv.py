@@ -67,7 +67,7 @@ def prepare_toy(settings: ERVSettings, processes: Processes) -> None:
     scratch_start = settings.init.startswith("scratch:")
     if settings.data and (settings.tokenizer or not scratch_start):
         return
-    world = prepare_world(settings, processes, base=False)
+    world = prepare_world(settings, processes)
     if not settings.data:
         settings.data, settings.valid = str(world / "erv_train.jsonl"), settings.valid or str(world / "erv_valid.jsonl")
     settings.tokenizer = settings.tokenizer or (str(world / "tokenizers" / "erv") if scratch_start else "")

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     settings.resume = open_folder(settings.out, settings.resume, processes)
     toy = settings.preset == "toy" and not settings.random_weights
     if toy or settings.random_weights:
-        processes = chain.prepare(settings, Path(__file__).parent, processes)
+        chain.prepare(settings, Path(__file__).parent, processes)
     elif settings.ablate == "augmentation" and not settings.erv:
         raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
                             "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")

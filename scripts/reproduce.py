@@ -27,7 +27,7 @@ from erv_min.run.errors import SettingsError
 from erv_min.run.files import atomic_write, read_json, read_jsonl, write_json
 from erv_min.run.processes import run_script
 from erv_min.metrics import COLUMNS
-from erv_min.toy.chain import count_sentences
+from erv_min.toy.text import count_sentences
 
 SCRIPTS = Path(__file__).parent
 JUDGES = ("lexicon", "lexicon2")

@@ -22,7 +22,8 @@ from erv_min.toy import chain
 from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
-from erv_min.toy.text import EMOTIONS, LexiconJudge, erv_row
+from erv_min.toy.lexicon import LexiconJudge
+from erv_min.toy.text import EMOTIONS, erv_row
 from erv_min.toy.vocab import roberta_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
@@ -439,7 +440,7 @@ def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
 def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
     """The others wait until it is there: they have its paths only after the barrier."""
     made, order = [], []
-    monkeypatch.setattr(chain, "make_world", lambda *_, **__: made.append(1))
+    monkeypatch.setattr(chain, "run", lambda *_: made.append(1))
     monkeypatch.setattr(chain, "barrier", lambda: order.append(len(made)))
     for rank in (0, 1):
         settings = script.ERVSettings(out=str(tmp_path / "erv"), init="scratch:toy")

@@ -1,6 +1,7 @@
 """The small world: real clips, annotations, noise as set, tokenizers, judges apart from the labeller."""
 
 import ast
+import contextlib
 import io
 import os
 import re
@@ -10,7 +11,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_json, read_jsonl
+from erv_min.run.folder import LOCKS, open_folder
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.run.processes import Processes
 from erv_min.run.settings import PRESETS, GRPOSettings, parse
@@ -108,10 +109,8 @@ def test_interrupted_world_is_finished_and_a_complete_one_reused(small, tmp_path
     (folder / "clip" / "10003.mp4").write_bytes(b"")  # what a power cut may leave
     (folder / "clip" / ".10003.999").write_bytes(b"half")
     kept = (folder / "clip" / "10001.mp4").stat().st_mtime_ns
-    rendered = []
-    render_clips = world.render_clips
-    monkeypatch.setattr(world, "render_clips", lambda f, c, s: (
-        rendered.extend(x.number for x in c), render_clips(f, c, s))[1])
+    rendered, render_clip = [], world.render_clip
+    monkeypatch.setattr(world, "render_clip", lambda f, s, clip: (rendered.append(clip.number), render_clip(f, s, clip)))
     build_world(folder, SMALL, workers=1, progress=False)
     assert rendered == [10002, 10003] and (folder / "clip" / "10001.mp4").stat().st_mtime_ns == kept
     assert contents(folder) == contents(small)
@@ -252,8 +251,8 @@ def test_tokenizers(small):
 @pytest.mark.parametrize("judge", [lexicon.LexiconJudge(), lexicon.SecondJudge()])
 def test_judges_know_the_grammar(judge):
     """Each emotional sentence that the grammar can emit, for a woman and a man; appearance is neutral."""
-    cases = [(text._fill(template, look), emotion) for table in (text.FACE_CUES, text.VOICE_CUES, text.CONCLUSIONS)
-             for emotion in EMOTIONS for template in table[emotion] for look in LOOKS]
+    cases = [(text.fill(words, woman), emotion) for table in text.CUES.values() for emotion in EMOTIONS
+             for words in table[emotion] for woman in (True, False)]
     right = [verdict == emotion for verdict, (_, emotion) in zip(judge.judge([c for c, _ in cases], EMOTIONS), cases)]
     assert len(cases) == 112 and np.mean(right) >= 0.95
     rng = np.random.default_rng(0)
@@ -296,7 +295,8 @@ def test_exploitable_world_has_cues_of_two_emotions():
     shared = [text.explain(rng, LOOKS[0], e, exploitable=True) for e in EMOTIONS * 30]
     pairs = [s.emotions for sentences in shared for s in sentences if len(s.emotions) == 2]
     assert len(pairs) > 100
-    assert all(lexicon.LexiconJudge().emotion(text._fill(words, LOOKS[0])) in pair for pair, words in text.SHARED_CUES)
+    assert all(lexicon.LexiconJudge().emotion(text.fill(words, True)) in pair
+               for cues in text.SHARED_CUES.values() for pair, words in cues)
     clip = WorldSettings(exploitable=True, test=0, pretrain=0)
     rows, _ = world.erv_pairs(sample_clips(clip), clip)
     assert any(len(r["truth"]) == 2 and r["text"].count(".") == 1 for r in rows)
@@ -310,12 +310,14 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(chain, "run", lambda *given: commands.extend(given))
     given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *given])
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
     assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
     scripts = [word for c in commands for word in c if word.endswith(".py")]
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
-    (tmp_path / "sft").mkdir()  # which the command's own check looks for
+    for folder in (tmp_path / "sft", tmp_path / "world"):  # which the command's own check looks for
+        folder.mkdir()
     made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", baseline=False, eval_clips=-1,
@@ -328,6 +330,25 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     assert [c[:2] for c in commands] == [["-m", "erv_min.toy"]]  # the world alone is not there
 
 
+def test_a_process_alone_under_torchrun_gives_its_command_to_two(tmp_path, monkeypatch):
+    """On the CPU, where the prompts halve, and never else; the two can take the folder that it held."""
+    started, out = [], str(tmp_path)
+    monkeypatch.setattr(chain, "run", lambda *commands, processes: started.append((*commands, processes)))
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--lr", "3e-4"])
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/world.json").touch()
+    open_folder(out, False, Processes(0, 1, torch.device("cpu")))
+    for size, device, batch in ((None, "cpu", 32), ("2", "cpu", 32), ("1", "cuda", 32), ("1", "cpu", 31), ("1", "cpu", 32)):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        if size:
+            monkeypatch.setenv("WORLD_SIZE", size)
+        assert not started and out in LOCKS
+        settings = GRPOSettings(out=out, model="m", erv="e", batch_size=batch)
+        with pytest.raises(SystemExit) if (size, device, batch) == ("1", "cpu", 32) else contextlib.nullcontext():
+            chain.prepare(settings, Path("scripts"), Processes(0, 1, torch.device(device)))
+    assert started == [(["scripts/grpo.py", "--lr", "3e-4"], 2)] and out not in LOCKS
+
+
 def python(code: str) -> list[str]:
     return ["-c", f"import os, signal, sys, time; {code}"]
 
@@ -335,14 +356,14 @@ def python(code: str) -> list[str]:
 def test_stages_side_by_side(tmp_path, monkeypatch):
     """Each waits for the other's file, so they run together; on one thread, and apart from this process's group."""
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     a, b = tmp_path / "a", tmp_path / "b"
     meet = ("e = os.environ\n"
-            "open({!r}, 'w').write(e['RANK'] + e.get('MASTER_PORT', 'alone') + e['OMP_NUM_THREADS'])\n"
+            "open({!r}, 'w').write(e['RANK'] + e['WORLD_SIZE'] + e['OMP_NUM_THREADS'])\n"
             "while not os.path.exists({!r}): time.sleep(0.01)")
     chain.run(python(meet.format(str(a), str(b))), python(meet.format(str(b), str(a))))
-    assert a.read_text() == b.read_text() == "0alone1"
+    assert a.read_text() == b.read_text() == "011"
 
 
 def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
@@ -361,38 +382,15 @@ def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
         assert stopped.value.code == 75 and mark.exists()
 
 
-def test_the_second_process_joins_the_first_with_its_settings(tmp_path, monkeypatch):
-    """Under torchrun with one process on the CPU, and never else; both find one store and add up on one thread."""
-    started, opened = [], []
-    given = ["--out", str(tmp_path), "--lr", "3e-4", "--device", "cpu", "--model", "m", "--erv", "e"]
-    monkeypatch.setattr(chain.subprocess, "Popen", lambda command, env: started.append((command, env)))
-    monkeypatch.setattr(chain.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    monkeypatch.setattr(chain.os, "environ", {})
-    settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
-    for size, device in ((None, "cpu"), ("2", "cpu"), ("1", "cuda")):
-        os.environ |= {"WORLD_SIZE": size} if size else {}
-        alone = Processes(0, 1, torch.device(device))
-        assert chain.second_process(settings, Path("grpo.py"), alone) is alone
-    assert not started
-    os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    monkeypatch.setattr(chain, "join_processes", lambda device: Processes(0, 2, torch.device(device)))
-    monkeypatch.setattr(chain, "open_folder", lambda out, resume, processes: opened.append(processes.size))
-    assert chain.second_process(settings, Path("grpo.py"), Processes(0, 1, torch.device("cpu"))).size == 2 == opened[0]
-    ((_, script, *options), env), = started
-    assert script == "grpo.py" and parse(GRPOSettings, PRESETS["grpo"], "", options) == settings
-    changed = {key: (os.environ.get(key), env[key]) for key in env if os.environ.get(key) != env[key]}
-    assert changed == {"RANK": ("0", "1"), "LOCAL_RANK": (None, "1"), "OMP_NUM_THREADS": (None, "1")}
-    assert (env["WORLD_SIZE"], env["TORCHELASTIC_USE_AGENT_STORE"]) == ("2", "False") and int(env["MASTER_PORT"])
-
-
-def test_a_second_process_that_fails_ends_the_first(tmp_path):
-    """Before the two have met, too, where the first would otherwise wait for it."""
-    (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
-    code = (f"from erv_min.toy import chain; chain.second_process(chain.GRPOSettings(device='cpu'), "
-            f"{str(tmp_path / 'fails.py')!r}, chain.Processes(0, 1, chain.torch.device('cpu'))); chain.time.sleep(100)")
-    result = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, timeout=90,
-                            capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "1", "RANK": "0"})
-    assert result.returncode == 1 and "the second process ended with status 3" in result.stderr
+def test_two_processes_of_a_command_find_each_other(tmp_path, monkeypatch):
+    """Apart from torchrun's store, which this process's group keeps; one that fails ends the other, which waits for it."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    join = "from erv_min.run.processes import *; p = join_processes('cpu'); "
+    chain.run(python(join + f"open(os.path.join({str(tmp_path)!r}, str(p.rank)), 'w').write(str(all_gather_object(p.rank)))"),
+              processes=2)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0, 1]"] * 2
+    with pytest.raises(SystemExit, match="ended with status 3"):
+        chain.run(python(f"os.environ['RANK'] == '1' and sys.exit(3); {join}"), processes=2)
 
 
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip
@@ -408,9 +406,11 @@ def test_what_the_world_writes_is_of_its_grammar():
 
 
 def test_sentences_counted_by_hand():
-    clip = {"look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}
-    sentences = ["A woman is in the garden.", "Her mouth droops.", "Her face beams.", "The voice is thin and shaky.",
-                 "She is sad.",  # of the grammar; a conclusion is no cue
-                 "He sobs as he talks.", "She freeurprised.", "He glares wears a tone.", "her mouth droops.", ""]
-    assert text.check_sentences(sentences, clip) == {"sentences": 10, "formed": 5, "cues": 3, "true": 2}
-    assert text.check_sentences([], clip)["sentences"] == 0
+    clips = {"7": {"look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}}
+    said = ("A woman is in the garden. Her mouth droops. Her face beams. The voice is thin and shaky. "
+            "She is sad. "  # of the grammar; a conclusion is no cue
+            "He sobs as he talks. She freeurprised. He glares wears a tone. her mouth droops.")
+    rows = [{"video_id": "7", "output": f"<think>{said}</think>\n<answer>sad</answer>"},
+            {"video_id": "7", "output": "<think></think>"}]
+    assert text.count_sentences(rows, clips) == {
+        "outputs": 2, "format": 1, "sentences": 9, "formed": 5, "cues": 3, "true": 2}

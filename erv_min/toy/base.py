@@ -9,6 +9,7 @@ Towers are frozen from here on. Without this base the explanations are not groun
 
 import shutil
 import time
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -17,20 +18,19 @@ from torch import Tensor, nn
 
 from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
-from erv_min.data.readers import Example
+from erv_min.data.readers import read_training_json
+from erv_min.inputs import clip_inputs
+from erv_min.logps import Prompts, completion_logps, pad_targets
+from erv_min.model.humanomni import HumanOmni, init_weights, trainable
+from erv_min.prompts import gate_text, render, sft_target
 from erv_min.run.errors import ClipError
 from erv_min.run.files import read_jsonl
-from erv_min.inputs import clip_inputs
-from erv_min.model.humanomni import HumanOmni, init_weights, trainable
-from erv_min.logps import Prompts, completion_logps, pad_targets
-from erv_min.prompts import gate_text, render, sft_target
-from erv_min.data.readers import read_training_json
+from erv_min.run.onednn import use_onednn
+from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.sharding import Replicated
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
-from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
-from erv_min.run.onednn import use_onednn
-from erv_min.run.sharding import Replicated
 
 
 def look_targets(look: dict) -> list[float]:
@@ -38,17 +38,6 @@ def look_targets(look: dict) -> list[float]:
     one_hot = [float(look[key] == value) for key, values in (("room", ROOMS), ("shirt", SHIRTS), ("hair", HAIRS))
                for value in values]
     return one_hot + [float(look[key]) for key in ("woman", "glasses", "long_hair")]
-
-
-def decode_all(clips: list[Example], model: HumanOmni, workers: int) -> tuple[Tensor, Tensor]:
-    """Every clip as tensors: video [clips, T, 3, S, S], audio [clips, mels, F]. Raises the first ClipError."""
-    video, audio = [], []
-    for x in clip_inputs(clips, model.config, None, num_frames=model.config.num_frames, workers=workers):
-        if isinstance(x, ClipError):
-            raise x
-        video.append(x.clip.video)
-        audio.append(x.clip.audio)
-    return torch.stack(video), torch.stack(audio)
 
 
 def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tensor, gate: tuple[Tensor, Tensor],
@@ -59,11 +48,12 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     # Linear heads on the mean token, normalised as the language model's first layer will: what a head of attention that
     # looks at a whole modality finds. Dropped afterwards.
     width = model.config.text.hidden_size
+    torch.manual_seed(seed)  # torch's own start seed differs from process to process (2.13)
     see, hear = nn.Linear(width, seen.shape[1]), nn.Linear(width, heard.shape[1])
-    params = [p for _, p in trainable(model, ("vision_tower", "visual_projector", "audio_projector"))]
-    params += [*model.model.audio_tower.requires_grad_().parameters(), *see.parameters(), *hear.parameters()]
+    trainable(model, ("vision_tower", "visual_projector", "audio_projector"))
+    model.model.audio_tower.requires_grad_()
     learner = Replicated(nn.ModuleList([model, see, hear]), compute=torch.float32)
-    optimizer, started = make_optimizer(params), time.time()
+    optimizer, started = make_optimizer(learner.named_parameters().values()), time.time()
     for step in range(steps):
         batch = torch.tensor(batch_of_step(len(rows), batch_size, seed, step))
         shown = see(F.rms_norm(model.encode_video(video[batch], *gate), (width,)).mean(1))
@@ -83,8 +73,9 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
     with torch.no_grad():  # nothing before the language model moves: its tokens are computed once
         video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
         audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
+    trainable(model, ("language_model",))
     learner = Replicated(model, compute=torch.float32)
-    optimizer, started = make_optimizer([p for _, p in trainable(model, ("language_model",))]), time.time()
+    optimizer, started = make_optimizer(learner.named_parameters().values()), time.time()
     ids = torch.tensor([tokenizer.encode(render())])
     for step in range(steps):
         batch = batch_of_step(len(captions), batch_size, seed, step)
@@ -99,26 +90,27 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
                   flush=True)
 
 
-def train_base(world: Path, seed: int = 0, workers: int = 2) -> Path:
+def train_base(world: Path, seed: int = 0) -> None:
     """Trains the base model on the rendered world in `world` and saves it, tokenizers and all, as `world`/base."""
-    started, texts = time.time(), world / "tokenizers"
+    started, texts, out = time.time(), world / "tokenizers", world / "base"
     tokenizer, gate_tokenizer = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
     model = use_onednn(HumanOmni(humanomni("toy")))
     init_weights(model, seed)
     params = {str(row["number"]): row for row in read_jsonl(world / "params.jsonl")}
-    captions: dict[str, list[str]] = {}
-    clips: dict[str, Example] = {}
-    for e in read_training_json(world / "pretrain.json", world, "dfew"):
-        captions.setdefault(e.video_id, []).append(sft_target(e.explanation, e.label))
-        clips[e.video_id] = e
-    video, audio = decode_all(list(clips.values()), model, workers)
-    print(f"base model: {len(clips)} clips decoded in {time.time() - started:.1f} s", flush=True)
+    written = read_training_json(world / "pretrain.json", world, "dfew")
+    units = [list(unit) for _, unit in groupby(written, key=lambda e: e.video_id)]  # captions of a clip stand together
+    video, audio = [], []
+    for x in clip_inputs([unit[0] for unit in units], model.config, None, num_frames=model.config.num_frames):
+        if isinstance(x, ClipError):
+            raise x
+        video.append(x.clip.video)
+        audio.append(x.clip.audio)
+    video, audio = torch.stack(video), torch.stack(audio)  # [clips, T, 3, S, S], [clips, mels, F]
+    print(f"base model: {len(units)} clips decoded in {time.time() - started:.1f} s", flush=True)
     gate = gate_tokenizer.encode_batch([gate_text()])
-    train_towers(model, [params[name] for name in clips], video, audio, gate, seed)
-    train_captions(model, list(captions.values()), video, audio, tokenizer, gate, seed)
-    out = world / "base"
-    out.mkdir(exist_ok=True)
+    train_towers(model, [params[unit[0].video_id] for unit in units], video, audio, gate, seed)
+    captions = [[sft_target(e.explanation, e.label) for e in unit] for unit in units]
+    train_captions(model, captions, video, audio, tokenizer, gate, seed)
     shutil.copytree(texts / "lm", out, dirs_exist_ok=True)
     shutil.copytree(texts / "text_gate", out / "text_gate", dirs_exist_ok=True)
     save_humanomni(model, out)
-    return out

@@ -6,15 +6,13 @@ Each process of the toy computes on one thread: sums then run in one order, and 
 digit whatever else the machine does. What does not need each other runs side by side, and GRPO takes two processes.
 """
 
-import dataclasses
+import copy
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -25,26 +23,14 @@ from erv_min.data.predictions import predict
 from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
-from erv_min.rewards import extract_explanation, format_reward, split_sentences
 from erv_min.run.files import read_jsonl, write_json, write_jsonl
-from erv_min.run.folder import STOPPED, open_folder
-from erv_min.run.options import build, option_name
-from erv_min.run.processes import Processes, barrier, join_processes
-from erv_min.run.settings import PRESETS, Answers, GRPOSettings
+from erv_min.run.folder import LOCKS, STOPPED
+from erv_min.run.processes import Processes, barrier
+from erv_min.run.settings import Answers, GRPOSettings
 from erv_min.run.start import decoding
-from erv_min.toy.text import check_sentences
+from erv_min.toy.text import count_sentences
 
-TOY = build(GRPOSettings, PRESETS["grpo"]["toy"])
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
-# What torchrun tells a process of its group.
-GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
-
-
-laps = [("", time.time())]  # (what was done, when it was)
-
-
-def lap(name: str) -> None:
-    laps.append((name, time.time()))
 
 
 def one_thread(preset: str) -> None:
@@ -54,37 +40,41 @@ def one_thread(preset: str) -> None:
         torch.set_num_threads(1)
 
 
-def run(*commands: list[str]) -> None:
-    """Runs `torchrun COMMAND` for each, side by side, one thread each, apart from this process's group; waits for all.
+def run(*commands: list[str], processes: int = 1) -> None:
+    """Runs `torchrun --nproc_per_node=PROCESSES COMMAND` for each, side by side, one thread per process; waits for all.
 
     (Without torchrun itself, which is a process more, and would not hand on the status STOPPED.)
-    SIGTERM is handed on (Ctrl-C reaches them by itself), and one that fails ends the others. Raises SystemExit: STOPPED
-    where they stopped in order, else naming the command that failed.
+    SIGTERM and Ctrl-C are handed on, and one that fails ends the others. Raises SystemExit: STOPPED where they stopped
+    in order, else naming the command that failed.
     """
-    environment = {k: v for k, v in os.environ.items() if k not in GROUP and not k.startswith("TORCHELASTIC")}
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"}
-    stages: list[subprocess.Popen] = []
+    started, jobs = time.time(), []  # jobs: (command, process)
 
-    def stop(*_) -> None:
-        for stage in stages:
-            stage.terminate()
+    def hand_on(number: int, _=None) -> None:
+        for _, process in jobs:
+            process.send_signal(number)
 
-    before = {n: signal.signal(n, do) for n, do in ((signal.SIGTERM, stop), (signal.SIGINT, lambda *_: None))}
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     for command in commands:
-        print("$ torchrun", *command, flush=True)
-        stages.append(subprocess.Popen([sys.executable, *command], env=environment))
-    while not any(status := [stage.poll() for stage in stages]) and None in status:
+        print("$ torchrun", *([f"--nproc_per_node={processes}"] if processes > 1 else []), *command, flush=True)
+        with socket.socket() as free:  # should another program take it meanwhile, the first process fails, and so all
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        for rank in map(str, range(processes)):
+            jobs.append((command, subprocess.Popen([sys.executable, *command], env=os.environ | {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": "1"})))
+    while not any(status := [process.poll() for _, process in jobs]) and None in status:
         time.sleep(0.1)
-    if None in status:
-        stop()
-    ended = [stage.wait() for stage in stages]
+    hand_on(signal.SIGTERM)  # to those that still run
+    ended = [process.wait() for _, process in jobs]
     for number, handler in before.items():
         signal.signal(number, handler)
-    for code, command in zip(status, commands):
+    for code, (command, _) in zip(status, jobs):
         if code and code not in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
             raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {code}: its message stands above")
     if any(ended):
         raise SystemExit(STOPPED)
+    print(f"{time.time() - started:.0f} s", flush=True)
 
 
 def world_folder(settings) -> Path:
@@ -96,122 +86,71 @@ def world_folder(settings) -> Path:
     return found or (inside if isinstance(settings, GRPOSettings) else beside)
 
 
-def make_world(settings, base: bool) -> Path:
-    """Renders the embedded world, and trains its base model if `base`, where they are not there yet."""
+def prepare_world(settings, processes: Processes, base: bool = False) -> Path:
+    """Renders the embedded world, and trains its base model if `base`, where they are not there yet; names its folder
+    in `settings`. The main process does it, the others wait."""
+    one_thread(settings.preset)
     world = world_folder(settings)
-    if not (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
+    settings.world = str(world)
+    if processes.main and not (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
         run(["-m", "erv_min.toy", str(world), "--seed", str(settings.seed), *([] if base else ["--clips-only"])])
+    barrier()
     return world
 
 
-def prepare_world(settings, processes: Processes, base: bool) -> Path:
-    """`make_world` on the main process, while the others wait; names its folder in `settings`."""
-    one_thread(settings.preset)
-    settings.world = str(world_folder(settings))
-    if processes.main:
-        make_world(settings, base)
-    barrier()
-    return Path(settings.world)
-
-
-def options(settings, usual, without: tuple[str, ...] = ()) -> list[str]:
-    """What a user would type to get `settings` where a preset gives `usual`: an option for each field that differs."""
-    words = []
-    for field in dataclasses.fields(settings):
-        value, option = getattr(settings, field.name), option_name(field.name)
-        if dataclasses.is_dataclass(value):
-            words += options(value, getattr(usual, field.name), without)
-        elif field.name not in without and value != getattr(usual, field.name):
-            words += [option if value else f"--no{option[1:]}"] if isinstance(value, bool) else [option, str(value)]
-    return words
-
-
-def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> Processes:
+def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
     """Makes world, SFT, verifier and, where asked, the Baseline, each where it is not there yet; names them in `settings`.
 
-    `scripts` is the folder of the stages' scripts. The main process makes them, the others wait. Returns the processes to
-    go on with: see `second_process`. With --random-weights the world's text is all that is needed.
+    `scripts` is the folder of the stages' scripts. The main process makes them, the others wait. With --random-weights
+    the world's text is all that is needed. A process that is alone under torchrun on a CPU gives the command to two,
+    which share each step's prompts (that pays better than two threads on matrices as small as the toy's), and raises
+    SystemExit at their end; `python scripts/grpo.py` stays alone, and so does a batch that does not halve.
     """
-    out, world, seed, todo = Path(settings.out), world_folder(settings), ["--seed", str(settings.seed)], []
-    settings.world = str(world)
+    world, out = prepare_world(settings, processes), Path(settings.out)
+    if settings.random_weights:
+        return
+    same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu",
+            "--resume"]
     human = ["--sources", "human"] if settings.ablate == "augmentation" else []  # table 2: a verifier of its own
-    sft, verifier, baseline = out / "sft", out / ("erv-unaugmented" if human else "erv"), out / "baseline"
-    same = ["--preset", "toy", "--world", str(world), *seed, "--device", settings.device or "cpu", "--resume"]
-    if not settings.random_weights:
-        one_thread(settings.preset)
-        if not settings.model:
-            settings.model = str(sft)
-            todo += [] if (sft / WEIGHTS).exists() else [[str(scripts / "sft.py"), *same, "--out", str(sft)]]
-        if settings.rewards.w_explanation and not settings.erv:
-            settings.erv = str(verifier)
-            command = [str(scripts / "erv.py"), *same, "--out", str(verifier), *human]
-            todo += [] if (verifier / WEIGHTS).exists() else [command]
+    stages: list[list[str]] = []
+    if not settings.model:
+        settings.model = str(out / "sft")
+        stages += [] if (out / "sft" / WEIGHTS).exists() else [
+            [str(scripts / "sft.py"), *same, "--out", settings.model]]
+    if settings.rewards.w_explanation and not settings.erv:
+        settings.erv = str(out / ("erv-unaugmented" if human else "erv"))
+        stages += [] if Path(settings.erv, WEIGHTS).exists() else [
+            [str(scripts / "erv.py"), *same, "--out", settings.erv, *human]]
     if processes.main:
-        make_world(settings, base=False)
-        lap("world")
-    if processes.main and not settings.random_weights:
-        if todo:
-            run(*todo)
-            lap("base model, SFT and verifier")
-        if settings.baseline and not (baseline / WEIGHTS).exists():
-            own = ("out", "erv", "ablate", "w_explanation", "baseline", "eval_clips", "resume")
-            run([str(scripts / "grpo.py"), *options(settings, TOY, own), "--out", str(baseline), "--w-explanation", "0",
-                 "--eval-clips", "-1", "--resume"])
-            lap("Baseline")
-        processes = second_process(settings, scripts / "grpo.py", processes)
+        command = [str(scripts / "grpo.py"), *sys.argv[1:]]
+        if stages:
+            run(*stages)
+        if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
+            run([*command, "--world", settings.world, "--model", settings.model, "--out", str(out / "baseline"), "--erv",
+                 "", "--ablate", "", "--w-explanation", "0", "--no-baseline", "--eval-clips", "-1", "--resume"])
+        if os.environ.get("WORLD_SIZE") == "1" and processes.device.type == "cpu" and settings.batch_size % 2 == 0:
+            LOCKS.pop(settings.out).close()
+            run(command, processes=2)
+            raise SystemExit
     barrier()
-    return processes
-
-
-def second_process(settings: GRPOSettings, script: Path, processes: Processes) -> Processes:
-    """Makes this process, alone under torchrun and on the CPU, the first of two, starts the other, and joins it.
-
-    They share each step's prompts, which pays better than two threads on matrices as small as the toy's, and repeats.
-    Started as `python scripts/grpo.py`, without torchrun, the process stays alone, as where the prompts do not halve.
-    """
-    if os.environ.get("WORLD_SIZE") != "1" or processes.device.type != "cpu" or settings.batch_size % 2:
-        return processes
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                   "TORCHELASTIC_USE_AGENT_STORE": "False"}  # a store of their own, which the first process holds
-    other = subprocess.Popen([sys.executable, str(script), *options(settings, TOY)],
-                             env=os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"})
-
-    def watch() -> None:  # without it this process would wait an hour for one that never came to the group
-        if (status := other.wait()) not in (0, STOPPED):
-            print(f"the second process ended with status {status}: its message stands above", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    processes = join_processes(settings.device)
-    open_folder(settings.out, settings.resume, processes)  # as the second process does where its script begins
-    return processes
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.rewards.w_explanation else "GRPO without R_E"
-    systems = {"SFT": settings.model}
-    if settings.baseline:
-        systems["GRPO without R_E"] = f"{settings.out}/baseline"
-    systems[name] = settings.out
+    baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
+    systems = {"SFT": settings.model, **baseline, name: settings.out}
     clips = {str(row["number"]): row for row in read_jsonl(Path(settings.world, "params.jsonl"))}
-    judge, scores, counted = make_judge("lexicon"), {}, {}
-    lap("GRPO")
+    judge, scores, counted, own = make_judge("lexicon"), {}, {}, copy.copy(collate)
+    how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
+                  **decoding(settings))
     for system, folder in systems.items():
-        own = Collator(load_humanomni(folder, torch.float32, processes.device), collate.tokenizer,
-                       collate.gate_tokenizer, collate.cache, settings.modality, settings.prompt_stage)
-        rows, _ = predict(own, examples, processes, Answers(
-            temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
-            **decoding(settings)), batch_size=64)
+        own.model = load_humanomni(folder, torch.float32, processes.device)
+        rows, _ = predict(own, examples, processes, how, batch_size=64)
         if processes.main:
             judge_rows(rows, judge)
-            scores[system] = score(rows, rows[0]["dataset"])
-            counted[system] = count_sentences(rows, clips)
+            scores[system], counted[system] = score(rows, rows[0]["dataset"]), count_sentences(rows, clips)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
     if not processes.main:
         return
@@ -221,21 +160,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     print(f"{name} over SFT on {len(examples)} held-out clips: "
           + ", ".join(f"{m} {scores[name][m] - scores['SFT'][m]:+.1f}" for m in COLUMNS))
     for system, n in counted.items():
-        print(f"{system}: {100 * n['format'] / len(examples):.1f}% of the outputs keep the format, "
-              f"{percent(n['formed'], n['sentences'])} of the sentences belong to the grammar in the right person, "
-              f"{percent(n['true'], n['cues'])} of those about face or voice are true of the clip")
-    lap("evaluation")
-    print("seconds: " + ", ".join(f"{what} {now - then:.0f}" for (_, then), (what, now) in zip(laps, laps[1:]))
-          + f"; {(laps[-1][1] - laps[0][1]) / 60:.1f} minutes in all", flush=True)
-
-
-def count_sentences(rows: list[dict], clips: dict[str, dict]) -> Counter:
-    """check_sentences summed over predictions, and "format": outputs that keep it. clips: params.jsonl by video_id."""
-    total = Counter(format=sum(int(format_reward(row["output"])) for row in rows))
-    for row in rows:
-        total.update(check_sentences(split_sentences(extract_explanation(row["output"])), clips[row["video_id"]]))
-    return total
-
-
-def percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "none"
+        shares = [f"{100 * n[part] / n[whole]:.1f}%" if n[whole] else "none" for part, whole in (
+            ("format", "outputs"), ("formed", "sentences"), ("true", "cues"))]
+        print("{}: {} of the outputs keep the format, {} of the sentences belong to the grammar in the right person, "
+              "{} of those about face or voice are true of the clip".format(system, *shares), flush=True)

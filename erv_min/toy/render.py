@@ -37,12 +37,6 @@ class Look:
     skin: int  # index into SKINS
 
 
-def clamp(names: tuple[str, ...], values: np.ndarray) -> np.ndarray:
-    """Parameters [P] cut to their ranges: -1..1, or 0..1 for the names in ONE_SIDED."""
-    low = np.array([0.0 if name in ONE_SIDED else -1.0 for name in names])
-    return np.clip(values, low, 1.0)
-
-
 def _soft(distance: np.ndarray) -> np.ndarray:
     """Coverage 0..1 of a shape from a signed distance in pixels (negative inside): one pixel of antialiasing."""
     return np.clip(0.5 - distance, 0.0, 1.0)
@@ -61,19 +55,15 @@ def _paint(image: np.ndarray, mask: np.ndarray, colour) -> None:
 def _room(name: str) -> np.ndarray:
     """Background float32 [SIZE, SIZE, 3]: each room has a colour and a pattern of its own."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-    image = np.empty((SIZE, SIZE, 3), np.float32)
-    if name == "kitchen":  # warm tiles
-        image[:] = (225, 200, 140)
-        _paint(image, _soft(np.minimum(x % 13, y % 13) - 1.0), (165, 135, 85))
-    elif name == "office":  # blinds
-        image[:] = (150, 165, 190)
-        _paint(image, _soft((y % 8) - 3.0), (105, 120, 150))
-    elif name == "garden":  # sky over a hedge
-        image[:] = (150, 205, 245)
-        _paint(image, _soft(26 + 3 * np.sin(x / 3) - y), (60, 130, 55))
-    else:  # street: dark house fronts
-        image[:] = (110, 95, 90)
-        _paint(image, _soft(np.abs(x % 16 - 8) - 3.0) * _soft(np.abs(y % 14 - 7) - 3.5), (190, 170, 110))
+    windows = _soft(np.abs(x % 16 - 8) - 3.0) * _soft(np.abs(y % 14 - 7) - 3.5)
+    wall, mask, colour = {
+        "kitchen": ((225, 200, 140), _soft(np.minimum(x % 13, y % 13) - 1.0), (165, 135, 85)),  # warm tiles
+        "office": ((150, 165, 190), _soft((y % 8) - 3.0), (105, 120, 150)),  # blinds
+        "garden": ((150, 205, 245), _soft(26 + 3 * np.sin(x / 3) - y), (60, 130, 55)),  # sky over a hedge
+        "street": ((110, 95, 90), windows, (190, 170, 110)),  # dark house fronts
+    }[name]
+    image = np.full((SIZE, SIZE, 3), wall, np.float32)
+    _paint(image, mask, colour)
     return image
 
 

@@ -2,8 +2,8 @@
 
 An explanation has 4 or 5 short sentences: appearance and background (neutral), face, voice, conclusion, as in figures
 8 to 11. Each emotional sentence is a cue of one emotion alone, so that R_E cannot be gained by a cue true of two;
-`exploitable` mixes in cues that are, to show reward hacking. `pseudo_label` stands in for GPT-4.1 (section 3.2,
-figure 6): it reads the generator's own record of cues, not the words. The judges read words: `lexicon.py`.
+`exploitable` mixes in cues that are, to show reward hacking. The pseudo-labels of `erv_row` stand in for GPT-4.1's
+(section 3.2, figure 6): they read the generator's own record of cues, not the words. The judges read words: `lexicon.py`.
 """
 
 from collections import Counter
@@ -14,45 +14,46 @@ from itertools import product
 import numpy as np
 
 from erv_min.emotions import LABELS, to_erv
-from erv_min.toy.lexicon import LexiconJudge, SecondJudge  # noqa: F401
+from erv_min.rewards import extract_explanation, format_reward, split_sentences
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
-# {S} He/She, {s} he/she, {P} His/Her, {p} his/her
-FACE_CUES = {
-    "happy": ("{P} mouth curves in a smile.", "{S} grins and {p} cheeks lift.", "{P} face beams."),
-    "sad": ("{P} mouth droops.", "Tears fill {p} eyes.", "{S} looks down and weeps."),
-    "neutral": ("{P} face is at rest.", "{P} mouth is relaxed.", "{S} looks on, still and calm."),
-    "angry": ("{P} brows knot in a scowl.", "{S} glares with hard eyes.", "{S} clenches {p} teeth."),
-    "surprise": ("{P} mouth drops open.", "{P} brows jump up.", "{S} stares with round eyes."),
-    "disgust": ("{P} nose wrinkles.", "{P} lip curls in a sneer.", "{S} turns away with a squint."),
-    "fear": ("{P} lips tremble.", "{S} freezes in dread.", "{S} shrinks back and shakes."),
+# What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {s} he/she, {P} His/Her.
+CUES = {
+    "face": {
+        "happy": ("{P} mouth curves in a smile.", "{S} grins and {p} cheeks lift.", "{P} face beams."),
+        "sad": ("{P} mouth droops.", "Tears fill {p} eyes.", "{S} looks down and weeps."),
+        "neutral": ("{P} face is at rest.", "{P} mouth is relaxed.", "{S} looks on, still and calm."),
+        "angry": ("{P} brows knot in a scowl.", "{S} glares with hard eyes.", "{S} clenches {p} teeth."),
+        "surprise": ("{P} mouth drops open.", "{P} brows jump up.", "{S} stares with round eyes."),
+        "disgust": ("{P} nose wrinkles.", "{P} lip curls in a sneer.", "{S} turns away with a squint."),
+        "fear": ("{P} lips tremble.", "{S} freezes in dread.", "{S} shrinks back and shakes.")},
+    "voice": {
+        "happy": ("The voice is bright and cheerful.", "{S} laughs as {s} talks."),
+        "sad": ("The voice is heavy and tired.", "{S} sobs as {s} talks."),
+        "neutral": ("The voice is calm and even.", "{S} talks in a plain tone."),
+        "angry": ("The voice is harsh and hard.", "{S} shouts as {s} talks."),
+        "surprise": ("The voice is sudden and jumps up.", "{S} gasps as {s} talks."),
+        "disgust": ("The voice is sour.", "{S} groans as {s} talks."),
+        "fear": ("The voice is thin and shaky.", "{S} whimpers as {s} talks.")},
+    "conclusion": {
+        "happy": ("{S} is happy.", "{S} feels glad.", "This shows joy."),
+        "sad": ("{S} is sad.", "{S} feels grief.", "This shows sorrow."),
+        "neutral": ("{S} is neutral.", "{S} feels calm.", "This shows no strong feeling."),
+        "angry": ("{S} is angry.", "{S} feels mad.", "This shows rage."),
+        "surprise": ("{S} is surprised.", "{S} feels amazed.", "This shows shock."),
+        "disgust": ("{S} is disgusted.", "{S} feels sick.", "This shows distaste."),
+        "fear": ("{S} is afraid.", "{S} feels scared.", "This shows fear.")},
 }
-VOICE_CUES = {
-    "happy": ("The voice is bright and cheerful.", "{S} laughs as {s} talks."),
-    "sad": ("The voice is heavy and tired.", "{S} sobs as {s} talks."),
-    "neutral": ("The voice is calm and even.", "{S} talks in a plain tone."),
-    "angry": ("The voice is harsh and hard.", "{S} shouts as {s} talks."),
-    "surprise": ("The voice is sudden and jumps up.", "{S} gasps as {s} talks."),
-    "disgust": ("The voice is sour.", "{S} groans as {s} talks."),
-    "fear": ("The voice is thin and shaky.", "{S} whimpers as {s} talks."),
+SHARED_CUES = {  # true of two emotions: the exploitable world alone
+    "face": ((("surprise", "fear"), "{P} eyes are wide open."), (("angry", "disgust"), "{P} brows press low."),
+             (("sad", "disgust"), "{P} mouth corners hang.")),
+    "voice": ((("angry", "surprise"), "The voice is very loud."), (("happy", "surprise"), "The voice is very high."),
+              (("sad", "fear"), "The voice fades.")),
+    "conclusion": (),
 }
-CONCLUSIONS = {
-    "happy": ("{S} is happy.", "{S} feels glad.", "This shows joy."),
-    "sad": ("{S} is sad.", "{S} feels grief.", "This shows sorrow."),
-    "neutral": ("{S} is neutral.", "{S} feels calm.", "This shows no strong feeling."),
-    "angry": ("{S} is angry.", "{S} feels mad.", "This shows rage."),
-    "surprise": ("{S} is surprised.", "{S} feels amazed.", "This shows shock."),
-    "disgust": ("{S} is disgusted.", "{S} feels sick.", "This shows distaste."),
-    "fear": ("{S} is afraid.", "{S} feels scared.", "This shows fear."),
-}
-SHARED_CUES = (  # true of two emotions: the exploitable world alone
-    (("surprise", "fear"), "{P} eyes are wide open."), (("angry", "surprise"), "The voice is very loud."),
-    (("happy", "surprise"), "The voice is very high."), (("angry", "disgust"), "{P} brows press low."),
-    (("sad", "disgust"), "{P} mouth corners hang."), (("sad", "fear"), "The voice fades."),
-)
 # Class shares of the human-annotated pairs: few of disgust, fear and neutral, as in table 5's EMER and MERR rows.
 HUMAN_SHARES = dict(zip(EMOTIONS, (0.24, 0.24, 0.05, 0.27, 0.13, 0.02, 0.05)))
 COMPLEMENT = ("disgust", "fear", "neutral")  # classes of section 3.2's complement set that this world has
@@ -70,9 +71,9 @@ def pick(rng: np.random.Generator, items):
     return items[int(rng.integers(len(items)))]
 
 
-def _fill(template: str, look: Look) -> str:
-    s, p = ("she", "her") if look.woman else ("he", "his")
-    return template.format(S=s.capitalize(), s=s, P=p.capitalize(), p=p)
+def fill(wording: str, woman: bool) -> str:
+    s, p = ("she", "her") if woman else ("he", "his")
+    return wording.format(S=s.capitalize(), s=s, P=p.capitalize(), p=p)
 
 
 def appearances(look: Look) -> tuple[list[str], list[str]]:
@@ -81,10 +82,9 @@ def appearances(look: Look) -> tuple[list[str], list[str]]:
     first = [f"A {who} in a {look.shirt} shirt is in the {look.room}.",
              f"A {who} with {look.hair} hair is in the {look.room}.",
              f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}."]
-    more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}."]
-    if look.glasses:
-        more.append("{S} has glasses.")
-    return first, [_fill(s, look) for s in more]
+    more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}.",
+            *(["{S} has glasses."] if look.glasses else [])]
+    return first, [fill(words, look.woman) for words in more]
 
 
 def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sentence]:
@@ -93,15 +93,13 @@ def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sent
     return [Sentence(pick(rng, first)), *([Sentence(pick(rng, more))] if rng.random() < second else [])]
 
 
-def cue(rng: np.random.Generator, table: dict, look: Look, emotion: str, exploitable: bool) -> Sentence:
-    """One sentence of `table` that conveys `emotion`; where exploitable, every second one conveys another too."""
-    if exploitable and table is not CONCLUSIONS:
-        shared = [(pair, text) for pair, text in SHARED_CUES
-                  if emotion in pair and ("voice" in text) == (table is VOICE_CUES)]
-        if shared and rng.random() < 0.5:
-            pair, text = pick(rng, shared)
-            return Sentence(_fill(text, look), pair)
-    return Sentence(_fill(pick(rng, table[emotion]), look), (emotion,))
+def cue(rng: np.random.Generator, subject: str, look: Look, emotion: str, exploitable: bool) -> Sentence:
+    """One sentence of CUES that conveys `emotion`; where exploitable, every second one conveys another too."""
+    shared = [(pair, words) for pair, words in SHARED_CUES[subject] if exploitable and emotion in pair]
+    if shared and rng.random() < 0.5:
+        pair, words = pick(rng, shared)
+        return Sentence(fill(words, look.woman), pair)
+    return Sentence(fill(pick(rng, CUES[subject][emotion]), look.woman), (emotion,))
 
 
 def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0,
@@ -111,15 +109,16 @@ def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: 
     A slip is never to neutral: "her face is at rest" beside a cue of anger is what Eq. 4 does not count, and texts that
     mix the two would show a policy where to hide its doubts.
     """
-    tables = [FACE_CUES] * (1 + (rng.random() < 0.4)) + [VOICE_CUES] + [CONCLUSIONS] * (rng.random() < 0.85)
+    faces = ["face"] * (1 + (rng.random() < 0.4))
+    conclusion = ["conclusion"] * (rng.random() < 0.85)
     sentences = appearance(rng, look, second=0.4)
-    for table in tables:
+    for subject in (*faces, "voice", *conclusion):
         about = emotion
         if rng.random() < sentence_noise:
             about = pick(rng, [e for e in EMOTIONS if e not in (emotion, "neutral")])
-        sentence = cue(rng, table, look, about, exploitable)
+        sentence = cue(rng, subject, look, about, exploitable)
         while sentence in sentences:  # two face sentences, never the same
-            sentence = cue(rng, table, look, about, exploitable)
+            sentence = cue(rng, subject, look, about, exploitable)
         sentences.append(sentence)
     return sentences
 
@@ -138,22 +137,28 @@ def grammar(woman: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
     """
     looks = [Look(woman, *values, 0) for values in product(SHIRTS, HAIRS, (True, False), (True, False), ROOMS)]
     found = {sentence: ("look", ()) for look in looks for part in appearances(look) for sentence in part}
-    for subject, table in (("face", FACE_CUES), ("voice", VOICE_CUES), ("conclusion", CONCLUSIONS)):
-        found |= {_fill(words, looks[0]): (subject, (emotion,)) for emotion in EMOTIONS for words in table[emotion]}
-    return found | {_fill(words, looks[0]): ("voice" if "voice" in words else "face", pair)
-                    for pair, words in SHARED_CUES}
+    for subject, table in CUES.items():
+        found |= {fill(words, woman): (subject, (emotion,)) for emotion in EMOTIONS for words in table[emotion]}
+    return found | {fill(words, woman): (subject, pair) for subject, cues in SHARED_CUES.items()
+                    for pair, words in cues}
 
 
-def check_sentences(sentences: list[str], clip: dict) -> Counter:
-    """Counts over the sentences of one explanation, and the clip's row of params.jsonl, the truth.
+def count_sentences(rows: list[dict], clips: dict[str, dict]) -> Counter:
+    """Counts over predictions `rows`; `clips`: the truth, params.jsonl's rows by video_id.
 
-    "sentences": all; "formed": of the grammar and in the clip's person; "cues": of these about face or voice; "true":
-    cues that convey what the clip's face (voice) shows. true / cues is the explanation's grounding.
+    "outputs": all, "format": those that keep it; "sentences": of all explanations, "formed": of the grammar and in the
+    clip's person, "cues": of these about face or voice, "true": cues that convey what the clip's face (voice) shows.
+    true / cues is the explanations' grounding.
     """
-    known = grammar(clip["look"]["woman"])
-    formed = [known[sentence] for sentence in sentences if sentence in known]
-    cues = [clip[f"{subject}_shows"] in emotions for subject, emotions in formed if subject in ("face", "voice")]
-    return Counter(sentences=len(sentences), formed=len(formed), cues=len(cues), true=sum(cues))
+    total = Counter(outputs=len(rows))
+    for row in rows:
+        clip, sentences = clips[row["video_id"]], split_sentences(extract_explanation(row["output"]))
+        known = grammar(clip["look"]["woman"])
+        formed = [known[sentence] for sentence in sentences if sentence in known]
+        cues = [clip[f"{subject}_shows"] in emotions for subject, emotions in formed if subject in ("face", "voice")]
+        total.update(format=int(format_reward(row["output"])), sentences=len(sentences), formed=len(formed),
+                     cues=len(cues), true=sum(cues))
+    return total
 
 
 # ------------------------------------------------------------------------------------------------------- captions
@@ -198,23 +203,18 @@ def true_labels(sentences: list[Sentence]) -> list[str]:
     return [ERV_NAMES[e] for e in ranked[:2] if counts.get(e, 1) >= counts.get(ranked[0], 1) / 2]
 
 
-def pseudo_label(rng: np.random.Generator, truth: list[str], noise: float) -> list[str]:
-    """The labels that an imperfect annotator gives: with probability `noise` another emotion instead of the first."""
-    if rng.random() >= noise:
-        return list(truth)
-    wrong = pick(rng, [name for name in ERV_NAMES.values() if name not in truth])
-    return [wrong, *truth[1:]]
-
-
 def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, clip: str, noise: float,
             sentence_noise: float, exploitable: bool) -> dict:
     """One training pair about a clip: a whole explanation, or a sentence (not "human": annotators describe clips).
 
-    Keys: text, labels, truth (ERV names), source ("human" | "pseudo" | "complement"), clip.
+    Keys: text, labels (the first is wrong with probability `noise`: no annotator is perfect), truth (ERV names), source
+    ("human" | "pseudo" | "complement"), clip.
     """
     sentences = explain(rng, look, emotion, 0.0 if source == "complement" else sentence_noise, exploitable)
     if source != "human" and rng.random() < 0.6:
         sentences = [pick(rng, sentences)]
     truth = true_labels(sentences)
-    return {"text": join(sentences), "labels": pseudo_label(rng, truth, noise), "truth": truth, "source": source,
-            "clip": clip}
+    labels = list(truth)
+    if rng.random() < noise:
+        labels[0] = pick(rng, [name for name in ERV_NAMES.values() if name not in truth])
+    return {"text": join(sentences), "labels": labels, "truth": truth, "source": source, "clip": clip}

@@ -11,22 +11,22 @@ import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import repeat
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
+from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import atomic_write, read_json, write_json, write_jsonl
-from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.toy import text
-from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, SKINS, VOICE, Look, clamp, draw, encode, voice
+from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
 VERSION = 6  # of what a seed gives; raise it when rendering, grammar or files change
-SPLITS = ("train", "test", "tune", "pretrain")  # in the order of the clips' numbers
+SPLITS = ("train", "test", "tune", "pretrain")
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
@@ -79,6 +79,12 @@ class ClipSpec:
     look: Look
 
 
+def generator(settings: WorldSettings, purpose: str, index: int = 0) -> np.random.Generator:
+    """Random numbers of their own for each purpose and clip, so that a change of one leaves the others alone."""
+    stream = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")
+    return np.random.default_rng([settings.seed, stream, index])
+
+
 def sample_clip(settings: WorldSettings, split: str, index: int, number: int) -> ClipSpec:
     """The clip `index` of `split`: a function of its arguments, whatever the sizes of the splits."""
     rng = generator(settings, f"clip/{split}", index)
@@ -90,9 +96,9 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
     for modality, (names, emotion) in enumerate(zip((FACE, VOICE), shows)):
         weak = rng.random() < settings.weak
         strength = rng.uniform(0.0, 0.35) if weak else rng.uniform(0.6, 1.0)
-        center = strength * np.array(PROTOTYPES[emotion][modality])
-        noisy = clamp(names, center + settings.noise * rng.standard_normal(len(names)))
-        values.append(tuple(round(float(v), 4) for v in noisy))
+        noisy = strength * np.array(PROTOTYPES[emotion][modality]) + settings.noise * rng.standard_normal(len(names))
+        lowest = [0.0 if name in ONE_SIDED else -1.0 for name in names]
+        values.append(tuple(round(float(v), 4) for v in np.clip(noisy, lowest, 1.0)))
     woman = bool(rng.random() < 0.5)  # and so is the hair: a model goes by its length, and would miss what goes against it
     look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)), woman, bool(rng.random() < 0.25),
                 text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
@@ -108,59 +114,46 @@ def sample_clips(settings: WorldSettings) -> list[ClipSpec]:
     return [sample_clip(settings, *place, number) for number, place in enumerate(places, FIRST_NUMBER)]
 
 
-def generator(settings: WorldSettings, purpose: str, index: int = 0) -> np.random.Generator:
-    """Random numbers of their own for each purpose and clip, so that a change of one leaves the others alone."""
-    stream = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")
-    return np.random.default_rng([settings.seed, stream, index])
-
-
-def render_clips(folder: Path, clips: list[ClipSpec], settings: WorldSettings) -> int:
-    """Renders each clip to clip/<number>.mp4, whole or not at all; returns how many."""
-    for clip in clips:
-        rng = generator(settings, f"render/{clip.split}", clip.number)
-        content = encode(draw(np.array(clip.face), clip.look, rng), voice(np.array(clip.voice), clip.look, rng))
-        part = folder / "clip" / f".{clip.number}.{os.getpid()}"  # no fsync: a clip that is lost is rendered again
-        part.write_bytes(content)
-        os.replace(part, folder / "clip" / f"{clip.number}.mp4")
-    return len(clips)
+def render_clip(folder: Path, settings: WorldSettings, clip: ClipSpec) -> None:
+    """Renders clip/<number>.mp4, whole or not at all."""
+    rng = generator(settings, f"render/{clip.split}", clip.number)
+    content = encode(draw(np.array(clip.face), clip.look, rng), voice(np.array(clip.voice), clip.look, rng))
+    part = folder / "clip" / f".{clip.number}.{os.getpid()}"  # no fsync: a clip that is lost is rendered again
+    part.write_bytes(content)
+    os.replace(part, folder / "clip" / f"{clip.number}.mp4")
 
 
 def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), workers: int = 2,
                 progress: bool = True) -> Path:
     """Renders the world into `folder` and returns it; reuses a complete one, finishes an interrupted one.
 
-    Raises SettingsError where the folder holds a world of other settings, or where the settings make no sense.
+    Raises SettingsError where the folder holds something else, or where the settings make no sense.
     """
     from tqdm import tqdm
 
-    folder, key = Path(folder), {"version": VERSION, "settings": asdict(settings)}
-    done, started = folder / "world.json", folder / "world.partial.json"
-    for marker in (done, started):
-        if marker.exists() and {k: read_json(marker).get(k) for k in key} != key:
-            raise SettingsError(f"{marker}: a world of other settings or of another version lies here; name another "
-                                "folder, or delete this one")
+    folder, clips = Path(folder), sample_clips(settings)
+    about = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}
+    done, unfinished = folder / "world.json", folder / "world.partial.json"  # the second becomes the first
+    begun = [read_json(path) == about for path in (done, unfinished) if path.exists()]
+    foreign = any((folder / name).exists() for name in ("clip", "train.json", "single_trainset_5.csv"))
+    if not all(begun) or foreign and not begun:
+        raise SettingsError(f"{folder}: holds a world of other settings or of another version, or clips that are not a "
+                            "world's; name another folder, or delete this one")
     if done.exists():
         return folder
-    foreign = ("clip", "train.json", "single_trainset_5.csv")
-    if not started.exists() and any((folder / name).exists() for name in foreign):
-        raise SettingsError(f"{folder}: holds clips or annotations that are not a world's; name another folder")
-    clips = sample_clips(settings)
     (folder / "clip").mkdir(parents=True, exist_ok=True)
-    write_json(started, key)
-
-    there = {p.name for p in (folder / "clip").glob("*.mp4") if p.stat().st_size}
-    missing = [clip for clip in clips if f"{clip.number}.mp4" not in there]
-    batches = [missing[i:i + 25] for i in range(0, len(missing), 25)]
-    with (ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-          tqdm(total=len(missing), desc="clips", unit="clip", disable=not progress, mininterval=1.0) as bar):
-        for count in (pool.map if workers > 1 else map)(render_clips, repeat(folder), batches, repeat(settings)):
-            bar.update(count)
-
+    write_json(unfinished, about)
+    rendered = {p.name for p in (folder / "clip").glob("*.mp4") if p.stat().st_size}
+    missing = [clip for clip in clips if f"{clip.number}.mp4" not in rendered]
+    render = partial(render_clip, folder, settings)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        steps = pool.map(render, missing, chunksize=25) if workers > 1 else map(render, missing)
+        for _ in tqdm(steps, "clips", len(missing), unit="clip", disable=not progress, mininterval=1.0):
+            pass
     for part in (folder / "clip").glob(".*"):  # what a killed worker left
-        part.unlink(missing_ok=True)
+        part.unlink()
     write_annotations(folder, clips, settings)
-    write_json(done, {**key, "clips": len(clips)})
-    started.unlink(missing_ok=True)
+    unfinished.replace(done)
     return folder
 
 
@@ -170,20 +163,16 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
     for split in ("train", "test", *(["tune"] if by_split["tune"] else [])):
         rows = [f"{c.number},{EMOTIONS.index(c.label) + 1}\n" for c in by_split[split]]
         atomic_write(folder / f"single_{split}set_5.csv", "".join(["video_name,label\n", *rows]))
-    write_lines(folder / "params.jsonl", [asdict(c) for c in clips])
+    write_jsonl(folder / "params.jsonl", map(asdict, clips))
     write_json(folder / "train.json", sft_entries(by_split["train"][:settings.sft_clips], settings))
     write_json(folder / "pretrain.json", caption_entries(by_split["pretrain"], settings))
     train, valid = erv_pairs(by_split["train"] or clips, settings)
-    write_lines(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
-    write_lines(folder / "erv_valid.jsonl", valid)
+    write_jsonl(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
+    write_jsonl(folder / "erv_valid.jsonl", valid)
     sentences = " ".join([*text.grammar(True), *text.grammar(False)])  # every word that a policy is to write
     spoken = [entry(clips[0], sentences, emotion) for emotion in EMOTIONS] + caption_entries(clips[:300], settings)
     write_tokenizers(folder / "tokenizers", [e["conversations"][1]["value"] for e in spoken],
                      [row["text"] for row in train + valid])
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    write_jsonl(path, rows)
 
 
 def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
@@ -221,8 +210,8 @@ def erv_pairs(clips: list[ClipSpec], settings: WorldSettings) -> tuple[list[dict
     """Training and validation pairs of the verifier (section 3.2): a fifth from human annotators, with few of some
     classes; a complement set for those classes; the rest pseudo-labelled. Train and valid share no clip."""
     cut = max(1, round(len(clips) * settings.erv_train / max(1, settings.erv_train + settings.erv_valid)))
-    pools, pairs = (clips[:cut], clips[cut:] or clips[:cut]), []
-    for name, pool, size in zip(("train", "valid"), pools, (settings.erv_train, settings.erv_valid)):
+
+    def pairs(name: str, pool: list[ClipSpec], size: int) -> list[dict]:
         rng, rows = generator(settings, f"erv/{name}"), []
         for i in range(size):
             clip, share = text.pick(rng, pool), i / size
@@ -231,5 +220,7 @@ def erv_pairs(clips: list[ClipSpec], settings: WorldSettings) -> tuple[list[dict
                        "complement": text.pick(rng, text.COMPLEMENT), "pseudo": clip.label}[source]
             rows.append(text.erv_row(rng, clip.look, emotion, source, str(clip.number), settings.erv_noise,
                                      settings.sentence_noise, settings.exploitable))
-        pairs.append(rows)
-    return pairs[0], pairs[1]
+        return rows
+
+    return (pairs("train", clips[:cut], settings.erv_train),
+            pairs("valid", clips[cut:] or clips[:cut], settings.erv_valid))
