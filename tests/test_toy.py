@@ -110,7 +110,8 @@ def test_interrupted_world_is_finished_and_a_complete_one_reused(small, tmp_path
     (folder / "clip" / ".10003.999").write_bytes(b"half")
     kept = (folder / "clip" / "10001.mp4").stat().st_mtime_ns
     rendered, render_clip = [], world.render_clip
-    monkeypatch.setattr(world, "render_clip", lambda f, s, clip: (rendered.append(clip.number), render_clip(f, s, clip)))
+    monkeypatch.setattr(world, "render_clip", lambda folder, settings, clip: (
+        rendered.append(clip.number), render_clip(folder, settings, clip)))
     build_world(folder, SMALL, workers=1, progress=False)
     assert rendered == [10002, 10003] and (folder / "clip" / "10001.mp4").stat().st_mtime_ns == kept
     assert contents(folder) == contents(small)
@@ -338,7 +339,8 @@ def test_a_process_alone_under_torchrun_gives_its_command_to_two(tmp_path, monke
     (tmp_path / "world").mkdir()
     (tmp_path / "world/world.json").touch()
     open_folder(out, False, Processes(0, 1, torch.device("cpu")))
-    for size, device, batch in ((None, "cpu", 32), ("2", "cpu", 32), ("1", "cuda", 32), ("1", "cpu", 31), ("1", "cpu", 32)):
+    for size, device, batch in ((None, "cpu", 32), ("2", "cpu", 32), ("1", "cuda", 32), ("1", "cpu", 31),
+                                ("1", "cpu", 32)):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         if size:
             monkeypatch.setenv("WORLD_SIZE", size)
@@ -383,11 +385,11 @@ def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
 
 
 def test_two_processes_of_a_command_find_each_other(tmp_path, monkeypatch):
-    """Apart from torchrun's store, which this process's group keeps; one that fails ends the other, which waits for it."""
+    """Apart from the store of this process's torchrun; one that fails ends the other, which waits for it."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     join = "from erv_min.run.processes import *; p = join_processes('cpu'); "
-    chain.run(python(join + f"open(os.path.join({str(tmp_path)!r}, str(p.rank)), 'w').write(str(all_gather_object(p.rank)))"),
-              processes=2)
+    write = f"open({str(tmp_path)!r} + f'/{{p.rank}}', 'w').write(str(all_gather_object(p.rank)))"
+    chain.run(python(join + write), processes=2)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0, 1]"] * 2
     with pytest.raises(SystemExit, match="ended with status 3"):
         chain.run(python(f"os.environ['RANK'] == '1' and sys.exit(3); {join}"), processes=2)

@@ -99,37 +99,37 @@ def prepare_world(settings, processes: Processes, base: bool = False) -> Path:
 
 
 def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
-    """Makes world, SFT, verifier and, where asked, the Baseline, each where it is not there yet; names them in `settings`.
+    """Makes world, SFT, verifier and, where asked, the Baseline, each where it is not there yet, by the stages' scripts
+    in the folder `scripts`; names them in `settings`. The main process makes them, the others wait.
 
-    `scripts` is the folder of the stages' scripts. The main process makes them, the others wait. With --random-weights
-    the world's text is all that is needed. A process that is alone under torchrun on a CPU gives the command to two,
-    which share each step's prompts (that pays better than two threads on matrices as small as the toy's), and raises
-    SystemExit at their end; `python scripts/grpo.py` stays alone, and so does a batch that does not halve.
+    A process that is alone under torchrun on a CPU gives its command to two, which share each step's prompts (that pays
+    better than two threads on matrices as small as the toy's), and raises SystemExit at their end;
+    `python scripts/grpo.py` stays alone, and so does a batch that does not halve.
     """
-    world, out = prepare_world(settings, processes), Path(settings.out)
-    if settings.random_weights:
+    world, out, todo = prepare_world(settings, processes), Path(settings.out), []
+    if settings.random_weights:  # the world's text is all that is needed
         return
-    same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--device", settings.device or "cpu",
-            "--resume"]
-    human = ["--sources", "human"] if settings.ablate == "augmentation" else []  # table 2: a verifier of its own
-    stages: list[list[str]] = []
-    if not settings.model:
-        settings.model = str(out / "sft")
-        stages += [] if (out / "sft" / WEIGHTS).exists() else [
-            [str(scripts / "sft.py"), *same, "--out", settings.model]]
+    same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--resume",
+            "--device", settings.device or "cpu"]
+
+    def made(script: str, name: str, *more: str) -> str:
+        if not (out / name / WEIGHTS).exists():
+            todo.append([str(scripts / script), *same, "--out", str(out / name), *more])
+        return str(out / name)
+
+    settings.model = settings.model or made("sft.py", "sft")
     if settings.rewards.w_explanation and not settings.erv:
-        settings.erv = str(out / ("erv-unaugmented" if human else "erv"))
-        stages += [] if Path(settings.erv, WEIGHTS).exists() else [
-            [str(scripts / "erv.py"), *same, "--out", settings.erv, *human]]
+        table_2 = settings.ablate == "augmentation"  # a verifier of its own
+        settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
     if processes.main:
         command = [str(scripts / "grpo.py"), *sys.argv[1:]]
-        if stages:
-            run(*stages)
+        if todo:
+            run(*todo)
         if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
-            run([*command, "--world", settings.world, "--model", settings.model, "--out", str(out / "baseline"), "--erv",
-                 "", "--ablate", "", "--w-explanation", "0", "--no-baseline", "--eval-clips", "-1", "--resume"])
+            own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
+            run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")])
         if os.environ.get("WORLD_SIZE") == "1" and processes.device.type == "cpu" and settings.batch_size % 2 == 0:
-            LOCKS.pop(settings.out).close()
+            LOCKS.pop(str(out)).close()  # the two take the folder
             run(command, processes=2)
             raise SystemExit
     barrier()

@@ -37,15 +37,6 @@ SPELLINGS = {"happy": ("happy", "happiness"), "sad": ("sad", "sadness"), "angry"
 NEGATIONS = ("no", "not", "without", "never", "n't", "hardly")
 
 
-def _in_labels(emotion: str | None, labels) -> str | None:
-    """The caller's spelling of `emotion`, None where its list has none."""
-    return next((label for label in labels if label.lower() in SPELLINGS.get(emotion, ())), None)
-
-
-def _phrases(text: str) -> list[str]:
-    return [p for p in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text) if p.strip()]
-
-
 def _matches(phrase: str, stem: str) -> bool:
     """Whether a word of `phrase` begins with `stem` and none of the three words before it negates it."""
     found = re.search(rf"\b{stem}", phrase)
@@ -60,7 +51,8 @@ class Judge:
 
         None also where the emotion found is not in `labels`.
         """
-        return [_in_labels(self.emotion(text), labels) for text in explanations]
+        found = [SPELLINGS.get(self.emotion(text), ()) for text in explanations]
+        return [next((label for label in labels if label.lower() in spellings), None) for spellings in found]
 
     def emotion(self, text: str) -> str | None:
         if not re.search(r"[a-z]", text.lower()):
@@ -74,7 +66,7 @@ class LexiconJudge(Judge):
 
     def votes(self, text: str) -> dict[str, float]:
         votes = dict.fromkeys(WEIGHTS, 0.0)
-        for phrase in _phrases(text):
+        for phrase in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text):
             scores = {e: sum(w for stem, w in words.items() if _matches(phrase, stem)) for e, words in WEIGHTS.items()}
             for shared, pair in SHARED.items():
                 for emotion in pair:

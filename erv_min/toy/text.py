@@ -2,8 +2,8 @@
 
 An explanation has 4 or 5 short sentences: appearance and background (neutral), face, voice, conclusion, as in figures
 8 to 11. Each emotional sentence is a cue of one emotion alone, so that R_E cannot be gained by a cue true of two;
-`exploitable` mixes in cues that are, to show reward hacking. The pseudo-labels of `erv_row` stand in for GPT-4.1's
-(section 3.2, figure 6): they read the generator's own record of cues, not the words. The judges read words: `lexicon.py`.
+`exploitable` mixes in cues that are, to show reward hacking. The labels of `erv_row` stand in for GPT-4.1's (section
+3.2, figure 6): they are of the generator's own record of cues, not of the words. The judges read words: `lexicon.py`.
 """
 
 from collections import Counter

@@ -99,9 +99,10 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
         noisy = strength * np.array(PROTOTYPES[emotion][modality]) + settings.noise * rng.standard_normal(len(names))
         lowest = [0.0 if name in ONE_SIDED else -1.0 for name in names]
         values.append(tuple(round(float(v), 4) for v in np.clip(noisy, lowest, 1.0)))
-    woman = bool(rng.random() < 0.5)  # and so is the hair: a model goes by its length, and would miss what goes against it
-    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)), woman, bool(rng.random() < 0.25),
-                text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
+    woman = bool(rng.random() < 0.5)
+    long_hair = woman  # a model goes by its length, and would miss what goes against it
+    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)), long_hair,
+                bool(rng.random() < 0.25), text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
     return ClipSpec(number, split, label, *shows, *values, look)
 
 
