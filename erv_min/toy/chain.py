@@ -44,12 +44,13 @@ def run(*commands: list[str], processes: int = 1) -> None:
     """Runs `torchrun --nproc_per_node=PROCESSES COMMAND` for each, side by side, one thread per process; waits for all.
 
     (Without torchrun itself, which is a process more, and would not hand on the status STOPPED.)
-    SIGTERM and Ctrl-C are handed on, and one that fails ends the others. Raises SystemExit: STOPPED where they stopped
-    in order, else naming the command that failed.
+    SIGTERM and Ctrl-C are handed on, and one that fails ends the others. Raises SystemExit: STOPPED after a signal and
+    where one of them stopped in order, else naming the command that failed.
     """
-    started, jobs = time.time(), []  # jobs: (command, process)
+    started, jobs, signals = time.time(), [], []  # jobs: (command, process)
 
-    def hand_on(number: int, _=None) -> None:
+    def hand_on(number: int, _) -> None:
+        signals.append(number)
         for _, process in jobs:
             process.send_signal(number)
 
@@ -65,14 +66,15 @@ def run(*commands: list[str], processes: int = 1) -> None:
                 "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": "1"})))
     while not any(status := [process.poll() for _, process in jobs]) and None in status:
         time.sleep(0.1)
-    hand_on(signal.SIGTERM)  # to those that still run
+    for _, process in jobs:
+        process.terminate()  # does nothing to one that has ended
     ended = [process.wait() for _, process in jobs]
     for number, handler in before.items():
         signal.signal(number, handler)
     for code, (command, _) in zip(status, jobs):
-        if code and code not in (STOPPED, -signal.SIGTERM, -signal.SIGINT):
+        if code and code != STOPPED and not signals:
             raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {code}: its message stands above")
-    if any(ended):
+    if signals or any(ended):
         raise SystemExit(STOPPED)
     print(f"{time.time() - started:.0f} s", flush=True)
 
