@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from erv_min.run.processes import run_script
+from erv_min.run.processes import barrier, join_processes, run_script
 from erv_min.toy.base import train_base
 from erv_min.toy.chain import WEIGHTS, one_thread
 from erv_min.toy.world import WorldSettings, build_world
@@ -20,7 +20,9 @@ def main() -> None:
     settings = vars(parser.parse_args())
     folder, clips_only = settings.pop("folder"), settings.pop("clips_only")
     one_thread("toy")
-    build_world(folder, WorldSettings(**settings))
+    if join_processes("cpu").main:
+        build_world(folder, WorldSettings(**settings))
+    barrier()
     if not clips_only and not (folder / "base" / WEIGHTS).exists():
         train_base(folder, settings["seed"])
 

@@ -26,6 +26,7 @@ from erv_min.prompts import gate_text, render, sft_target
 from erv_min.run.errors import ClipError
 from erv_min.run.files import read_jsonl
 from erv_min.run.onednn import use_onednn
+from erv_min.run.processes import rank_and_size
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
 from erv_min.run.sharding import Replicated
 from erv_min.sft import sft_loss
@@ -53,15 +54,15 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     trainable(model, ("vision_tower", "visual_projector", "audio_projector"))
     model.model.audio_tower.requires_grad_()
     learner = Replicated(nn.ModuleList([model, see, hear]), compute=torch.float32)
-    optimizer, started = make_optimizer(learner.named_parameters().values()), time.time()
+    optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
     for step in range(steps):
-        batch = torch.tensor(batch_of_step(len(rows), batch_size, seed, step))
+        batch = torch.tensor(batch_of_step(len(rows), batch_size // size, seed, step))
         shown = see(F.rms_norm(model.encode_video(video[batch], *gate), (width,)).mean(1))
         sounds = hear(F.rms_norm(model.encode_audio(audio[batch]), (width,)).mean(1))
         losses = F.mse_loss(shown, seen[batch]), F.mse_loss(sounds, heard[batch])
         sum(losses).backward()
         update(learner, optimizer, learning_rate(step, steps, lr, 0.1), 1.0)
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 50 == 0 and rank == 0:
             print(f"towers: step {step + 1}/{steps} video loss {losses[0]:.4f} audio loss {losses[1]:.4f}, "
                   f"{time.time() - started:.1f} s", flush=True)
 
@@ -75,23 +76,27 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
         audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
     trainable(model, ("language_model",))
     learner = Replicated(model, compute=torch.float32)
-    optimizer, started = make_optimizer(learner.named_parameters().values()), time.time()
+    optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
     ids = torch.tensor([tokenizer.encode(render())])
     for step in range(steps):
-        batch = batch_of_step(len(captions), batch_size, seed, step)
+        batch = batch_of_step(len(captions), batch_size // size, seed, step)
         embeds, _, mask = model.splice(ids.expand(len(batch), -1), video[batch], audio[batch])
         targets = pad_targets([tokenizer.encode(c) + tokenizer.turn_end for i in batch for c in captions[i]],
                               tokenizer.pad_id, embeds.device)
         loss = sft_loss(completion_logps(model, Prompts(embeds, mask), targets)[0], targets.mask)
         loss.backward()
         update(learner, optimizer, learning_rate(step, steps, lr, 0.05), 1.0)
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 50 == 0 and rank == 0:
             print(f"captions: step {step + 1}/{steps} loss {loss.item():.4f}, {time.time() - started:.1f} s",
                   flush=True)
 
 
 def train_base(world: Path, seed: int = 0) -> None:
-    """Trains the base model on the rendered world in `world` and saves it, tokenizers and all, as `world`/base."""
+    """Trains the base model on the rendered world in `world` and saves it, tokenizers and all, as `world`/base.
+
+    Each of a group's processes learns from its own share of the clips, and their gradients are averaged.
+    """
+    rank, size = rank_and_size()
     started, texts, out = time.time(), world / "tokenizers", world / "base"
     tokenizer, gate_tokenizer = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
     model = use_onednn(HumanOmni(humanomni("toy")))
@@ -99,6 +104,7 @@ def train_base(world: Path, seed: int = 0) -> None:
     params = {str(row["number"]): row for row in read_jsonl(world / "params.jsonl")}
     written = read_training_json(world / "pretrain.json", world, "dfew")
     units = [list(unit) for _, unit in groupby(written, key=lambda e: e.video_id)]  # captions of a clip stand together
+    units = units[rank::size]
     video, audio = [], []
     for x in clip_inputs([unit[0] for unit in units], model.config, None, num_frames=model.config.num_frames):
         if isinstance(x, ClipError):
@@ -106,11 +112,14 @@ def train_base(world: Path, seed: int = 0) -> None:
         video.append(x.clip.video)
         audio.append(x.clip.audio)
     video, audio = torch.stack(video), torch.stack(audio)  # [clips, T, 3, S, S], [clips, mels, F]
-    print(f"base model: {len(units)} clips decoded in {time.time() - started:.1f} s", flush=True)
+    if rank == 0:
+        print(f"base model: {len(written)} captions' clips decoded in {time.time() - started:.1f} s", flush=True)
     gate = gate_tokenizer.encode_batch([gate_text()])
     train_towers(model, [params[unit[0].video_id] for unit in units], video, audio, gate, seed)
     captions = [[sft_target(e.explanation, e.label) for e in unit] for unit in units]
     train_captions(model, captions, video, audio, tokenizer, gate, seed)
+    if rank:
+        return
     shutil.copytree(texts / "lm", out, dirs_exist_ok=True)
     shutil.copytree(texts / "text_gate", out / "text_gate", dirs_exist_ok=True)
     save_humanomni(model, out)

@@ -95,7 +95,8 @@ def prepare_world(settings, processes: Processes, base: bool = False) -> Path:
     world = world_folder(settings)
     settings.world = str(world)
     if processes.main and not (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
-        run(["-m", "erv_min.toy", str(world), "--seed", str(settings.seed), *([] if base else ["--clips-only"])])
+        run(["-m", "erv_min.toy", str(world), "--seed", str(settings.seed), *([] if base else ["--clips-only"])],
+            processes=2 if base else 1)
     barrier()
     return world
 
@@ -126,7 +127,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     if processes.main:
         command = [str(scripts / "grpo.py"), *sys.argv[1:]]
         if todo:
-            run(*todo)
+            run(*todo, processes=2 if processes.device.type == "cpu" else 1)
         if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
             own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
             run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")])

@@ -25,13 +25,13 @@ from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOI
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
-VERSION = 6  # of what a seed gives; raise it when rendering, grammar or files change
+VERSION = 7  # of what a seed gives; raise it when rendering, grammar or files change
 SPLITS = ("train", "test", "tune", "pretrain")
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
 PROTOTYPES = {
-    "happy": ((0.9, 0.35, 0.0, 0.15, -0.3, 0.0, 0.0), (0.5, 0.5, 0.0, 0.4, 0.4, 0.0)),
+    "happy": ((0.9, 0.1, 0.0, 0.15, -0.3, 0.0, 0.0), (0.5, 0.8, 0.0, 0.4, -0.3, 0.0)),
     "sad": ((-0.7, 0.0, -0.8, 0.0, -0.4, 0.0, 0.15), (-0.6, -0.7, 0.3, -0.6, -0.4, 0.0)),
     "neutral": ((0.0,) * 7, (0.0,) * 6),
     "angry": ((-0.45, 0.25, 0.9, -0.7, 0.15, 0.0, 0.1), (-0.2, 0.7, 0.0, 0.9, -0.2, 0.4)),
@@ -54,9 +54,10 @@ class WorldSettings:
     conflict: float = 0.05  # share of clips in which face or voice shows another emotion
     noise: float = 0.16  # standard deviation of every parameter around its prototype
     exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
-    sft_clips: int = 1000
-    resamples: int = 12  # explanations a clip in train.json
-    captions: int = 2  # captions a clip in pretrain.json
+    sft_clips: int = 2000
+    resamples: int = 4  # explanations per clip in train.json
+    captions: int = 2  # captions per clip in pretrain.json
+    unrelated: int = 1  # explanations of any emotion per clip in pretrain.json
     answer_noise: float = 0.5  # an answer in train.json is random, fixed for its clip
     explanation_noise: float = 0.2  # an explanation's emotion is drawn anew, each time
     sentence_noise: float = 0.1  # an emotional sentence is about another emotion
@@ -198,12 +199,15 @@ def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
 
 
 def caption_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """Captions of what is seen and heard; their answer is random, since a base model recognises no emotion yet."""
+    """Captions of what is seen and heard, and explanations of any emotion, from which a base model learns to write
+    whole sentences; all with a random answer, since it recognises no emotion yet."""
     entries = []
     for clip in clips:
         rng = generator(settings, "caption", clip.number)
-        for _ in range(settings.captions):
-            entries.append(entry(clip, text.caption(rng, clip.look, clip.face, clip.voice), text.pick(rng, EMOTIONS)))
+        said = [text.caption(rng, clip.look, clip.face, clip.voice) for _ in range(settings.captions)]
+        said += [text.join(text.explain(rng, clip.look, text.pick(rng, EMOTIONS), sentence_noise=0.5))
+                 for _ in range(settings.unrelated)]
+        entries += [entry(clip, words, text.pick(rng, EMOTIONS)) for words in said]
     return entries
 
 
