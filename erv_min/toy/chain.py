@@ -30,6 +30,7 @@ from erv_min.run.settings import Answers, GRPOSettings
 from erv_min.run.start import decoding
 from erv_min.toy.text import count_sentences
 
+SECONDS: list[tuple[str, float]] = []  # what `run` has taken for which stages
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
 
 
@@ -76,7 +77,8 @@ def run(*commands: list[str], processes: int = 1) -> None:
             raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {code}: its message stands above")
     if signals or any(ended):
         raise SystemExit(STOPPED)
-    print(f"{time.time() - started:.0f} s", flush=True)
+    SECONDS.append((" | ".join("world" if name == "-m" else Path(name).stem for name, *_ in commands),
+                    time.time() - started))
 
 
 def world_folder(settings) -> Path:
@@ -134,6 +136,8 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         if os.environ.get("WORLD_SIZE") == "1" and processes.device.type == "cpu" and settings.batch_size % 2 == 0:
             LOCKS.pop(str(out)).close()  # the two take the folder
             run(command, processes=2)
+            print("seconds: " + ", ".join(f"{stages} {seconds:.0f}" for stages, seconds in SECONDS)
+                  + f"; {sum(seconds for _, seconds in SECONDS) / 60:.1f} minutes in all")
             raise SystemExit
     barrier()
 
