@@ -13,6 +13,7 @@ import sys
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from erv_min.fsdp import Sharded
 from erv_min.generate import prompt_bytes, sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.model.qwen2 import GroupCache, Packing
-from erv_min.logps import token_logps
+from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
 from erv_min.run.settings import DIMENSIONS, PRESETS, TRAINABLE, GRPOSettings, SFTSettings, parse
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
@@ -122,7 +123,7 @@ def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettin
     if gpus > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), patch("erv_min.logps.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA):  # fake tensors lie on a CPU
             return _run(config, stage, settings, gpus)
     finally:
         if gpus > 1:
