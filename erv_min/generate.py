@@ -5,6 +5,7 @@ batch and a resume do not change what is sampled. Rows that are done are dropped
 repetition penalties (nobody here uses them).
 """
 
+import contextlib
 import functools
 
 import numpy as np
@@ -35,7 +36,9 @@ def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, le
 def sample_token(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """One token a row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
-    Temperature 0 is greedy. top_k and top_p cut the distribution first (0 and 1.0: off).
+    Temperature 0 is greedy. top_k and top_p cut the distribution first (0 and 1.0: off). Sums are float64: in float32
+    tokens below 6e-8 would never be drawn. On CUDA a block of threads walks along each row, however few there are: few
+    are not worth a second way, since a rollout has G of every prompt.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -119,6 +122,19 @@ def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
     return prompts, (prompts[:, None] * done.shape[1] + columns).flatten()
 
 
+@contextlib.contextmanager
+def any_kernels():
+    """Lifts --deterministic: no forward kernel here adds by atomics, but CUDA's cumsum would be refused (torch 2.13 and
+    before), and the cache's index_copy_ would sort in every layer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@any_kernels()
 @torch.no_grad()
 def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int, eos_token_id: int,
             noise: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,

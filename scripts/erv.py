@@ -123,7 +123,7 @@ def batch_rows(settings: ERVSettings, weights: Tensor | None, count: int, step: 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ERVSettings, PRESETS, __doc__, argv)
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
-    out, processes = Path(settings.out), join_processes(settings.device)
+    out, processes = Path(settings.out), join_processes(settings.device, settings.deterministic)
     settings.resume = open_folder(out, settings.resume, processes)
     if settings.random_weights:
         settings.init = "scratch:base"

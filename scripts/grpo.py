@@ -37,7 +37,9 @@ from erv_min.toy import chain
 def main(argv: list[str] | None = None) -> None:
     settings = parse(GRPOSettings, PRESETS["grpo"], __doc__, argv)
     settings.out = settings.out or "runs/toy"
-    processes = join_processes(settings.device)
+    processes = join_processes(settings.device, settings.deterministic)
+    if settings.deterministic and not settings.rollout_batch and processes.device.type == "cuda":
+        raise SettingsError("--deterministic needs --rollout-batch N: how many fit depends on free memory")
     settings.resume = open_folder(settings.out, settings.resume, processes)
     toy = settings.preset == "toy" and not settings.random_weights
     if toy or settings.random_weights:

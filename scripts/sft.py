@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     settings.out = settings.out or "runs/toy/sft"
     if settings.train_vision_tower and settings.cache_features:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
-    processes = join_processes(settings.device)
+    processes = join_processes(settings.device, settings.deterministic)
     settings.resume = open_folder(settings.out, settings.resume, processes)
     if settings.preset == "toy" or settings.random_weights:
         base = not (settings.model or settings.random_weights)

@@ -1,30 +1,41 @@
 """What only a GPU shows: its numbers beside the CPU's, graphs beside plain steps, nccl, and that no step waits for the
-host. Skipped without CUDA, but for the last test. `python scripts/tools/gpu_check.py` runs it with the benchmarks."""
+host. Skipped without CUDA, but for the last part. `python scripts/tools/gpu_check.py` runs it with the benchmarks."""
 
+import contextlib
 import copy
 import gc
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
 
 import erv_min.generate as generation
 from erv_min.fsdp import Sharded
 from erv_min.generate import capture, prefill, rollout, sampling_noise
+from erv_min.grpo import group_advantages
+from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import trainable
 from erv_min.run.folder import provenance
-from erv_min.run.processes import Processes, exact_float32, join_processes
-from erv_min.run.settings import TRAINABLE, SFTSettings
+from erv_min.run.optimizer import make_optimizer
+from erv_min.run.errors import SettingsError
+from erv_min.run.processes import Processes, deterministic_kernels, exact_float32, join_processes
+from erv_min.run.settings import TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.run.sharding import Replicated
 from tiny import tiny_model, tiny_prompts
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
+import erv  # noqa: E402
 import evaluate  # noqa: E402
 import gpu_check  # noqa: E402
+import grpo  # noqa: E402
 import sft  # noqa: E402
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,6 +47,17 @@ def no_tf32():
     exact_float32()
 
 
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """Undoes --deterministic at the end."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def on_gpu(prompts: Prompts, dtype=torch.float32) -> Prompts:
     return Prompts(prompts.embeds.to("cuda", dtype), prompts.mask.cuda())
 
@@ -44,6 +66,14 @@ def some_completions(rows: int, length: int, device="cuda") -> Completions:
     ids = torch.randint(0, 500, (rows, length), generator=torch.Generator().manual_seed(3))
     lengths = torch.arange(rows) % length + 1
     return Completions(ids.to(device), (torch.arange(length) < lengths[:, None]).to(device))
+
+
+def a_clip() -> dict[str, torch.Tensor]:
+    """What HumanOmni's forward takes, random."""
+    config, g = tiny_model().config, torch.Generator().manual_seed(0)
+    return {"input_ids": torch.tensor([[5, -201, -202, 7, 8]]), "gate_ids": torch.tensor([[2, 9, 3]]),
+            "video": torch.randn(1, config.num_frames, 3, *[config.vision.image_size] * 2, generator=g),
+            "audio": torch.randn(1, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, generator=g)}
 
 
 def step_of(run, device: str) -> dict[str, torch.Tensor]:
@@ -76,13 +106,16 @@ def test_logps_and_gradients_are_the_cpus(recompute):
 
 
 @gpu
+def test_deterministic_kernels_repeat_their_bits(plain_kernels):
+    deterministic_kernels()
+    first, *others = (step_of(Replicated(tiny_model(3).cuda(), "cuda", torch.float32), "cuda") for _ in range(4))
+    assert all(torch.equal(value, other[name]) for other in others for name, value in first.items())
+
+
+@gpu
 def test_towers_and_logits_are_the_cpus():
     """Convolutions, projectors, gate and prompt: 1e-4, which TF32 would miss."""
-    model, config = tiny_model(), tiny_model().config
-    g = torch.Generator().manual_seed(0)
-    given = {"input_ids": torch.tensor([[5, -201, -202, 7, 8]]), "gate_ids": torch.tensor([[2, 9, 3]]),
-             "video": torch.randn(1, config.num_frames, 3, *[config.vision.image_size] * 2, generator=g),
-             "audio": torch.randn(1, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, generator=g)}
+    model, given = tiny_model(), a_clip()
     with torch.no_grad():
         expected = model(**given).logits
         found = copy.deepcopy(model).cuda()(**{k: v.cuda() for k, v in given.items()}).logits.cpu()
@@ -199,12 +232,135 @@ def test_sft_across_an_epoch_with_cached_features(tmp_path):
 # ---- without a GPU ---------------------------------------------------------------------------------------------------
 
 
+class There(torch.Tensor):
+    """A tensor of another device, "meta" by name; `here` holds its numbers, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, here):
+        self = torch.Tensor._make_wrapper_subclass(cls, here.size(), strides=here.stride(), dtype=here.dtype,
+                                                   storage_offset=here.storage_offset(), device="meta")
+        self.here = here
+        return self
+
+    def tolist(self):
+        return [x.tolist() if x.dim() else x.item() for x in self.unbind()]
+
+
+def on_device(_, function, types, args=(), kwargs=None):
+    """One operation, on the CPU. Raises where tensors of both devices meet, but for copies and single numbers."""
+    name, to = function.overloadpacket.__name__, (kwargs or {}).get("device")
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    here = [x for x in tensors if not isinstance(x, There)]
+    if name not in ("_to_copy", "copy_") and len(here) < len(tensors) and any(x.dim() for x in here):
+        raise RuntimeError(f"{name}: {[tuple(x.shape) for x in here]} on the CPU, others on the device")
+    args_here, kwargs_here = tree_map(lambda x: x.here if isinstance(x, There) else x, (args, kwargs or {}))
+    out = function(*args_here, **kwargs_here | ({} if to is None else {"device": torch.device("cpu")}))
+    if to is not None and to.type == "cpu" or to is None and len(here) == len(tensors):
+        return out
+    out = tree_map(lambda x: There(x) if isinstance(x, torch.Tensor) else x, out)
+    return return_and_correct_aliasing(function, args, kwargs or {}, out)
+
+
+There.__torch_dispatch__ = classmethod(on_device)
+
+
+class Device(TorchDispatchMode):
+    """Tensors that are made inside for device "meta" are `There`."""
+
+    __torch_dispatch__ = on_device
+
+
+class Capture(Device):
+    """Raises where the host would wait for the device or copy to it, which a CUDA graph's capture forbids."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, to = function.overloadpacket.__name__, (kwargs or {}).get("device")
+        masks = name.startswith("index") and any(getattr(x, "dtype", 0) == torch.bool for x in tree_leaves(args[1]))
+        if masks or to and name == "_to_copy" or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal"):
+            raise RuntimeError(f"{name} in a capture")
+        return on_device(self, function, types, args, kwargs)
+
+
+def grpo_step(put) -> dict[str, torch.Tensor]:
+    """Forward pass, sampling, log-probs and an update of a model that lies where `put` puts tensors."""
+    model, settings, part = tiny_model(3)._apply(put), GRPOSettings(group_size=3, max_new_tokens=12), slice(0, 1)
+    model.tie_weights()
+    trainable(model, TRAINABLE["grpo"])
+    policy = Replicated(model, "cpu", torch.float32)
+    optimizer = make_optimizer(policy.named_parameters().values())
+    given = {name: put(x) for name, x in a_clip().items()}
+    ids, gate_ids, video, audio = given.values()
+    with torch.no_grad():
+        logits = model(**given).logits
+        batch = Batch([SimpleNamespace(video_id="1")], ids, ids == ids, gate_ids, gate_ids > 0,
+                      vision=model.vision_features(video), audio=model.audio_features(audio))
+        completions = grpo.sample(model, embed(model, batch), [0], 0, settings, EOS)
+        ref_logps, _ = grpo.log_probs(policy, model, batch, completions, part, settings)
+    A = group_advantages(put(torch.tensor([1.0, 0, 2])), 3)
+    run = SimpleNamespace(watch=lambda *_: None, processes=SimpleNamespace(size=1))
+    done = grpo.descend(policy, model, optimizer, batch, completions, A, [ref_logps], [part], 1e-3, run, settings, EOS)
+    assert {p.device for p in model.parameters()} == {logits.device}
+    return {"logits": logits, "ids": completions.ids, "logps": ref_logps, "norm": put(torch.tensor(done.grad_norm))}
+
+
+def test_all_of_a_step_lies_on_the_device(monkeypatch):
+    """The same numbers as on the CPU; a tensor made elsewhere raises, and so does a module that returns one."""
+    def returned(module, _, out):
+        assert all(isinstance(x, There) for x in tree_leaves(out) if isinstance(x, torch.Tensor)), type(module)
+
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know "meta"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    expected = grpo_step(lambda x: x)
+    with Device(), torch.nn.modules.module.register_module_forward_hook(returned):
+        found = grpo_step(There)
+        with pytest.raises(RuntimeError, match=r"add: \[\(2,\)\] on the CPU"):
+            There(torch.ones(2)) + torch.ones(2)
+    for name, value in expected.items():
+        near(found[name].here, value, 1e-4, name)
+
+
+@torch.no_grad()
+def test_a_capture_of_a_decode_step_finds_nothing_to_wait_for():
+    model, prompts = tiny_model(), tiny_prompts(tiny_model(), (3, 7))
+    with Device():
+        model._apply(There).tie_weights()
+        logits, step = prefill(model, Prompts(There(prompts.embeds), There(prompts.mask)), 2, 6)
+        last = logits.argmax(-1)
+        with Capture():
+            step.run(last)
+            for breach in (lambda: last.sum().item(), lambda: torch.ones(2).to(last.device), lambda: last[last > 3]):
+                with pytest.raises(RuntimeError, match="in a capture"):
+                    breach()
+
+
 def test_float32_on_cuda_is_not_tf32(monkeypatch):
     """PyTorch lets cuDNN's convolutions round to TF32 by default: off where a script joins, and config.json says so."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     join_processes("cpu")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert provenance(SFTSettings())["tf32"] == {"matmul": False, "conv": False}
+
+
+@pytest.mark.parametrize("script", [sft, erv, grpo])
+def test_deterministic_is_set_before_the_model_is_loaded(plain_kernels, monkeypatch, tmp_path, script):
+    monkeypatch.setattr(script, "open_folder", lambda *_: 1 / 0)  # what comes next
+    with pytest.raises(ZeroDivisionError):
+        script.main(["--device", "cpu", "--deterministic", "--out", str(tmp_path)])
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+
+
+def test_sampling_needs_no_deterministic_kernels(plain_kernels, monkeypatch):
+    """CUDA's cumsum would be refused; and how many prompts are sampled at once may not depend on free memory."""
+    deterministic_kernels()
+    seen, sample = [], generation.sample_token
+    monkeypatch.setattr(generation, "sample_token", lambda *given: seen.append(
+        torch.are_deterministic_algorithms_enabled()) or sample(*given))
+    rollout(tiny_model(), tiny_prompts(tiny_model(), (3,)), 2, 4, EOS, sampling_noise(0, 0, [0], 2, 4))
+    assert seen and not any(seen) and torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(grpo, "join_processes", lambda *_: Processes(0, 1, torch.device("cuda")))
+    with pytest.raises(SettingsError, match="--rollout-batch N"):
+        grpo.main(["--deterministic"])
 
 
 @pytest.mark.parametrize("rank, expected", [(0, ["parted", "judged"]), (1, ["parted"])])

@@ -450,7 +450,7 @@ def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
 
 
 def test_more_processes_than_rows_of_a_step(folder, script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "join_processes", lambda device: Processes(0, 4, torch.device("cpu")))
+    monkeypatch.setattr(script, "join_processes", lambda *_: Processes(0, 4, torch.device("cpu")))
     with pytest.raises(SettingsError, match="3 prompts per step do not divide by the 4 processes"):
         script.main(arguments(folder, tmp_path, "--batch-size", "3"))
 

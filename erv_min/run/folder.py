@@ -37,7 +37,7 @@ SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation
 # Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not what it computes.
 FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every", "baseline",
                   "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature", "eval_clips",
-                  "patience", "rollout_batch"}
+                  "patience", "rollout_batch", "deterministic"}
 
 
 def git_commit() -> str:

@@ -41,12 +41,14 @@ class Processes:
         return list(range(self.rank, count, self.size))
 
 
-def join_processes(device: str = "", timeout_minutes: float = 60) -> Processes:
+def join_processes(device: str = "", deterministic: bool = False) -> Processes:
     """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun.
 
     Returns when all have joined. Raises SettingsError where a CUDA device is asked for and there is none.
     """
     exact_float32()
+    if deterministic:
+        deterministic_kernels()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
@@ -57,7 +59,7 @@ def join_processes(device: str = "", timeout_minutes: float = 60) -> Processes:
     elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     if size > 1 and not dist.is_initialized():
-        join("nccl" if chosen.type == "cuda" else "gloo", timeout_minutes)
+        join("nccl" if chosen.type == "cuda" else "gloo")
     barrier()  # nccl connects at the first collective only
     return Processes(rank, size, chosen)
 
@@ -66,6 +68,14 @@ def exact_float32() -> None:
     """Float32 matrix products and convolutions on CUDA keep all 24 bits. PyTorch lets cuDNN's convolutions have 11 by
     default (TF32, Ampere and later), which moves the towers' features by about 1e-3; bfloat16 has nothing of it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def deterministic_kernels() -> None:
+    """The same bits in every run on CUDA: backward passes (attention's, index_select's) add by atomics otherwise, in no
+    fixed order. To be called before the first product, since cuBLAS reads its workspace from the environment."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def join(backend: str, timeout_minutes: float = 60) -> None:
