@@ -313,7 +313,8 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *given])
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
-    chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
+    chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cuda", 0)))
+    assert all(c[c.index("--device") + 1] == "cuda" for c in commands[1:3])  # where GRPO itself runs
     assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
     scripts = [word for c in commands for word in c if word.endswith(".py")]
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's

@@ -115,7 +115,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     if settings.random_weights:  # the world's text is all that is needed
         return
     same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--resume",
-            "--device", settings.device or "cpu"]
+            "--device", settings.device or processes.device.type, *["--deterministic"] * settings.deterministic]
 
     def made(script: str, name: str, *more: str) -> str:
         if not (out / name / WEIGHTS).exists():
