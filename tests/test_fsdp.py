@@ -634,10 +634,11 @@ def test_plan_says_what_helps():
 @pytest.mark.parametrize("gpu,verdict", [("3090-24", "FITS on 2 x 3090-24"), (None, "invalid choice: 'b200'")])
 def test_plan_script(gpu, verdict):
     script = str(Path(__file__).parent.parent / "scripts" / "tools" / "plan.py")
-    options = ["--preset", "toy", "--gpus", "2", "--stage", "sft", "--gpu", gpu or "b200"]
+    options = ["--preset", "toy", "--gpus", "2", "--stage", "grpo", "--gpu", gpu or "b200"]
     out = subprocess.run([sys.executable, script, *options], text=True, capture_output=True)
     assert (out.returncode == 0) == (gpu is not None)
     assert verdict in out.stdout + out.stderr
+    assert ("sampled together: 16 of a process's 16 prompts" in out.stdout) == (gpu is not None)
     assert "Traceback" not in out.stderr
 
 
