@@ -6,8 +6,8 @@ towers, from TOWERS below. Left out: the settings of the training stages (run/se
 means (checkpoint.py).
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import get_args
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Literal, get_args
 
 from erv_min.run.errors import CheckpointError, SettingsError
 
@@ -26,6 +26,7 @@ class Qwen2Config:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
+    hidden_act: Literal["silu"] = "silu"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class SiglipConfig:
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-6
+    hidden_act: Literal["gelu_pytorch_tanh"] = "gelu_pytorch_tanh"
 
     @property
     def grid(self) -> int:
@@ -58,6 +60,7 @@ class WhisperConfig:
     max_source_positions: int
     classifier_proj_size: int = 256
     num_labels: int = 2
+    activation_function: Literal["gelu"] = "gelu"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class BertConfig:
     num_labels: int = 0
     roberta: bool = False
     pad_token_id: int = 0
+    hidden_act: Literal["gelu"] = "gelu"
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,11 @@ class HumanOmniConfig:
     vision: SiglipConfig
     audio: WhisperConfig
     gate: BertConfig
-    projector: str = "all_in_one_small"  # or "all_in_one"
+    projector: Literal["all_in_one_small", "all_in_one"] = "all_in_one_small"
+    mm_audio_projector_type: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     num_frames: int = 8
     select_layer: int = -2
     gate_hidden_size: int = 3584
-    eos_token_id: int | None = None
     extra: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -126,7 +130,7 @@ def humanomni(name: str) -> HumanOmniConfig:
     if name not in ("0.5b", "7b"):
         raise SettingsError(f"model {name!r} is unknown; choose toy, 0.5b or 7b")
     siglip_base, siglip_so400m, whisper, bert = TOWERS.values()
-    ids = {"eos_token_id": 151645, "extra": {"bos_token_id": 151643, "pad_token_id": 151643}}
+    ids = {"extra": {"eos_token_id": 151645, "bos_token_id": 151643, "pad_token_id": 151643}}
     if name == "0.5b":
         return HumanOmniConfig(Qwen2Config(151936, 896, 4864, 24, 14, 2), siglip_base, whisper, bert, **ids)
     text = Qwen2Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False)
@@ -144,47 +148,37 @@ def roberta(name: str, num_labels: int = 11) -> BertConfig:
 
 # ---- config.json and towers.json ------------------------------------------------------------------------------------
 
-# What a file may say of a part apart from its sizes: key -> the values that are implemented, the usual one first.
-SUPPORTED = {
-    Qwen2Config: {"hidden_act": ("silu",)},
-    SiglipConfig: {"hidden_act": ("gelu_pytorch_tanh",)},
-    WhisperConfig: {"activation_function": ("gelu",)},
-    BertConfig: {"hidden_act": ("gelu",)},
-    HumanOmniConfig: {"mm_projector_type": ("all_in_one_small", "all_in_one"),
-                      "mm_audio_projector_type": ("mlp2x_gelu",)},
-}
 KEYS = {"projector": "mm_projector_type", "select_layer": "mm_vision_select_layer"}  # fields under another name there
 LIMITS = {"num_hidden_layers": (1, 1000), "encoder_layers": (1, 1000), "select_layer": (-1000, 1000),
-          "pad_token_id": (0, 2**24), "eos_token_id": (0, 2**24), "num_labels": (0, 2**24)}  # other sizes: 1 to 2**24
+          "pad_token_id": (0, 2**24), "num_labels": (0, 2**24)}  # other sizes: 1 to 2**24
 MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"),
              ("d_model", "encoder_attention_heads"))  # the second divides the first
 
 
-def read_part(kind: type, values: dict, where: str, usual: dict | None = None, **given):
-    """Builds the dataclass `kind` from the values of a JSON object, in which null counts as absent.
+def read_part(kind: type, values: dict, where: str, **given):
+    """Builds the dataclass `kind` from the values of a JSON object, in which null counts as absent; `given` are fields
+    that are taken as they are.
 
-    `usual` stands for absent values, `given` are fields that are taken as they are. Raises CheckpointError naming
-    `where` and the field that is missing, of another type or size, or not supported.
+    Raises CheckpointError naming `where` and the field that is missing, of another type or size, or not supported.
     """
     if kind is SiglipConfig and isinstance(values, dict):
         values = values.get("vision_config", values)  # SigLIP's own repository nests the vision half
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    values = (usual or {}) | {k: v for k, v in values.items() if v is not None}
-    for key, supported in SUPPORTED[kind].items():
-        if values.get(key, supported[0]) not in supported:
-            raise CheckpointError(f"{where}: {key} is {values[key]!r}, only {' or '.join(supported)} is supported")
     for f in fields(kind):
-        key, types = KEYS.get(f.name, f.name), get_args(f.type) or (f.type,)
-        if f.name in given or key not in values and f.default is not f.default_factory:
+        if f.name in given:
             continue
-        if key not in values:  # and neither has a default: both are MISSING
+        key = KEYS.get(f.name, f.name)
+        value = given[f.name] = f.default if values.get(key) is None else values[key]
+        if value is MISSING:
             raise CheckpointError(f"{where}: field {key!r} is missing")
-        value = given[f.name] = values[key]
-        if type(value) not in ((float, int) if f.type is float else types):
-            raise CheckpointError(f"{where}: field {key!r} must be {types[0].__name__}, is {value!r}")
-        low, high = LIMITS.get(f.name, (1, 2**24)) if int in types else (0, 1e30)
-        if type(value) in (int, float) and not low <= value <= high:
+        if choices := get_args(f.type):
+            if value not in choices:
+                raise CheckpointError(f"{where}: {key} is {value!r}, only {' or '.join(choices)} is supported")
+        elif type(value) is not f.type and (f.type, type(value)) != (float, int):
+            raise CheckpointError(f"{where}: field {key!r} must be {f.type.__name__}, is {value!r}")
+        low, high = LIMITS.get(f.name, (1, 2**24)) if f.type is int else (0, 1e30)
+        if f.type in (int, float) and not low <= value <= high:
             raise CheckpointError(f"{where}: field {key!r} is {value}, models have {low} to {high}")
     part = kind(**given)
     for whole, divisor in MULTIPLES:
@@ -201,36 +195,31 @@ def read_roberta(raw: dict, where: str) -> BertConfig:
     if raw.get("model_type") != "roberta":
         raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r}, a verifier is 'roberta'")
     labels = raw.get("id2label")
-    values = raw | {"num_labels": len(labels)} if isinstance(labels, dict) else raw
-    return read_part(BertConfig, values, where, {"num_labels": 2, "pad_token_id": 1}, roberta=True)
+    count = {"num_labels": len(labels)} if isinstance(labels, dict) else {}
+    return read_part(BertConfig, {"num_labels": 2, "pad_token_id": 1} | raw | count, where, roberta=True)
 
 
 def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,
                    where: str) -> HumanOmniConfig:
     """A released config.json and the towers' sizes -> HumanOmniConfig; errors as `read_part`."""
-    nested = raw.get("rope_parameters")  # where newer transformers keep rope_theta
-    text = read_part(Qwen2Config, raw, where,
-                     {"tie_word_embeddings": False} | (nested if isinstance(nested, dict) else {}))
+    text = read_part(Qwen2Config, {"tie_word_embeddings": False} | raw, where)
     for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
         if raw.get(key, width) != width:
             raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
-    eos = raw.get("eos_token_id", 151645)  # Qwen2's <|im_end|>
-    values = raw | {"eos_token_id": eos[0] if isinstance(eos, list) and eos else eos}
-    return read_part(HumanOmniConfig, values, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
+    return read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
 
 
 def config_json(config: HumanOmniConfig) -> dict:
     """HumanOmniConfig -> the released config.json, keys of the file it was read from first and kept."""
     siglip = "so400m-patch14-384" if config.projector == "all_in_one" else "base-patch16-224"
-    released = {"model_type": "HumanOmni_qwen2", "architectures": ["HumanOmniQwen2ForCausalLM"], "hidden_act": "silu",
+    released = {"model_type": "HumanOmni_qwen2", "architectures": ["HumanOmniQwen2ForCausalLM"],
                 "attention_dropout": 0.0, "use_cache": True, "use_mm_proj": True, "mm_use_x_start_end": True,
                 "mm_vision_tower": f"google/siglip-{siglip}", "mm_audio_tower": "openai/whisper-large-v3",
-                "mm_vision_select_feature": "patch", "mm_audio_projector_type": "mlp2x_gelu",
-                "image_aspect_ratio": "pad"}
+                "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
     own = asdict(config.text) | {
         "mm_projector_type": config.projector, "mm_vision_select_layer": config.select_layer,
-        "num_frames": config.num_frames, "mm_hidden_size": config.vision.hidden_size,
-        "audio_hidden_size": config.audio.d_model, "eos_token_id": config.eos_token_id}
+        "mm_audio_projector_type": config.mm_audio_projector_type, "num_frames": config.num_frames,
+        "mm_hidden_size": config.vision.hidden_size, "audio_hidden_size": config.audio.d_model}
     if config.gate_hidden_size != 3584:  # our key: the released code has 3584 written into it
         own["gate_hidden_size"] = config.gate_hidden_size
     return released | config.extra | own
@@ -238,5 +227,5 @@ def config_json(config: HumanOmniConfig) -> dict:
 
 def towers_json(config: HumanOmniConfig) -> dict:
     """The three towers' sizes as towers.json holds them."""
-    parts = {"vision": config.vision, "audio": config.audio, "text": config.gate}
-    return {name: asdict(part) | {k: v[0] for k, v in SUPPORTED[type(part)].items()} for name, part in parts.items()}
+    return {name: asdict(part) for name, part in zip(("vision", "audio", "text"), (
+        config.vision, config.audio, config.gate))}

@@ -71,14 +71,6 @@ class Tokenizer:
                        for placed, run in runs)
 
 
-def sft_ids(tokenizer: Tokenizer, prompt_text: str, target_text: str) -> tuple[list[int], list[int]]:
-    """Eq. 2's x and y: (input_ids, labels) of a prompt (`render`) and its assistant turn; labels are -100 on the
-    prompt, the loss covers the turn with its <|im_end|> and newline."""
-    prompt = tokenizer.encode(prompt_text)
-    target = tokenizer.encode(target_text) + tokenizer.turn_end
-    return prompt + target, [-100] * len(prompt) + target
-
-
 class EncoderTokenizer:
     """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ where it has one, else in the folder itself."""
 
@@ -136,11 +128,9 @@ def _from_vocabulary(folder: Path, config: dict) -> Backend:
     return backend
 
 
-def _default_system(folder: Path, template: str | list | None) -> str:
+def _default_system(folder: Path, template: str | None) -> str:
     """The text of the template's own system turn, found as text: templates are not run."""
     if not template and (folder / "chat_template.jinja").exists():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(template, list):  # several named templates
-        template = next((x["template"] for x in template if x["name"] == "default"), "")
-    found = DEFAULT_SYSTEM.search(template or "")
+    found = DEFAULT_SYSTEM.search(template) if isinstance(template, str) else None
     return found[1].replace("\\n", "\n").replace("\\'", "'") if found else SYSTEM

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 
 import pytest
@@ -16,7 +15,6 @@ from erv_min.config import TOWERS, humanomni, roberta
 from erv_min.run.errors import CheckpointError
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import random_humanomni
-from erv_min.run.weights import open_weights
 
 SMALL = GOLDEN / "humanomni_small"
 VISION, AUDIO, TEXT = (tower.prefix for tower in ALL_TOWERS)
@@ -127,33 +125,16 @@ def test_loaded_weights_are_no_view_of_the_file(folder):
 # ---- the other layouts ----------------------------------------------------------------------------------------------
 
 
-def shards(folder, suffix, save):
-    """Splits the golden weights over three files with an index."""
+def test_shards_and_a_missing_one(folder):
+    """The golden weights over three files with an index, and a buffer that older transformers saved."""
     (folder / "model.safetensors").unlink()
-    stem, index = ("model", "model.safetensors") if suffix == "safetensors" else ("pytorch_model", "pytorch_model.bin")
-    names, where = sorted(tensors()), {}
+    whole, where = tensors() | {"model.bert_model.embeddings.position_ids": torch.arange(64)}, {}
     for i in range(3):
-        file = f"{stem}-{i + 1:05}-of-00003.{suffix}"
-        save({k: tensors()[k] for k in names[i::3]}, folder / file)
-        where |= dict.fromkeys(names[i::3], file)
-    (folder / f"{index}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-
-
-@pytest.mark.parametrize("layout", ["bin", "old bin", "safetensors shards", "bin shards"])
-def test_other_weight_layouts(folder, layout):
-    if layout == "safetensors shards":
-        shards(folder, "safetensors", save_file)
-    elif layout == "bin shards":
-        shards(folder, "bin", torch.save)
-    else:
-        (folder / "model.safetensors").unlink()
-        buffer = {"model.bert_model.embeddings.position_ids": torch.arange(64)}  # older transformers saved it
-        torch.save(tensors() | buffer, folder / "pytorch_model.bin", _use_new_zipfile_serialization=layout == "bin")
+        file, names = f"model-{i + 1:05}-of-00003.safetensors", sorted(whole)[i::3]
+        save_file({k: whole[k] for k in names}, folder / file)
+        where |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     assert same(load_humanomni(folder), load_humanomni(SMALL))
-
-
-def test_missing_shard(folder):
-    shards(folder, "safetensors", save_file)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="1 shards are missing: model-00002-of-00003.safetensors"):
         load_humanomni(folder)
@@ -193,7 +174,7 @@ def test_towers_from_their_own_repositories(folder, tmp_path):
     assert not a[AUDIO + "projector.weight"].any()
     source = model.tower_source
     assert source["vision"] == f"repository {places['vision']}" and source["text"] == f"override {places['text']}"
-    assert source["unused_parameters"].startswith("zeros (4 absent in model.audio_tower")
+    assert source["unused_parameters"] == "zeros (4 absent; never read)"
 
 
 def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
@@ -214,7 +195,7 @@ def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
     (None, "google-bert/bert-base-uncased")])
 def test_paths_of_the_authors_machines(name, repository):
     tower = ALL_TOWERS[["google", "openai", "google-bert"].index(repository.split("/")[0])]
-    assert tower_place(name, tower, SMALL) == repository and isinstance(TOWERS[repository], tower.kind)
+    assert tower_place({tower.key: name}, tower, SMALL) == repository and isinstance(TOWERS[repository], tower.kind)
 
 
 def test_a_tower_that_nobody_knows(folder):
@@ -236,10 +217,10 @@ def test_misfits_are_counted_by_part(folder):
     with pytest.raises(CheckpointError) as caught:
         load_humanomni(folder)
     lines = str(caught.value).splitlines()
-    assert "  missing: 2 in language_model, such as model.layers.1.mlp.up_proj.weight" in lines
-    assert "  missing: 1 in gate_mlp, such as model.bert_gate.2.bias" in lines
+    assert "  missing: 2 in model.layers, such as model.layers.1.mlp.up_proj.weight" in lines
+    assert "  missing: 1 in model.bert_gate, such as model.bert_gate.2.bias" in lines
     assert "  unknown: 1 in model.mystery, such as model.mystery.weight" in lines
-    assert "  of another shape: 1 in language_model, such as model.norm.weight [47], not [48]" in lines
+    assert "  of another shape: 1 in model.norm, such as model.norm.weight [47], not [48]" in lines
     assert len(lines) == 5
 
 
@@ -247,13 +228,8 @@ def test_absent_unused_parameters_are_zeros_and_told(folder):
     t = {k: v for k, v in tensors().items() if ".head." not in k and "pooler" not in k}
     save_file(t, folder / "model.safetensors")
     model = load_humanomni(folder)
-    assert model.tower_source["unused_parameters"] == "zeros (11 absent in vision_tower, 2 absent in text_encoder; never read)"
+    assert model.tower_source["unused_parameters"] == "zeros (13 absent; never read)"
     assert not model.siglip.head.probe.any()
-
-
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch /tmp/erv_min_pwned",)
 
 
 def test_damaged_files_are_named(folder):
@@ -264,28 +240,10 @@ def test_damaged_files_are_named(folder):
         with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
             load_humanomni(folder)
     save_file(tensors() | {"model.norm.weight": torch.ones(48, dtype=torch.int32)}, file)
-    with pytest.raises(CheckpointError, match="model.safetensors: tensor model.norm.weight is I32"):
+    with pytest.raises(CheckpointError, match="model.safetensors: tensor model.norm.weight is torch.int32"):
         load_humanomni(folder)
-    file.unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
-        load_humanomni(folder)
-
-
-def test_pickled_code_is_refused(folder, tmp_path):
-    (folder / "model.safetensors").unlink()
-    file = folder / "pytorch_model.bin"
-    file.write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds code"):
-        load_humanomni(folder)
-    torch.save({"model.norm.weight": Payload()}, file)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds code"):
-        load_humanomni(folder)
-    assert not os.path.exists("/tmp/erv_min_pwned")
-    torch.save([1, 2], file)
-    with pytest.raises(CheckpointError, match="expected a dictionary"):
-        load_humanomni(folder)
-    torch.save({"model.norm.weight": torch.ones(48, dtype=torch.long)}, file)
-    with pytest.raises(CheckpointError, match="model.norm.weight is torch.int64"):
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no weights"):  # pickles are not read
         load_humanomni(folder)
 
 
@@ -304,7 +262,6 @@ def test_pickled_code_is_refused(folder, tmp_path):
     ("towers.json", dict(vision={"num_attention_heads": 5}), "towers.json, vision: .*num_attention_heads 5"),
     ("config.json", dict(num_attention_heads=0), "config.json: field 'num_attention_heads' is 0"),
     ("config.json", dict(gate_hidden_size=10**30), "config.json: field 'gate_hidden_size' is 10"),
-    ("config.json", dict(eos_token_id="<|im_end|>"), "config.json: field 'eos_token_id' must be int"),
 ])
 def test_configs_that_cannot_be_right(folder, file, values, message):
     change_json(folder / file, **values)
@@ -328,23 +285,19 @@ def test_offline_hub_says_what_to_do(monkeypatch):
         resolve(SMALL, "abc")
 
 
-def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
-    """safetensors first; pytorch_model.bin only where the repository has none; never whisper's float32 twins."""
+def test_hub_fetches_config_text_and_weights_alone(monkeypatch, tmp_path):
+    """Never whisper's float32 twins, nor .bin beside safetensors."""
     asked = []
-
-    def snapshot(name, revision, allow_patterns):
-        asked.append(allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("erv_min.checkpoint.snapshot_download", snapshot)
+    monkeypatch.setattr("erv_min.checkpoint.snapshot_download",
+                        lambda name, revision, allow_patterns: asked.append(allow_patterns) or str(tmp_path))
     (tmp_path / "config.json").touch()
-    (tmp_path / "pytorch_model.bin").touch()
-    assert resolve("a/b") == tmp_path
-    assert [any(p.endswith(".bin") for p in a) for a in asked] == [False, True]
+    with pytest.raises(CheckpointError, match="has no model.safetensors or model.safetensors.index.json"):
+        resolve("a/b")
+    assert resolve("a/b", weights=False) == tmp_path
     (tmp_path / "model.safetensors").touch()
-    asked.clear()
-    resolve("a/b")
-    assert len(asked) == 1 and "model.safetensors" in asked[0] and "*.safetensors" not in asked[0]
+    assert resolve("a/b") == tmp_path
+    assert [x for x in asked[0] if "safetensors" in x] == [
+        "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 
 
 # ---- the verifier ---------------------------------------------------------------------------------------------------
@@ -376,31 +329,20 @@ def test_verifier_without_its_head(tmp_path):
 # ---- shapes alone ---------------------------------------------------------------------------------------------------
 
 
-def test_the_meta_device_checks_names_and_shapes_and_reads_no_tensor(folder, monkeypatch):
-    """Ranks that take their shards from rank 0 hold shapes alone: 19 GB less to read at 7B, on each."""
-    calls = []
-
-    def counted(place):
-        stored = open_weights(place)
-        for name, entry in stored.items():
-            entry.read = lambda name=name, read=entry.read: calls.append(name) or read()
-        return stored
-
-    monkeypatch.setattr("erv_min.checkpoint.open_weights", counted)
+def test_the_meta_device_checks_names_and_shapes(folder):
+    """Processes that take their shards from the first hold shapes alone: 19 GB less to read at 7B, on each."""
     whole = load_humanomni(folder, torch.bfloat16)
-    assert len(calls) == len(tensors())
-    calls.clear()
     shapes = load_humanomni(folder, torch.bfloat16, "meta")
-    assert not calls and {p.device.type for p in shapes.parameters()} == {"meta"}
+    assert {p.device.type for p in shapes.parameters()} == {"meta"}
     assert [(k, p.shape, p.dtype) for k, p in shapes.named_parameters()] == [
         (k, p.shape, p.dtype) for k, p in whole.named_parameters()]
     assert shapes.lm_head.weight is shapes.model.embed_tokens.weight and shapes.tower_source == whole.tower_source
     save_erv(RobertaClassifier(roberta("toy", 3)), folder / "erv", "abc")
-    assert load_erv(folder / "erv", device="meta").roberta.embeddings.word_embeddings.weight.is_meta and not calls
+    assert load_erv(folder / "erv", device="meta").roberta.embeddings.word_embeddings.weight.is_meta
     t = tensors()
     save_file(t | {"model.norm.weight": torch.ones(47)}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"another shape: 1 in language_model, such as model.norm.weight \[47\]"):
+    with pytest.raises(CheckpointError, match=r"another shape: 1 in model.norm, such as model.norm.weight \[47\]"):
         load_humanomni(folder, device="meta")
     save_file({k: v for k, v in t.items() if k != "model.norm.weight"}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="missing: 1 in language_model"):
+    with pytest.raises(CheckpointError, match="missing: 1 in model.norm"):
         load_humanomni(folder, device="meta")

@@ -97,7 +97,6 @@ def test_vocabulary_and_merges_open_alike(old_folder, tokenizer):
      "{{ '<|im_start|>system\nDon\\'t.<|im_end|>' }}",
      "Don't."),
     ("{{ messages }}", "You are a helpful assistant."),
-    ([{"name": "default", "template": "<|im_start|>system\nHi.<|im_end|>"}], "Hi."),
 ])
 def test_system_turn_comes_from_the_chat_template(old_folder, template, system):
     config = read_json(old_folder / "tokenizer_config.json") | {"chat_template": template}

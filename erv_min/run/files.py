@@ -1,7 +1,4 @@
-"""Small files, written whole or not at all (write beside, fsync, rename), and read with errors that name them.
-
-Left out: weight files (weights.py), which are streamed through the same `replacing`.
-"""
+"""Small files, written whole or not at all (write beside, fsync, rename), and read with errors that name them."""
 
 import contextlib
 import errno
@@ -33,21 +30,21 @@ def disk_errors(path: str | Path, size: int):
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def replacing(path: Path, size: int):
     """A binary file beside `path` that takes its place when the block ends well, and is removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as f:
+    with disk_errors(path, size), tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        try:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+            os.chmod(f.name, 0o644)
+            os.replace(f.name, path)
+        except BaseException:
+            os.unlink(f.name)
+            raise
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -62,7 +59,7 @@ def fsync_folder(folder: Path) -> None:
 def atomic_write(path: str | Path, content: bytes | str) -> None:
     """Writes `content` to `path` so that a reader sees the old file or the new one, never a part."""
     data = content.encode(errors="backslashreplace") if isinstance(content, str) else content  # half a surrogate
-    with disk_errors(path, len(data)), replacing(Path(path)) as f:
+    with replacing(Path(path), len(data)) as f:
         f.write(data)
 
 
@@ -87,14 +84,23 @@ def append_jsonl(path: str | Path, value) -> None:
         f.write(line)
 
 
-def read_json(path: str | Path):
-    """Reads a JSON file. Raises DataError naming the file and the place that does not parse."""
+def _bytes(path: str | Path) -> bytes:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+
+
+def _parsed(text: bytes, refusal: str):
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, nested too deep
-        raise DataError(f"{path}: not a JSON file ({error})") from None
+        raise DataError(f"{refusal} ({error})") from None
+
+
+def read_json(path: str | Path):
+    """Reads a JSON file. Raises DataError naming the file and the place that does not parse."""
+    return _parsed(_bytes(path), f"{path}: not a JSON file")
 
 
 def read_object(path: str | Path) -> dict:
@@ -110,17 +116,9 @@ def read_object(path: str | Path) -> dict:
 
 def read_jsonl(path: str | Path) -> list:
     """Reads one JSON value per line. Raises DataError naming the line; a partial last one (a cut write) is left out."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            if number < len(lines):  # the last one has no newline at its end: its write was cut
-                raise DataError(f"{path}, line {number}: not a JSON object ({error})") from None
+    *lines, last = _bytes(path).split(b"\n")
+    rows = [_parsed(line, f"{path}, line {number}: not a JSON object")
+            for number, line in enumerate(lines, 1) if line.strip()]
+    with contextlib.suppress(DataError):  # it has no newline at its end: its write was cut
+        rows += [_parsed(last, "")] if last.strip() else []
     return rows

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -26,46 +27,37 @@ from torch import Tensor
 
 from erv_min.run.errors import DiskError, NumbersError, SettingsError
 from erv_min.run.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
+from erv_min.run.options import option_name
 from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum
-from erv_min.run.state import load_state, save_state, saved_states, state_bytes
+from erv_min.run.state import load_state, save_state, saved_states
 
-STOPPED = 75  # exit code after SIGTERM or Ctrl-C: the state is written, start again with --resume (sysexits.h: EX_TEMPFAIL)
+STOPPED = 75  # exit code after SIGTERM or Ctrl-C: a state is written, start again with --resume (sysexits.h: EX_TEMPFAIL)
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl")
 SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
          "tokens_per_s")
+PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "av", "soundfile")
 # Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not what it computes.
 FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every", "baseline",
                   "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature", "eval_clips",
                   "patience", "rollout_batch", "deterministic"}
 
 
-def git_commit() -> str:
-    """Commit of this source tree, with "+" where it was changed since; empty outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else ""
-
-
 def provenance(settings) -> dict:
     """What config.json keeps of a run: every setting, the versions in use, whether CUDA may round float32 to TF32, the
-    commit and the command."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for package in ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "av", "soundfile"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
+    command, and the commit of this source tree, with "+" where it was changed since (empty outside a checkout)."""
+    installed = {(x.name or "").lower().replace("_", "-"): x.version for x in metadata.distributions()}
+    versions = {"python": platform.python_version()} | {x: installed.get(x, "not installed") for x in PACKAGES}
     versions["torch"] = torch.__version__  # with its build, which the package's version may leave out (2.15.0+cu132)
     tf32 = {"matmul": torch.backends.cuda.matmul.allow_tf32, "conv": torch.backends.cudnn.allow_tf32}
-    return {"settings": dataclasses.asdict(settings), "versions": versions, "tf32": tf32, "git_commit": git_commit(),
-            "command": sys.argv}
+    git = shutil.which("git") and subprocess.run(
+        ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"], cwd=Path(__file__).parent,
+        capture_output=True, text=True)
+    return {"settings": dataclasses.asdict(settings), "versions": versions, "tf32": tf32,
+            "git_commit": git.stdout.strip() if git else "", "command": sys.argv}
+
+
+LOCKS: dict = {}  # folder -> open file whose lock this process holds until it ends, however it ends
 
 
 def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
@@ -92,41 +84,34 @@ def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
     return resume
 
 
-LOCKS: dict = {}  # folder -> open file whose lock this process holds until it ends, however it ends
-
-
 def changed_settings(before: dict, now: dict) -> list[str]:
-    """Names of the settings that differ between two runs and change what is computed; nested ones by their own name."""
-    flat = [{k: v for k, v in s.items() if not isinstance(v, dict)} | {
-        k: v for part in s.values() if isinstance(part, dict) for k, v in part.items()} for s in (before, now)]
-    return sorted(name for name in flat[0].keys() & flat[1].keys()
+    """Options that differ between two runs and change what is computed; a nested dataclass's by their own name."""
+    flat = [{k: v for k, v in s.items() if not isinstance(v, dict)} | s.get("rewards", {}) for s in (before, now)]
+    return sorted(option_name(name) for name in flat[0].keys() & flat[1].keys()
                   if name not in FREE_ON_RESUME and flat[0][name] != flat[1][name])
 
 
 class Run:
-    """A run's logs and states. The main process writes; where not said otherwise every process must call each method."""
+    """A run's logs and states. The main process writes; every process must call each method."""
 
     def __init__(self, out: str | Path, settings, processes: Processes, total_steps: int, towers: dict | None = None):
-        self.out, self.processes, self.total_steps = Path(out), processes, total_steps
-        self.metrics, self.resume = self.out / "metrics.jsonl", getattr(settings, "resume", False)
-        self.save_every, self.keep = getattr(settings, "save_every", 100), getattr(settings, "keep", 2)
+        """Keeps the settings in config.json. Raises SettingsError where a resume changes one that it may not."""
+        self.out, self.settings, self.processes, self.total_steps = Path(out), settings, processes, total_steps
+        self.metrics, self.config = self.out / "metrics.jsonl", self.out / "config.json"
         self.about = provenance(settings) | ({"towers": towers} if towers else {})
         self.started, self.first_step, self.interrupted = time.time(), 0, 0.0
         self.stop, self.watched, self.skipped, self.in_a_row = "", [], 0, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        config = self.out / "config.json"
-        kept = read_json(config) if config.exists() else {}
-        if self.resume and saved_states(self.out):
+        kept = read_json(self.config) if self.config.exists() else {}
+        if settings.resume and saved_states(self.out):
             before = kept.get("erv_min", {}).get("settings", {})
             if changed := changed_settings(before, json.loads(json.dumps(self.about["settings"]))):
-                raise SettingsError(f"{config}: this run was started with other values of "
-                                    f"{', '.join('--' + name.replace('_', '-') for name in changed)}; resume with the same, "
-                                    "or give another --out")
+                raise SettingsError(f"{self.config}: this run was started with other values of {', '.join(changed)}; "
+                                    "resume with the same, or give another --out")
         all_gather_object(None)  # every process has read the file before the main one changes it
         if processes.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(config, {**kept, "erv_min": self.about})
+            write_json(self.config, {**kept, "erv_min": self.about})
 
     def _on_signal(self, number: int, _) -> None:
         """checkpoint() acts on it. A second Ctrl-C ends at once; torchrun hands the first one on, so that two within two
@@ -143,39 +128,39 @@ class Run:
 
         `policy` is one of run/sharding.py's. Raises DiskError, CheckpointError.
         """
-        self.policy, self.optimizer = policy, optimizer
-        model = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-        size = all_reduce_sum({"state": state_bytes(policy),
-                               "model": model * (policy.every_process_writes or self.processes.main)})
-        needed = (self.keep + 1) * size["state"] + size["model"]
+        self.policy, self.optimizer, keep = policy, optimizer, self.settings.keep
+        writes = policy.every_process_writes or self.processes.main
+        trained, whole = (writes * sum(p.numel() * p.element_size() for p in params)
+                          for params in (policy.named_parameters().values(), policy.model.parameters()))
+        size = all_reduce_sum({"state": 3 * trained, "model": whole})  # 3: parameters and AdamW's two moments
+        needed = (keep + 1) * size["state"] + size["model"]
         there = [*self.out.glob("*state-*/*"), *self.out.glob("model.safetensors")]
         free = shutil.disk_usage(self.out).free + sum(path.stat().st_size for path in there)
         if needed > free:
-            raise DiskError(f"{self.out}: {gigabytes(needed)} are needed ({self.keep + 1} states of "
+            raise DiskError(f"{self.out}: {gigabytes(needed)} are needed ({keep + 1} states of "
                             f"{gigabytes(size['state'])} and the model), {gigabytes(free)} are free: make room, give "
                             "another --out or a smaller --keep")
-        if self.resume:
+        if self.settings.resume:
             self.first_step = load_state(self.out, policy, optimizer)
             if self.processes.main:
-                logged = [self._cut(self.out / name) for name in LOGS][0]
-                for row in logged:
-                    self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0
-                for path in self.out.glob(".*"):  # what was being written when the run was killed
-                    if re.fullmatch(r"\.state-\d+", path.name):
-                        shutil.rmtree(path)
-                    elif re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
-                        path.unlink()
+                self._cut_logs()
                 print(f"resume: {self.out} holds a state after step {self.first_step} of {self.total_steps}"
                       if self.first_step else f"resume: {self.out} holds no state; starting at step 1", flush=True)
-            self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # nobody logs before the cut
+            self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # nobody logs before
         return self.first_step
 
-    def _cut(self, path: Path) -> list[dict]:
-        """Leaves the rows of steps before the first that is still to do; returns them."""
-        rows = [row for row in read_jsonl(path) if row["step"] < self.first_step] if path.exists() else []
-        if path.exists():
+    def _cut_logs(self) -> None:
+        """Leaves the logs' rows of the steps before the state, and nothing that was being written at a kill."""
+        for path in [self.out / name for name in LOGS if (self.out / name).exists()]:
+            rows = [row for row in read_jsonl(path) if row["step"] < self.first_step]
             write_jsonl(path, rows)
-        return rows
+            for row in rows if path == self.metrics else []:
+                self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0
+        for path in self.out.glob(".*"):
+            if re.fullmatch(r"\.state-\d+", path.name):
+                shutil.rmtree(path)
+            elif re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
+                path.unlink()
 
     def watch(self, names: list[str], values: Tensor) -> None:
         """Remembers a pass's rows [R, ...] and their gradients until `log`, which names those that are not finite."""
@@ -220,11 +205,11 @@ class Run:
     def checkpoint(self, done: int) -> None:
         """After `done` steps: writes the state where it is due. After a signal, too, and then ends with STOPPED."""
         stop = next((name for name in all_gather_object(self.stop) if name), "")
-        if stop or done % self.save_every == 0 or done == self.total_steps:
+        if stop or done % self.settings.save_every == 0 or done == self.total_steps:
             if self.processes.main and self.metrics.exists():
                 with open(self.metrics, "rb+") as f:
                     os.fsync(f.fileno())  # the state never knows more steps than the log
-            save_state(self.out, done, self.policy, self.optimizer, self.keep)
+            save_state(self.out, done, self.policy, self.optimizer, self.settings.keep)
         if stop:
             if self.processes.main:
                 print(f"{stop}: the state after step {done} of {self.total_steps} is in {self.out}; go on with "
@@ -236,5 +221,4 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.processes.main:
-            config = self.out / "config.json"
-            write_json(config, {**read_json(config), "erv_min": self.about})
+            write_json(self.config, {**read_json(self.config), "erv_min": self.about})

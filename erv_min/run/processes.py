@@ -78,19 +78,19 @@ def deterministic_kernels() -> None:
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
-def join(backend: str, timeout_minutes: float = 60) -> None:
-    """Joins the process group that torchrun describes.
+def join(backend: str) -> None:
+    """Joins the process group that torchrun describes; a collective that waits an hour is an error.
 
     torchrun's own store outlives a restart (--max-restarts) and with it the addresses of processes that are gone
     (pytorch#135712), so each restart meets under a name of its own. Where several machines count their restarts apart,
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them makes torchrun give every restart a new store.
     """
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    store, rank, size = next(rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
+    hour = datetime.timedelta(hours=1)
+    store, rank, size = next(rendezvous("env://", timeout=hour))
+    store.set_timeout(hour)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=hour)
 
 
 def barrier() -> None:

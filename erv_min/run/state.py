@@ -3,10 +3,10 @@
 FOLDER/state-STEP/ holds RANK.safetensors (with --sharding hand each process's shards, which any number of processes can
 read; else one file with everything) and state.json with shapes, sizes and checksums. It is written as .state-STEP
 and renamed when all of it is on the disk; only then do older ones go. Several machines need FOLDER on a shared disk.
+`policy` is one of run/sharding.py's; every process must call these functions.
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import zlib
@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from erv_min.run.errors import CheckpointError, DataError, DiskError
-from erv_min.run.files import disk_errors, fsync_folder, read_json, write_json
+from erv_min.run.files import fsync_folder, read_json, write_json
 from erv_min.run.processes import all_gather_object, rank_and_size
 from erv_min.run.weights import write_safetensors
 
@@ -27,18 +27,10 @@ def saved_states(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("state-")), reverse=True)
 
 
-def state_bytes(policy) -> int:
-    """Bytes that this process writes of one state: parameters and AdamW's two moments."""
-    params = policy.named_parameters().values()
-    writes = policy.every_process_writes or rank_and_size()[0] == 0
-    return 3 * sum(p.numel() * p.element_size() for p in params) * writes
-
-
 def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
-    """Writes the state after `step` steps and keeps `keep` in all; every process must call it.
+    """Writes the state after `step` steps and keeps `keep` in all.
 
-    `policy` is one of run/sharding.py's. Raises DiskError on every process where there is no room on one of them: then
-    the states there were are left as they are.
+    Raises DiskError on every process where there is no room on one: the states there were are left as they are.
     """
     folder, rank = Path(folder), rank_and_size()[0]
     place, target = folder / f".state-{step:06d}", folder / f"state-{step:06d}"
@@ -46,28 +38,24 @@ def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Opt
     tensors = {f"param.{name}": p.detach() for name, p in params.items()}
     tensors |= {f"{key}.{name}": value for name, p in params.items() for key, value in optimizer.state.get(p, {}).items()}
     stream = ((key, policy.to_full(value)) for key, value in tensors.items())
-    entry, problem = None, None
+    written, problem = {}, ""
     try:
         if policy.every_process_writes or rank == 0:
-            place.mkdir(parents=True, exist_ok=True)
-            path, like = place / f"{rank:05d}.safetensors", {k: v.to("meta") for k, v in tensors.items()}
-            with disk_errors(path, size := state_bytes(policy)):
-                if shutil.disk_usage(folder).free < size:
-                    raise OSError(errno.ENOSPC, "no room")
-                crc = write_safetensors(path, like, stream=stream)
-            entry = path.name, {"bytes": path.stat().st_size, "crc32": crc}
+            path = place / f"{rank:05d}.safetensors"
+            crc = write_safetensors(path, {key: value.to("meta") for key, value in tensors.items()}, stream)
+            written = {path.name: {"bytes": path.stat().st_size, "crc32": crc}}
     except DiskError as error:
         problem = str(error)
     for _ in stream:  # what to_full() gathers needs every process, also where writing failed
         pass
-    parts = all_gather_object((entry, problem))
-    if problems := [p for _, p in parts if p]:
+    parts = all_gather_object((written, problem))
+    if problem := next((p for _, p in parts if p), ""):
         if rank == 0:
             shutil.rmtree(place, ignore_errors=True)
-        raise DiskError(f"the state after step {step} could not be written: {problems[0]}")
+        raise DiskError(f"the state after step {step} could not be written: {problem}")
     if rank == 0:
-        write_json(place / "state.json", {"step": step, "sharded": policy.every_process_writes,
-                                          "shapes": policy.state_shapes(), "files": dict(entry for entry, _ in parts if entry)})
+        files = {name: about for part, _ in parts for name, about in part.items()}
+        write_json(place / "state.json", {"step": step, "shapes": policy.state_shapes(), "files": files})
         if target.exists():
             shutil.rmtree(target)
         os.rename(place, target)
@@ -82,7 +70,7 @@ def load_state(folder: str | Path, policy, optimizer: torch.optim.Optimizer) -> 
     """Puts the newest state that is whole back; returns its number of steps, 0 where there is none.
 
     A damaged one is named, and the one before is used. Raises CheckpointError where none is left, or where it is of
-    other parameters. Every process must call it.
+    other parameters.
     """
     found = saved_states(folder)
     for place in found:
@@ -105,10 +93,9 @@ def _damage(place: Path) -> str:
         if not isinstance(state["step"], int) or not state["files"]:
             return "state.json names no step or no file"
         for name, file in sorted(state["files"].items())[rank::size]:
-            path = place / Path(name).name
+            path, crc = place / Path(name).name, 0
             if not path.is_file() or path.stat().st_size != file["bytes"]:
                 return f"{name!r} is {'cut' if path.is_file() else 'missing'}"
-            crc = 0
             with open(path, "rb") as f:
                 while block := f.read(1 << 24):
                     crc = zlib.crc32(block, crc)
@@ -120,10 +107,7 @@ def _damage(place: Path) -> str:
 
 
 def _read_state(place: Path, policy, optimizer: torch.optim.Optimizer) -> int:
-    state, params, shapes = read_json(place / "state.json"), policy.named_parameters(), policy.state_shapes()
-    if state.get("sharded") is not policy.every_process_writes:
-        raise CheckpointError(f"{place}: written {'without' if policy.every_process_writes else 'with'} --sharding hand; "
-                              "resume that way")
+    state, shapes = read_json(place / "state.json"), policy.state_shapes()
     if state.get("shapes") != shapes:
         there = state["shapes"] if isinstance(state.get("shapes"), dict) else {}
         different = sorted(k for k in there.keys() | shapes.keys() if there.get(k) != shapes.get(k))
@@ -133,7 +117,7 @@ def _read_state(place: Path, policy, optimizer: torch.optim.Optimizer) -> int:
         with contextlib.ExitStack() as stack, torch.no_grad():
             files = [stack.enter_context(safe_open(place / Path(name).name, "pt")) for name in sorted(state["files"])]
             keys = set(files[0].keys())
-            for name, p in params.items():
+            for name, p in policy.named_parameters().items():
                 p.copy_(policy.read(files, f"param.{name}", name))
                 if f"step.{name}" in keys:
                     optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}")} | {

@@ -4,7 +4,7 @@ import pytest
 from conftest import GOLDEN
 from erv_min.run.files import read_json
 from erv_min.prompts import (gate_text, human_question, render, user_turn)
-from erv_min.tokenizer import Tokenizer, sft_ids
+from erv_min.tokenizer import Tokenizer
 
 
 CHAT = GOLDEN / "chat"
@@ -32,8 +32,9 @@ def test_sft_prompts_ids_labels_and_gate_text(tokenizer):
         question = human_question(x["human"])
         assert user_turn(question, "video", "sft") == x["rendered_human"]  # both tags, even where the clip has one
         assert gate_text(question, "video", "sft") == x["gate_prompt"]
-        ids, labels = sft_ids(tokenizer, render(question, "video", "sft"), x["assistant"])
-        assert ids == x["input_ids"] and labels == x["labels"]
+        prompt = tokenizer.encode(render(question, "video", "sft"))
+        target = tokenizer.encode(x["assistant"]) + tokenizer.turn_end  # as scripts/sft.py makes it
+        assert prompt + target == x["input_ids"] and [-100] * len(prompt) + target == x["labels"]
 
 
 def test_grpo_prompts_and_ids(tokenizer):

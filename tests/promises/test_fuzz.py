@@ -93,12 +93,6 @@ def test_a_shard_with_a_name_too_long(tmp_path):
         open_weights(tmp_path)
 
 
-def test_a_damaged_pickle_may_raise_anything(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02u.")  # SETITEMS without anything to set: an IndexError
-    with pytest.raises(CheckpointError, match="damaged, or holds code"):
-        open_weights(tmp_path)
-
-
 @pytest.mark.parametrize("field,value", [("pad_token_id", 10**6), ("num_hidden_layers", 10**9), ("vocab_size", 10**30)])
 def test_a_config_of_absurd_sizes(field, value):
     sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
@@ -176,6 +170,6 @@ def test_no_shell_and_no_unpickling_of_files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("os.system", "os.popen", "eval", "exec", "pickle.load", "numpy.load", "np.load",
+                assert name not in ("os.system", "os.popen", "eval", "exec", "pickle.load", "torch.load", "numpy.load", "np.load",
                                     "subprocess.getoutput"), f"{path.name}:{node.lineno}: {name}"
                 assert name != "pickle.loads" or path.name == "loader.py", f"{path.name}:{node.lineno}"
