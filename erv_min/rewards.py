@@ -110,7 +110,7 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
 # ---- Eq. 5: R --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class RewardSettings:
     """Parameters of algorithm 1 and Eq. 5, table 2's rows, and four remedies. Raises SettingsError out of its ranges.
 

@@ -5,7 +5,6 @@
 """
 
 import re
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -44,9 +43,7 @@ class Tokenizer:
             raise CheckpointError(f"{self.folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from "
                                   "the repository that the checkpoint came from")
         self.eos_id = self._id("<|im_end|>")
-        pad = config.get("pad_token") or "<|endoftext|>"
-        self.pad_id = self._id(pad["content"] if isinstance(pad, dict) else pad)
-        self.vocab_size = self.backend.get_vocab_size()
+        self.pad_id = self._id("<|endoftext|>")
         self.system = _default_system(self.folder, config.get("chat_template"))
         self.turn_end = self.encode("<|im_end|>\n")
 
@@ -63,12 +60,9 @@ class Tokenizer:
                     else self.backend.encode(part, add_special_tokens=False).ids)
         return ids
 
-    def decode(self, ids, skip_special: bool = False) -> str:
-        """Ids (a list or tensor) -> text; placeholders come back as their tags, or not at all with `skip_special`."""
-        tags = {v: "" if skip_special else k for k, v in PLACEHOLDERS.items()}
-        runs = groupby(map(int, ids), key=lambda i: i in tags)
-        return "".join("".join(map(tags.get, run)) if placed else self.backend.decode(list(run), skip_special)
-                       for placed, run in runs)
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Ids -> text; `skip_special` leaves <|im_end|> and its like out."""
+        return self.backend.decode(ids, skip_special)
 
 
 class EncoderTokenizer:

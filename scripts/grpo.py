@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     elif settings.ablate == "augmentation" and not settings.erv:
         raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
                             "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
-    elif settings.rewards.w_explanation and not settings.erv:
+    elif settings.w_explanation and not settings.erv:
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or "
                             "--w-explanation 0")
 

@@ -14,7 +14,6 @@ import survey_score  # noqa: E402, F401
 
 from erv_min.data.examples import load_examples  # noqa: F401
 from erv_min.metrics import score  # noqa: F401
-from erv_min.run.options import build
 from erv_min.run.settings import GRPOSettings
 from erv_min.toy.world import WorldSettings, build_world  # noqa: F401
 from erv_min.run.folder import provenance  # noqa: F401
@@ -49,7 +48,7 @@ def truths(world):
 def make_run(folder: Path, world: Path, truths: dict, steps: int = 40, **settings) -> Path:
     """A run's folder as scripts/grpo.py leaves it, with numbers made up."""
     folder.mkdir(parents=True)
-    about = provenance(build(GRPOSettings, dict(out=str(folder), world=str(world), steps=steps, **settings)))
+    about = provenance(GRPOSettings(out=str(folder), world=str(world), steps=steps, **settings))
     (folder / "config.json").write_text(json.dumps({"model_type": "x", "erv_min": about}))
     same = dict(loss=0.1, reward_format=1.0, reward_explanation=0.5, entropy=1.0, completion_length=40.0, lr=1e-4,
                 neutral_share=None, frac_zero_std=0.0, grad_norm=float("nan"), tokens_per_s=100.0)

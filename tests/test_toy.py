@@ -323,7 +323,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", baseline=False, eval_clips=-1,
-                           resume=True, rewards=replace(settings.rewards, w_explanation=0.0))
+                           resume=True, w_explanation=0.0)
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -52,13 +52,13 @@ def test_presets_hold_table_8():
     grpo = parse(GRPOSettings, PRESETS["grpo"], "", ["--preset", "paper-0.5b"])
     assert (grpo.lr, grpo.epochs, grpo.batch_size, grpo.group_size, grpo.beta) == (1e-6, 2, 16, 16, 0.04)
     assert (grpo.max_new_tokens, grpo.temperature, grpo.eval_temperature) == (512, 1.0, 0.3)
-    assert (grpo.rewards.tau, grpo.rewards.k) == (0.5, 2) and grpo.rewards == RewardSettings()
+    assert reward_settings(grpo) == RewardSettings()
 
 
 def test_command_line_overrides_the_preset():
     settings = parse(GRPOSettings, PRESETS["grpo"], "", ["--group-size", "4", "--recompute", "--w-explanation", "0"])
     assert settings.group_size == 4 and settings.recompute and settings.preset == "toy"
-    assert settings.rewards == RewardSettings(w_explanation=0)
+    assert reward_settings(settings) == RewardSettings(w_explanation=0)
 
 
 def test_every_reward_setting_has_an_option():
@@ -69,7 +69,7 @@ def test_every_reward_setting_has_an_option():
     assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
     given = [x for name, value in other.items()
              for x in ["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]]
-    assert parse(GRPOSettings, PRESETS["grpo"], "", given).rewards == RewardSettings(**other)
+    assert reward_settings(parse(GRPOSettings, PRESETS["grpo"], "", given)) == RewardSettings(**other)
     assert reward_settings(GRPOSettings()) == reward_settings(GRPOSettings(ablate="augmentation")) == RewardSettings()
     for ablate, name in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
         both = parse(GRPOSettings, PRESETS["grpo"], "", ["--ablate", ablate, "--tau", "0.1"])
@@ -266,7 +266,7 @@ def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
 def test_config_says_what_made_the_run(tmp_path):
     Run(tmp_path, GRPOSettings(out="x"), ALONE, 1)
     made = json.loads((tmp_path / "config.json").read_text())["erv_min"]
-    assert made["settings"]["group_size"] == 16 and made["settings"]["rewards"]["tau"] == 0.5
+    assert made["settings"]["group_size"] == 16 and made["settings"]["tau"] == 0.5
     assert made["versions"]["torch"] == torch.__version__ and "git_commit" in made
 
 

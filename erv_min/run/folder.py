@@ -85,10 +85,9 @@ def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:
-    """Options that differ between two runs and change what is computed; a nested dataclass's by their own name."""
-    flat = [{k: v for k, v in s.items() if not isinstance(v, dict)} | s.get("rewards", {}) for s in (before, now)]
-    return sorted(option_name(name) for name in flat[0].keys() & flat[1].keys()
-                  if name not in FREE_ON_RESUME and flat[0][name] != flat[1][name])
+    """Options that differ between two runs and change what is computed."""
+    return sorted(option_name(name) for name in before.keys() & now.keys() - FREE_ON_RESUME
+                  if before[name] != now[name])
 
 
 class Run:

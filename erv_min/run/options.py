@@ -1,14 +1,12 @@
 """Settings as dataclasses: `setting` declares an option once; its range, its help and its check come from there.
 
-A nested dataclass (GRPOSettings.rewards) gives its fields as options of the same command line. Every script reads its
-settings by `parse`, which checks all of them before anything is loaded.
+Every script reads its settings by `parse`, which checks all of them before anything is loaded.
 """
 
 import argparse
 import dataclasses
 import math
 import re
-from dataclasses import field
 from pathlib import Path
 
 from erv_min.run.errors import SettingsError
@@ -20,8 +18,8 @@ def setting(default, help: str, choices: tuple = (), *, least: float | None = No
 
     why: ends the message of a refusal. path: what the text names, see PATHS. option=False: not on the command line.
     """
-    return field(default=default, metadata=dict(help=help, choices=choices, least=least, over=over, most=most, why=why,
-                                                path=path, option=option))
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, least=least, over=over, most=most, why=why, path=path, option=option))
 
 
 def option_name(name: str) -> str:
@@ -29,26 +27,6 @@ def option_name(name: str) -> str:
 
 
 # ---- one check of everything -----------------------------------------------------------------------------------------
-
-
-def check(settings) -> None:
-    """Raises SettingsError, one line, on the first value out of its range, and on a path that is not there."""
-    for f in dataclasses.fields(settings):
-        value, m = getattr(settings, f.name), f.metadata
-        if dataclasses.is_dataclass(value):
-            check(value)
-            continue
-        name, why = option_name(f.name), f": {m['why']}" if m.get("why") else ""
-        if m.get("choices") and value not in m["choices"]:
-            raise SettingsError(f"{name} must be one of {', '.join(map(repr, m['choices']))}, not {value!r}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SettingsError(f"{name} must be a number, not {value}")
-        bounds = [(text.format(m[key]), holds(value, m[key])) for key, text, holds in BOUNDS if m.get(key) is not None]
-        if not all(ok for _, ok in bounds):
-            raise SettingsError(f"{name} must be {' and '.join(text for text, _ in bounds)}, not {value}{why}")
-        if m.get("path") and (gone := missing_path(value, m["path"])):
-            raise SettingsError(f"{name} {value}: there is no file or folder {gone}")
-
 
 BOUNDS = (("least", "at least {}", lambda value, bound: value >= bound),
           ("over", "more than {}", lambda value, bound: value > bound),
@@ -59,6 +37,22 @@ PATHS = {  # kind of text -> the paths in it
     "hubs": lambda text: text.split(","),
     "data": lambda text: [path for part in re.split(r",(?=\w+:)", text) for path in  # examples.load_examples
                           re.fullmatch(r"json:(?:\w+:)?(.+?)(?:@(.+))?|(?:\w+:)?(.*)", part.strip()).groups() if path]}
+
+
+def check(settings) -> None:
+    """Raises SettingsError, one line, on the first value out of its range, and on a path that is not there."""
+    for f in dataclasses.fields(settings):
+        value, m, name = getattr(settings, f.name), f.metadata, option_name(f.name)
+        if m["choices"] and value not in m["choices"]:
+            raise SettingsError(f"{name} must be one of {', '.join(map(repr, m['choices']))}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f"{name} must be a number, not {value}")
+        bounds = [(text.format(m[key]), holds(value, m[key])) for key, text, holds in BOUNDS if m[key] is not None]
+        if not all(ok for _, ok in bounds):
+            raise SettingsError(f"{name} must be {' and '.join(text for text, _ in bounds)}, not {value}"
+                                + (f": {m['why']}" if m["why"] else ""))
+        if m["path"] and (gone := missing_path(value, m["path"])):
+            raise SettingsError(f"{name} {value}: there is no file or folder {gone}")
 
 
 def missing_path(text: str, kind: str) -> str | None:
@@ -91,20 +85,16 @@ def parser_for(cls: type, description: str, presets: dict[str, dict] = {}) -> ar
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type, presets: dict[str, dict] = {}) -> None:
-    """One option per field of `cls` and of its nested dataclasses. What is not given is not in the parsed arguments."""
+    """One option per field of `cls`. What is not given is not in the parsed arguments."""
     for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.default):
-            add_options(parser, type(f.default), presets)
-        elif f.metadata["option"]:
-            help = f.metadata["help"] + shown_default(f, presets)
-            kwargs = dict(dest=f.name, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
-            if isinstance(f.default, bool):
-                kwargs |= dict(action=argparse.BooleanOptionalAction)
-            elif f.metadata["choices"]:
-                kwargs |= dict(type=type(f.default), choices=f.metadata["choices"])
-            else:
-                kwargs |= dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
-            parser.add_argument(option_name(f.name), **kwargs)
+        how = dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
+        if isinstance(f.default, bool):
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif f.metadata["choices"]:
+            how = dict(type=type(f.default), choices=f.metadata["choices"])
+        if f.metadata["option"]:
+            parser.add_argument(option_name(f.name), dest=f.name, default=argparse.SUPPRESS,
+                                help=(f.metadata["help"] + shown_default(f, presets)).replace("%", "%%"), **how)
 
 
 def shown_default(f: dataclasses.Field, presets: dict[str, dict]) -> str:
@@ -117,25 +107,10 @@ def shown_default(f: dataclasses.Field, presets: dict[str, dict]) -> str:
     return f" [{text}]" if text else ""
 
 
-def build(cls: type, values: dict):
-    """An instance of `cls` from the values of its fields and, in the same dictionary, of its nested dataclasses'."""
-    own, known = {}, {f.name for f in dataclasses.fields(cls)}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.default):
-            inner = {g.name for g in dataclasses.fields(f.default)}
-            own[f.name] = build(type(f.default), {name: x for name, x in values.items() if name in inner})
-            known |= inner
-        elif f.name in values:
-            own[f.name] = values[f.name]
-    if unknown := values.keys() - known:
-        raise SettingsError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}")
-    return cls(**own)
-
-
 def checked(parser: argparse.ArgumentParser, cls: type, values: dict):
     """Checked settings from parsed values; exits with a usage error where one is refused."""
     try:
-        settings = build(cls, values)
+        settings = cls(**values)
         check(settings)
     except SettingsError as error:
         parser.error(str(error))
@@ -146,5 +121,4 @@ def parse(cls: type, presets: dict[str, dict], description: str, argv: list[str]
     """Settings from the command line: the preset's values, overridden by what is given. Exits with a usage error."""
     parser = parser_for(cls, description, presets)
     given = vars(parser.parse_args(argv))
-    preset = presets.get(given.get("preset", "toy"), {})
-    return checked(parser, cls, preset | given)
+    return checked(parser, cls, presets.get(given.get("preset", "toy"), {}) | given)

@@ -131,11 +131,10 @@ class SFTSettings(Common):
 
 
 @dataclass
-class GRPOSettings(Common):
-    """Eq. 3 to 5, algorithm 1."""
+class GRPOSettings(RewardSettings, Common):
+    """Eq. 3 to 5, algorithm 1 (whose own are RewardSettings)."""
 
     erv: str = setting("", "the verifier: a folder or a hub repository", path="hub")
-    rewards: RewardSettings = RewardSettings()
     group_size: int = setting(16, "G, completions per prompt (section 4.3)", least=2,
                             why="no group would have a spread")
     beta: float = setting(0.04, "weight of the KL term (Eq. 3)", least=0)
@@ -161,7 +160,8 @@ ABLATIONS = {"neutral-filtering": {"neutral_filter": False}, "sentence-level": {
 
 def reward_settings(settings: GRPOSettings) -> RewardSettings:
     """The rewards that a run is trained with: its settings, and what --ablate takes away."""
-    return dataclasses.replace(settings.rewards, **ABLATIONS.get(settings.ablate, {}))
+    own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(RewardSettings)}
+    return RewardSettings(**own | ABLATIONS.get(settings.ablate, {}))
 
 
 # Trainable parts, table 8 (divergence 13): named sets, see model.humanomni.trainable.

@@ -23,33 +23,33 @@ from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.run.processes import Processes, gather_lists
 
 
-def load_model(settings: Policy, name: str, dtype: torch.dtype, device, show=print):
+def load_model(settings: Policy, name: str, dtype: torch.dtype, device, processes: Processes, show=print):
     """(model, tokenizer, gate tokenizer) of a folder or hub repository with the settings' revision and towers.
 
-    `show` gets a line that says which towers it runs with (divergence 12).
+    `show` gets a line that says which towers it runs with (divergence 12), on the main process.
     """
     revision, text_tower = settings.revision or None, settings.text_tower or None
     model = load_humanomni(name, dtype, device, revision, settings.vision_tower or None,
                            settings.audio_tower or None, text_tower)
     model.gate_folder = text_gate_folder(name, revision, text_tower)
-    show(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
-         + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()))
+    if processes.main:
+        show(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
+             + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()))
     return model, Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
 
 
 def load_policy(settings: Answers, processes: Processes, show=print) -> Collator:
     """The checkpoint that --model names, in eval mode, ready to be asked; its `.model` is it."""
     model, tokenizer, gate = load_model(settings, settings.model, getattr(torch, settings.dtype), processes.device,
-                                        show if processes.main else lambda line: None)
+                                        processes, show)
     return Collator(model.requires_grad_(False), tokenizer, gate, None, settings.modality, settings.prompt_stage,
-                         settings.question or f"{QUESTION} {REASONING_SUFFIX}")
+                    settings.question or f"{QUESTION} {REASONING_SUFFIX}")
 
 
 def start_model(settings: Common, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
     """The model that a stage begins with, in float32, and the collator of its inputs.
 
     It lies on the device, or, where it will be sharded, on the CPU: with --sharding hand on the first process's alone.
-
     --model names a folder or hub repository; without it the preset's own start (section 4.3). With --random-weights
     the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
     """
@@ -63,15 +63,14 @@ def start_model(settings: Common, stage: str, processes: Processes) -> tuple[Hum
         if not name:
             raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
                                 "(a folder or hub repository), or try the machine with --random-weights")
-        model, tokenizer, gate = load_model(settings, name, torch.float32, device,
-                                            lambda line: print(line, flush=True) if processes.main else None)
+        model, tokenizer, gate = load_model(settings, name, torch.float32, device, processes)
     model.model.recompute = settings.recompute
     cache = None
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
-        key = f"{towers}:{settings.dtype}:{settings.num_frames}:{settings.modality}:{settings.geometry}:{settings.silence}"
-        cache = FeatureCache(folder, key)
+        about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
+        cache = FeatureCache(folder, ":".join(map(str, (towers, *about))))
     return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
 
@@ -96,7 +95,7 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
 
 def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
     """The verifier that R_E asks: --erv, random weights of RoBERTa base with --random-weights, None where R_E is off."""
-    if not settings.rewards.w_explanation:
+    if not settings.w_explanation:
         return None
     if settings.erv:
         return Verifier.load(settings.erv, device)

@@ -123,7 +123,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         return str(out / name)
 
     settings.model = settings.model or made("sft.py", "sft")
-    if settings.rewards.w_explanation and not settings.erv:
+    if settings.w_explanation and not settings.erv:
         table_2 = settings.ablate == "augmentation"  # a verifier of its own
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
     if processes.main:
@@ -145,7 +145,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
     """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
-    name = "GRPO with R_E" if settings.rewards.w_explanation else "GRPO without R_E"
+    name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
     clips = {str(row["number"]): row for row in read_jsonl(Path(settings.world, "params.jsonl"))}
