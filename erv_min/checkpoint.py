@@ -4,8 +4,7 @@ A HumanOmni folder: config.json, towers.json (ours: the towers' sizes; a release
 repositories, or config.TOWERS, give them), model.safetensors or shards of it, tokenizer files,
 text_gate/tokenizer.json. A verifier folder is Hugging Face's RobertaForSequenceClassification.
 
-A checkpoint's own towers are loaded (divergence 12); `model.tower_source` says where each came from. Left out: pickled
-or quantised weights, saving in shards, training state (run/state.py).
+Left out: pickled or quantised weights, saving in shards, training state (run/state.py).
 """
 
 import os
@@ -54,10 +53,10 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
                    audio_tower: str | None = None, text_tower: str | None = None) -> HumanOmni:
     """Reads a HumanOmni checkpoint into a model in eval mode; on the device "meta" its names and shapes alone.
 
-    A tower's weights are the checkpoint's own where it has them, else those of the repository that config.json names;
-    `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both. `model.tower_source` tells which
-    for each; unused parameters that were absent (zeros, never read) are counted under its key "unused_parameters".
-    Raises CheckpointError naming the file and field, or listing the tensors that do not fit by part.
+    A tower's weights are the checkpoint's own where it has them, else those of the repository that config.json names
+    (divergence 12); `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both.
+    `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors that
+    do not fit.
     """
     folder = resolve(folder_or_repo, revision)
     raw, tensors = read_object(folder / "config.json"), open_weights(folder)
@@ -106,9 +105,8 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
                    stream=None) -> None:
     """Writes a folder that `load_humanomni` and the released code read: released names, tied head left out.
 
-    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (sharding.save_model), in a
-    dtype. Keys of the config.json that the model came from are kept, and the tokenizer files of its folder and of its
-    text gate are copied. Each file is written whole or not at all, config.json last.
+    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (sharding.save_model). Keys of
+    the config.json that the model came from are kept, the tokenizer files of its folder and text gate copied.
     """
     folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:
@@ -126,11 +124,8 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
 
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
-    """The folder or repository of a tower that the config.json `raw` of `folder` names.
-
-    Configs in the wild hold paths of their authors' machines: a known tower's name in a path that is not here stands
-    for that tower. Raises CheckpointError where nothing is left to try.
-    """
+    """The folder or repository of a tower that the config.json `raw` of `folder` names. Configs in the wild hold paths
+    of their authors' machines: a known tower's name in a path that is not here stands for that tower."""
     name = str(raw.get(tower.key) or (BERT if tower.name == "text" else ""))
     if name and os.path.exists(os.path.join(name, "config.json")):
         return name
@@ -146,10 +141,7 @@ def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
 
 def load_erv(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
              revision: str | None = None) -> RobertaClassifier:
-    """Reads a RobertaForSequenceClassification folder or repository into a RobertaClassifier in eval mode.
-
-    Raises CheckpointError on another architecture, and as `load_humanomni` does.
-    """
+    """Reads a RobertaForSequenceClassification folder or repository in eval mode; errors as `load_humanomni`."""
     folder = resolve(folder_or_repo, revision)
     config = read_roberta(read_object(folder / "config.json"), f"{folder}/config.json")
     with torch.device("meta"):
@@ -160,10 +152,8 @@ def load_erv(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32, dev
 
 
 def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:
-    """Writes a verifier as Hugging Face's RobertaForSequenceClassification; `labels` name its outputs in order.
-
-    The caller puts tokenizer.json beside it. Raises CheckpointError where labels and outputs differ in number.
-    """
+    """Writes a verifier as Hugging Face's RobertaForSequenceClassification; `labels` name its outputs in order. The
+    caller puts tokenizer.json beside it."""
     folder, labels = Path(folder), list(labels)
     if len(labels) != model.config.num_labels:
         raise CheckpointError(f"{folder}: {len(labels)} labels for a verifier of {model.config.num_labels} outputs")
@@ -181,10 +171,8 @@ def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:
 
 
 def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """A local folder as it is; else a snapshot of the hub repository of that name, fetched or from the cache.
-
-    `weights=False` fetches config and tokenizer alone. Raises CheckpointError naming repository, file and the way out.
-    """
+    """A local folder as it is; else a snapshot of the hub repository of that name, fetched or from the cache;
+    `weights=False`: config and tokenizer alone. Raises CheckpointError naming repository, file and the way out."""
     name = str(folder_or_repo)
     if os.path.isdir(name):
         if revision:

@@ -1,9 +1,8 @@
 """A run's folder: logs, states, resume, and what to do about SIGTERM, Ctrl-C and numbers that are not finite.
 
-It holds `config.json` (every setting, versions, git commit), `metrics.jsonl` (one object per step), `state-STEP/`
-(parameters and optimizer, state.py), and at the end `model.safetensors`. One run at a time writes into it (`.lock`).
-No random state is saved because there is none: data order and sampling noise are functions of the seed and the step.
-SIGTERM, a cluster's warning, and Ctrl-C write a state at the end of the step and end the run with exit code STOPPED.
+It holds `config.json` (settings, versions, commit), `metrics.jsonl` (an object per step), `state-STEP/` (state.py), and
+at the end `model.safetensors`. No random state is saved because there is none: data order and sampling noise are
+functions of the seed and the step.
 """
 
 import dataclasses
@@ -31,21 +30,20 @@ from erv_min.run.options import option_name
 from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum
 from erv_min.run.state import load_state, save_state, saved_states
 
-STOPPED = 75  # exit code after SIGTERM or Ctrl-C: a state is written, start again with --resume (sysexits.h: EX_TEMPFAIL)
+STOPPED = 75  # exit code after SIGTERM or Ctrl-C: a state is written, start again with --resume (EX_TEMPFAIL)
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl")
 SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
          "tokens_per_s")
 PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "av", "soundfile")
-# Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not what it computes.
-FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every", "baseline",
-                  "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature", "eval_clips",
-                  "patience", "rollout_batch", "deterministic"}
+# Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not its numbers.
+FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every",
+                  "baseline", "allow_missing", "cache_features", "world", "micro_batch", "recompute",
+                  "eval_temperature", "eval_clips", "patience", "rollout_batch", "deterministic"}
 
 
 def provenance(settings) -> dict:
-    """What config.json keeps of a run: every setting, the versions in use, whether CUDA may round float32 to TF32, the
-    command, and the commit of this source tree, with "+" where it was changed since (empty outside a checkout)."""
+    """What config.json keeps of a run; the commit has a "+" where the source was changed since, "" outside a checkout."""
     installed = {(x.name or "").lower().replace("_", "-"): x.version for x in metadata.distributions()}
     versions = {"python": platform.python_version()} | {x: installed.get(x, "not installed") for x in PACKAGES}
     versions["torch"] = torch.__version__  # with its build, which the package's version may leave out (2.15.0+cu132)
@@ -61,10 +59,10 @@ LOCKS: dict = {}  # folder -> open file whose lock this process holds until it e
 
 
 def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
-    """Takes the folder of a run for this job; returns whether to resume: where asked to, and where torchrun starts the
-    job again after a failure (--max-restarts). Every process must call it.
+    """Locks the folder of a run for this job, on every process; returns whether to resume: where asked to, and where
+    torchrun starts the job again (--max-restarts).
 
-    Raises SettingsError where a run lies there already and nobody asked to go on with it, or where one is still writing.
+    Raises SettingsError where a run lies there and nobody asked to go on with it, or where one is still writing.
     """
     out, resume = Path(out), resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     problem = ""
@@ -76,7 +74,7 @@ def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by decoding processes
                 LOCKS[str(out)] = handle
         except (BlockingIOError, PermissionError):
-            problem = f"{out}: another run is writing into this folder: wait for its end, stop it, or give another --out"
+            problem = f"{out}: another run is writing into this folder: wait for it, stop it, or give another --out"
         if not problem and not resume and (out / "metrics.jsonl").exists():
             problem = f"{out} already holds a run: give --resume to go on with it, another --out, or delete it"
     if problem := all_gather_object(problem)[0]:
@@ -113,8 +111,8 @@ class Run:
             write_json(self.config, {**kept, "erv_min": self.about})
 
     def _on_signal(self, number: int, _) -> None:
-        """checkpoint() acts on it. A second Ctrl-C ends at once; torchrun hands the first one on, so that two within two
-        seconds are one."""
+        """`checkpoint` acts on it. A second Ctrl-C ends at once: two seconds later, since torchrun sends the first
+        one again."""
         if number == signal.SIGINT and self.stop and time.time() - self.interrupted > 2:
             raise KeyboardInterrupt
         if not self.stop:
@@ -123,10 +121,7 @@ class Run:
                 print("Ctrl-C: the step is finished and a state written; once more to end at once", flush=True)
 
     def begin(self, policy, optimizer: torch.optim.Optimizer) -> int:
-        """Checks the disk; on a resume puts the last state back and cuts the logs to it. Returns the steps done.
-
-        `policy` is one of run/sharding.py's. Raises DiskError, CheckpointError.
-        """
+        """Checks the disk; on a resume puts the last state back and cuts the logs to it. Returns the steps done."""
         self.policy, self.optimizer, keep = policy, optimizer, self.settings.keep
         writes = policy.every_process_writes or self.processes.main
         trained, whole = (writes * sum(p.numel() * p.element_size() for p in params)
@@ -168,9 +163,9 @@ class Run:
 
     def _why_skipped(self) -> str:
         """Which watched rows, of all processes, are not finite; without one, what was in the batch."""
-        bad = [name for names, x in self.watched for name, ok in zip(names, x.flatten(1).isfinite().all(1).tolist()) if not ok]
-        parts = all_gather_object((bad, [name for names, _ in self.watched for name in names]))
-        bad, names = (list(dict.fromkeys(name for part in parts for name in part[i])) for i in (0, 1))
+        rows = [row for names, x in self.watched for row in zip(names, x.flatten(1).isfinite().all(1).tolist())]
+        rows = [row for part in all_gather_object(rows) for row in part]
+        bad, names = list(dict.fromkeys(x for x, ok in rows if not ok)), list(dict.fromkeys(x for x, _ in rows))
         if bad:
             return f"not finite: log-probabilities or their gradient of {'; '.join(bad[:8])}"
         return f"a gradient inside the model is not finite, the losses are; in the batch: {'; '.join(names[:8])}"
@@ -178,7 +173,7 @@ class Run:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends {"step": step, ...} to metrics.jsonl and shows a line with rate and time left.
 
-        A "grad_norm" that is not finite is a skipped step: the row says why. Raises NumbersError after TOO_MANY in a row.
+        A "grad_norm" that is not finite is a skipped step: the row says why. NumbersError after TOO_MANY in a row.
         """
         skip = not math.isfinite(values.get("grad_norm", 0.0))
         self.in_a_row, self.skipped = (self.in_a_row + 1 if skip else 0), self.skipped + skip
@@ -198,8 +193,9 @@ class Run:
                 print(f"step {step + 1}/{self.total_steps} {shown} | {done / elapsed:.2f} steps/s, "
                       f"{datetime.timedelta(seconds=round(left))} left", flush=True)
         if self.in_a_row >= TOO_MANY:
-            raise NumbersError(f"{self.metrics}: {TOO_MANY} steps in a row up to step {step + 1} were skipped, the last: "
-                               f"{values['skipped_because']}. Look at these clips; a lower --lr or float32 may help")
+            raise NumbersError(f"{self.metrics}: {TOO_MANY} steps in a row up to step {step + 1} were skipped, the "
+                               f"last: {values['skipped_because']}. Look at these clips; a lower --lr or float32 may "
+                               "help")
 
     def checkpoint(self, done: int) -> None:
         """After `done` steps: writes the state where it is due. After a signal, too, and then ends with STOPPED."""
@@ -216,7 +212,7 @@ class Run:
             raise SystemExit(STOPPED)
 
     def finish(self) -> None:
-        """Adds the run's settings to the model's config.json: one file says what made the weights. Signals end again."""
+        """Adds the run's settings to the model's config.json, which has replaced ours. Signals end again."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.processes.main:

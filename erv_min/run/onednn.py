@@ -8,11 +8,8 @@ ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear: x [..., K], weight [N, K], bias [N] -> [..., N].
-
-    In float32 on a CPU without gradients it goes through oneDNN in place of MKL: on one row it reads the weight twice as
-    fast, at about the speed of a copy, and on many rows it uses AVX-512 where MKL does not (AMD).
-    """
+    """F.linear: x [..., K], weight [N, K], bias [N] -> [..., N]. In float32 on a CPU without gradients through oneDNN in
+    place of MKL: on one row it reads the weight twice as fast, and on many it uses AVX-512 where MKL does not (AMD)."""
     plain = (not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
              or x.numel() == 0 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     return F.linear(x, weight, bias) if plain else torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
@@ -26,11 +23,8 @@ class Linear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """Sends every nn.Linear of `model` through `linear`, in place; returns `model`.
-
-    Only the class of the modules changes: parameters, their names, hooks, copy.deepcopy and the state_dict stay as they
-    are. Subclasses of nn.Linear are left alone.
-    """
+    """Sends every nn.Linear of `model` through `linear`, in place; returns `model`. Only the modules' class changes:
+    parameters, their names, hooks, copy.deepcopy and the state_dict stay."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

@@ -32,20 +32,15 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> list[int]:
-        """This process's of a step's `count` prompts (or rows): every size-th, so that all processes have equal work.
-
-        Raises SettingsError where they do not divide."""
+        """This process's of a step's `count` prompts (or rows): every size-th. SettingsError where they do not divide."""
         if count % self.size:
-            raise SettingsError(f"{count} prompts per step do not divide by the {self.size} processes of this job, which need "
-                                "equal work: give another --batch-size or number of processes")
+            raise SettingsError(f"{count} prompts per step do not divide by the {self.size} processes of this job, which "
+                                "need equal work: give another --batch-size or number of processes")
         return list(range(self.rank, count, self.size))
 
 
 def join_processes(device: str = "", deterministic: bool = False) -> Processes:
-    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun.
-
-    Returns when all have joined. Raises SettingsError where a CUDA device is asked for and there is none.
-    """
+    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun."""
     exact_float32()
     if deterministic:
         deterministic_kernels()
@@ -65,8 +60,8 @@ def join_processes(device: str = "", deterministic: bool = False) -> Processes:
 
 
 def exact_float32() -> None:
-    """Float32 matrix products and convolutions on CUDA keep all 24 bits. PyTorch lets cuDNN's convolutions have 11 by
-    default (TF32, Ampere and later), which moves the towers' features by about 1e-3; bfloat16 has nothing of it."""
+    """Float32 on CUDA keeps its 24 bits. By default cuDNN's convolutions have 11 (TF32), which moves the towers'
+    features by about 1e-3; bfloat16 has nothing of it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -81,9 +76,9 @@ def deterministic_kernels() -> None:
 def join(backend: str) -> None:
     """Joins the process group that torchrun describes; a collective that waits an hour is an error.
 
-    torchrun's own store outlives a restart (--max-restarts) and with it the addresses of processes that are gone
-    (pytorch#135712), so each restart meets under a name of its own. Where several machines count their restarts apart,
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them makes torchrun give every restart a new store.
+    torchrun's store outlives a restart (--max-restarts), and in it the addresses of processes that are gone
+    (pytorch#135712): each restart meets under a name of its own. Where several machines count their restarts apart,
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each makes torchrun give every restart a new store.
     """
     hour = datetime.timedelta(hours=1)
     store, rank, size = next(rendezvous("env://", timeout=hour))
@@ -134,8 +129,7 @@ PARTED = []  # holds True once this process has left a process group
 
 
 def part() -> None:
-    """The processes meet for the last time, and the process group ends: one may then go on alone for hours (a judge)
-    without the others being aborted for waiting."""
+    """Ends the process group: one process may then go on alone for hours (a judge), and none is aborted for waiting."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
@@ -143,11 +137,8 @@ def part() -> None:
 
 
 def leave() -> None:
-    """Ends this process, one of several that are through. Alone it does nothing.
-
-    The interpreter is not shut down: a gloo thread that lets go of a tensor meanwhile would ask for the interpreter,
-    which aborts the process (pytorch#190489).
-    """
+    """Ends this process, one of several that are through, without the interpreter's shutdown, in which a gloo thread
+    that lets go of a tensor aborts the process (pytorch#190489). Alone it does nothing."""
     part()
     if PARTED:
         _exit(0)
@@ -162,8 +153,8 @@ def _exit(status: int) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main` and ends its process: one line for a named error, a traceback for another, status 1.
 
-    Where processes work together, one that fails goes at once: its shutdown would wait for collectives that the others
-    never finish. These then fail as well, and wait for torchrun to end them, so that it names the one that began.
+    Of several processes one that fails goes at once: a shutdown would wait for collectives that the others never
+    finish. These then fail as well, and wait for torchrun to end them, so that it names the one that began.
     """
     try:
         main()
@@ -174,7 +165,7 @@ def run_script(main: Callable[[], None]) -> None:
             error = SystemExit(1)
         elif isinstance(error, ErvMinError):
             error = SystemExit(f"{type(error).__name__}: {error}")
-        elif isinstance(error, OSError) and error.filename:  # a folder that cannot be made, a file that cannot be written
+        elif isinstance(error, OSError) and error.filename:  # a folder that cannot be made, a file not written
             error = SystemExit(f"{error.filename}: {error.strerror}")
         elif isinstance(error, KeyboardInterrupt):
             error = SystemExit("stopped by Ctrl-C")

@@ -1,9 +1,8 @@
 """Settings of each stage: table 8 and section 4.3 as presets, and one command-line style for every script.
 
-A setting is a dataclass field with a help text that names its equation, table or divergence; the preset gives its
-value and the command line overrides it. `paper-0.5b` and `paper-7b` hold the paper's values, `toy` the embedded
-default's (a model a thousand times smaller needs larger steps). What is not an ablation of the paper, a divergence of
-the release or a matter of the user's hardware is not an option. How a field becomes an option: options.py.
+A setting is a dataclass field; the preset gives its value and the command line overrides it (options.py). `paper-0.5b`
+and `paper-7b` hold the paper's values, `toy` the embedded world's (a model a thousand times smaller needs larger
+steps). What is no ablation of the paper, divergence of the release or matter of the user's hardware is no option.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ class Policy(Compute):
     num_frames: int = setting(0, "frames per clip; 0: as the checkpoint says", least=0)
     geometry: str = setting("pad", "frames to a square: padded, or stretched as in the released inference "
                                    "(divergence 11)", ("pad", "stretch"))
-    silence: str = setting("hear", "a clip without sound: hear 10 s of silence as the release does, counted and logged, "
+    silence: str = setting("hear", "a clip without sound: hear 10 s of silence as the release does, counted, logged, "
                                    "or error, the clip counts as one that cannot be decoded (divergence 19)",
                            ("hear", "error"))
     workers: int = setting(2, "processes that decode clips ahead of the model; 0: none, the script does it", least=0)
@@ -48,8 +47,8 @@ class Policy(Compute):
 class Clips:
     """What every script takes that reads data sets."""
 
-    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' "
-                            "(training, toy: without it the embedded world, rendered where it is not there yet)", path="data")
+    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' (training, "
+                            "toy: without it the embedded world, rendered where it is not there yet)", path="data")
     allow_missing: float = setting(0.01, "share of the clips (or of given predictions) that may be missing", least=0,
                                    most=1)
 
@@ -124,8 +123,8 @@ class SFTSettings(Common):
     targets_per_clip: int = setting(1, "targets of one clip that share its prompt in a step", least=1)
     answers_only: bool = setting(False, "leave every <think> empty: a policy that answers without explaining, to see "
                                         "what the reasoning is worth")
-    train_projectors: bool = setting(True, "train the projectors and the gate's MLP too (table 8); the toy's would forget "
-                                           "what its base model sees")
+    train_projectors: bool = setting(True, "train the projectors and the gate's MLP too (table 8); the toy's would "
+                                           "forget what its base model sees")
     train_vision_tower: bool = setting(False, "train the vision tower too, as table 8 says and the release does not "
                                               "(divergence 12)")
 

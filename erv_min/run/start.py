@@ -1,4 +1,4 @@
-"""How a stage gets what it starts from: model and tokenizers, clips, verifier. (The toy's stages before it: toy/chain.py.)"""
+"""What a stage starts from: model and tokenizers, clips, verifier. (The toy's stages before it: toy/chain.py.)"""
 
 import hashlib
 from dataclasses import replace
@@ -75,7 +75,7 @@ def start_model(settings: Common, stage: str, processes: Processes) -> tuple[Hum
 
 
 def tower_key(model: HumanOmni) -> str:
-    """Names the frozen towers by their weights' bytes: features kept on disk are never taken for those of other towers."""
+    """Names the frozen towers by their weights' bytes: kept features are never taken for those of other towers."""
     digest = hashlib.sha256()
     for tower in (model.model.vision_tower, model.model.audio_tower):
         for name, weight in tower.state_dict().items():
@@ -90,11 +90,12 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
     if processes.main:
         print(summary(examples), flush=True)
     examples = examples if settings.subtitles else [replace(example, subtitle="") for example in examples]
-    return check_clips(examples, settings.allow_missing, Path(settings.out) / "missing_clips.txt" if processes.main else None)
+    missing = Path(settings.out) / "missing_clips.txt" if processes.main else None
+    return check_clips(examples, settings.allow_missing, missing)
 
 
 def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
-    """The verifier that R_E asks: --erv, random weights of RoBERTa base with --random-weights, None where R_E is off."""
+    """The verifier that R_E asks: --erv, RoBERTa base of random weights with --random-weights, None where R_E is off."""
     if not settings.w_explanation:
         return None
     if settings.erv:

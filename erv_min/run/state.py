@@ -28,15 +28,13 @@ def saved_states(folder: str | Path) -> list[Path]:
 
 
 def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
-    """Writes the state after `step` steps and keeps `keep` in all.
-
-    Raises DiskError on every process where there is no room on one: the states there were are left as they are.
-    """
+    """Writes the state after `step` steps and keeps `keep` in all. Raises DiskError on every process where one has no
+    room: the states there were are left as they are."""
     folder, rank = Path(folder), rank_and_size()[0]
     place, target = folder / f".state-{step:06d}", folder / f"state-{step:06d}"
     params = policy.named_parameters()
     tensors = {f"param.{name}": p.detach() for name, p in params.items()}
-    tensors |= {f"{key}.{name}": value for name, p in params.items() for key, value in optimizer.state.get(p, {}).items()}
+    tensors |= {f"{key}.{name}": x for name, p in params.items() for key, x in optimizer.state.get(p, {}).items()}
     stream = ((key, policy.to_full(value)) for key, value in tensors.items())
     written, problem = {}, ""
     try:
@@ -67,11 +65,9 @@ def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Opt
 
 
 def load_state(folder: str | Path, policy, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest state that is whole back; returns its number of steps, 0 where there is none.
+    """Puts the newest state that is whole back, naming damaged ones; returns its number of steps, 0 where there is none.
 
-    A damaged one is named, and the one before is used. Raises CheckpointError where none is left, or where it is of
-    other parameters.
-    """
+    Raises CheckpointError where there are only damaged ones, or where it is of other parameters."""
     found = saved_states(folder)
     for place in found:
         damage = [x for x in all_gather_object(_damage(place)) if x]

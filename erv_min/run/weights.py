@@ -26,8 +26,7 @@ BUFFERS = (".position_ids", ".inv_freq")  # what older transformers stored besid
 def open_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's weight files by name, on the CPU; its bytes are read from the disk when it is used.
 
-    Buffers are left out; TensorFlow's names of a layer norm (BERT's own repository) become torch's. Raises
-    CheckpointError naming the file that is missing or damaged, or a tensor that is not floating point.
+    Buffers are left out; TensorFlow's names of a layer norm (BERT's own repository) become torch's.
     """
     tensors = {}
     for file in _weight_files(folder):
@@ -50,7 +49,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: no weights (neither {WEIGHTS} nor {INDEX})")
+        raise CheckpointError(f"{folder}: no weights (neither {WEIGHTS} nor {INDEX}; a pickle is not read)")
     shards = read_object(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(
             isinstance(file, str) and Path(file).name == file and len(file) < 250 for file in shards.values()):
@@ -63,8 +62,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype: torch.dtype,
          device: str | torch.device, where: str | Path) -> list[str]:
-    """Puts copies of `tensors` into a model on the meta device; returns the names of `may_miss` that were absent (now
-    zeros).
+    """Puts copies of `tensors` into a model on the meta device; returns the names of `may_miss` that were absent (now 0).
 
     With `device` meta no byte is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
     again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part.
@@ -91,9 +89,8 @@ def write_safetensors(path: Path, like: dict[str, Tensor], stream: Iterable[tupl
                       dtype: torch.dtype | None = None) -> int:
     """Writes `path` whole or not at all, one tensor at a time: no second copy of the model exists, on GPU or CPU.
 
-    `dtype` None keeps each tensor's own. With `stream`, that is where the tensors come from, in the order of `like`,
-    which then gives names, shapes and types alone (sharded models: one unit is whole at a time). Returns the CRC-32 of
-    the file. Raises DiskError where there is no room.
+    With `stream` the tensors come from there, in the order of `like`, which then gives names, shapes and types alone
+    (sharded models: one unit is whole at a time); `dtype` None keeps each one's own. Returns the CRC-32 of the file.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in like.items():
