@@ -22,7 +22,7 @@ from erv_min.model.humanomni import HumanOmni
 from erv_min.run.errors import CheckpointError, SettingsError
 from erv_min.run.files import atomic_write, read_object, write_json
 from erv_min.run.onednn import use_onednn
-from erv_min.run.weights import INDEX, SHARDS, WEIGHTS, fill, open_weights, write_safetensors
+from erv_min.run.weights import SHARDS, WEIGHTS, fill, open_weights, write_safetensors
 
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",
@@ -183,16 +183,15 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
     at, option = (f"{name} at {revision}", f" --revision {revision}") if revision else (name, "")
     way = (f"Give a local folder, or where there is a network run 'hf download {name}{option}' "
            "and bring that folder (or the cache, HF_HOME) here")
-    files = [WEIGHTS, INDEX, SHARDS] if weights else []
+    files = ["config.json", *([WEIGHTS, SHARDS] if weights else [])]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[
-            "config.json", "towers.json", *TEXT_FILES, *files]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["towers.json", *TEXT_FILES, *files]))
     except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "
                               f"({type(error).__name__}: {reason}). {way}") from error
-    for needed in (("config.json",), tuple(files[:2])):
-        if needed and not any((folder / file).exists() for file in needed):  # the hub or an offline cache has a part
+    for needed in files[:1], files[1:]:
+        if needed and not any(any(folder.glob(name)) for name in needed):  # the hub or an offline cache has a part
             raise CheckpointError(f"{at}: {folder} has no {' or '.join(needed)}. {way}")
     return folder
 

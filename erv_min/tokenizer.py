@@ -114,11 +114,10 @@ def _from_vocabulary(folder: Path, config: dict) -> Backend:
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     backend.decoder = decoders.ByteLevel()
     added = {int(i): token["content"] for i, token in (config.get("added_tokens_decoder") or {}).items()}
-    for i in sorted(added):
-        backend.add_special_tokens([AddedToken(added[i], normalized=False)])
-        if (made := backend.token_to_id(added[i])) != i:
-            raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {added[i]} the id {i}, "
-                                  f"but vocab.json makes it {made}")
+    backend.add_special_tokens([AddedToken(added[i], normalized=False) for i in sorted(added)])
+    if wrong := [f"{text} the id {i}" for i, text in added.items() if backend.token_to_id(text) != i]:
+        raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {wrong[0]}, which "
+                              "vocab.json does not")
     return backend
 
 

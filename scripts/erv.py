@@ -158,11 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     first = run.begin(policy, optimizer)
     verifier = Verifier(model, tokenizer, labels, processes.device)
     model.requires_grad_(True)
-    epochs_done = [x for x in read_jsonl(out / "epochs.jsonl") if x["step"] <= first] if first else []
-    if processes.main:
-        atomic_write(out / "epochs.jsonl", "")
-        for line in epochs_done:
-            append_jsonl(out / "epochs.jsonl", line)
+    epochs = out / "epochs.jsonl"
+    epochs_done = read_jsonl(epochs) if epochs.exists() else []
     own, began = processes.share(settings.batch_size), time.perf_counter()
 
     for step in range(first, steps):
@@ -189,11 +186,11 @@ def main(argv: list[str] | None = None) -> None:
                        "padding": 1 - mask[picked, :length].float().mean().item()})
         if (step + 1) % per_epoch == 0 or step + 1 == steps:
             report = evaluate(verifier, valid, seen, settings)
-            line = {"step": step + 1, "macro_f1": report["at_tau"]["macro_f1"],
+            line = {"step": step, "macro_f1": report["at_tau"]["macro_f1"],
                     "micro_f1": report["at_tau"]["micro_f1"], "loss": report["loss"], "ece": report["ece"]}
             epochs_done.append(line)
             if processes.main:
-                append_jsonl(out / "epochs.jsonl", line)
+                append_jsonl(epochs, line)
                 print("held out: " + " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"), flush=True)
                 if settings.patience and waited(epochs_done) == 0:
                     save_file({k: v.cpu() for k, v in model.state_dict().items()}, out / "best.safetensors")

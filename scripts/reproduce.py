@@ -46,39 +46,33 @@ ROWS = {
 
 def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitable: bool) -> dict[str, tuple]:
     """The commands of one seed: name -> (commands before it, the file that says it is done, the command's words)."""
-    world, run = folder / "world", ["--world", str(folder / "world"), "--seed", str(seed), "--device", "cpu"]
-    training = [*run, "--cache-features", str(world / "features"), "--workers", "1", "--resume"]
-    number = ["--steps", str(steps)] if steps else []
+    world, number = folder / "world", ["--steps", str(steps)] if steps else []
 
-    def grpo(name: str, model: str = "sft", erv: str = "erv", *more: str) -> tuple:
-        verifier = ["--erv", str(folder / erv)] if erv else ["--w-explanation", "0"]
-        before = (model, erv) if erv else (model,)
+    def stage(script: str, name: str, *words: str, before: tuple = ("world",)) -> tuple:
+        features = ["--cache-features", str(world / "features"), "--workers", "1"] if script != "erv" else []
         return before, folder / name / "model.safetensors", [
-            str(SCRIPTS / "grpo.py"), *training, "--model", str(folder / model), *verifier, "--eval-clips", "-1",
-            "--out", str(folder / name), *number, *more]
+            str(SCRIPTS / f"{script}.py"), "--world", str(world), "--seed", str(seed), "--device", "cpu", "--resume",
+            *features, "--out", str(folder / name), *words]
 
-    def erv(name: str, *more: str) -> tuple:
-        return ("world",), folder / name / "model.safetensors", [
-            str(SCRIPTS / "erv.py"), *run, "--out", str(folder / name), "--resume", *more]
-
-    def sft(name: str, *more: str) -> tuple:
-        return ("world",), folder / name / "model.safetensors", [
-            str(SCRIPTS / "sft.py"), *training, "--out", str(folder / name), *more]
+    def grpo(name: str, *more: str, model: str = "sft", erv: str = "erv") -> tuple:
+        verifier = ["--erv", str(folder / erv)] if erv else ["--w-explanation", "0"]
+        return stage("grpo", name, "--model", str(folder / model), *verifier, "--eval-clips", "-1", *number, *more,
+                     before=(model, erv) if erv else (model,))
 
     jobs = {
         "world": ((), world / "base" / "model.safetensors", [
             "-m", "erv_min.toy", str(world), "--seed", str(seed), f"--{split}", str(clips),
             *(["--test", "0"] if split == "tune" else []), *(["--exploitable"] if exploitable else [])]),
-        "erv": erv("erv"),
-        "erv-human": erv("erv-human", "--sources", "human", "--steps", "250"),
-        "sft": sft("sft"),
-        "sft-answers": sft("sft-answers", "--answers-only"),
+        "erv": stage("erv", "erv"),
+        "erv-human": stage("erv", "erv-human", "--sources", "human", "--steps", "250"),
+        "sft": stage("sft", "sft"),
+        "sft-answers": stage("sft", "sft-answers", "--answers-only"),
         "ours": grpo("ours"),
-        "baseline": grpo("baseline", "sft", ""),
-        "no-augmentation": grpo("no-augmentation", "sft", "erv-human"),
-        "no-filtering": grpo("no-filtering", "sft", "erv", "--ablate", "neutral-filtering"),
-        "no-sentences": grpo("no-sentences", "sft", "erv", "--ablate", "sentence-level"),
-        "answers": grpo("answers", "sft-answers", ""),
+        "baseline": grpo("baseline", erv=""),
+        "no-augmentation": grpo("no-augmentation", erv="erv-human"),
+        "no-filtering": grpo("no-filtering", "--ablate", "neutral-filtering"),
+        "no-sentences": grpo("no-sentences", "--ablate", "sentence-level"),
+        "answers": grpo("answers", model="sft-answers", erv=""),
     }
     for row in ROWS:
         model, out = world / "base" if row == "base" else folder / row, folder / "evaluation" / row

@@ -181,8 +181,6 @@ def released_folder(world: Path, folder: Path) -> dict[str, str]:  # noqa: F811
     (folder / "model").mkdir(parents=True)
     for part in (0, 1):
         save_file({k: weights[k] for k in names[part::2]}, folder / "model" / f"model-0000{part + 1}-of-00002.safetensors")
-    write_json(folder / "model" / "model.safetensors.index.json", {
-        "metadata": {}, "weight_map": {k: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, k in enumerate(names)}})
     write_json(folder / "model" / "config.json", config | {"mm_vision_tower": "/nas/authors/siglip-tiny",
                                                            "mm_audio_tower": "/nas/authors/whisper-tiny"})
     for name in ("tokenizer.json", "tokenizer_config.json"):

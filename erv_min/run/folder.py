@@ -27,12 +27,12 @@ from torch import Tensor
 from erv_min.run.errors import DiskError, NumbersError, SettingsError
 from erv_min.run.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.run.options import option_name
-from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum
+from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum, gather_lists
 from erv_min.run.state import load_state, save_state, saved_states
 
 STOPPED = 75  # exit code after SIGTERM or Ctrl-C: a state is written, start again with --resume (EX_TEMPFAIL)
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
-LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl")
+LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl", "epochs.jsonl")
 SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
          "tokens_per_s")
 PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "av", "soundfile")
@@ -43,7 +43,7 @@ FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "wor
 
 
 def provenance(settings) -> dict:
-    """What config.json keeps of a run; the commit has a "+" where the source was changed since, "" outside a checkout."""
+    """What config.json keeps of a run. The commit has a "+" where the source was changed; "" outside a checkout."""
     installed = {(x.name or "").lower().replace("_", "-"): x.version for x in metadata.distributions()}
     versions = {"python": platform.python_version()} | {x: installed.get(x, "not installed") for x in PACKAGES}
     versions["torch"] = torch.__version__  # with its build, which the package's version may leave out (2.15.0+cu132)
@@ -164,7 +164,7 @@ class Run:
     def _why_skipped(self) -> str:
         """Which watched rows, of all processes, are not finite; without one, what was in the batch."""
         rows = [row for names, x in self.watched for row in zip(names, x.flatten(1).isfinite().all(1).tolist())]
-        rows = [row for part in all_gather_object(rows) for row in part]
+        rows = gather_lists(rows)
         bad, names = list(dict.fromkeys(x for x, ok in rows if not ok)), list(dict.fromkeys(x for x, _ in rows))
         if bad:
             return f"not finite: log-probabilities or their gradient of {'; '.join(bad[:8])}"

@@ -32,10 +32,10 @@ class Processes:
         return self.rank == 0
 
     def share(self, count: int) -> list[int]:
-        """This process's of a step's `count` prompts (or rows): every size-th. SettingsError where they do not divide."""
+        """This process's of a step's `count` prompts (or rows): every size-th. Raises SettingsError on a remainder."""
         if count % self.size:
-            raise SettingsError(f"{count} prompts per step do not divide by the {self.size} processes of this job, which "
-                                "need equal work: give another --batch-size or number of processes")
+            raise SettingsError(f"{count} prompts per step do not divide by the {self.size} processes of this job, "
+                                "which need equal work: give another --batch-size or number of processes")
         return list(range(self.rank, count, self.size))
 
 

@@ -95,7 +95,7 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
 
 
 def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
-    """The verifier that R_E asks: --erv, RoBERTa base of random weights with --random-weights, None where R_E is off."""
+    """The verifier that R_E asks: --erv, with --random-weights a random RoBERTa base, None where R_E is off."""
     if not settings.w_explanation:
         return None
     if settings.erv:

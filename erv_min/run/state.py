@@ -65,7 +65,7 @@ def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Opt
 
 
 def load_state(folder: str | Path, policy, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest state that is whole back, naming damaged ones; returns its number of steps, 0 where there is none.
+    """Puts the newest state that is whole back, naming damaged ones; returns its steps, 0 where there is no state.
 
     Raises CheckpointError where there are only damaged ones, or where it is of other parameters."""
     found = saved_states(folder)

@@ -5,6 +5,7 @@ So weights are never in memory twice. What the tensors mean is checkpoint.py's b
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from itertools import groupby
@@ -15,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from erv_min.run.errors import CheckpointError
-from erv_min.run.files import read_object, replacing
+from erv_min.run.files import replacing
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 SHARDS = "model-*-of-*.safetensors"  # openai/whisper-large-v3 also holds model.fp32-*, twice the size
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 BUFFERS = (".position_ids", ".inv_freq")  # what older transformers stored beside weights; computed here
@@ -29,7 +30,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     Buffers are left out; TensorFlow's names of a layer norm (BERT's own repository) become torch's.
     """
     tensors = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as f:
                 found = {name: f.get_tensor(name) for name in f.keys() if not name.endswith(BUFFERS)}
@@ -44,25 +45,21 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder, its index checked; what a shard lacks is found by `fill`."""
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or all shards of it."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: no weights (neither {WEIGHTS} nor {INDEX}; a pickle is not read)")
-    shards = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-            isinstance(file, str) and Path(file).name == file and len(file) < 250 for file in shards.values()):
-        raise CheckpointError(f"{folder / INDEX}: field 'weight_map' must map tensor names to files of this folder")
-    files = [folder / file for file in sorted(set(shards.values()))]
-    if absent := [file.name for file in files if not file.exists()]:
-        raise CheckpointError(f"{folder}: {len(absent)} shards are missing: {', '.join(absent[:4])}")
-    return files
+    shards = sorted(file for file in folder.glob(SHARDS) if re.fullmatch(r"model-\d+-of-\d+", file.stem))
+    count = int(shards[0].stem.split("-")[-1]) if shards else 1
+    if len(shards) != count:
+        raise CheckpointError(f"{folder}: {len(shards)} of the {count} files {SHARDS} are here" if shards else
+                              f"{folder}: no weights (neither {WEIGHTS} nor {SHARDS}; a pickle is not read)")
+    return shards
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype: torch.dtype,
          device: str | torch.device, where: str | Path) -> list[str]:
-    """Puts copies of `tensors` into a model on the meta device; returns the names of `may_miss` that were absent (now 0).
+    """Puts copies of `tensors` into a model on the meta device; returns which of `may_miss` were absent (now zeros).
 
     With `device` meta no byte is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
     again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part.

@@ -245,11 +245,10 @@ class Checkpoints:
         shutil.rmtree(folder / "x", ignore_errors=True)
         shutil.copytree(self.places[kind], place)
         weights = next(place.glob("*.safetensors"))
-        target = rng.choice(("header", "bytes", "tensors", "json", "json", "index"))
-        if target == "index":
-            (place / "model.safetensors.index.json").write_bytes(dump(mutate_json(
-                {"weight_map": {"a": "model-1-of-1.safetensors", "b": "../../outside"}}, rng), rng))
-            weights.rename(place / "model-1-of-1.safetensors") if rng.random() < 0.5 else weights.unlink()
+        target = rng.choice(("header", "bytes", "tensors", "json", "json", "name"))
+        if target == "name":
+            weights.rename(place / rng.choice(("model-1-of-1.safetensors", "model-1-of-2.safetensors", "model-a-of-b.safetensors",
+                                               "pytorch_model.bin")))
         elif target == "tensors":
             tensors = load_file(weights)
             name = rng.choice(list(tensors))
