@@ -185,7 +185,8 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
            "and bring that folder (or the cache, HF_HOME) here")
     files = ["config.json", *([WEIGHTS, SHARDS] if weights else [])]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["towers.json", *TEXT_FILES, *files]))
+        folder = Path(snapshot_download(name, revision=revision or None,
+                                        allow_patterns=["towers.json", *TEXT_FILES, *files]))
     except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "

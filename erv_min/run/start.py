@@ -28,10 +28,9 @@ def load_model(settings: Policy, name: str, dtype: torch.dtype, device, processe
 
     `show` gets a line that says which towers it runs with (divergence 12), on the main process.
     """
-    revision, text_tower = settings.revision or None, settings.text_tower or None
-    model = load_humanomni(name, dtype, device, revision, settings.vision_tower or None,
-                           settings.audio_tower or None, text_tower)
-    model.gate_folder = text_gate_folder(name, revision, text_tower)
+    model = load_humanomni(name, dtype, device, settings.revision, settings.vision_tower, settings.audio_tower,
+                           settings.text_tower)
+    model.gate_folder = text_gate_folder(name, settings.revision, settings.text_tower)
     if processes.main:
         show(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
              + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()))

@@ -247,8 +247,8 @@ class Checkpoints:
         weights = next(place.glob("*.safetensors"))
         target = rng.choice(("header", "bytes", "tensors", "json", "json", "name"))
         if target == "name":
-            weights.rename(place / rng.choice(("model-1-of-1.safetensors", "model-1-of-2.safetensors", "model-a-of-b.safetensors",
-                                               "pytorch_model.bin")))
+            weights.rename(place / rng.choice(("model-1-of-1.safetensors", "model-1-of-2.safetensors",
+                                               "model-a-of-b.safetensors", "pytorch_model.bin")))
         elif target == "tensors":
             tensors = load_file(weights)
             name = rng.choice(list(tensors))
