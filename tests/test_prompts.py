@@ -80,7 +80,8 @@ def test_vocabulary_and_merges_open_alike(old_folder, tokenizer):
     old = Tokenizer(old_folder)
     text = PROMPTS["sft"][2]["rendered_human"] + " It's 1234  spaces\n\n\té Ａ<|im_end|>"
     assert old.encode(text) == tokenizer.encode(text)
-    assert old.decode(old.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    ids = [i for i in old.encode(text) if i >= 0]  # without placeholders
+    assert old.decode(ids) == tokenizer.decode(ids)
     config = read_json(old_folder / "tokenizer_config.json")
     config["added_tokens_decoder"]["900"] = {"content": "<|gap|>"}
     (old_folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -31,7 +31,7 @@ def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch
         if words[0].endswith("sft.py"):
             assert parse(SFTSettings, PRESETS["sft"], "", words[1:]).answers_only == (name == "sft-answers")
     # What separates the rows of tables 1 and 2, and nothing else.
-    assert [(Path(s.out).name, bool(s.rewards.w_explanation), s.ablate, Path(s.erv).name) for s in seen] == [
+    assert [(Path(s.out).name, bool(s.w_explanation), s.ablate, Path(s.erv).name) for s in seen] == [
         ("ours", True, "", "erv"), ("baseline", False, "", ""), ("no-augmentation", True, "", "erv-human"),
         ("no-filtering", True, "neutral-filtering", "erv"), ("no-sentences", True, "sentence-level", "erv"),
         ("answers", False, "", "")]
