@@ -1,10 +1,10 @@
 """Model folders and hub repositories -> models, and back in the released layout.
 
 A HumanOmni folder: config.json, towers.json (ours: the towers' sizes; a released folder has none and its towers' own
-repositories, or config.TOWERS, give them), model.safetensors or shards of it, tokenizer files,
+repositories, or config.TOWERS, give them), weights (run/weights.py), tokenizer files,
 text_gate/tokenizer.json. A verifier folder is Hugging Face's RobertaForSequenceClassification.
 
-Left out: pickled or quantised weights, saving in shards, training state (run/state.py).
+Left out: quantised weights, saving in shards, training state (run/state.py).
 """
 
 import os
@@ -22,7 +22,7 @@ from erv_min.model.humanomni import HumanOmni
 from erv_min.run.errors import CheckpointError, SettingsError
 from erv_min.run.files import atomic_write, read_object, write_json
 from erv_min.run.onednn import use_onednn
-from erv_min.run.weights import SHARDS, WEIGHTS, fill, open_weights, write_safetensors
+from erv_min.run.weights import LAYOUTS, WEIGHTS, fill, open_weights, write_safetensors
 
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",
@@ -183,17 +183,21 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
     at, option = (f"{name} at {revision}", f" --revision {revision}") if revision else (name, "")
     way = (f"Give a local folder, or where there is a network run 'hf download {name}{option}' "
            "and bring that folder (or the cache, HF_HOME) here")
-    files = ["config.json", *([WEIGHTS, SHARDS] if weights else [])]
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None,
-                                        allow_patterns=["towers.json", *TEXT_FILES, *files]))
-    except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "
-                              f"({type(error).__name__}: {reason}). {way}") from error
-    for needed in files[:1], files[1:]:
-        if needed and not any(any(folder.glob(name)) for name in needed):  # the hub or an offline cache has a part
-            raise CheckpointError(f"{at}: {folder} has no {' or '.join(needed)}. {way}")
+    for layout in LAYOUTS if weights else [()]:  # a repository's .bin files where it has no safetensors
+        try:
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[
+                "config.json", "towers.json", *TEXT_FILES, *layout]))
+        except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "
+                                  f"({type(error).__name__}: {reason}). {way}") from error
+        if any(any(folder.glob(file)) for file in layout):
+            break
+    else:  # the hub or an offline cache has a part
+        if weights:
+            raise CheckpointError(f"{at}: {folder} has no {' or '.join(sum(LAYOUTS, ()))}. {way}")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{at}: {folder} has no config.json. {way}")
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
@@ -125,16 +126,22 @@ def test_loaded_weights_are_no_view_of_the_file(folder):
 # ---- the other layouts ----------------------------------------------------------------------------------------------
 
 
-def test_shards_and_a_missing_one(folder):
-    """The golden weights over three files, and a buffer that older transformers saved."""
+@pytest.mark.parametrize("layout", ["shards", "bin shards", "bin", "old bin"])
+def test_other_weight_layouts(folder, layout):
+    """The golden weights otherwise, with a buffer that older transformers saved; a shard that is missing is an error."""
     (folder / "model.safetensors").unlink()
     whole = tensors() | {"model.bert_model.embeddings.position_ids": torch.arange(64)}
-    for i in range(3):
-        save_file({k: whole[k] for k in sorted(whole)[i::3]}, folder / f"model-{i + 1:05}-of-00003.safetensors")
+    if "shards" in layout:
+        save, stem, suffix = (torch.save, "pytorch_model", "bin") if "bin" in layout else (save_file, "model", "safetensors")
+        for i in range(3):
+            save({k: whole[k] for k in sorted(whole)[i::3]}, folder / f"{stem}-{i + 1:05}-of-00003.{suffix}")
+    else:
+        torch.save(whole, folder / "pytorch_model.bin", _use_new_zipfile_serialization=layout == "bin")
     assert same(load_humanomni(folder), load_humanomni(SMALL))
-    (folder / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="2 of the 3 files model-.*are here"):
-        load_humanomni(folder)
+    if "shards" in layout:
+        (folder / f"{stem}-00002-of-00003.{suffix}").unlink()
+        with pytest.raises(CheckpointError, match="2 of the 3 files .*model-.*are here"):
+            load_humanomni(folder)
 
 
 # ---- towers ---------------------------------------------------------------------------------------------------------
@@ -239,8 +246,28 @@ def test_damaged_files_are_named(folder):
     save_file(tensors() | {"model.norm.weight": torch.ones(48, dtype=torch.int32)}, file)
     with pytest.raises(CheckpointError, match="model.safetensors: tensor model.norm.weight is torch.int32"):
         load_humanomni(folder)
-    file.rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="no weights"):  # pickles are not read
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no weights"):
+        load_humanomni(folder)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/erv_min_pwned",)
+
+
+def test_pickled_code_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds code"):
+        load_humanomni(folder)
+    torch.save({"model.norm.weight": Payload()}, file)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: damaged, or holds code"):
+        load_humanomni(folder)
+    assert not os.path.exists("/tmp/erv_min_pwned")
+    torch.save([1, 2], file)
+    with pytest.raises(CheckpointError, match="no dictionary of tensors"):
         load_humanomni(folder)
 
 
@@ -282,8 +309,8 @@ def test_offline_hub_says_what_to_do(monkeypatch):
         resolve(SMALL, "abc")
 
 
-def test_hub_fetches_config_text_and_weights_alone(monkeypatch, tmp_path):
-    """Never whisper's float32 twins, nor .bin beside safetensors."""
+def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
+    """safetensors first; .bin only where the repository has none; never whisper's float32 twins."""
     asked = []
     monkeypatch.setattr("erv_min.checkpoint.snapshot_download",
                         lambda name, revision, allow_patterns: asked.append(allow_patterns) or str(tmp_path))
@@ -291,10 +318,13 @@ def test_hub_fetches_config_text_and_weights_alone(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match="has no model.safetensors or model-"):
         resolve("a/b")
     assert resolve("a/b", weights=False) == tmp_path
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "pytorch_model.bin").touch()
+    asked.clear()
     assert resolve("a/b") == tmp_path
-    assert [x for x in asked[0] if "safetensors" in x] == [
-        "model.safetensors", "model-*-of-*.safetensors"]
+    assert [any(p.endswith(".bin") for p in a) for a in asked] == [False, True]
+    (tmp_path / "model.safetensors").touch()
+    assert resolve("a/b") == tmp_path and len(asked) == 3
+    assert [x for x in asked[2] if "safetensors" in x] == ["model.safetensors", "model-*-of-*.safetensors"]
 
 
 # ---- the verifier ---------------------------------------------------------------------------------------------------

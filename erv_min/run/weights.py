@@ -1,11 +1,11 @@
-"""Weight files: safetensors, one file or shards, read as views of the mapped files and written as a stream.
-
-So weights are never in memory twice. What the tensors mean is checkpoint.py's business. Left out: pickles
-(pytorch_model.bin), quantised weights, writing shards.
+"""Weight files: safetensors or torch's .bin, one file or shards, read as views of the mapped files; safetensors are
+written, as a stream. So weights are never in memory twice. What the tensors mean is checkpoint.py's business. Left out:
+quantised weights, writing shards.
 """
 
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable
 from itertools import groupby
@@ -19,7 +19,8 @@ from erv_min.run.errors import CheckpointError
 from erv_min.run.files import replacing
 
 WEIGHTS = "model.safetensors"
-SHARDS = "model-*-of-*.safetensors"  # openai/whisper-large-v3 also holds model.fp32-*, twice the size
+# A layout: one file, or its shards. (openai/whisper-large-v3 also holds model.fp32-*.safetensors, twice the size.)
+LAYOUTS = [(WEIGHTS, "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin")]
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 BUFFERS = (".position_ids", ".inv_freq")  # what older transformers stored beside weights; computed here
 
@@ -31,12 +32,9 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     """
     tensors = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as f:
-                found = {name: f.get_tensor(name) for name in f.keys() if not name.endswith(BUFFERS)}
-        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-        for name, tensor in found.items():
+        for name, tensor in (_open_bin if file.suffix == ".bin" else _open_safetensors)(file).items():
+            if name.endswith(BUFFERS):
+                continue
             if tensor.dtype not in FLOATS:
                 raise CheckpointError(f"{file}: tensor {name} is {tensor.dtype}, weights must be one of "
                                       f"{', '.join(FLOATS.values())}")
@@ -46,15 +44,35 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or all shards of it."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    shards = sorted(file for file in folder.glob(SHARDS) if re.fullmatch(r"model-\d+-of-\d+", file.stem))
-    count = int(shards[0].stem.split("-")[-1]) if shards else 1
-    if len(shards) != count:
-        raise CheckpointError(f"{folder}: {len(shards)} of the {count} files {SHARDS} are here" if shards else
-                              f"{folder}: no weights (neither {WEIGHTS} nor {SHARDS}; a pickle is not read)")
-    return shards
+    """The files of the first of LAYOUTS that a folder has."""
+    for single, pattern in LAYOUTS:
+        if (folder / single).exists():
+            return [folder / single]
+        shards = sorted(file for file in folder.glob(pattern) if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+", file.stem))
+        if shards and len(shards) != (count := int(shards[0].stem.split("-")[-1])):
+            raise CheckpointError(f"{folder}: {len(shards)} of the {count} files {pattern} are here")
+        if shards:
+            return shards
+    raise CheckpointError(f"{folder}: no weights (neither {' nor '.join(single for single, _ in LAYOUTS)}, nor shards)")
+
+
+def _open_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
+
+
+def _open_bin(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # whatever the opcodes of a damaged pickle come to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{file}: damaged, or holds code besides tensors ({reason}); fetch it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        raise CheckpointError(f"{file}: holds no dictionary of tensors")
+    return tensors
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype: torch.dtype,
