@@ -28,7 +28,7 @@ from erv_min.run.files import append_jsonl
 from erv_min.run.folder import Run, open_folder
 from erv_min.run.optimizer import item_at, learning_rate, make_optimizer, update
 from erv_min.run.processes import all_reduce_sum, barrier, gather_lists, join_processes, run_script
-from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, parse, reward_settings
+from erv_min.run.settings import PRESETS, GRPOSettings, parse, reward_settings, trained_parts
 from erv_min.run.sharding import save_model, shard
 from erv_min.run.start import FailedClips, decoding, start_model, start_verifier, training_examples
 from erv_min.toy import chain
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     towers = (model.model.vision_tower, model.model.audio_tower)
     ref_model = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False).eval()
     ref_model.model.vision_tower = ref_model.model.audio_tower = None
-    trainable(model, TRAINABLE["grpo"])
+    trainable(model, trained_parts("grpo", settings))
     policy = shard(model.eval(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     reference = shard(ref_model, settings.sharding, processes.device, getattr(torch, settings.dtype), frozen=True)
     verifier, rules = start_verifier(settings, processes.device), reward_settings(settings)

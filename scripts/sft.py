@@ -21,7 +21,7 @@ from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.folder import Run, open_folder
 from erv_min.run.optimizer import item_at, learning_rate, make_optimizer, update
 from erv_min.run.processes import all_reduce_sum, join_processes, run_script
-from erv_min.run.settings import PRESETS, TRAINABLE, SFTSettings, parse
+from erv_min.run.settings import PRESETS, SFTSettings, parse, trained_parts
 from erv_min.run.sharding import save_model, shard
 from erv_min.run.start import FailedClips, decoding, start_model, training_examples
 from erv_min.sft import group_targets, sft_loss
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, optimizer, and targets y in units that share a clip and so its prompt x.
     model, collate = start_model(settings, "sft", processes)
-    parts = TRAINABLE["sft"] if settings.train_projectors else ("language_model",)
-    trainable(model, parts + (("vision_tower",) if settings.train_vision_tower else ()))
+    trainable(model, trained_parts("sft", settings))
     policy = shard(model.train(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
     units = group_targets(explained(training_examples(settings, "sft", processes), settings), settings.targets_per_clip)

@@ -111,6 +111,8 @@ class Common(Training, Clips, Policy):
     recompute: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     cache_features: str = setting("", "folder for the frozen towers' features, so that later epochs and runs skip "
                                       "decoding and towers; 'memory' keeps them in memory")
+    train_projectors: bool = setting(True, "train what table 8 trains besides the language model: projectors, and the "
+                                           "gate's MLP (SFT) or BERT (GRPO); the toy's would forget what they see")
     num_frames: int = setting(8, "frames per clip (table 8)", least=1)
 
 
@@ -123,8 +125,6 @@ class SFTSettings(Common):
     targets_per_clip: int = setting(1, "targets of one clip that share its prompt in a step", least=1)
     answers_only: bool = setting(False, "leave every <think> empty: a policy that answers without explaining, to see "
                                         "what the reasoning is worth")
-    train_projectors: bool = setting(True, "train the projectors and the gate's MLP too (table 8); the toy's would "
-                                           "forget what its base model sees")
     train_vision_tower: bool = setting(False, "train the vision tower too, as table 8 says and the release does not "
                                               "(divergence 12)")
 
@@ -169,18 +169,23 @@ TRAINABLE = {
     "grpo": ("language_model", "visual_projector", "audio_projector", "text_encoder"),
 }
 
-_TOY = dict(num_frames=4, cache_features="memory", seed=0, workers=2, save_every=50)
+def trained_parts(stage: str, settings: Common) -> tuple[str, ...]:
+    """The names of the parts that a run trains."""
+    parts = TRAINABLE[stage] if settings.train_projectors else ("language_model",)
+    return parts + (("vision_tower",) if getattr(settings, "train_vision_tower", False) else ())
+
+
+_TOY = dict(num_frames=4, cache_features="memory", seed=0, workers=2, save_every=50, train_projectors=False)
 _PAPER = dict(dtype="bfloat16", recompute=True, sharding="hand")
 _BIG = dict(_PAPER, micro_batch=1)
 PRESETS = {
     "sft": {
-        "toy": dict(_TOY, epochs=1, batch_size=32, micro_batch=32, targets_per_clip=4, lr=3e-3,
-                    train_projectors=False),
+        "toy": dict(_TOY, epochs=1, batch_size=32, micro_batch=32, targets_per_clip=4, lr=3e-3),
         "paper-0.5b": dict(_PAPER, epochs=5, batch_size=32, micro_batch=4, lr=2e-5),
         "paper-7b": dict(_BIG, epochs=10, batch_size=32, lr=2e-5),
     },
     "grpo": {
-        "toy": dict(_TOY, steps=100, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.25,
+        "toy": dict(_TOY, steps=70, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.15,
                     group_size=8, max_new_tokens=72),
         "paper-0.5b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
         "paper-7b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),

@@ -30,7 +30,7 @@ from erv_min.generate import prompt_bytes, sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.model.qwen2 import GroupCache, Packing
 from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
-from erv_min.run.settings import DIMENSIONS, PRESETS, TRAINABLE, GRPOSettings, SFTSettings, parse
+from erv_min.run.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse, trained_parts
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
 RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation
@@ -134,8 +134,7 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
     compute = getattr(torch, settings.dtype)
     model = HumanOmni(config)
     model.model.recompute = settings.recompute
-    parts = TRAINABLE[stage] + (("vision_tower",) if getattr(settings, "train_vision_tower", False) else ())
-    trainable(model, parts)
+    trainable(model, trained_parts(stage, settings))
     towers_too = ("model.vision_tower.", "model.audio_tower.")  # which the reference does without
     language = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(towers_too))
     run = Sharded(model, compute=compute)
