@@ -2,7 +2,7 @@
 
 The noise of a token is a function of (seed, step, prompt, sample, position) alone, so that the number of processes, the
 batch and a resume do not change what is sampled. Rows that are done are dropped on the way. Left out: beam search,
-repetition penalties (nobody here uses them).
+repetition penalties.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from erv_min.config import Qwen2Config
-from erv_min.run.errors import SettingsError
-from erv_min.model.humanomni import HumanOmni
-from erv_min.run.onednn import linear
+from erv_min.logps import Completions
+from erv_min.model.humanomni import HumanOmni, Prompts
 from erv_min.model.qwen2 import GroupCache
-from erv_min.logps import Completions, Prompts
+from erv_min.run.errors import SettingsError
+from erv_min.run.onednn import linear
 
 WINDOW = 64  # steps after which a decode step's shapes change on CUDA for the first time
 WORTH = 8  # steps that must be left for a capture, which takes as long as two or three steps without it
@@ -33,7 +33,7 @@ def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, le
     return torch.from_numpy(np.stack(rows))
 
 
-def sample_token(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """One token a row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
     Temperature 0 is greedy. top_k and top_p cut the distribution first (0 and 1.0: off). Sums are float64: in float32
@@ -93,6 +93,9 @@ class DecodeStep:
         self.lengths = self.lengths[rows]
 
 
+capture_stream = functools.cache(torch.cuda.Stream)  # one of a device: graphs share memory on the same stream alone
+
+
 def capture(function, device: torch.device, before=None):
     """(graph, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet.
 
@@ -103,12 +106,6 @@ def capture(function, device: torch.device, before=None):
     with torch.cuda.device(device), torch.cuda.graph(graph, before and before.pool(), capture_stream(device)):
         result = function()
     return graph, result
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> "torch.cuda.Stream":
-    """One for all captures: graphs share memory on the same stream alone."""
-    return torch.cuda.Stream(device)
 
 
 def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,24 +139,24 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
     """Samples `group_size` completions for each of B prompts; stops as soon as every row has met `eos_token_id`.
 
     noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `on_token(ids [B * G])` is
-    called after each step. Returns ids and mask [B * G, T], T <= max_new_tokens (what follows a row's EOS is EOS and
-    masked out), and at temperatures above 0 log pi(o_t) at that temperature, before top_k and top_p cut it.
+    called after each step. What follows a row's EOS is EOS and masked out. The log-probs are at that temperature,
+    before top_k and top_p cut it; 0 for greedy tokens.
     """
     if temperature > 0 and noise is None:
         raise SettingsError("sampling at a temperature above 0 needs noise: pass sampling_noise(...), or temperature=0")
-    device, total = prompts.embeds.device, prompts.embeds.shape[0] * group_size
+    device, total = prompts.embeds.device, len(prompts.embeds) * group_size
     ids = torch.full((total, max_new_tokens), eos_token_id, dtype=torch.long, device=device)
-    logps = torch.zeros(total, max_new_tokens, device=device) if temperature > 0 else None
+    logps = torch.zeros(total, max_new_tokens, device=device)
+    noise = (torch.zeros_like(logps) if noise is None else noise).to(device)
     done = torch.zeros(total, dtype=torch.bool, device=device)
     rows = torch.arange(total, device=device)  # which completion each row of the cache is
-    noise = None if noise is None else noise.to(device)
 
     logits, step = prefill(model, prompts, group_size, max_new_tokens)  # [R, V]
     for t in range(max_new_tokens):
         if t:
             logits = step(ids[rows, t - 1], t)
-        token = sample_token(logits, None if noise is None else noise[rows, t], temperature, top_k, top_p)
-        if logps is not None:
+        token = sample_token(logits, noise[rows, t], temperature, top_k, top_p)
+        if temperature > 0:
             logps[rows, t] = (logits.float() / temperature).log_softmax(-1).gather(-1, token[:, None])[:, 0]
         ids[rows, t] = torch.where(done[rows], eos_token_id, token)
         done = done | (ids[:, t] == eos_token_id)
@@ -174,10 +171,18 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
                 step.keep(prompts_left, rows_left)
                 rows, group_size = rows[rows_left], len(rows_left) // len(prompts_left)
 
-    ids = ids[:, : t + 1]
-    ended = (ids == eos_token_id).int().cumsum(1)
-    mask = (ended - (ids == eos_token_id).int()) == 0
-    return Completions(ids, mask, None if logps is None else logps[:, : t + 1].masked_fill(~mask, 0))
+    ids, ended = ids[:, : t + 1], (ids[:, : t + 1] == eos_token_id).int()
+    mask = ended.cumsum(1) == ended  # no EOS before this token
+    return Completions(ids, mask, logps[:, : t + 1].masked_fill(~mask, 0))
+
+
+def prefill(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> tuple[Tensor, DecodeStep]:
+    """Each prompt once: logits [B * G, V] of the first token, and the step that gives those of the next."""
+    hidden, kv = model.model(prompts.embeds, keep_kv=True)
+    last = hidden[torch.arange(len(hidden), device=hidden.device), prompts.lengths - 1]  # [B, D]
+    logits = linear(last, model.head_weight).repeat_interleave(group_size, 0)
+    cache = GroupCache(kv, prompts.mask, group_size, max_new_tokens)
+    return logits, DecodeStep(model, cache, prompts.lengths.repeat_interleave(group_size)[:, None])
 
 
 def prompt_bytes(c: Qwen2Config, length: int, group_size: int, max_new_tokens: int, itemsize: int) -> int:
@@ -208,20 +213,11 @@ def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new
     return max(1, min(len(embeds), int(0.9 * free) // needed))
 
 
-def prefill(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> tuple[Tensor, DecodeStep]:
-    """Each prompt once: logits [B * G, V] of the first token, and the step that gives those of the next."""
-    hidden, kv = model.model(prompts.embeds, keep_kv=True)
-    last = hidden[torch.arange(len(hidden), device=hidden.device), prompts.lengths - 1]  # [B, D]
-    logits = linear(last, model.head_weight).repeat_interleave(group_size, 0)
-    cache = GroupCache.start(kv, prompts.mask, group_size, max_new_tokens)
-    return logits, DecodeStep(model, cache, prompts.lengths.repeat_interleave(group_size)[:, None])
-
-
 @torch.no_grad()
 def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, audio: Tensor | None = None,
              gate_ids: Tensor | None = None, gate_mask: Tensor | None = None, group_size: int = 1,
-             max_new_tokens: int = 512, temperature: float = 0.3, eos_token_id: int | None = None, seed: int = 0,
-             on_token=None) -> Tensor:
+             max_new_tokens: int = 512, temperature: float = 0.3, eos_token_id: int | None = None,
+             seed: int = 0) -> Tensor:
     """Completions of one prompt: ids [group_size, <= max_new_tokens], right-filled with EOS. Eq. 1.
 
     input_ids [L] with -201 / -202 where the clip's tokens go; video [T, 3, S, S] or [1, T, 3, S, S]; audio [mels, F]
@@ -229,8 +225,9 @@ def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, a
     """
     input_ids, gate_ids, gate_mask = (None if x is None else torch.as_tensor(x).reshape(1, -1)
                                       for x in (input_ids, gate_ids, gate_mask))
-    embeds, mask = model.prompt_embeds(input_ids, video=video, audio=audio, gate_ids=gate_ids, gate_mask=gate_mask)
+    vision = None if video is None else model.vision_features(video)
+    audio = None if audio is None else model.audio_features(audio)
+    prompts = model.prompt_embeds(input_ids, vision, audio, gate_ids, gate_mask)
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    noise = sampling_noise(seed, 0, [0], group_size, max_new_tokens) if temperature > 0 else None
-    return rollout(model, Prompts(embeds, mask), group_size, max_new_tokens, eos, noise, temperature,
-                   on_token=on_token).ids
+    noise = sampling_noise(seed, 0, [0], group_size, max_new_tokens)
+    return rollout(model, prompts, group_size, max_new_tokens, eos, noise, temperature).ids

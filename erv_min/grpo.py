@@ -1,4 +1,4 @@
-"""GRPO (Eq. 3; arXiv 2402.03300), as plain functions: advantages, KL, the clipped objective, and what is watched of them.
+"""GRPO (Eq. 3; arXiv 2402.03300), as plain functions: advantages, KL, the clipped objective, and what is watched.
 
 Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A step of it (`scripts/grpo.py`):
 1. sample G completions of each prompt from pi_theta (generate.rollout);
@@ -10,16 +10,18 @@ Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A s
 With mu = 1 the ratio is 1 and nothing is clipped: the gradient is then exactly the released one (divergence 6).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from erv_min.logps import Completions
+from erv_min.rewards import Reward
 from erv_min.run.errors import SettingsError
 
 
-def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4) -> Tensor:
-    """A_i = (R_i - mean(R)) / (std(R) + eps) within each group of `group_size`; float [B * G] -> [B * G].
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """A_i = (R_i - mean(R)) / (std(R) + 1e-4) within each group of `group_size`; float [B * G] -> [B * G].
 
     The standard deviation is the unbiased one, as released. A group of equal rewards, or of one, has advantage 0: that
     is tested as max = min, since the mean of G equal numbers (8/3, say) is not always that number in float32.
@@ -31,23 +33,23 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4) -> Ten
     centred = centred.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0)
     if group_size == 1:
         return centred.flatten()
-    return (centred / (groups.std(1, keepdim=True) + eps)).flatten()
+    return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KL(pi_theta || pi_ref) per token, estimator k3: exp(d) - d - 1 with d = ref_logps - logps; any shape, >= 0.
 
-    Its value is unbiased under pi_theta and of low variance (Schulman, "Approximating KL divergence", 2020; divergence 7).
-    Its gradient, as a term of a loss, is not Eq. 3's: on policy, the mean of d/dtheta k3 = (1 - pi_ref / pi_theta) d/dtheta
-    log pi_theta is the gradient of KL(pi_ref || pi_theta), the other direction (arXiv 2510.01555; divergence 21). The
-    release trains with it, and so does this project.
+    Its value is unbiased under pi_theta and of low variance (Schulman, "Approximating KL divergence", 2020; divergence
+    7). Its gradient, as a term of a loss, is not Eq. 3's: on policy, the mean of d/dtheta k3 = (1 - pi_ref / pi_theta)
+    d/dtheta log pi_theta is the gradient of KL(pi_ref || pi_theta), the other direction (arXiv 2510.01555; divergence
+    21). The release trains with it, and so does this project.
     """
     d = ref_logps - logps
     return d.exp() - d - 1
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of each completion, then over completions: [R, T] -> scalar. An empty completion counts 0."""
+    """Mean over the tokens of each completion, then over completions: [R, T] -> scalar. An empty one counts 0."""
     mask = mask.to(values.dtype)
     return ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
 
@@ -67,16 +69,15 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
     log_ratio, gain = logps - old_logps.detach(), advantages[:, None]
     ratio = log_ratio.masked_fill((log_ratio > 80) & (gain > 0), 80.0).exp()  # clipped anyway; exp's gradient: 0 * inf
     surrogate = (ratio * gain).minimum(ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
-    loss = -surrogate
-    if beta:
-        loss = loss + beta * kl_k3(logps, ref_logps.detach())
-    return masked_mean(loss, inside)
+    kl = beta * kl_k3(logps, ref_logps.detach()) if beta else 0
+    return masked_mean(kl - surrogate, inside)
 
 
 # ---- what is watched -------------------------------------------------------------------------------------------------
 
 
-def clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, epsilon: float = 0.2) -> tuple[Tensor, Tensor]:
+def clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
+            epsilon: float = 0.2) -> tuple[Tensor, Tensor]:
     """Tokens whose update the clip holds back (none while mu = 1): ratio under 1 - epsilon with A < 0, and ratio over
     1 + epsilon with A > 0. [R, T] each, advantages [R] -> bool [R, T] twice."""
     ratio, inside = (logps - old_logps).exp(), mask.bool()
@@ -84,47 +85,45 @@ def clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, 
     return low, (ratio > 1 + epsilon) & (advantages[:, None] > 0) & inside
 
 
-@dataclass
-class TokenSums:
-    """Of each completion, summed over its tokens, as lists of R numbers: what a pass of the last update tells."""
+class TokenSums(NamedTuple):
+    """Of one completion, summed over its tokens: what the last update tells."""
 
-    tokens: list[float]
-    ended: list[float]  # 1 where EOS was met before the limit
-    kl: list[float]
-    entropy: list[float]
-    clip_low: list[float]
-    clip_high: list[float]
-    sampler_gap: list[float]  # |log-prob of the sampler - of the trainer|
-    sampler_gap_max: list[float]  # the largest of them, no sum
+    tokens: float
+    ended: float  # 1 where EOS was met before the limit
+    kl: float
+    entropy: float
+    clip_low: float
+    clip_high: float
+    sampler_gap: float  # |log-prob of the sampler - of the trainer|
+    sampler_gap_max: float  # the largest of them, no sum
 
 
-def token_sums(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, entropy: Tensor, completions, advantages: Tensor,
-               eos_token_id: int, epsilon: float) -> TokenSums:
-    """All [R, T], advantages [R]; `completions` is logps.Completions with the sampler's log-probs."""
+def token_sums(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, entropy: Tensor, completions: Completions,
+               advantages: Tensor, eos_token_id: int, epsilon: float) -> list[TokenSums]:
+    """One for each completion of a pass. All [R, T], advantages [R]; `completions` with the sampler's log-probs."""
     mask = completions.mask
     low, high = clipped(logps, old_logps, advantages, mask, epsilon)
-    gap = ((completions.logps - old_logps).abs() * mask)
+    gap = (completions.logps - old_logps).abs() * mask
     ended = (completions.ids.masked_fill(~mask, -1) == eos_token_id).any(1)
-    sums = [mask.sum(1), ended, (kl_k3(logps, ref_logps) * mask).sum(1), (entropy * mask).sum(1), low.sum(1), high.sum(1),
-            gap.sum(1), gap.amax(1)]
-    return TokenSums(*torch.stack([x.float() for x in sums]).tolist())
+    sums = [mask.sum(1), ended, (kl_k3(logps, ref_logps) * mask).sum(1), (entropy * mask).sum(1), low.sum(1),
+            high.sum(1), gap.sum(1), gap.amax(1)]
+    return [TokenSums(*row) for row in torch.stack([x.float() for x in sums], 1).tolist()]
 
 
-def step_metrics(rewards: list, sums: list[TokenSums], group_size: int) -> dict[str, float]:
-    """What metrics.jsonl holds of a step, over the completions of all processes: `rewards.Reward`s in groups of G, and
-    TokenSums of the same completions. Means of "reward*" and lengths are over completions, of the others over tokens."""
-    columns = {name: [x for part in sums for x in getattr(part, name)] for name in TokenSums.__dataclass_fields__}
-    n, tokens = len(rewards), sum(columns["tokens"])
+def step_metrics(rewards: list[Reward], sums: list[TokenSums], group_size: int) -> dict[str, float]:
+    """What metrics.jsonl holds of a step, over the completions of all processes, in groups of G. Means of "reward*" and
+    lengths are over completions, of the others over tokens."""
+    of, n = TokenSums(*zip(*sums)), len(rewards)  # columns
+    tokens = sum(of.tokens)
     parts = {"reward": [r.total for r in rewards], "reward_format": [r.format for r in rewards],
              "reward_answer": [r.answer for r in rewards], "reward_explanation": [r.explanation for r in rewards]}
-    total = torch.tensor(parts["reward"], dtype=torch.float64).view(-1, group_size)
-    values = {name: sum(x) / n for name, x in parts.items()}
-    values |= {name + "_std": torch.tensor(x, dtype=torch.float64).view(-1, group_size).std(1).mean().item()
-               for name, x in parts.items()}
-    return values | {
-        "frac_zero_std": (total.amax(1) == total.amin(1)).double().mean().item(),
-        "kl": sum(columns["kl"]) / tokens, "entropy": sum(columns["entropy"]) / tokens,
-        "clip_fraction_low": sum(columns["clip_low"]) / tokens, "clip_fraction_high": sum(columns["clip_high"]) / tokens,
-        "sampler_gap": sum(columns["sampler_gap"]) / tokens, "sampler_gap_max": max(columns["sampler_gap_max"]),
-        "completion_length": tokens / n, "completion_length_min": min(columns["tokens"]),
-        "completion_length_max": max(columns["tokens"]), "ended": sum(columns["ended"]) / n}
+    groups = {name: torch.tensor(x, dtype=torch.float64).view(-1, group_size) for name, x in parts.items()}
+    equal = groups["reward"].amax(1) == groups["reward"].amin(1)
+    return {name: sum(x) / n for name, x in parts.items()} | {
+        name + "_std": x.std(1).mean().item() for name, x in groups.items()} | {
+        "frac_zero_std": equal.double().mean().item(),
+        "kl": sum(of.kl) / tokens, "entropy": sum(of.entropy) / tokens,
+        "clip_fraction_low": sum(of.clip_low) / tokens, "clip_fraction_high": sum(of.clip_high) / tokens,
+        "sampler_gap": sum(of.sampler_gap) / tokens, "sampler_gap_max": max(of.sampler_gap_max),
+        "completion_length": tokens / n, "completion_length_min": min(of.tokens),
+        "completion_length_max": max(of.tokens), "ended": sum(of.ended) / n}

@@ -1,12 +1,12 @@
 """From clips to prompts (Eq. 1, left half): decode ahead, frozen towers once per clip, the text around them.
 
-    examples, in training order -> clip_inputs / training_inputs (worker processes, feature cache) -> Inputs, one per clip
+    examples, in training order -> clip_inputs / training_inputs (workers, feature cache) -> Inputs, one per clip
     Inputs -> Collator -> Batch: ids, gate ids and tower features, made once per step
     Batch -> embed(model, ...) -> Prompts: X_m [B, P, D], for policy, reference and sampling alike
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,9 +16,8 @@ from erv_min.config import HumanOmniConfig
 from erv_min.data.cache import FeatureCache
 from erv_min.data.loader import clip_loader, counts_silent
 from erv_min.data.readers import Example
-from erv_min.logps import Prompts
 from erv_min.media import Clip, load_clip
-from erv_min.model.humanomni import HumanOmni
+from erv_min.model.humanomni import HumanOmni, Prompts, pad_rows
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, gate_text, question_with_subtitle, render
 from erv_min.run.errors import ClipError
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
@@ -30,7 +29,7 @@ class Inputs:
 
     example: Example
     clip: Clip | None = None
-    features: tuple[Tensor | None, Tensor | None] | None = None  # vision [T, N, C], audio [P, C]
+    features: tuple[Tensor | None, Tensor | None] | None = None  # vision, audio: a row of Batch's
     silent: bool = False  # the clip has no sound and is heard as silence (divergence 19)
 
 
@@ -43,24 +42,25 @@ class Batch:
     attention_mask: Tensor  # [B, L] bool
     gate_ids: Tensor  # [B, Q] int64, or [1, Q] where all clips share one question
     gate_mask: Tensor  # like gate_ids
-    video: Tensor | None = None  # [B, T, 3, S, S]: pixels, where the vision tower trains
-    vision: Tensor | None = None  # [B, T, N, C]: what the frozen vision tower made of them
-    audio: Tensor | None = None  # [B, P, C]: features, pooled
+    vision: Tensor | None  # [B, T, N, C]: the vision tower's features; [B, T, 3, S, S] pixels where the tower trains
+    audio: Tensor | None  # [B, P, C]: the audio tower's features, pooled
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, part: slice) -> "Batch":
-        tensors = {name: x if x is None or name in ("gate_ids", "gate_mask") and len(x) == 1 else x[part]
-                   for name, x in vars(self).items() if name != "examples"}
-        return Batch(self.examples[part], **tensors)
+        return Batch(*(x if x is None or name.startswith("gate") and len(x) == 1 else x[part]
+                       for name, x in vars(self).items()))
 
 
 def embed(model: HumanOmni, batch: Batch) -> Prompts:
-    """X_m = Concat(X_v, X_a, X_p) of Eq. 1 for each clip: projectors and text gate on the features, spliced into the text."""
-    return Prompts(*model.prompt_embeds(
-        batch.input_ids, video=batch.video, gate_ids=batch.gate_ids, gate_mask=batch.gate_mask,
-        attention_mask=batch.attention_mask, video_features=batch.vision, audio_features=batch.audio))
+    """X_m = Concat(X_v, X_a, X_p) of Eq. 1 for each clip: projectors and text gate on the features, spliced into the
+    text."""
+    vision = batch.vision
+    if vision is not None and vision.dim() == 5:
+        vision = model.vision_features(vision)
+    return model.prompt_embeds(batch.input_ids, vision, batch.audio, batch.gate_ids, batch.gate_mask,
+                               attention_mask=batch.attention_mask)
 
 
 class Collator:
@@ -77,41 +77,34 @@ class Collator:
         if example.subtitle not in self.texts:
             question = question_with_subtitle(self.question, example.subtitle)
             prompt = render(question, self.modality, self.stage, system=self.tokenizer.system)
-            self.texts[example.subtitle] = (self.tokenizer.encode(prompt), gate_text(question, self.modality, self.stage))
+            self.texts[example.subtitle] = (self.tokenizer.encode(prompt),
+                                            gate_text(question, self.modality, self.stage))
         return self.texts[example.subtitle]
 
     @torch.no_grad()
     def features(self, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
-        """(vision [T, N, C], audio [P, C]) of a clip: what its cache holds, or from the towers, clip by clip, so that the
-        other clips of a batch cannot change its last bits. Where the vision tower trains, its place holds the pixels."""
+        """(vision, audio) of a clip as in `Batch`: what its cache holds, or from the towers, clip by clip, so that the
+        other clips of a batch cannot change its last bits."""
         if x.features is None:
             vision, audio = x.clip.video, x.clip.audio
-            if vision is not None and not self.vision_trains:
-                vision = self.model.vision_features(vision[None])[0]
+            trains = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
+            if vision is not None and not trains:
+                vision = self.model.vision_features(vision)[0]
             if audio is not None:
-                audio = self.model.audio_features(audio[None])[0]
+                audio = self.model.audio_features(audio)[0]
             if self.cache is not None:
                 self.cache.put(x.example, vision, audio, x.silent)
             x.features, x.clip = (vision, audio), None
         return x.features
 
-    @property
-    def vision_trains(self) -> bool:
-        return any(p.requires_grad for p in self.model.model.vision_tower.parameters())
-
     def __call__(self, inputs: list[Inputs]) -> Batch:
         device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
         rows, gates = zip(*(self.text(x.example) for x in inputs))
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
         gate_ids, gate_mask = self.gate_tokenizer.encode_batch(list(gates[:1] if len(set(gates)) == 1 else gates))
-        vision, audio = ([None if x is None else x.to(device, dtype) for x in part]
+        vision, audio = (None if part[0] is None else torch.stack([x.to(device, dtype) for x in part])
                          for part in zip(*map(self.features, inputs)))
-        vision, audio = (None if part[0] is None else torch.stack(part) for part in (vision, audio))
-        pixels = {"video": vision} if self.vision_trains else {"vision": vision}
-        return Batch([x.example for x in inputs], ids, torch.arange(width, device=device) < lengths[:, None],
-                     gate_ids.to(device), gate_mask.to(device), audio=audio, **pixels)
+        return Batch([x.example for x in inputs], *pad_rows(rows, self.tokenizer.pad_id, device), gate_ids.to(device),
+                     gate_mask.to(device), vision, audio)
 
 
 # ---- decoding ahead of the model -------------------------------------------------------------------------------------
@@ -129,55 +122,38 @@ class Job:
         return self.example.path
 
 
-def load_job(job: Job, **dimensions) -> Clip | None:
-    """Decodes one clip for a model of these `dimensions` (media.load_clip's); runs in the worker processes."""
-    return None if job.cached else pack(load_clip(job.path, **dimensions))
-
-
-def pack(clip: Clip) -> Clip:
-    """The same clip in a quarter of the bytes or less, for the pipe between processes, which is slower than decoding:
-    frames as the 8-bit values that they are made of, and the log-mel up to where it repeats its last column."""
-    video, audio = clip.video, clip.audio
-    if video is not None:
-        video = ((video + 1) * 127.5).round().to(torch.uint8)
-    if audio is not None:
-        changes = (audio != audio[:, -1:]).any(0).nonzero()  # [columns, 1]
-        audio = audio[:, : int(changes.max()) + 2 if len(changes) else 1].clone()
-    return replace(clip, video=video, audio=audio)
-
-
-def unpack(clip: Clip, n_frames: int) -> Clip:
-    """What `pack` was given, exactly; `n_frames` columns of log-mel."""
-    video, audio = clip.video, clip.audio
-    if video is not None:
-        video = (video.float() / 255 - 0.5) / 0.5  # as media.pixel_values
-    if audio is not None:
-        audio = torch.cat([audio, audio[:, -1:].expand(-1, n_frames - audio.shape[1])], 1)
-    return replace(clip, video=video, audio=audio)
+def load_job(job: Job, **how) -> Clip | None:
+    """Decodes one clip, as media.load_clip; runs in the worker processes. Frames go through the pipe, which is slower
+    than decoding, as the 8-bit values that they are made of."""
+    clip = None if job.cached else load_clip(job.path, **how)
+    if clip and clip.video is not None:
+        clip.video = ((clip.video + 1) * 127.5).round().to(torch.uint8)
+    return clip
 
 
 @counts_silent
-def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None,
-                modality: str = "video_audio", num_frames: int = 8, geometry: str = "pad", workers: int = 2,
-                silence: str = "hear") -> Iterator[Inputs | ClipError]:
+def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None, workers: int = 2,
+                **how) -> Iterator[Inputs | ClipError]:
     """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
 
-    A clip that cannot be decoded comes as its ClipError, never as another clip. One without sound is heard as silence,
-    said at the first and counted at the end, or is a ClipError (`silence`, divergence 19).
+    A clip that cannot be decoded comes as its ClipError, never as another clip. `how`: media.load_clip's arguments that
+    are not the model's dimensions.
     """
-    n_frames = 2 * config.audio.max_source_positions
-    load = partial(load_job, modality=modality, num_frames=num_frames, image_size=config.vision.image_size,
-                   n_mels=config.audio.num_mel_bins, n_frames=n_frames, geometry=geometry,
-                   silence=silence)
+    load = partial(load_job, image_size=config.vision.image_size, n_mels=config.audio.num_mel_bins,
+                   n_frames=2 * config.audio.max_source_positions, **how)
     jobs = (Job(example, cache is not None and cache.has(example)) for example in order)
     for job, clip in clip_loader(jobs, load, workers=workers):
-        if job.cached:
-            if (features := cache.get(job.example)) is not None:
-                yield Inputs(job.example, None, features[:2], features[2])
-                continue
-            ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)  # damaged in the cache: made again
-        yield clip if isinstance(clip, ClipError) else Inputs(
-            job.example, unpack(clip, n_frames), silent=clip.silent)
+        if job.cached and (features := cache.get(job.example)) is not None:
+            yield Inputs(job.example, None, features[:2], features[2])
+            continue
+        if job.cached:  # damaged in the cache: made again
+            ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)
+        if isinstance(clip, ClipError):
+            yield clip
+            continue
+        if clip.video is not None:
+            clip.video = (clip.video.float() / 255 - 0.5) / 0.5  # as media.pixel_values, to the last bit
+        yield Inputs(job.example, clip, silent=clip.silent)
 
 
 def training_inputs(places: Iterable[int], example_at: Callable[[int], Example], count: int,

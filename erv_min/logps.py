@@ -1,8 +1,8 @@
 """log pi_theta(y_t | x, y_<t) of G completions on a shared prompt: what Eq. 2 and Eq. 3 are made of.
 
 What the released step repeats or pads is done once here, with the same gradient:
-* the prompt is prefilled once per group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433);
-* completions of unequal length stand one after the other: no layer but attention sees padding;
+* the prompt is prefilled once per group and its G completions attend to its keys (Prefix Grouper, arXiv 2506.05433),
+  without padding (qwen2.PackedGroups);
 * only positions that predict a completion token meet the head, in chunks that the backward pass computes again, so that
   no [B, T, V] tensor exists;
 * log-softmax, temperature and entropy come out of the same pass, in float32.
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from erv_min.model.humanomni import HumanOmni
+from erv_min.model.humanomni import HumanOmni, Prompts
+from erv_min.model.qwen2 import PackedGroups
 from erv_min.run.onednn import linear
-from erv_min.model.qwen2 import Packing
 
 CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 # On CUDA so many times as many. A chunk of 110 rows (0.5B) multiplies for 0.5 ms of an A100 (0.09 TFLOP), but then
@@ -26,68 +26,25 @@ ON_CUDA = 4
 
 
 @dataclass
-class Prompts:
-    """B prompts as embeddings, right-padded: `embeds` [B, P, D] and `mask` [B, P] bool (True at real positions)."""
-
-    embeds: Tensor
-    mask: Tensor
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.mask.sum(1)  # [B]
-
-    def __getitem__(self, rows: slice) -> "Prompts":
-        return Prompts(self.embeds[rows], self.mask[rows])
-
-
-@dataclass
 class Completions:
-    """R = B * G completions, the G of a prompt one after the other: `ids` [R, T] int64, `mask` [R, T] bool, True up to
-    and with EOS, and where they were sampled `logps` [R, T] float32, the sampler's own log-probs (0 outside the mask)."""
+    """R = B * G completions, the G of a prompt one after the other."""
 
-    ids: Tensor
-    mask: Tensor
-    logps: Tensor | None = None
+    ids: Tensor  # [R, T] int64
+    mask: Tensor  # [R, T] bool, True up to and with EOS
+    logps: Tensor | None = None  # [R, T] float32, the sampler's own log-probs, where they were sampled
 
     def __getitem__(self, rows: slice) -> "Completions":
         """Some rows, without the padding that others need."""
         width = int(self.mask[rows].sum(1).max())
-        logps = None if self.logps is None else self.logps[rows, :width]
-        return Completions(self.ids[rows, :width], self.mask[rows, :width], logps)
+        return Completions(*(None if x is None else x[rows, :width] for x in (self.ids, self.mask, self.logps)))
 
     @classmethod
     def cat(cls, parts: "list[Completions]", pad_id: int) -> "Completions":
         """Several rollouts as one, padded to the longest."""
         width = max(part.ids.shape[1] for part in parts)
-
-        def stacked(tensors: list[Tensor], value) -> Tensor:
-            return torch.cat([pad(x, (0, width - x.shape[1]), value=value) for x in tensors])
-
-        return cls(stacked([x.ids for x in parts], pad_id), stacked([x.mask for x in parts], False),
-                   None if parts[0].logps is None else stacked([x.logps for x in parts], 0.0))
-
-
-def pad_targets(targets: list[list[int]], pad_id: int, device: torch.device) -> Completions:
-    """Target ids of several lengths as one batch, right-padded with `pad_id`; the mask is True at the targets."""
-    width = max(map(len, targets))
-    ids = torch.tensor([t + [pad_id] * (width - len(t)) for t in targets], device=device)
-    lengths = torch.tensor([len(t) for t in targets], device=device)
-    return Completions(ids, torch.arange(width, device=device) < lengths[:, None])
-
-
-def completion_mask(prompt_mask: Tensor, group_size: int, length: int) -> Tensor:
-    """Where `length` completion inputs may look: all of their prompt, and themselves causally.
-
-    Returns bool [1 or B * G, 1, T, P + T]; one row serves all where no prompt is padded.
-    """
-    causal = torch.ones(length, length, dtype=torch.bool, device=prompt_mask.device).tril()
-    if bool(prompt_mask.all()):
-        prompt_mask = prompt_mask[:1]
-    else:
-        prompt_mask = prompt_mask.repeat_interleave(group_size, 0)
-    rows = prompt_mask.shape[0]
-    on_prompt = prompt_mask[:, None, None].expand(rows, 1, length, -1)
-    return torch.cat([on_prompt, causal.expand(rows, 1, length, length)], -1)
+        columns = zip(*((part.ids, part.mask, part.logps) for part in parts))
+        return cls(*(torch.cat([pad(x, (0, width - x.shape[1]), value=value) for x in column])
+                     for column, value in zip(columns, (pad_id, False, 0.0))))
 
 
 def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,16 +53,14 @@ def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor, mask: 
     ids, mask [R, T] -> first [R, D], which the prompt's last token gives, and rest [N, D], where `mask[:, 1:]` is True,
     row by row: completion token t - 1 predicts the t-th.
     """
-    batch, rows, length = prompts.embeds.shape[0], *ids.shape
-    group = rows // batch
+    batch, (rows, length) = len(prompts.embeds), ids.shape
     last = prompts.lengths - 1  # [B]
     hidden, kv = model.model(prompts.embeds, keep_kv=True)
-    first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(group, 0)  # [R, D]
-    packing = Packing.of(mask[:, 1:])  # of no token at all where every completion has one: the layers still run
-    positions = (last.repeat_interleave(group)[:, None] + torch.arange(1, length, device=ids.device)).flatten()
-    embeds = model.model.embed_tokens(ids[:, :-1].flatten()[packing.places][None])
-    rest, _ = model.model(embeds, positions[packing.places][None], past=kv,
-                          mask=completion_mask(prompts.mask, group, length - 1), packing=packing)
+    first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(rows // batch, 0)  # [R, D]
+    past = PackedGroups.of(kv, prompts.mask, mask[:, 1:])  # of no token at all where each has one: the layers still run
+    positions = last.repeat_interleave(rows // batch)[:, None] + torch.arange(1, length, device=ids.device)
+    embeds = model.model.embed_tokens(ids[:, :-1].flatten()[past.places][None])
+    rest, _ = model.model(embeds, positions.flatten()[past.places][None], past)
     return first, rest[0]
 
 
@@ -133,9 +88,7 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _):
         hidden, weight, ids, normaliser = ctx.saved_tensors
-        grad = grad / ctx.temperature
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = None
+        grad, grad_hidden, grad_weight = grad / ctx.temperature, torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # one buffer for all chunks, in float32: in bfloat16 later chunks would be lost
             grad_weight = torch.zeros(weight.shape, dtype=normaliser.dtype, device=weight.device)
         for at in range(0, len(ids), ctx.size):
@@ -169,15 +122,15 @@ def token_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float 
 
 def completion_logps(model: HumanOmni, prompts: Prompts, completions: Completions, temperature: float = 1.0,
                      with_entropy: bool = False) -> tuple[Tensor, Tensor | None]:
-    """log pi(o_t | x, o_<t) at each completion token, and the entropy where asked for: float32 [R, T], 0 outside the mask."""
+    """log pi(o_t | x, o_<t) at each completion token, and the entropy where asked for: float32 [R, T], 0 outside the
+    mask."""
     ids, mask = completions.ids, completions.mask
     first, rest = shared_prefix_hidden(model, prompts, ids, mask)
-    found = token_logps(torch.cat([first, rest]), model.head_weight, torch.cat([ids[:, 0], ids[:, 1:][mask[:, 1:]]]),
-                        temperature, with_entropy)
+    tokens = torch.cat([ids[:, 0], ids[:, 1:][mask[:, 1:]]])  # [R + N]
+    found = token_logps(torch.cat([first, rest]), model.head_weight, tokens, temperature, with_entropy)
 
     def padded(values: Tensor) -> Tensor:  # [R + N] -> [R, T]
-        empty = values.new_zeros(len(ids), ids.shape[1] - 1)
-        on_rest = empty.masked_scatter(mask[:, 1:], values[len(ids):])
+        on_rest = values.new_zeros(mask[:, 1:].shape).masked_scatter(mask[:, 1:], values[len(ids):])
         return torch.cat([values[: len(ids), None], on_rest], 1).masked_fill(~mask, 0)
 
     return padded(found[0]), padded(found[1]) if with_entropy else None

@@ -15,7 +15,8 @@ def sft_loss(logps: Tensor, mask: Tensor, denominator: float | Tensor | None = N
     tokens (default; the release's mean) or of targets (the equation's expectation over (x, y)); divergence 8.
     With micro-batches it is that of the whole batch, so that the gradients of the parts add up to the batch's.
     """
-    return -logps.masked_fill(~mask.bool(), 0.0).sum() / (mask.sum().clamp_min(1) if denominator is None else denominator)
+    denominator = mask.sum().clamp_min(1) if denominator is None else denominator
+    return -logps.masked_fill(~mask.bool(), 0.0).sum() / denominator
 
 
 def group_targets(examples: list[Example], size: int) -> list[list[Example]]:

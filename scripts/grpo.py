@@ -10,7 +10,6 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 
 import copy
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +19,8 @@ from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
 from erv_min.grpo import TokenSums, group_advantages, grpo_loss, step_metrics, token_sums
 from erv_min.inputs import Batch, embed, training_inputs
-from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import trainable
+from erv_min.logps import Completions, completion_logps
+from erv_min.model.humanomni import Prompts, trainable
 from erv_min.rewards import Reward, score_completions
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import append_jsonl
@@ -63,11 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     eos = collate.tokenizer.eos_id
     optimizer = make_optimizer(policy.named_parameters().values())
 
-    # Each process takes an equal share of a step's prompts, in passes of micro_batch; clips are decoded ahead in order.
+    # Each process takes an equal share of a step's prompts, cut into passes of micro_batch; clips are decoded ahead.
     examples = training_examples(settings, "train", processes)
     total = settings.steps or max(1, settings.epochs * len(examples) // settings.batch_size)
     own = processes.share(settings.batch_size)  # of the places 0 .. batch_size - 1
-    passes = [slice(at, at + settings.micro_batch) for at in range(0, len(own), settings.micro_batch)]
+    G, M = settings.group_size, settings.micro_batch
+    cuts = [(slice(at, at + M), slice(at * G, (at + M) * G)) for at in range(0, len(own), M)]  # prompts, completions
     run = Run(settings.out, settings, processes, total, model.tower_source)
     first = run.begin(policy, optimizer)
     failed = FailedClips(settings, settings.batch_size, len(examples))
@@ -92,28 +92,29 @@ def main(argv: list[str] | None = None) -> None:
         # 2. R = R_E + R_format + R_answer (Eq. 4, 5).
         texts = [collate.tokenizer.decode(ids[mask].tolist(), skip_special=True)
                  for ids, mask in zip(completions.ids, completions.mask)]
-        rewards = score(texts, batch, verifier, rules, step, settings.group_size)
+        rewards = score(texts, batch, verifier, rules, step, G)
 
         # 3. A_i = (R_i - mean) / std in each group.
         R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32, device=processes.device)
-        A = group_advantages(R, settings.group_size)
+        A = group_advantages(R, G)
 
-        # 4. log pi_ref(o | x), once.
+        # 4. log pi_ref(o | x), once, in passes of (x, o, A).
+        passes = [(batch[x], completions[o], A[o]) for x, o in cuts]
         with torch.no_grad():
-            ref_logps = [log_probs(reference, ref_model, batch, completions, part, settings)[0] for part in passes]
+            ref_logps = [log_probs(reference, ref_model, x, o, settings.temperature)[0] for x, o, _ in passes]
 
         # 5. mu updates: descend the clipped surrogate plus beta KL.
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
-        done = descend(policy, model, optimizer, batch, completions, A, ref_logps, passes, lr, run, settings, eos)
+        loss, norm, sums = descend(policy, model, optimizer, passes, ref_logps, lr, run, settings, eos)
 
         failed.check(all_reduce_sum({"failed": len(failed.errors)})["failed"])
         everyones, seconds = gather_lists(rewards), time.time() - started
-        values = step_metrics(everyones, gather_lists(done.sums), settings.group_size)
-        run.log(step, {"loss": done.loss, **values, "lr": lr, "grad_norm": done.grad_norm,
+        values = step_metrics(everyones, gather_lists(sums), G)
+        run.log(step, {"loss": loss, **values, "lr": lr, "grad_norm": norm,
                        "tokens_per_s": values["completion_length"] * len(everyones) / seconds, "seconds": seconds,
                        "seconds_rollout": rolled, **explanation_statistics(everyones)})
         if processes.main and (step % settings.sample_every == 0 or step + 1 == total):
-            show(run, step, batch.examples[0], texts[: settings.group_size], rewards)
+            show(run, step, batch.examples[0], texts[:G], rewards)
         run.checkpoint(step + 1)
 
     save_model(policy, settings.out)
@@ -123,11 +124,6 @@ def main(argv: list[str] | None = None) -> None:
     barrier()
     if toy and not settings.data and settings.eval_clips >= 0:  # other data: scripts/evaluate.py on its own test split
         chain.compare(settings, collate, processes)
-
-
-def rows(part: slice, settings: GRPOSettings) -> slice:
-    """The completions of the prompts of a pass."""
-    return slice(part.start * settings.group_size, part.stop * settings.group_size)
 
 
 def sample(model, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings, eos: int) -> Completions:
@@ -149,44 +145,34 @@ def score(texts: list[str], batch: Batch, verifier, rules, step: int, G: int) ->
                              rules, step=step)
 
 
-def log_probs(policy, model, batch: Batch, completions: Completions, part: slice, settings: GRPOSettings):
+def log_probs(policy, model, batch: Batch, completions: Completions, temperature: float):
     """log pi(o_t | x, o_<t) of a pass's completions [R, T] at the sampling temperature, and the entropy (None without
     gradients): one forward pass of `model`, which `policy` shards."""
     with policy.forward_pass():
-        return completion_logps(model, embed(model, batch[part]), completions[rows(part, settings)],
-                                settings.temperature, with_entropy=torch.is_grad_enabled())
+        return completion_logps(model, embed(model, batch), completions, temperature, torch.is_grad_enabled())
 
 
-@dataclass
-class Update:
-    """What mu updates tell: the last one's loss, over all processes, and TokenSums of each pass of this process; the mean
-    norm of their gradients (NaN: one was skipped)."""
-
-    loss: float
-    grad_norm: float
-    sums: list[TokenSums]
-
-
-def descend(policy, model, optimizer, batch: Batch, completions: Completions, A: torch.Tensor, ref_logps: list,
-            passes: list[slice], lr: float, run: Run, settings: GRPOSettings, eos: int) -> Update:
-    """mu updates on one batch. log pi_old is the first update's log pi_theta; gradients of the passes add up."""
-    G, old_logps, norm = settings.group_size, [], 0.0
+def descend(policy, model, optimizer, passes: list[tuple[Batch, Completions, torch.Tensor]], ref_logps: list, lr: float,
+            run: Run, settings: GRPOSettings, eos: int) -> tuple[float, float, list[TokenSums]]:
+    """mu updates on one batch, in passes of (x, o, A) whose gradients add up. log pi_old is the first update's log
+    pi_theta. Returns the last one's loss, over all processes, the mean gradient norm (NaN: an update was skipped), and
+    TokenSums of this process's completions."""
+    old_logps, prompts, mean_norm = [], sum(len(x) for x, _, _ in passes), 0.0
     for iteration in range(settings.mu):
         loss, sums = 0.0, []
-        for i, part in enumerate(passes):
-            o, a, examples = completions[rows(part, settings)], A[rows(part, settings)], batch.examples[part]
-            logps, entropy = log_probs(policy, model, batch, completions, part, settings)
-            run.watch([f"{x.video_id}, completion {k}" for x in examples for k in range(G)], logps)
+        for i, (x, o, A) in enumerate(passes):
+            logps, entropy = log_probs(policy, model, x, o, settings.temperature)
+            run.watch([f"{e.video_id}, completion {k}" for e in x.examples for k in range(settings.group_size)], logps)
             if iteration == 0:
                 old_logps.append(logps.detach())
-            part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], a, o.mask, settings.beta, settings.epsilon)
-            share = len(examples) / len(batch)
+            part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], A, o.mask, settings.beta, settings.epsilon)
+            share = len(x) / prompts
             (part_loss * share).backward()  # `update` takes the mean over processes
             loss += part_loss.item() * share / run.processes.size
-            sums.append(token_sums(logps.detach(), old_logps[i], ref_logps[i], entropy, o, a, eos, settings.epsilon))
+            sums += token_sums(logps.detach(), old_logps[i], ref_logps[i], entropy, o, A, eos, settings.epsilon)
         loss = all_reduce_sum({"loss": loss})["loss"]
-        norm += update(policy, optimizer, lr, settings.max_grad_norm, loss) / settings.mu  # NaN where one is
-    return Update(loss, norm, sums)
+        mean_norm += update(policy, optimizer, lr, settings.max_grad_norm, loss) / settings.mu
+    return loss, mean_norm, sums
 
 
 def show(run: Run, step: int, x, texts: list[str], rewards: list[Reward]) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from erv_min.data.readers import Example
 from erv_min.inputs import embed, training_inputs
-from erv_min.logps import completion_logps, pad_targets
-from erv_min.model.humanomni import trainable
+from erv_min.logps import Completions, completion_logps
+from erv_min.model.humanomni import pad_rows, trainable
 from erv_min.prompts import sft_target
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.folder import Run, open_folder
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
                                       for n in (settings.batch_size, settings.micro_batch))
     total = settings.steps or max(1, settings.epochs * len(units) // units_per_step)
 
-    # Each process takes an equal share of a step's units, in passes of micro_batch; clips are decoded ahead in that order.
+    # Each process takes an equal share of a step's units, in passes of micro_batch; clips are decoded ahead in order.
     own = processes.share(units_per_step)
     passes = [slice(at, at + units_per_pass) for at in range(0, len(own), units_per_pass)]
     run = Run(settings.out, settings, processes, total, model.tower_source)
@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
                              lambda place: unit_at(place)[0], len(units), failed.add, config=model.config,
                              cache=collate.cache, **decoding(settings))
     if processes.main:
-        print(f"SFT: {len(units)} units of {settings.targets_per_clip} targets, {total} steps of {units_per_step} units, "
-              f"{sum(p.numel() for p in policy.named_parameters().values()) / 1e6:.2f} M trainable parameters on this process",
-              flush=True)
+        trained = sum(p.numel() for p in policy.named_parameters().values())
+        print(f"SFT: {len(units)} units of {settings.targets_per_clip} targets, {total} steps of {units_per_step} "
+              f"units, {trained / 1e6:.2f} M trainable parameters on this process", flush=True)
 
     for step in range(first, total):
         started = time.time()
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         # L_SFT = - sum_t log pi_theta(y_t | x, y_<t), over the label tokens of the whole batch (Eq. 2).
         denominator, loss_sum = totals["tokens" if settings.loss_reduction == "mean" else "targets"], 0.0
         for part in passes:
-            labels = pad_targets([y for unit in targets[part] for y in unit], collate.tokenizer.pad_id, processes.device)
+            labels = Completions(*pad_rows([y for unit in targets[part] for y in unit], collate.tokenizer.pad_id,
+                                           processes.device))
             with policy.forward_pass():
                 logps, _ = completion_logps(model, embed(model, batch[part]), labels)
             run.watch([f"{x.video_id}, target {i}" for x, unit in zip(batch.examples[part], targets[part])
@@ -111,8 +112,8 @@ def explained(examples: list[Example], settings: SFTSettings) -> list[Example]:
         return [dataclasses.replace(e, explanation="") for e in examples]
     if empty := [e.video_id for e in examples if not e.explanation]:
         raise DataError(f"{len(empty)} of {len(examples)} training examples have no explanation, e.g. {empty[0]}: "
-                        "fine-tuning on bare labels unlearns <think>; give data with explanations (EMER, or a training JSON), or "
-                        "--answers-only")
+                        "fine-tuning on bare labels unlearns <think>; give data with explanations (EMER, or a training "
+                        "JSON), or --answers-only")
     return examples
 
 

@@ -12,7 +12,7 @@ import torch
 import erv_min.generate as generation
 from erv_min.run.errors import SettingsError
 from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
-from erv_min.logps import Completions, Prompts, completion_logps, shared_prefix_hidden
+from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
 from erv_min.run.settings import GRPOSettings
 from tiny import plain_rollout, tiny_model, tiny_prompts
 
@@ -37,7 +37,7 @@ def test_cache_on_and_off_sample_the_same(lengths):
 
 @pytest.mark.parametrize("lengths", [(7,), (7, 7, 7), (3, 7, 5)])
 def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
-    """Token 17 made likely, so that rows end at many steps: the same tokens as the plain loop, on fewer and fewer rows."""
+    """Token 17 made likely, so that rows end at many steps: the plain loop's tokens, on fewer and fewer rows."""
     model = tiny_model(3)
     monkeypatch.setattr(generation, "WINDOW", 4)
     sample = generation.sample_token
@@ -113,7 +113,7 @@ def test_a_capture_is_on_the_tensors_device(monkeypatch):
 
 
 def test_prompts_at_once(monkeypatch):
-    """As many as free memory holds; what is counted for each is no less than a rollout takes, and not three times that."""
+    """As many as free memory holds; for each is counted no less than a rollout takes, and not three times that."""
     model, (G, N) = tiny_model(), (4, 32)
     needed = prompt_bytes(model.config.text, 40, G, N, 4)
     peaks = []
@@ -164,7 +164,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
-    """Sampled at noise u, the token is the first whose cumulative probability passes u, by the training pass's numbers."""
+    """At noise u the token is the first whose cumulative probability passes u, by the training pass's numbers."""
     model = tiny_model(3)
     prompts = tiny_prompts(model)
     noise = sampling_noise(0, 0, [0, 1], 4, 6)
@@ -179,7 +179,8 @@ def test_sampled_tokens_have_the_log_probs_of_the_training_pass():
     u = noise[:, : completions.ids.shape[1]]
     assert ((u <= upper + 1e-5) & (u >= lower - 1e-5))[completions.mask].all()
     logps, _ = completion_logps(model, prompts, completions)
-    torch.testing.assert_close(logps[completions.mask].double(), (upper - lower)[completions.mask].log(), atol=1e-3, rtol=1e-3)
+    expected = (upper - lower)[completions.mask].log()
+    torch.testing.assert_close(logps[completions.mask].double(), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("temperature,top_k", [(1.0, 0), (0.5, 0), (0.5, 3)])
@@ -195,7 +196,8 @@ def test_the_samplers_log_probs_are_the_trainers_at_its_temperature(temperature,
 
 def test_noise_is_a_function_of_its_key():
     a = sampling_noise(1, 2, [3, 4], 2, 5)
-    assert torch.equal(a[2:], sampling_noise(1, 2, [4], 2, 5)) and torch.equal(a[0], sampling_noise(1, 2, [3], 1, 9)[0, :5])
+    assert torch.equal(a[2:], sampling_noise(1, 2, [4], 2, 5))
+    assert torch.equal(a[0], sampling_noise(1, 2, [3], 1, 9)[0, :5])
     others = [sampling_noise(*key, 1, 5) for key in ((1, 2, [5]), (1, 3, [3]), (2, 2, [3]))]
     assert all(not torch.equal(a[0], other[0]) for other in others)
     big = sampling_noise(0, 0, [0], 200, 100)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import erv_min.logps as policy
-from erv_min.model.qwen2 import Packing
+from erv_min.model.qwen2 import PackedGroups
 from erv_min.logps import Completions, completion_logps, token_logps
 from erv_min.sft import group_targets
 from erv_min.data.readers import Example
@@ -41,7 +41,7 @@ def completions_of(lengths, vocab=512, seed=2):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 def test_shared_prompt_equals_repeated_prompt(prompt_lengths, recompute, tied, dtype, tolerance):
-    """Prefix Grouper's claim, to the tolerances of each type: same log-probs and same gradients as G whole sequences."""
+    """Prefix Grouper's claim, to the tolerances of each type: log-probs and gradients of G whole sequences."""
     model = tiny_model(dtype=dtype, tie_word_embeddings=tied)
     completions = completions_of((5, 1, 4, 2, 5, 3))
     gradients, values = [], []
@@ -62,11 +62,13 @@ def test_shared_prompt_equals_repeated_prompt(prompt_lengths, recompute, tied, d
 
 
 def test_packing_by_hand():
-    packing = Packing.of(torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
-    assert packing.places.tolist() == [0, 1, 3, 4, 5]
+    packed = PackedGroups.of([], torch.tensor([[True, False]]), torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
+    assert packed.places.tolist() == [0, 1, 3, 4, 5]
     x = torch.arange(1.0, 6)[None, None, :, None]  # one head, width 1: the tokens 1 to 5
-    assert packing.unpack(x)[:, 0, :, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
-    assert torch.equal(packing.pack(packing.unpack(x)), x)
+    assert packed.unpack(x)[:, 0, :, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert torch.equal(packed.pack(packed.unpack(x)), x)
+    sees = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]  # two places of the prompt, the second padding; itself
+    assert packed.visible.int().tolist() == [[sees], [sees]]
 
 
 def test_no_layer_computes_the_padding_of_completions():
@@ -196,5 +198,5 @@ def test_group_targets_gives_every_target_a_unit(tmp_path):
         return Example(video_id=clip, path=tmp_path / clip, label="happy", dataset="dfew", explanation=text)
 
     examples = [example("a", "1"), example("b", "2"), example("a", "3"), example("a", "4")]
-    assert [[e.explanation for e in unit] for unit in group_targets(examples, 1)] == [["1"], ["3"], ["4"], ["2"]]
-    assert [[e.explanation for e in unit] for unit in group_targets(examples, 2)] == [["1", "3"], ["4", "1"], ["2", "2"]]
+    for size, expected in ((1, [["1"], ["3"], ["4"], ["2"]]), (2, [["1", "3"], ["4", "1"], ["2", "2"]])):
+        assert [[e.explanation for e in unit] for unit in group_targets(examples, size)] == expected

@@ -12,7 +12,7 @@ from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
-from erv_min.model.qwen2 import Packing, attend_causal
+from erv_min.model.qwen2 import PackedGroups, attend_causal
 from erv_min.run.onednn import Linear, use_onednn
 from tiny import close
 
@@ -62,9 +62,10 @@ def test_splice_equals_a_loop_over_tokens(toy, seed):
     expected = spliced_row_by_row(toy, ids, {VIDEO: video, AUDIO: audio}, labels, keep)
     got = toy.splice(ids, video, audio, labels, keep)
     weight = torch.randn(expected[0].shape, generator=g)
-    for a, b in zip(got, expected):
+    for a, b in zip((got.embeds, got.labels, got.mask), expected):
         assert torch.equal(a, b)
-    grads = [torch.autograd.grad((x[0] * weight).sum(), (video, audio, words), materialize_grads=True) for x in (got, expected)]
+    grads = [torch.autograd.grad((x * weight).sum(), (video, audio, words), materialize_grads=True)
+             for x in (got.embeds, expected[0])]
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
     torch.testing.assert_close(grads[0][2], grads[1][2])
 
@@ -90,15 +91,13 @@ def test_rows_of_any_modality_in_one_batch(toy):
 
 
 @torch.no_grad()
-def test_features_stand_for_their_clips(toy):
+def test_one_question_for_all_clips_and_a_clip_without_its_batch_dimension(toy):
     video, audio = clips(2)
     ids, gate = torch.tensor([[1, VIDEO, AUDIO, 2]] * 2), torch.tensor([[7, 8, 9]])
-    raw, mask = toy.prompt_embeds(ids, video, audio, gate)
-    features = dict(video_features=toy.vision_features(video), audio_features=toy.audio_features(audio))
-    close(toy.prompt_embeds(ids, gate_ids=gate.expand(2, -1), **features)[0], raw, 2e-6)
-    assert raw.shape == (2, 2 + 16 + 16, 96) and mask.all()
-    one = toy.prompt_embeds(ids[:1], video[0], audio[0], gate)[0]  # a clip without its batch dimension
-    close(one, raw[:1], 2e-6)
+    both = toy(ids, video, audio, gate).logits
+    assert both.shape == (2, 2 + 16 + 16, 800)
+    close(toy(ids, video, audio, gate.expand(2, -1)).logits, both, 2e-6)
+    close(toy(ids[:1], video[0], audio[0], gate).logits, both[:1], 2e-6)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -118,8 +117,6 @@ def test_features_stand_for_their_clips(toy):
     (dict(input_ids=torch.tensor([[-200, VIDEO, AUDIO]])), "holds -200"),
     (dict(labels=torch.full((1, 3), IGNORE)), "no target"),
     (dict(labels=torch.zeros(1, 4, dtype=torch.long)), "labels has shape"),
-    (dict(video_features=torch.zeros(1, 4, 16, 48)), "give one"),
-    (dict(video=None, video_features=torch.zeros(1, 4, 9, 48)), "video_features has shape"),
 ])
 def test_wrong_inputs_name_field_and_shape(toy, change, message):
     inputs = dict(input_ids=torch.tensor([[1, VIDEO, AUDIO]]), video=clips(1)[0], audio=clips(1)[1],
@@ -263,15 +260,14 @@ def test_no_scores_are_written_down_on_cuda(dtype):
 def test_a_pass_without_packed_tokens_keeps_its_graph(toy, length, recompute):
     """Completions of one token each have none that predicts another: hidden [1, 0, D], and gradients that are zeros."""
     embeds = torch.randn(2, 4, 96)
-    packing = Packing.of(torch.zeros(6, length, dtype=torch.bool))  # 3 completions per prompt
     none = torch.zeros(1, 0, dtype=torch.long)
     language = toy.model.requires_grad_(True)
     language.zero_grad()
     language.recompute = recompute
     try:
         _, kv = language(embeds, keep_kv=True)
-        mask = torch.ones(1, 1, length, 4 + length, dtype=torch.bool)
-        hidden, _ = language(language.embed_tokens(none), none, past=kv, mask=mask, packing=packing)
+        past = PackedGroups.of(kv, torch.ones(2, 4).bool(), torch.zeros(6, length).bool())  # 3 completions per prompt
+        hidden, _ = language(language.embed_tokens(none), none, past)
     finally:
         language.recompute = False
     assert hidden.shape == (1, 0, 96)

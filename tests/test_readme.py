@@ -200,8 +200,8 @@ def test_the_table_of_metrics_holds_what_a_step_logs():
     text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| key |"):].split("\n\n")[0]
     explained = {key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split(" | ")[0])}
-    reward, ones = Reward(1.0, 1.0, 1.0, 3.0, [], []), [1.0, 1.0]
-    logged = {*step_metrics([reward, reward], [TokenSums(*[ones] * 8)], 2), *explanation_statistics([])}
+    reward = Reward(1.0, 1.0, 1.0, 3.0, [], [])
+    logged = {*step_metrics([reward, reward], [TokenSums(*[1.0] * 8)] * 2, 2), *explanation_statistics([])}
     loop = ast.parse((ROOT / "scripts" / "grpo.py").read_text(encoding="utf-8"))
     (call,) = [node for node in ast.walk(loop) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.log"]
     logged |= {key.value for key in call.args[1].keys if key is not None}

@@ -94,8 +94,8 @@ def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsy
 
 @pytest.mark.parametrize("script, given", [
     ("evaluate", "--bootstrap -5 --model m --data toy:."), ("evaluate", "--predictions gone.jsonl"),
-    ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"), ("erv", "--data gone.jsonl"), ("audit", "--erv /gone --data toy:."),
-    ("augment", "describe --limit -3"), ("sft", "--model /gone"), ("grpo", "--erv /gone")])
+    ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"), ("erv", "--data gone.jsonl"),
+    ("audit", "--erv /gone --data toy:."), ("augment", "describe --limit -3"), ("sft", "--model /gone"), ("grpo", "--erv /gone")])
 def test_every_script_checks_its_settings_first(script, given, monkeypatch, capsys):
     root = Path(__file__).parent.parent / "scripts"
     monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])
@@ -210,9 +210,11 @@ def test_a_resumed_run_keeps_what_changes_its_numbers(tmp_path, capsys):
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
-    code = ("import sys, torch; from erv_min.run.folder import open_folder; from erv_min.run.processes import Processes\n"
+    code = ("import sys, torch\nfrom erv_min.run.folder import open_folder\n"
+            "from erv_min.run.processes import Processes\n"
             "open_folder(sys.argv[1], True, Processes(0, 1, torch.device('cpu'))); print('open', flush=True); input()")
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as other:
         assert other.stdout.readline() == "open\n"
         with pytest.raises(SettingsError, match="another run is writing into this folder"):
             open_folder(tmp_path, True, ALONE)
@@ -237,7 +239,8 @@ def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, m
 def test_what_a_user_did_ends_in_one_line():
     """A folder that cannot be made, a closed pipe: no traceback."""
     code = "from erv_min.run.processes import run_script; run_script(lambda: {})"
-    for did, said in (("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory\n"), ("[print(i) for i in range(10**5)]", "")):
+    for did, said in (("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory\n"),
+                      ("[print(i) for i in range(10**5)]", "")):
         with subprocess.Popen([sys.executable, "-c", code.format(did)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as process:
             process.stdout.readline()

@@ -7,8 +7,8 @@ import torch
 
 import erv_min.generate as generation
 from erv_min.config import humanomni
-from erv_min.model.humanomni import HumanOmni, init_weights
-from erv_min.logps import Completions, Prompts, shared_prefix_hidden
+from erv_min.model.humanomni import HumanOmni, Prompts, init_weights
+from erv_min.logps import Completions, shared_prefix_hidden
 from erv_min.run.onednn import use_onednn
 
 

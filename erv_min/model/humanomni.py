@@ -37,6 +37,22 @@ PARTS = {
 
 
 @dataclass
+class Prompts:
+    """X_m of Eq. 1 for B clips, right-padded."""
+
+    embeds: Tensor  # [B, P, D]
+    mask: Tensor  # [B, P] bool, True at real positions
+    labels: Tensor | None = None  # [B, P] int64, -100 where there is no loss
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.mask.sum(1)  # [B]
+
+    def __getitem__(self, rows: slice) -> "Prompts":
+        return Prompts(self.embeds[rows], self.mask[rows])
+
+
+@dataclass
 class Output:
     """`loss`: next-token cross entropy, mean over label tokens, None without labels. `logits` [B, L', V]."""
 
@@ -44,11 +60,20 @@ class Output:
     logits: Tensor
 
 
+def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids, right-padded with `value`: ids [B, L] int64, and mask [B, L] bool, True at what is no padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]
+
+
 class HumanOmni(nn.Module):
-    """The whole model. Inputs of its methods may lie on another device or in another dtype: they are moved.
+    """The whole model. Inputs of its methods may lie on another device or in another dtype: they are moved. One whose
+    shape does not fit is a DataError that names it.
 
     The released names put towers and projectors under `model.`, beside the language model's own `model.layers`. So the
-    language model is built first, whatever its class (its contract: qwen2.Qwen2), and they are registered on it.
+    language model is built first, whatever its class, and they are registered on it.
     """
 
     def __init__(self, config: HumanOmniConfig):
@@ -88,25 +113,20 @@ class HumanOmni(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]."""
-        return self.lm_head.weight
+        return self.lm_head.weight  # [V, D]
 
     def unused_parameters(self) -> set[str]:
-        """Names of the parameters that no forward pass reads: they are loaded and saved, and never trained.
-
-        SigLIP's last layer, post layer norm and pooling head; the Whisper classifier's two layers; BERT's pooler.
-        """
-        siglip, whisper = "model.vision_tower.vision_tower.vision_model.", "model.audio_tower.audio_tower."
-        layers = range(self.siglip.layers_run, self.config.vision.num_hidden_layers)
-        unused = (*(f"{siglip}encoder.layers.{i}." for i in layers), siglip + "post_layernorm.", siglip + "head.",
-                  whisper + "projector.", whisper + "classifier.", "model.bert_model.pooler.")
-        return {name for name, _ in self.named_parameters() if name.startswith(unused)}
+        """Names of the parameters that no forward pass reads: they are loaded and saved, and never trained."""
+        siglip, audio = self.siglip, self.model.audio_tower["audio_tower"]
+        modules = (*siglip.encoder["layers"][siglip.layers_run :], siglip.post_layernorm, siglip.head,
+                   audio["projector"], audio["classifier"], self.model.bert_model.pooler)
+        unused = {p for module in modules for p in module.parameters()}
+        return {name for name, p in self.named_parameters() if p in unused}
 
     def _take(self, name: str, x: Tensor, **shape: int | range | None) -> Tensor:
         """The input `x` on the model's device, floating point in its dtype; one clip alone becomes a batch of one.
 
         `shape` names the dimensions in order, each with the one size or the range of sizes that fits, None for any.
-        Raises DataError where `x` has another shape. Every input of every method comes through here.
         """
         if "clips" in shape and x.dim() == len(shape) - 1:
             x = x[None]
@@ -121,31 +141,23 @@ class HumanOmni(nn.Module):
     # ---- towers: once per clip --------------------------------------------------------------------------------------
 
     def vision_features(self, video: Tensor) -> Tensor:
-        """The vision tower alone. video [B, T, 3, S, S] or [T, 3, S, S] in [-1, 1] -> [B, T, N, C].
-
-        Raises DataError where the shape does not fit the tower.
-        """
+        """The vision tower alone. video [B, T, 3, S, S] or [T, 3, S, S] in [-1, 1] -> [B, T, N, C]."""
         size = self.config.vision.image_size
         video = self._take("video", video, clips=None, frames=None, channels=3, rows=size, columns=size)
         return self.siglip(video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
     def audio_features(self, audio: Tensor) -> Tensor:
-        """The audio tower and its average pool. audio [B, mels, F] or [mels, F], log-mel -> [B, F / 2 // 3, C].
-
-        Raises DataError where the shape does not fit the tower.
-        """
-        config = self.config.audio
-        frames = range(5, 2 * config.max_source_positions + 1)
-        audio = self._take("audio", audio, clips=None, mels=config.num_mel_bins, frames=frames)
-        x = self.whisper(audio)  # [B, F / 2, C]
-        return F.avg_pool1d(x.transpose(1, 2), kernel_size=3, stride=3).transpose(1, 2)
+        """The audio tower and its average pool. audio [B, mels, F] or [mels, F], log-mel -> [B, F / 2 // 3, C]."""
+        frames = range(5, 2 * self.config.audio.max_source_positions + 1)
+        audio = self._take("audio", audio, clips=None, mels=self.config.audio.num_mel_bins, frames=frames)
+        return F.avg_pool1d(self.whisper(audio).transpose(1, 2), kernel_size=3, stride=3).transpose(1, 2)
 
     # ---- projectors: once per clip and question ---------------------------------------------------------------------
 
     def gate_weights(self, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
         """softmax(MLP(BERT [CLS])): weights of the branches video, body, face. gate_ids, gate_mask [B, Q] -> [B, 3].
 
-        gate_mask is 1 at real tokens; None means that all are. Raises DataError on a wrong shape or length.
+        gate_mask is 1 at real tokens; None means that all are.
         """
         lengths = range(1, self.config.gate.max_position_embeddings + 1)
         gate_ids = self._take("gate_ids", gate_ids, questions=None, tokens=lengths)
@@ -158,7 +170,7 @@ class HumanOmni(nn.Module):
         if gate_ids is None:
             raise DataError("a video needs gate_ids: the question as the text gate's BERT reads it")
         grid, channels = self.config.vision.grid, self.config.vision.hidden_size
-        x = self._take("video_features", vision_features, clips=None, frames=None, patches=grid**2, channels=channels)
+        x = self._take("vision_features", vision_features, clips=None, frames=None, patches=grid**2, channels=channels)
         if gate_ids.shape[0] not in (1, len(x)):
             raise DataError(f"gate_ids has {gate_ids.shape[0]} rows for {len(x)} videos")
         gate = self.gate_weights(gate_ids, gate_mask).expand(len(x), -1)
@@ -180,99 +192,79 @@ class HumanOmni(nn.Module):
     # ---- the prompt and the language model --------------------------------------------------------------------------
 
     def splice(self, input_ids: Tensor, video_embeds: Tensor | None = None, audio_embeds: Tensor | None = None,
-               labels: Tensor | None = None, attention_mask: Tensor | None = None):
+               labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Prompts:
         """X_m of Eq. 1: modality tokens in the place of -201 and -202, text embeddings around them.
 
         input_ids, labels, attention_mask [B, L]; video_embeds [clips, N_v, D], audio_embeds [clips, N_a, D], the i-th
         placeholder of the batch (row by row) taking the i-th clip, so that rows may differ in modality. Positions where
-        attention_mask is 0 are dropped. Returns inputs_embeds [B, L', D], labels [B, L'] or None (-100 at modality
-        tokens and padding), mask [B, L'] bool; shorter rows are padded on the right with zeros.
+        attention_mask is 0 are dropped; labels are -100 at modality tokens and padding.
         Raises DataError where placeholders and clips differ in number, or an id is outside the vocabulary.
         """
         ids = self._take("input_ids", input_ids, rows=None, tokens=None)
-        (rows, tokens), device, vocabulary = ids.shape, ids.device, self.config.text.vocab_size
-        keep = torch.ones_like(ids) if attention_mask is None else attention_mask
-        keep = self._take("attention_mask", keep, rows=rows, tokens=tokens).bool()
-        clips = (("video", VIDEO, video_embeds), ("audio", AUDIO, audio_embeds))
-        holders = [keep & (ids == placeholder) for _, placeholder, _ in clips]  # [B, L] each
-        sizes = keep.long()  # [B, L]: how many positions an id takes, 1, N_v, N_a, or 0 where it is dropped
-        for held, (_, _, embeds) in zip(holders, clips):
-            sizes = sizes.masked_fill(held, 0 if embeds is None else embeds.shape[1])
-        lengths = sizes.sum(1)  # [B]
-        foreign = keep & ~holders[0] & ~holders[1] & ((ids < 0) | (ids >= vocabulary))
-        counts = [*map(torch.sum, (*holders, foreign, lengths)), lengths.max()]
-        *wanted, errors, total, longest = torch.stack(counts).tolist()  # the one place that waits for the device
-        for (name, placeholder, embeds), count in zip(clips, wanted):
-            given = 0 if embeds is None else len(embeds)
-            if count != given:
-                raise DataError(f"input_ids holds {count} <{name}> ({placeholder}), but {name} holds {given} clips")
-        if errors:
-            row, at = foreign.nonzero()[0].tolist()
-            raise DataError(f"input_ids row {row} holds {ids[row, at]}: neither {VIDEO} nor {AUDIO} nor one of the "
-                            f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
-        mask = torch.arange(longest, device=device) < lengths[:, None]  # [B, L']
+        shape, vocabulary = dict(zip(("rows", "tokens"), ids.shape)), self.config.text.vocab_size
+        labels = torch.full_like(ids, IGNORE) if labels is None else self._take("labels", labels, **shape)
+        keep = torch.ones_like(ids) if attention_mask is None else self._take("attention_mask", attention_mask, **shape)
+        clips, counts = {VIDEO: video_embeds, AUDIO: audio_embeds}, {VIDEO: 0, AUDIO: 0}
+        places, targets = [], []  # a list per row, in which a placeholder stands as often as its clip has tokens
+        for number, row in enumerate(zip(ids.tolist(), labels.tolist(), keep.tolist())):
+            places.append([])
+            targets.append([])
+            for token, label, kept in zip(*row):
+                if kept and token in clips:
+                    counts[token] += 1
+                    size = 0 if clips[token] is None else clips[token].shape[1]
+                    places[-1] += [token] * size
+                    targets[-1] += [IGNORE] * size
+                elif kept and 0 <= token < vocabulary:
+                    places[-1].append(token)
+                    targets[-1].append(label)
+                elif kept:
+                    raise DataError(f"input_ids row {number} holds {token}: neither {VIDEO} nor {AUDIO} nor one of the "
+                                    f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
+        for name, (placeholder, x) in zip(("video", "audio"), clips.items()):
+            if counts[placeholder] != (given := 0 if x is None else len(x)):
+                raise DataError(f"input_ids holds {counts[placeholder]} <{name}> ({placeholder}), but {name} holds "
+                                f"{given} clips")
 
-        def expand(x: Tensor, padding: int) -> Tensor:
-            """Each position `sizes` times: [B, L] -> [B, L']."""
-            repeated = x.flatten().repeat_interleave(sizes.flatten(), output_size=total)
-            return x.new_full(mask.shape, padding).masked_scatter(mask, repeated)
-
-        places = expand(ids, IGNORE)  # [B, L']: an id of the vocabulary, VIDEO, AUDIO, or IGNORE at padding
+        (places, mask), (targets, _) = (pad_rows(rows, IGNORE, ids.device) for rows in (places, targets))  # [B, L']
         words = self.model.embed_tokens(places[places >= 0])
-        inputs_embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
-        inputs_embeds[places >= 0] = words
-        for _, placeholder, embeds in clips:
-            if embeds is not None:
-                inputs_embeds[places == placeholder] = embeds.flatten(0, 1).to(words)
-        if labels is not None:
-            labels = self._take("labels", labels, rows=rows, tokens=tokens)
-            labels = expand(labels.masked_fill(holders[0] | holders[1], IGNORE), IGNORE)
-        return inputs_embeds, labels, mask
+        embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
+        embeds[places >= 0] = words
+        for placeholder, x in clips.items():
+            if x is not None:
+                embeds[places == placeholder] = x.flatten(0, 1).to(words)
+        return Prompts(embeds, mask, targets)
 
-    def _clip_tokens(self, input_ids, attention_mask, gate_ids, gate_mask, video, audio, video_features,
-                     audio_features) -> tuple[Tensor | None, Tensor | None]:
-        """video_embeds [clips, N_v, D] and audio_embeds [clips, N_a, D] for `splice`, None for what is absent."""
-        for name, raw, features in (("video", video, video_features), ("audio", audio, audio_features)):
-            if raw is not None and features is not None:
-                raise DataError(f"{name} and {name}_features are two forms of one thing: give one")
-        video = video_features if video is None else self.vision_features(video)  # one form from here on
-        audio = audio_features if audio is None else self.audio_features(audio)
-        if video is not None and gate_ids is not None and len(gate_ids) == len(input_ids) > 1:
+    def prompt_embeds(self, input_ids: Tensor, vision: Tensor | None = None, audio: Tensor | None = None,
+                      gate_ids: Tensor | None = None, gate_mask: Tensor | None = None, labels: Tensor | None = None,
+                      attention_mask: Tensor | None = None) -> Prompts:
+        """All between towers and language model: their features `vision` [clips, T, N, C] and `audio` [clips, N_a, C],
+        projected and spliced into the text. The other arguments as `forward`'s."""
+        if vision is not None and gate_ids is not None and len(gate_ids) == len(input_ids) > 1:
             held = input_ids == VIDEO if attention_mask is None else (input_ids == VIDEO) & attention_mask.bool()
             rows = held.nonzero()[:, 0].to(gate_ids.device)  # each row's question gates its videos
             gate_ids, gate_mask = gate_ids[rows], None if gate_mask is None else gate_mask[rows]
-        return (None if video is None else self.project_video(video, gate_ids, gate_mask),
-                None if audio is None else self.project_audio(audio))
-
-    def prompt_embeds(self, input_ids: Tensor, video: Tensor | None = None, audio: Tensor | None = None,
-                      gate_ids: Tensor | None = None, gate_mask: Tensor | None = None,
-                      attention_mask: Tensor | None = None, video_features: Tensor | None = None,
-                      audio_features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """All before the language model: inputs_embeds [B, L', D] and mask [B, L'] bool. Arguments as `forward`."""
-        clips = self._clip_tokens(input_ids, attention_mask, gate_ids, gate_mask, video, audio, video_features,
-                                  audio_features)
-        embeds, _, mask = self.splice(input_ids, *clips, attention_mask=attention_mask)
-        return embeds, mask
+        video_embeds = None if vision is None else self.project_video(vision, gate_ids, gate_mask)
+        audio_embeds = None if audio is None else self.project_audio(audio)
+        return self.splice(input_ids, video_embeds, audio_embeds, labels, attention_mask)
 
     def forward(self, input_ids: Tensor, video: Tensor | None = None, audio: Tensor | None = None,
                 gate_ids: Tensor | None = None, gate_mask: Tensor | None = None, labels: Tensor | None = None,
-                attention_mask: Tensor | None = None, video_features: Tensor | None = None,
-                audio_features: Tensor | None = None) -> Output:
+                attention_mask: Tensor | None = None) -> Output:
         """Logits at every position after splicing, and the loss of Eq. 2 (mean) where labels are given.
 
-        input_ids [B, L] with -201 / -202; video [clips, T, 3, S, S] and audio [clips, mels, F], or in their place the
-        towers' outputs video_features [clips, T, N, C] and audio_features [clips, N_a, C]; gate_ids, gate_mask [B, Q],
-        one row per row of input_ids, or [clips, Q], or [1, Q]; labels [B, L] with -100 where there is no loss;
-        attention_mask [B, L]. Raises DataError on shapes that do not fit, and on labels without a single target.
+        input_ids [B, L] with -201 / -202; video [clips, T, 3, S, S] and audio [clips, mels, F]; gate_ids, gate_mask
+        [B, Q], one row per row of input_ids, or [clips, Q], or [1, Q]; labels [B, L] with -100 where there is no loss;
+        attention_mask [B, L]. Raises DataError on labels without a single target.
         """
-        clips = self._clip_tokens(input_ids, attention_mask, gate_ids, gate_mask, video, audio, video_features,
-                                  audio_features)
-        embeds, targets, _ = self.splice(input_ids, *clips, labels, attention_mask)
-        hidden, _ = self.model(embeds)  # causal: padding on the right is out of every real token's sight
+        vision = None if video is None else self.vision_features(video)
+        audio = None if audio is None else self.audio_features(audio)
+        prompts = self.prompt_embeds(input_ids, vision, audio, gate_ids, gate_mask, labels, attention_mask)
+        hidden, _ = self.model(prompts.embeds)  # causal: padding on the right is out of every real token's sight
         logits = self.lm_head(hidden)
-        if targets is None:
+        if labels is None:
             return Output(None, logits)
-        targets = targets[:, 1:]
+        targets = prompts.labels[:, 1:]
         learned = targets != IGNORE
         if not learned.any():
             raise DataError("labels holds no target: every position after the first is -100")
@@ -281,11 +273,8 @@ class HumanOmni(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int = 0) -> None:
-    """Random weights in place, a function of `seed` and of the kind of device alone.
-
-    Linear layers normal with 0.6 / sqrt(inputs), which is Qwen2's 0.02 at its width of 896; embeddings normal 0.02;
-    convolutions normal with fan-in scale; norms one; biases zero; Whisper's positions its sinusoids.
-    """
+    """Random weights in place, a function of `seed` and of the kind of device alone. Linear layers are normal with
+    0.6 / sqrt(inputs), which is Qwen2's 0.02 at its width of 896."""
     generator, done = torch.Generator(next(model.parameters()).device).manual_seed(seed), set()
     for module in model.modules():
         if isinstance(module, WhisperEncoder):
@@ -309,29 +298,23 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
 
 def random_humanomni(config: HumanOmniConfig, seed: int = 0, dtype: torch.dtype = torch.float32,
                      device: str | torch.device = "cpu") -> HumanOmni:
-    """A model with `init_weights`, in eval mode, filled where it will lie: nothing is written twice or moved."""
+    """A model with `init_weights`, in eval mode, filled where it will lie; on the meta device shapes alone."""
     with torch.device("meta"):
-        model = HumanOmni(config)
-    if torch.device(device).type == "meta":  # shapes alone
-        return use_onednn(model.to(dtype)).eval()
-    model = model.to(dtype).to_empty(device=device)
-    model.tie_weights()
-    init_weights(model, seed)
+        model = HumanOmni(config).to(dtype)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        model.tie_weights()
+        init_weights(model, seed)
     return use_onednn(model).eval()
 
 
 def trainable(model: HumanOmni, names) -> list[tuple[str, nn.Parameter]]:
-    """Makes exactly the parts `names` of table 8 trainable (requires_grad) and returns their (name, parameter) pairs.
-
-    Unused parameters never train: no loss reaches them. Raises SettingsError on a name that is not in PARTS.
-    """
+    """Makes exactly the parts `names` of table 8 trainable, without their unused parameters; returns their (name,
+    parameter) pairs. Raises SettingsError on a name that is not in PARTS."""
     names = [names] if isinstance(names, str) else list(names)
     if unknown := [name for name in names if name not in PARTS]:
         raise SettingsError(f"trainable part {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
-    prefixes = tuple(prefix for name in names for prefix in PARTS[name])
-    unused = model.unused_parameters()
-    chosen = [(k, p) for k, p in model.named_parameters() if k.startswith(prefixes) and k not in unused]
-    model.requires_grad_(False)
-    for _, p in chosen:
-        p.requires_grad_(True)
-    return chosen
+    prefixes, unused = tuple(prefix for name in names for prefix in PARTS[name]), model.unused_parameters()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(prefixes) and name not in unused)
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

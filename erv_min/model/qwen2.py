@@ -4,11 +4,10 @@ Grouped-query attention with bias on q, k, v and none on o; rotary positions in 
 A layer has one forward pass; what its queries look at is a function that it is given, for speed one of three:
 
 * `attend_causal`, whole sequences: needs no mask (padding stands on the right), so that the fastest kernels take it;
-* `attend_past`, G completions per prompt on the keys of the prompt's own pass, with gradients: the prompt is computed
-  once and autograd sums the G gradients (Prefix Grouper, arXiv 2506.05433); needs a mask;
-* `GroupCache.attend`, one token of each of G completions: the prompt's keys are held and read once, not G times.
+* `GroupCache.attend`, one token of each of G completions per prompt: sampling;
+* `PackedGroups.attend`, G whole completions per prompt, with gradients: training (Prefix Grouper, arXiv 2506.05433).
 
-What it leaves out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
+Left out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
 """
 
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from erv_min.config import Qwen2Config
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, statistics in float32 (arXiv 1910.07467)."""
@@ -49,30 +49,32 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-@dataclass
+def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
+    fold = q.shape[1] // k.shape[1]
+    # No float32 kernel on CUDA takes grouped heads: enable_gqa would write down all scores, [B, H, L, L]
+    # (pytorch#181528). Under autocast v has the kernel's type already, q and k do not.
+    if fold > 1 and v.is_cuda and v.dtype == torch.float32:
+        k, v = (x.repeat_interleave(fold, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+
 class GroupCache:
     """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times.
 
     Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph.
     """
 
-    prefix: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, head_dim]
-    prefix_mask: Tensor | None  # [B, P] bool, False at padding; None where no row is padded
-    own: list[tuple[Tensor, Tensor]]  # per layer k, v: [B * G, KV, N, head_dim], filled up to `length`
-    length: Tensor  # [1] int64, on the device
-    window: int  # a step looks at the first `window` of N: more than `length`, the rest is masked
-
-    @classmethod
-    def start(cls, prefix, prefix_mask: Tensor | None, group_size: int, max_new_tokens: int) -> "GroupCache":
-        """An empty cache for `max_new_tokens` on the keys and values of a prefill."""
+    def __init__(self, prefix: list, prefix_mask: Tensor | None, group_size: int, max_new_tokens: int):
+        """Empty, for N = `max_new_tokens`. `prefix`: keys and values of a prefill, per layer k, v: [B, KV, P, d];
+        prefix_mask [B, P] bool, False at padding, None where no row is padded."""
         batch, heads, _, width = prefix[0][0].shape
         shape = (batch * group_size, heads, max_new_tokens, width)
-        own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # not empty: 0 * NaN is NaN
-        if prefix_mask is not None and bool(prefix_mask.all()):
-            prefix_mask = None
-        prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
-        length = torch.zeros(1, dtype=torch.long, device=prefix[0][0].device)
-        return cls(prefix, prefix_mask, own, length, max_new_tokens)
+        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # not empty: 0 * NaN is NaN
+        self.prefix_mask = None if prefix_mask is None or bool(prefix_mask.all()) else prefix_mask
+        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
+        self.length = torch.zeros(1, dtype=torch.long, device=prefix[0][0].device)  # `own` is filled so far
+        self.window = max_new_tokens  # a step looks at so much of `own`, and masks what is not filled
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
         """Goes on with these prompts [B'] and rows [B' * G'] alone."""
@@ -82,81 +84,69 @@ class GroupCache:
         self.own = [(k[rows], v[rows]) for k, v in self.own]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One query per row, q [R, H, 1, d] with R = B * G, against prompt and own keys: one softmax over both parts.
+        """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts.
 
-        The G * H / KV queries that share a key head stand together, so that the prompt's keys are read once per group.
+        A key head serves H / KV query heads: q is [B, G, KV, H / KV, d] here, and a prompt's keys are read once.
         """
         for store, new in zip(self.own[layer], (k, v)):
             store.index_copy_(2, self.length, new)
-        own_k, own_v = (x[:, :, : self.window] for x in self.own[layer])
         prefix_k, prefix_v = self.prefix[layer]
         batch, kv_heads, prefix_length, width = prefix_k.shape
-        rows, heads = q.shape[:2]
-        group, fold = rows // batch, heads // kv_heads
-        q = (q * width**-0.5).view(batch, group, kv_heads, fold, width)
-        by_prompt = q.transpose(1, 2).reshape(batch, kv_heads, group * fold, width)
-        scores = by_prompt @ prefix_k.transpose(2, 3)  # [B, KV, G * fold, P]
+        own_k, own_v = (x[:, :, : self.window].unflatten(0, (batch, -1)) for x in self.own[layer])  # [B, G, KV, W, d]
+        grouped = (q * width**-0.5).view(*own_k.shape[:3], -1, width)
+        scores = torch.einsum("bgkhd,bkpd->bgkhp", grouped, prefix_k)
         if self.prefix_mask is not None:
-            scores = scores.masked_fill(~self.prefix_mask[:, None, None], float("-inf"))
-        own_scores = q.reshape(rows, kv_heads, fold, width) @ own_k.transpose(2, 3)  # [R, KV, fold, window]
-        empty = torch.arange(self.window, device=q.device) > self.length
-        own_scores = own_scores.masked_fill(empty, float("-inf"))
-        scores = scores.view(batch, kv_heads, group, fold, prefix_length).transpose(1, 2).flatten(0, 1)
+            scores = scores.masked_fill(~self.prefix_mask[:, None, None, None], float("-inf"))
+        own_scores = torch.einsum("bgkhd,bgkwd->bgkhw", grouped, own_k)
+        own_scores = own_scores.masked_fill(torch.arange(self.window, device=q.device) > self.length, float("-inf"))
         weights = torch.cat([scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
         on_prefix, on_own = weights.split([prefix_length, self.window], -1)
-        on_prefix = on_prefix.reshape(batch, group, kv_heads, fold, prefix_length).transpose(1, 2)
-        out = on_prefix.reshape(batch, kv_heads, group * fold, prefix_length) @ prefix_v  # [B, KV, G * fold, d]
-        out = out.view(batch, kv_heads, group, fold, width).transpose(1, 2).reshape(rows, kv_heads, fold, width)
-        return (out + on_own @ own_v).reshape(rows, heads, 1, width)
+        out = torch.einsum("bgkhp,bkpd->bgkhd", on_prefix, prefix_v) + torch.einsum("bgkhw,bgkwd->bgkhd", on_own, own_v)
+        return out.reshape(q.shape)
 
 
 @dataclass
-class Packing:
-    """R rows of unequal length written one after the other, without padding: all but attention works on this form."""
+class PackedGroups:
+    """R = B * G completions in training, on the keys of their prompts, which are held once and get the sum of their
+    gradients. Without padding their N tokens stand behind each other: all but attention works on that form."""
 
-    rows: int
-    length: int  # T, of the longest row
+    prompt: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, d]
+    visible: Tensor  # [1 or R, 1, T, P + T] bool, True where a query may look; one row where no prompt is padded
+    rows: int  # R
     places: Tensor  # [N] int64: where each token stands among R * T
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Packing":
-        """mask [R, T] bool, True at the tokens that are there."""
-        return cls(*mask.shape, mask.flatten().nonzero()[:, 0])
+    def of(cls, prompt: list[tuple[Tensor, Tensor]], prompt_mask: Tensor, mask: Tensor) -> "PackedGroups":
+        """prompt_mask [B, P] and mask [R, T], bool, True at the tokens that are there."""
+        (rows, length), whole = mask.shape, bool(prompt_mask.all())
+        groups = prompt_mask[:1] if whole else prompt_mask.repeat_interleave(rows // len(prompt_mask), 0)
+        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        visible = [groups[:, None, None].expand(-1, 1, length, -1), causal.expand(len(groups), 1, -1, -1)]
+        return cls(prompt, torch.cat(visible, -1), rows, mask.flatten().nonzero()[:, 0])
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, H, N, d] -> [R, H, T, d], 0 at padding."""
         _, heads, _, width = x.shape
-        padded = x.new_zeros(self.rows * self.length, heads, width).index_copy(0, self.places, x[0].transpose(0, 1))
-        return padded.view(self.rows, self.length, heads, width).transpose(1, 2)
+        length = self.visible.shape[2]
+        padded = x.new_zeros(self.rows * length, heads, width).index_copy(0, self.places, x[0].transpose(0, 1))
+        return padded.view(self.rows, length, heads, width).transpose(1, 2)
 
     def pack(self, x: Tensor) -> Tensor:
         """[R, H, T, d] -> [1, H, N, d]."""
         return x.transpose(1, 2).flatten(0, 1).index_select(0, self.places).transpose(0, 1)[None]
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Packed queries, q [1, H, N, d], look at their prompt's keys and at their own. N and T may be 0.
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
-    fold = q.shape[1] // k.shape[1]
-    # No float32 kernel on CUDA takes grouped heads: enable_gqa would write down all scores, [B, H, L, L] (pytorch#181528).
-    # Under autocast v has the kernel's type already, q and k do not.
-    if fold > 1 and v.is_cuda and v.dtype == torch.float32:
-        k, v = (x.repeat_interleave(fold, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-
-
-def attend_past(q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor], mask: Tensor, packing: Packing) -> Tensor:
-    """R = B * G packed completions, q [1, H, N, d], look at their prompt's keys `past` [B, KV, P, d] and at their own.
-
-    `mask` [1 or R, 1, T, P + T] is True where a query may look. The H / KV query heads of a key head are folded into
-    the query's length, so that no key is repeated for grouped-query attention. N and T may be 0.
-    """
-    q, k, v = map(packing.unpack, (q, k, v))  # [R, H, T, d], [R, KV, T, d] twice
-    (rows, heads, length, width), kv_heads = q.shape, k.shape[1]
-    k, v = (torch.cat([p.repeat_interleave(rows // p.shape[0], 0), own], 2) for p, own in zip(past, (k, v)))
-    fold = heads // kv_heads
-    q = q.reshape(rows, kv_heads, fold * length, width)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, fold, 1))
-    return packing.pack(out.reshape(rows, heads, length, width))
+        The H / KV query heads of a key head are folded into the query's length, so that no key is repeated for them.
+        """
+        q, k, v = map(self.unpack, (q, k, v))  # [R, H, T, d], [R, KV, T, d] twice
+        k, v = (torch.cat([p.repeat_interleave(self.rows // len(p), 0), own], 2)
+                for p, own in zip(self.prompt[layer], (k, v)))
+        fold = q.shape[1] // k.shape[1]
+        folded = q.reshape(self.rows, k.shape[1], fold * q.shape[2], q.shape[3])
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=self.visible.repeat(1, 1, fold, 1))
+        return self.pack(out.reshape(q.shape))
 
 
 class Attention(nn.Module):
@@ -209,18 +199,8 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Embeddings, decoder layers and the final norm; the head belongs to the model around it.
-
-    The contract of a language model: another one takes this one's place in HumanOmni.__init__ if it has
-
-    * `embed_tokens`, an nn.Embedding [V, D]; its layers in an nn.ModuleList, the units that sharding gathers; a bool
-      `recompute`, which training sets; no head: HumanOmni.lm_head [V, D] is it, tied to `embed_tokens` where asked for;
-    * `forward` and `decode` as below. The kv that `forward` returns has the form (k, v) [B, KV, P, d] per layer, with
-      positions applied: GroupCache.start and `past` take it. Layers attend by the three functions of this file.
-
-    Its dimensions go into HumanOmniConfig.text, its parameters' names into humanomni.PARTS, a norm of its own into
-    humanomni.init_weights. Nothing else looks inside.
-    """
+    """Embeddings, decoder layers and the final norm; the head belongs to the model around it. What another one must
+    have to take its place: README.md, "Another language model"."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -231,19 +211,18 @@ class Qwen2(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False  # recompute each layer in the backward pass in place of keeping its activations
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past=None, mask: Tensor | None = None,
-                packing: Packing | None = None, keep_kv: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past: PackedGroups | None = None,
+                keep_kv: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """[B, L, D] -> hidden states after the final norm [B, L, D], and per layer (k, v) [B, KV, L, d] if `keep_kv`.
 
-        position_ids [B, L] default to 0..L-1. With `past` (the kv of an earlier call on the prompts) embeddings,
-        positions and result are packed, [1, N, D], as `packing` says, and `mask` is needed: see `attend_past`.
+        position_ids [B, L] default to 0..L-1. With `past` embeddings, positions and result are packed, [1, N, D].
         """
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
         x, kv = inputs_embeds, []
         for i, layer in enumerate(self.layers):
-            attend = attend_causal if past is None else partial(attend_past, past=past[i], mask=mask, packing=packing)
+            attend = attend_causal if past is None else partial(past.attend, i)
             if self.recompute and torch.is_grad_enabled():
                 x, k, v = checkpoint(layer, x, rope, attend, use_reentrant=False)
             else:

@@ -1,9 +1,10 @@
 """The vision tower of Eq. 1: SigLIP's image encoder (arXiv 2303.15343) under its released tensor names.
 
 HumanOmni reads the *second-to-last* hidden state: the last layer, the post layer norm and the pooling head are never
-run. They are kept as parameters all the same, so that a checkpoint goes through unchanged.
-Left out: interpolation of the positions to another image size.
+run, but kept as parameters, so that a checkpoint goes through unchanged. Left out: positions of another image size.
 """
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from erv_min.config import SiglipConfig
 
 
-def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(C / H)) v in each of H heads; q, k, v [B, N, C] -> [B, N, C], mask [B, 1, 1, N] bool."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, C / H]
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -33,16 +34,11 @@ class SelfAttention(nn.Module):
         return self.out_proj(multi_head(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))  # [B, N, C]
 
 
-class MLP(nn.Module):
+def mlp(config: SiglipConfig) -> nn.Sequential:
     """Two layers with the tanh form of GELU."""
-
-    def __init__(self, config: SiglipConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(config.hidden_size, config.intermediate_size),
+                                     activation=nn.GELU(approximate="tanh"),
+                                     fc2=nn.Linear(config.intermediate_size, config.hidden_size)))
 
 
 class EncoderLayer(nn.Module):
@@ -52,7 +48,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = mlp(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +57,7 @@ class EncoderLayer(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """Parameters of SigLIP's attention pooling, unused: HumanOmni has no forward pass through it."""
+    """Parameters of SigLIP's attention pooling, unused."""
 
     def __init__(self, config: SiglipConfig):
         super().__init__()
@@ -69,7 +65,7 @@ class PoolingHead(nn.Module):
         self.probe = nn.Parameter(torch.zeros(1, 1, width))
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = mlp(config)
 
 
 class SiglipVision(nn.Module):
@@ -79,9 +75,9 @@ class SiglipVision(nn.Module):
         super().__init__()
         layers = config.num_hidden_layers
         self.layers_run = select_layer if select_layer >= 0 else layers + 1 + select_layer  # hidden state 0: embeddings
+        patches = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
         self.embeddings = nn.ModuleDict({
-            "patch_embedding": nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size),
-            "position_embedding": nn.Embedding(config.grid**2, config.hidden_size)})
+            "patch_embedding": patches, "position_embedding": nn.Embedding(config.grid**2, config.hidden_size)})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(EncoderLayer(config) for _ in range(layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = PoolingHead(config)

@@ -1,7 +1,7 @@
 """The audio tower of Eq. 1: Whisper's encoder (arXiv 2212.04356) under its released tensor names.
 
-The released checkpoints store it inside a Whisper *classifier*, whose projector and classifier are never run; both are
-kept as parameters so that a checkpoint goes through unchanged. Left out: the decoder, layer drop, float16 clamping.
+The released checkpoints store it inside a Whisper *classifier*, whose projector and classifier are never run, but kept
+as parameters, so that a checkpoint goes through unchanged. Left out: the decoder, layer drop, float16 clamping.
 """
 
 import math

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.03, schedule: str = "cosine") -> float:
-    """Rate of step `step` (0-based) of `total`: linear warm-up over a share `warmup`, then cosine, linear or constant."""
+    """Rate of step `step` (0-based) of `total`: linear warm-up over a share `warmup`, then the schedule."""
     rising = math.ceil(total * warmup)
     if step < rising:
         return peak * (step + 1) / rising
@@ -20,7 +20,7 @@ def learning_rate(step: int, total: int, peak: float, warmup: float = 0.03, sche
 
 
 def make_optimizer(params: Iterable[Tensor]) -> torch.optim.AdamW:
-    """AdamW with beta_1 = 0.9, beta_2 = 0.999 (table 8), without weight decay (as released); the rate is set at each step.
+    """AdamW with beta_1 = 0.9, beta_2 = 0.999 (table 8), without weight decay (as released); `update` sets its rate.
 
     On CUDA one fused kernel per tensor: the default there holds temporaries as large as all gradients.
     """
@@ -52,7 +52,7 @@ def data_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def item_at(place: int, count: int, seed: int) -> int:
-    """Which of `count` items stands at a place of the endless order: epoch after epoch, each a permutation of its own."""
+    """Which of `count` items stands at a place of the endless order: epoch after epoch, each in an order of its own."""
     return data_order(count, seed, place // count)[place % count]
 
 

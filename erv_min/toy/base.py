@@ -20,14 +20,14 @@ from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
 from erv_min.data.readers import read_training_json
 from erv_min.inputs import clip_inputs
-from erv_min.logps import Prompts, completion_logps, pad_targets
-from erv_min.model.humanomni import HumanOmni, init_weights, trainable
+from erv_min.logps import Completions, completion_logps
+from erv_min.model.humanomni import HumanOmni, init_weights, pad_rows, trainable
 from erv_min.prompts import gate_text, render, sft_target
 from erv_min.run.errors import ClipError
 from erv_min.run.files import read_jsonl
 from erv_min.run.onednn import use_onednn
-from erv_min.run.processes import rank_and_size
 from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
+from erv_min.run.processes import rank_and_size
 from erv_min.run.sharding import Replicated
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
@@ -80,10 +80,10 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
     ids = torch.tensor([tokenizer.encode(render())])
     for step in range(steps):
         batch = batch_of_step(len(captions), batch_size // size, seed, step)
-        embeds, _, mask = model.splice(ids.expand(len(batch), -1), video[batch], audio[batch])
-        targets = pad_targets([tokenizer.encode(c) + tokenizer.turn_end for i in batch for c in captions[i]],
-                              tokenizer.pad_id, embeds.device)
-        loss = sft_loss(completion_logps(model, Prompts(embeds, mask), targets)[0], targets.mask)
+        prompts = model.splice(ids.expand(len(batch), -1), video[batch], audio[batch])
+        targets = [tokenizer.encode(c) + tokenizer.turn_end for i in batch for c in captions[i]]
+        targets = Completions(*pad_rows(targets, tokenizer.pad_id, prompts.embeds.device))
+        loss = sft_loss(completion_logps(model, prompts, targets)[0], targets.mask)
         loss.backward()
         update(learner, optimizer, learning_rate(step, steps, lr, 0.05), 1.0)
         if (step + 1) % 50 == 0 and rank == 0:

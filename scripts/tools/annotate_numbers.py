@@ -137,7 +137,7 @@ def numbers_splice(_) -> str:
     with torch.no_grad():
         gate, X_v = model.gate_weights(gate_ids)[0], model.project_video(features, gate_ids)
         X_a = model.project_audio(torch.randn(1, config.audio_tokens, config.audio.d_model, generator=draw))
-        X_m, _, mask = model.splice(ids, X_v, X_a)
+        X_m = model.splice(ids, X_v, X_a).embeds
         words = model.model.embed_tokens.weight
         known = {"word": words, "X_v": X_v[0], "X_a": X_a[0]}
         kinds = [next(k for k, x in known.items() if (x == row).all(1).any()) for row in X_m[0]]

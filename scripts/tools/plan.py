@@ -28,7 +28,7 @@ from erv_min.run.processes import run_script
 from erv_min.fsdp import Sharded
 from erv_min.generate import prompt_bytes, sample_token
 from erv_min.model.humanomni import HumanOmni, trainable
-from erv_min.model.qwen2 import GroupCache, Packing
+from erv_min.model.qwen2 import GroupCache, PackedGroups
 from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
 from erv_min.run.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse, trained_parts
 
@@ -162,15 +162,15 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         total = hidden.shape[1]
         ids = torch.zeros(clips * group, length, dtype=torch.long)
         mask = torch.ones(1, 1, length - 1, total + length - 1, dtype=torch.bool)
-        packing = Packing(clips * group, length - 1, torch.zeros(clips * group * (length - 1), dtype=torch.long))
-        places = packing.places[None]
-        rest, _ = model.model(model.model.embed_tokens(places), places, past=kv, mask=mask, packing=packing)
+        places = torch.zeros(1, clips * group * (length - 1), dtype=torch.long)
+        past = PackedGroups(kv, mask, clips * group, places[0])
+        rest, _ = model.model(model.model.embed_tokens(places), places, past)
         hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0), rest[0]])
         return token_logps(hidden, model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
 
     def sample() -> int:
         _, kv = model.model(prompts(sampled), keep_kv=True)
-        cache = GroupCache.start(kv, None, group, length)
+        cache = GroupCache(kv, None, group, length)
         cache.length += length - 1
         rows = torch.zeros(sampled * group, 1, dtype=torch.long)
         hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]

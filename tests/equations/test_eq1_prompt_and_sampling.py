@@ -1,4 +1,4 @@
-"""Eq. 1 by hand: X_m = Concat(X_v, X_a, X_p), the splice of a clip's tokens into the text; o ~ psi(X_m), a sampled token."""
+"""Eq. 1 by hand: X_m = Concat(X_v, X_a, X_p), a clip's tokens spliced into the text; o ~ psi(X_m), a sampled token."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ def test_splice_by_hand(toy):
     ids = torch.tensor([[5, VIDEO, 6], [AUDIO, 7, 8]])
     labels = torch.tensor([[5, IGNORE, 6], [IGNORE, 7, 8]])
     keep = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    embeds, targets, mask = toy.splice(ids, video, audio, labels, keep)
+    prompts = toy.splice(ids, video, audio, labels, keep)
     zero = torch.zeros(96)
     expected = torch.stack([torch.stack([words[5], video[0, 0], video[0, 1], words[6]]),
                             torch.stack([audio[0, 0], words[7], zero, zero])])
-    assert torch.equal(embeds, expected)
-    assert targets.tolist() == [[5, IGNORE, IGNORE, 6], [IGNORE, 7, IGNORE, IGNORE]]
-    assert mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert torch.equal(prompts.embeds, expected)
+    assert prompts.labels.tolist() == [[5, IGNORE, IGNORE, 6], [IGNORE, 7, IGNORE, IGNORE]]
+    assert prompts.mask.tolist() == [[True] * 4, [True, True, False, False]]
 
 
 def test_sample_token_by_hand():
@@ -34,8 +34,9 @@ def test_sample_token_by_hand():
     noise = torch.tensor([0.0, 0.19, 0.21, 0.51, 0.999], dtype=torch.float64)
     assert sample_token(logits, noise, 1.0).tolist() == [0, 0, 1, 2, 2]
     # top-k 2 leaves 0.3 and 0.5: cumulative 0, 0.375, 1 of what is left.
-    assert sample_token(logits, torch.tensor([0.0, 0.37, 0.38, 0.9, 0.99], dtype=torch.float64), 1.0, top_k=2).tolist() == [1, 1, 2, 2, 2]
+    cut = torch.tensor([0.0, 0.37, 0.38, 0.9, 0.99], dtype=torch.float64)
+    assert sample_token(logits, cut, 1.0, top_k=2).tolist() == [1, 1, 2, 2, 2]
     # top-p 0.6: 0.5 does not reach it, 0.5 + 0.3 does: the same two are left. top-p 0.5 leaves the best alone.
-    assert sample_token(logits, torch.tensor([0.0, 0.37, 0.38, 0.9, 0.99], dtype=torch.float64), 1.0, top_p=0.6).tolist() == [1, 1, 2, 2, 2]
+    assert sample_token(logits, cut, 1.0, top_p=0.6).tolist() == [1, 1, 2, 2, 2]
     assert sample_token(logits, noise, 1.0, top_p=0.5).tolist() == [2] * 5
-    assert sample_token(logits, None, 0).tolist() == [2] * 5
+    assert sample_token(logits, noise, 0).tolist() == [2] * 5

@@ -1,4 +1,4 @@
-"""Eq. 2 by hand: L_SFT = - sum_t log pi_theta(y_t | x, y_<t), as a mean over label tokens and as the sum; its log-probs."""
+"""Eq. 2 by hand: L_SFT = - sum_t log pi_theta(y_t | x, y_<t), as mean over label tokens and as sum; its log-probs."""
 
 import pytest
 import torch

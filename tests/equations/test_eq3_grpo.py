@@ -34,8 +34,8 @@ def test_kl_k3_by_hand():
 
 
 def test_gradients_of_kl_estimators_by_hand():
-    """A policy over 4 tokens: the mean of k3 under pi is KL(pi || ref), and the mean of its gradient is not that KL's but
-    the gradient of KL(ref || pi); k2 = d^2 / 2 has the wrong mean and the right gradient (arXiv 2510.01555)."""
+    """A policy over 4 tokens: the mean of k3 under pi is KL(pi || ref), and the mean of its gradient is not that KL's
+    but the gradient of KL(ref || pi); k2 = d^2 / 2 has the wrong mean and the right gradient (arXiv 2510.01555)."""
     logits = torch.tensor([0.3, -0.2, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log()
     logp = logits.log_softmax(0)
@@ -44,7 +44,8 @@ def test_gradients_of_kl_estimators_by_hand():
     def gradient(loss):
         return torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
-    forward, reverse = (logp.exp() * (logp - ref)).sum(), (ref.exp() * (ref - logp)).sum()  # KL(pi || ref), KL(ref || pi)
+    forward = (logp.exp() * (logp - ref)).sum()  # KL(pi || ref)
+    reverse = (ref.exp() * (ref - logp)).sum()  # KL(ref || pi)
     k3, k2 = (pi * kl_k3(logp, ref)).sum(), (pi * (logp - ref) ** 2 / 2).sum()
     torch.testing.assert_close(k3, forward)
     torch.testing.assert_close(gradient(k3), gradient(reverse))
@@ -60,7 +61,7 @@ def test_masked_mean_is_over_tokens_then_completions():
 
 
 def test_objective_by_hand():
-    # One token each, epsilon 0.2, beta 0.1. Ratios 1.5 and 0.5; reference equal to the policy in row 1, d = ln 2 in row 2.
+    # One token each, epsilon 0.2, beta 0.1. Ratios 1.5 and 0.5; reference: the policy in row 1, d = ln 2 in row 2.
     # Row 1, A = +1: min(1.5, 1.2) = 1.2, held back by the clip.   loss -1.2
     # Row 2, A = -1: min(-0.5, -0.8) = -0.8, held back too.        loss  0.8 + 0.1 * (1 - ln 2)
     logps = torch.tensor([[math.log(1.5)], [math.log(0.5)]], requires_grad=True)

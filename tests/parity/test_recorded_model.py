@@ -9,7 +9,6 @@ from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.model.humanomni import HumanOmni
 from erv_min.generate import generate
-from erv_min.logps import Prompts
 from tiny import close, plain_rollout
 
 
@@ -72,9 +71,8 @@ def test_released_greedy_tokens(layout):
     ids = generate(model, expected["input_ids"][0], video=expected["images"][0], audio=expected["audios"][0],
                    gate_ids=expected["prompts.input_ids"][:1], gate_mask=expected["prompts.attention_mask"][:1],
                    group_size=2, max_new_tokens=16, temperature=0, eos_token_id=eos)
-    video, audio = expected["images"][:1], expected["audios"][:1]
-    prompts = Prompts(*model.prompt_embeds(expected["input_ids"][:1], video=video, audio=audio,
-                                           gate_ids=expected["prompts.input_ids"][:1],
-                                           gate_mask=expected["prompts.attention_mask"][:1]))
+    features = model.vision_features(expected["images"][:1]), model.audio_features(expected["audios"][:1])
+    prompts = model.prompt_embeds(expected["input_ids"][:1], *features, expected["prompts.input_ids"][:1],
+                                  expected["prompts.attention_mask"][:1])
     for row in [*ids, *plain_rollout(model, prompts, 2, 16, eos, temperature=0).ids]:
         assert row.tolist() == expected["greedy_tokens"][0].tolist()

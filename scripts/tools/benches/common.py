@@ -174,9 +174,7 @@ def prompts_of(model: HumanOmni, features: tuple[Tensor, Tensor]) -> Prompts:
     words = torch.arange(1, TEXT_TOKENS + 1) % model.config.text.vocab_size
     ids = torch.cat([words[:10], torch.tensor([VIDEO, AUDIO]), words[10:]]).expand(clips, -1)
     gate = torch.ones(1, 20, dtype=torch.long, device=device)
-    embeds, mask = model.prompt_embeds(ids.to(device), gate_ids=gate, video_features=features[0],
-                                       audio_features=features[1])
-    return Prompts(embeds, mask)
+    return model.prompt_embeds(ids.to(device), *features, gate)
 
 
 def language_flops(config: Qwen2Config, rows: int, length: int, context: int) -> float:
