@@ -13,11 +13,10 @@ shards, which are all that stays. The life of a unit in a pass:
 
 `Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: where
 autograd would save a weight for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that
-unit again. (With recomputation they gather little. They stay: a step without it takes three quarters of the time.) The
-root stays gathered through a pass. The next unit's all-gather runs beside this one's compute
-(`prefetch`), a reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On
-CUDA both run on NCCL's own stream, which waits for the compute stream where they start; `work.wait()` makes the compute
-stream wait for them and holds their memory.
+unit again. The root stays gathered through a pass. The next unit's all-gather runs beside this one's compute, a
+reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On CUDA both run on
+NCCL's own stream, which waits for the compute stream where they start; `work.wait()` makes the compute stream wait for
+them and holds their memory.
 
 | what                                                                    | type                      |
 |-------------------------------------------------------------------------|---------------------------|
@@ -29,9 +28,8 @@ stream wait for them and holds their memory.
 | shards of the reference policy (frozen, never exported)                 | compute                   |
 
 compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order, in the
-same number of passes per step; the training scripts give every process equal work. A module is copied before it is
-sharded, not after. Left out: tensor and sequence parallelism, CPU offload; run/sharding.FullyShard is the way out, the
-same interface on PyTorch's own `fully_shard`.
+same number of passes per step. A module is copied before it is sharded, not after. Left out: tensor and sequence
+parallelism, CPU offload; run/sharding.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
@@ -81,6 +79,11 @@ class Unit:
             self.starts.append(self.numel)
             self.numel += -(-shape.numel() // ALIGN) * ALIGN
 
+    @property
+    def stack(self) -> str:
+        """The stack of layers that it stands in."""
+        return self.name.rpartition(".")[0]
+
     def views(self, flat: Tensor) -> tuple[Tensor, ...]:
         return tuple(flat[start : start + shape.numel()].view(shape) for start, shape in zip(self.starts, self.shapes))
 
@@ -105,16 +108,14 @@ class Sharded:
 
     The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
     by one flat Parameter per unit, `shard`, or `frozen_shard` where requires_grad was off. `compute` is the type of
-    gathered parameters, `master` that of the shards; `device` is where the shards go.
+    gathered parameters, `master` that of the shards.
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16,
-                 master: torch.dtype = torch.float32, prefetch: bool = True):
-        self.model, self.device, self.compute, self.prefetch = model, torch.device(device), compute, prefetch
+                 master: torch.dtype = torch.float32):
+        self.model, self.device, self.compute = model, torch.device(device), compute
         self.rank, self.size = rank_and_size()
-        self.units, self.root = [], []
-        self.order, self.seen = [], []  # units in the order of the last forward pass, and so far in this one
-        self.back = []  # units whose backward is still to come, last first
+        self.units, self.root = [], []  # those of a stack of layers stand behind each other, in its order
         self.attached = {}  # storage of a gathered vector -> its unit, while it stands in its modules
         self.again = None, None  # the unit gathered last for the backward pass, and its flat vector
         self.reducing = None  # (unit, gradient, buffer, work) of a reduce-scatter under way
@@ -134,6 +135,7 @@ class Sharded:
                 self.root = units
             elif units:
                 module.forward = self._around(module.forward, units)
+        self.trained = {unit.name or "root": unit for unit in self.units if unit.shard.requires_grad}
 
     def _cut(self, name: str, params: list, places: dict, names: dict, owner: nn.Module, master: torch.dtype) -> Unit:
         """Takes `params` out of their modules and leaves this process's shard in `owner`."""
@@ -200,12 +202,12 @@ class Sharded:
             unit.shard.grad = mean if unit.shard.grad is None else unit.shard.grad.add_(mean)
 
     def _end_pass(self) -> None:
-        """Ends every collective under way: gradients are complete and nothing full is left but what stands attached."""
+        """Ends every collective under way: gradients are complete; nothing full is left but what stands attached."""
         self._end_reduce_scatter()
         for unit in self.units:
             if unit.pending is not None:
                 self._all_gather(unit)  # prefetched for a pass that ended before it was used
-        self.back, self.again = [], (None, None)
+        self.again = None, None
 
     # ---- a unit's life in a pass ----------------------------------------------------------------------------------
 
@@ -237,24 +239,14 @@ class Sharded:
         return attached_forward
 
     def _prefetch_after(self, unit: Unit) -> None:
-        """Keeps the order of units, and starts the all-gather of the one that comes next."""
-        coming = None
-        if self.in_forward:
-            self.seen.append(unit)
-            if torch.is_grad_enabled() and unit not in self.root:
-                self.back.append(unit)
-            if len(self.seen) < len(self.order):
-                coming = self.order[len(self.seen)]
-        else:  # backward: a recomputed layer, or a weight that autograd asks for
-            while self.back and self.back.pop() is not unit:
-                pass
-            if self.back:
-                coming = self.back[-1]
-        if self.prefetch and coming is not None:
-            self._start_all_gather(coming)
+        """Starts the all-gather of the next unit of the stack, or in the backward pass of the one before."""
+        at = self.units.index(unit)
+        for coming in self.units[at + 1 : at + 2] if self.in_forward else self.units[max(at - 1, 0) : at]:
+            if coming.stack == unit.stack and not coming.attached:
+                self._start_all_gather(coming)
 
     def _pack(self, saved: Tensor):
-        """What autograd saves in place of a tensor: for a view of gathered parameters, how to get it again."""
+        """What autograd saves in place of a tensor: for a view of a unit's parameters, how to get it again."""
         unit = self.attached.get(storage_of(saved))
         if unit is None or unit in self.root:
             return saved.detach()
@@ -274,37 +266,29 @@ class Sharded:
 
     @contextlib.contextmanager
     def forward_pass(self):
-        """A forward pass of the model inside: units gathered as they run, the root all through. Its backward pass may
-        follow after the block."""
         if self.root and self.root[0].attached:  # inside `unsharded`
             yield
             return
         self._end_pass()
-        self.seen, self.in_forward = [], True
+        self.in_forward = True
         saving = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
         try:
             with self._attached(self.root), saving:
                 yield
         finally:
-            self.order, self.in_forward = self.seen, False
+            self.in_forward = False
 
     @contextlib.contextmanager
     def unsharded(self, *parts: str):
-        """The whole model in the compute type, for sampling: one all-gather per unit, dropped at the end. No gradients.
-
-        With `parts`, the units whose names begin so, and the root.
-        """
         self._end_pass()
         units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
         with torch.no_grad(), self._attached(units):
             yield
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer trains: the shard of each trainable unit, by the unit's name."""
-        return {unit.name or "root": unit.shard for unit in self.units if unit.shard.requires_grad}
+        return {name: unit.shard for name, unit in self.trained.items()}
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scales gradients to a global norm of at most `max_norm`; returns the norm before. An element counts once."""
         grads = [p.grad for p in self.named_parameters().values() if p.grad is not None]
         total = sum((g.norm().square() for g in grads), torch.zeros((), device=self.device))
         if self.size > 1:
@@ -315,32 +299,27 @@ class Sharded:
         return norm.item()
 
     def full_shapes(self) -> dict[str, Tensor]:
-        """Released name -> an empty tensor of the parameter's shape and type, in the order of `full_tensors`."""
         return {name: torch.empty(shape, dtype=unit.shard.dtype, device="meta")
                 for unit in self.units for name, shape in zip(unit.names, unit.shapes)}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Full parameters unit by unit, on process 0; the others must run through it too. Nothing is held twice."""
         self._end_pass()
         for unit in self.units:
             full = self._all_gather(unit, unit.shard.dtype)
             if self.rank == 0:
                 yield from zip(unit.names, unit.views(full))
 
-    # ---- training states (run/state.py): every process writes and reads its own shards ------------------------------
-
     every_process_writes = True
 
     def state_shapes(self) -> dict[str, list[int]]:
-        """Shapes of what is trained, by name, that do not depend on the number of processes."""
-        return {unit.name or "root": [unit.numel] for unit in self.units if unit.shard.requires_grad}
+        return {name: [unit.numel] for name, unit in self.trained.items()}  # whatever the number of processes
 
     def to_full(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def read(self, files: list, key: str, name: str) -> Tensor:
         """This process's shard of `key`, whose flat vector was cut into len(files) pieces, one per process then."""
-        unit = next(unit for unit in self.units if unit.shard.requires_grad and (unit.name or "root") == name)
+        unit = self.trained[name]
         length, old = len(unit.shard), -(-unit.numel // len(files))
         start, stop = self.rank * length, min((self.rank + 1) * length, unit.numel)
         pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]

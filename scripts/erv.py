@@ -21,7 +21,7 @@ from erv_min import checkpoint
 from erv_min.data.pairs import (Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets)
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch, verifier_report
-from erv_min.model.bert import BatchDropout, RobertaClassifier, set_dropout
+from erv_min.model.bert import RobertaClassifier
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.run.folder import Run, open_folder
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     rows, valid = read_data(settings)
     model, folder = starting_point(settings)
     model.to(processes.device)
-    dropout = set_dropout(model, BatchDropout(settings.dropout))
+    model.dropout.p = settings.dropout
     tokenizer = EncoderTokenizer(folder, max_length=max_tokens(model))
     labels = tuple(ERV_LABELS) if settings.head == len(ERV_LABELS) else tuple(GOEMOTIONS)
     ids, mask = tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         part = [picked[place] for place in own]
         length = int(mask[picked].sum(1).max())  # of the whole batch, as is its dropout: a function of seed and step
         torch.manual_seed(settings.seed * 1_000_003 + step)
-        dropout.rows, dropout.count = slice(processes.rank, None, processes.size), len(picked)
+        model.dropout.rows, model.dropout.count = slice(processes.rank, None, processes.size), len(picked)
         batch = [x[part].to(processes.device) for x in (ids[:, :length], mask[:, :length], wanted)]
         with policy.forward_pass():
             logits = model(batch[0], batch[1])

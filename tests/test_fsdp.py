@@ -49,11 +49,10 @@ def tower_features(model, clips: list[int]) -> list[torch.Tensor]:
 
 
 def clip_prompts(model, clips: list[int], features=None) -> Prompts:
-    """Prompts of these clips through gate and projectors, as the collator and `embed` make them; the towers run if they must."""
+    """Prompts of these clips through gate and projectors, as `inputs.embed` makes them; the towers run if they must."""
     vision, audio = features or tower_features(model, clips)
     ids = torch.tensor([[5, -201, -202, 7 + clip] for clip in clips])
-    return Prompts(*model.prompt_embeds(ids, gate_ids=torch.tensor([[2, 9, 3]]), video_features=vision,
-                                        audio_features=audio))
+    return model.prompt_embeds(ids, vision, audio, torch.tensor([[2, 9, 3]]))
 
 
 def batch(step: int, rank: int, size: int) -> list[list[int]]:
@@ -213,17 +212,13 @@ def forward(run, x: torch.Tensor) -> torch.Tensor:
 
 
 def held(size: int) -> dict[str, float]:
-    """Bytes in layers: parameters between passes; the most in a forward pass, without and with the next unit's
-    prefetch; the most in a training pass."""
+    """Bytes in layers: parameters between passes; the most in a forward pass; the most in a training pass."""
     out, x = {}, torch.ones(1, 128)
-    for name, prefetch in (("alone", False), ("prefetch", True)):
-        run = Sharded(Stack(), compute=F32, prefetch=prefetch)
-        out["stays"] = sum(p.untyped_storage().nbytes() for p in run.model.parameters()) / LAYER
-        with torch.no_grad():
-            forward(run, x)  # learns the order
-            with Live() as live:
-                forward(run, x)
-        out[name] = live.peak / LAYER
+    run = Sharded(Stack(), compute=F32)
+    out["stays"] = sum(p.untyped_storage().nbytes() for p in run.model.parameters()) / LAYER
+    with torch.no_grad(), Live() as live:
+        forward(run, x)
+    out["forward"] = live.peak / LAYER
     with Live() as live:
         forward(run, x).backward()
     out["training"] = live.peak / LAYER
@@ -271,7 +266,7 @@ def work(out: Path, rank: int, size: int) -> None:
         last = 2 if size == 2 else 3
         sft(run, optimizer, range(first, last), rank, size)
         save_state(out / "run", last, run, optimizer)
-    # Completions of one token each on process 1 alone: its second half of a pass has no token, and gathers all the same.
+    # Completions of one token each on process 1 alone: its second half of a pass has no token, and gathers all of it.
     if size == 2:
         run, optimizer = start("hand", "sft", F32, recompute=True)
         unequal(run, [rank], 2)
@@ -381,8 +376,7 @@ def test_bytes_fall_with_the_processes(runs, size):
     layers = torch.load(runs / f"numbers-{size}", weights_only=True)["held"]
     assert layers["stays"] == 16 / size
     late = 0 if size == 1 else 3  # a busy gloo thread lets go of layers late; whole, there are 16
-    assert 1 <= layers["alone"] < 1.1 + late  # one unit at a time
-    assert 2 <= layers["prefetch"] < 2.1 + late  # and the next
+    assert 2 <= layers["forward"] < 2.1 + late  # a unit and the next
     # Training: the shards' gradients, this unit and the next, its gradient, and that in float32 on its way.
     assert layers["training"] < 16 / size + 4.1 + late
 
@@ -398,7 +392,7 @@ def test_bytes_without_a_busy_thread(size):
         if size > 1:
             dist.destroy_process_group()
     assert layers["stays"] == 16 / size
-    assert layers["alone"] == pytest.approx(1, abs=0.1) and layers["prefetch"] == pytest.approx(2, abs=0.1)
+    assert layers["forward"] == pytest.approx(2, abs=0.1)
     # The shards' gradients, and at most this unit and the next, its gradient, and that in float32 on its way.
     assert 16 / size + 1 < layers["training"] < 16 / size + 4.1
 
@@ -458,7 +452,6 @@ def test_what_was_prefetched_for_a_pass_that_ended_is_not_used_later():
     run = Sharded(copy.deepcopy(plain), compute=F32)
 
     def gather_in_vain():
-        forward(run, x)  # learns the order
         with run.forward_pass():
             run.model.layers[0](x)  # and so gathers layer 1 ahead
         assert run.units[1].pending is not None
@@ -489,7 +482,8 @@ def test_a_state_of_two_processes_goes_on_four_and_then_on_one(runs, tmp_path):
     """Two steps on 2 processes, one on 4, two on 1: the weights of five steps without a stop."""
     run, optimizer = start("hand", "sft", F32)
     shutil.copytree(runs / "run", tmp_path / "run")
-    assert [p.name for p in sorted((tmp_path / "run").glob("state-000003/*.*s"))] == [f"{r:05d}.safetensors" for r in range(4)]
+    files = sorted(p.name for p in (tmp_path / "run").glob("state-000003/*.*s"))
+    assert files == [f"{rank:05d}.safetensors" for rank in range(4)]
     assert load_state(tmp_path / "run", run, optimizer) == 3
     sft(run, optimizer, range(3, 5))
     keep(run, 0, tmp_path / "end")

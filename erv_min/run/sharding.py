@@ -4,10 +4,13 @@
 does not ask which it has:
 
     with policy.forward_pass():        a forward pass; its backward pass may follow after the block
-    with policy.unsharded(*parts):     the whole model (or parts of it, by the beginning of their names): for sampling
+    with policy.unsharded(*parts):     the whole model in the compute type, without gradients: for sampling; or the
+                                       root and the parts of it whose names begin so
     policy.named_parameters()          what the optimizer trains: tensors by name, whole or this process's shards
-    policy.clip_gradients(max_norm)    mean over processes where that is still to do, clipped; the norm before
-    policy.full_shapes(), full_tensors()                                   for the model's file (`save_model`)
+    policy.clip_gradients(max_norm)    mean over processes where that is still to do, scaled to a global norm of at most
+                                       max_norm; returns the norm before
+    policy.full_shapes()               released name -> an empty tensor of the parameter's shape and type
+    policy.full_tensors()              (name, parameter) in that order, on process 0; all must run through it
     policy.every_process_writes, state_shapes(), to_full(x), read(...)     for training states (run/state.py)
 
 `Sharded` is erv_min/fsdp.py; `FullyShard` is the way out for clusters that outgrow it, and there to compare with. Left
@@ -38,9 +41,15 @@ def shard(model: nn.Module, sharding: str, device: str | torch.device, compute: 
 
 
 class _ByName:
-    """States of parameters that stand under their own names, whole in one file that process 0 writes."""
+    """Parameters that stand under their own names; their states are whole in one file that process 0 writes."""
 
     every_process_writes = False
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def full_shapes(self) -> dict[str, Tensor]:
+        return {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in self.model.named_parameters()}
 
     def state_shapes(self) -> dict[str, list[int]]:
         return {name: list(p.shape) for name, p in self.named_parameters().items()}
@@ -69,16 +78,10 @@ class Replicated(_ByName):
         with torch.no_grad(), self.forward_pass():
             yield
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
     def clip_gradients(self, max_norm: float) -> float:
         params = list(self.named_parameters().values())
         average_gradients(params)
         return float(nn.utils.clip_grad_norm_(params, max_norm))
-
-    def full_shapes(self) -> dict[str, Tensor]:
-        return {name: p.detach().to("meta") for name, p in self.model.named_parameters()}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in self.model.named_parameters())
@@ -92,11 +95,10 @@ def average_gradients(params: list[Tensor]) -> None:
     for p in params:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in params])
+    grads = [p.grad for p in params]
+    flat = nn.utils.parameters_to_vector(grads)
     dist.all_reduce(flat)
-    flat /= size
-    for p, g in zip(params, flat.split([p.numel() for p in params])):
-        p.grad.copy_(g.view_as(p))
+    nn.utils.vector_to_parameters(flat.div_(size), grads)
 
 
 class _Root(nn.Module):
@@ -153,14 +155,8 @@ class FullyShard(_ByName):
                 module.set_reshard_after_forward(module is not self.root, recurse=False)
                 module.reshard()
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
     def clip_gradients(self, max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(self.named_parameters().values(), max_norm).full_tensor())
-
-    def full_shapes(self) -> dict[str, Tensor]:
-        return {name: torch.empty(p.shape, device="meta") for name, p in self.model.named_parameters()}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for module in self.modules:
