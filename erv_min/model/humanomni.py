@@ -19,7 +19,7 @@ from erv_min.model.bert import BertEncoder
 from erv_min.model.projector import VisualProjector, mlp
 from erv_min.model.qwen2 import Qwen2, RMSNorm
 from erv_min.model.siglip import SiglipVision
-from erv_min.model.whisper import WhisperEncoder, sinusoids, whisper_classifier
+from erv_min.model.whisper import WhisperEncoder, sinusoids
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.onednn import use_onednn
 
@@ -85,11 +85,13 @@ class HumanOmni(nn.Module):
                                 f"image_size {vision.image_size} / patch_size {vision.patch_size} gives {vision.grid}")
         self.config = config
         self.model = Qwen2(config.text)
-        siglip = SiglipVision(vision, config.select_layer)
+        siglip, audio = SiglipVision(vision, config.select_layer), config.audio
         self.model.vision_tower = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": siglip})})
-        self.model.audio_tower = nn.ModuleDict({"audio_tower": whisper_classifier(config.audio)})
+        self.model.audio_tower = nn.ModuleDict({"audio_tower": nn.ModuleDict({  # Whisper's classifier, as released
+            "encoder": WhisperEncoder(audio), "projector": nn.Linear(audio.d_model, audio.classifier_proj_size),
+            "classifier": nn.Linear(audio.classifier_proj_size, audio.num_labels)})})
         self.model.mm_projector = VisualProjector(vision.hidden_size, width, config.projector)
-        self.model.audio_projector = mlp(config.audio.d_model, width)
+        self.model.audio_projector = mlp(audio.d_model, width)
         self.model.bert_model = BertEncoder(config.gate)
         self.model.bert_gate = mlp(config.gate.hidden_size, config.gate_hidden_size, 3)
         self.lm_head = nn.Linear(width, config.text.vocab_size, bias=False)

@@ -1,7 +1,7 @@
 """The audio tower of Eq. 1: Whisper's encoder (arXiv 2212.04356) under its released tensor names.
 
 The released checkpoints store it inside a Whisper *classifier*, whose projector and classifier are never run, but kept
-as parameters, so that a checkpoint goes through unchanged. Left out: the decoder, layer drop, float16 clamping.
+(humanomni.py), so that a checkpoint goes through unchanged. Left out: the decoder, layer drop, float16 clamping.
 """
 
 import math
@@ -50,13 +50,6 @@ class WhisperEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.layer_norm(x)
-
-
-def whisper_classifier(config: WhisperConfig) -> nn.ModuleDict:
-    """The encoder beside the two unused layers that share its prefix in a checkpoint."""
-    return nn.ModuleDict({"encoder": WhisperEncoder(config),
-                          "projector": nn.Linear(config.d_model, config.classifier_proj_size),
-                          "classifier": nn.Linear(config.classifier_proj_size, config.num_labels)})
 
 
 def sinusoids(length: int, width: int) -> Tensor:
