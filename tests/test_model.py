@@ -98,6 +98,8 @@ def test_one_question_for_all_clips_and_a_clip_without_its_batch_dimension(toy):
     assert both.shape == (2, 2 + 16 + 16, 800)
     close(toy(ids, video, audio, gate.expand(2, -1)).logits, both, 2e-6)
     close(toy(ids[:1], video[0], audio[0], gate).logits, both[:1], 2e-6)
+    with pytest.raises(DataError, match=r"vision_features has shape \[1, 4, 9, 48\].*16 patches"):
+        toy.prompt_embeds(ids, torch.zeros(1, 4, 9, 48), gate_ids=gate)
 
 
 @pytest.mark.parametrize("change, message", [
