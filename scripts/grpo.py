@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         config=model.config, cache=collate.cache, **decoding(settings))
     if processes.main:
         trained = sum(p.numel() for p in policy.named_parameters().values())
-        print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {settings.group_size} "
-              f"completions, {trained / 1e6:.2f} M trainable parameters on this process", flush=True)
+        print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "
+              f"{trained / 1e6:.2f} M trainable parameters on this process", flush=True)
 
     for step in range(first, total):
         started = time.time()

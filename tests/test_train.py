@@ -95,7 +95,8 @@ def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsy
 @pytest.mark.parametrize("script, given", [
     ("evaluate", "--bootstrap -5 --model m --data toy:."), ("evaluate", "--predictions gone.jsonl"),
     ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"), ("erv", "--data gone.jsonl"),
-    ("audit", "--erv /gone --data toy:."), ("augment", "describe --limit -3"), ("sft", "--model /gone"), ("grpo", "--erv /gone")])
+    ("audit", "--erv /gone --data toy:."), ("augment", "describe --limit -3"), ("sft", "--model /gone"),
+    ("grpo", "--erv /gone")])
 def test_every_script_checks_its_settings_first(script, given, monkeypatch, capsys):
     root = Path(__file__).parent.parent / "scripts"
     monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])

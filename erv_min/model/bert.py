@@ -15,8 +15,8 @@ from erv_min.model.siglip import multi_head
 
 class Dropout(nn.Dropout):
     """Dropout of some rows of a batch that lies on several processes: the masks of all rows are drawn on each of them,
-    from the same seed, so that a row's mask does not depend on how many processes there are. One serves a whole network:
-    off (p = 0) until fine-tuning sets `p` and, before each pass, `count` and `rows`."""
+    from the same seed, so that a row's mask does not depend on how many processes there are. One serves the whole
+    network: off (p = 0) until fine-tuning sets `p` and, before each pass, `count` and `rows`."""
 
     count, rows = 0, slice(None)  # of the whole batch, and which of them a pass has
 
