@@ -42,18 +42,10 @@ def load_frames(path: str | Path, k: int) -> torch.Tensor:
     return decode(Path(path), partial(sample_frame_indices, k=k), 0)[0]
 
 
-def load_waveform(path: str | Path, silence: str = "error", max_seconds: float | None = None) -> torch.Tensor:
+def load_waveform(path: str | Path) -> torch.Tensor:
     """The sound of a clip at 16 kHz, mono: float32 [N]; two channels mix as (L + R) * 0.7071, NaN samples are -1.5.
-
-    `max_seconds` stops there, with the same samples up to that point. Raises ClipError; `silence` as in load_clip.
-    """
-    max_samples = sys.maxsize if max_seconds is None else round(max_seconds * SAMPLE_RATE)
-    return _sound_or_silence(path, decode(Path(path), None, max_samples)[1], silence)[0]
-
-
-def has_audio(path: str | Path) -> bool:
-    """Whether the file has sound that decodes. Raises ClipError where the file cannot be read."""
-    return decode(Path(path), None, 1)[1] is not None
+    Raises ClipError."""
+    return _sound_or_silence(path, decode(Path(path), None, sys.maxsize)[1], "error")
 
 
 def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int = 8, image_size: int = 224,
@@ -64,29 +56,24 @@ def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int =
     no sound: "hear" gives 10 s of digital silence, as the release does, and marks the Clip `silent`, so that callers
     count it; "error" raises ClipError (divergence 19). Sound that is there and cannot be decoded is always a ClipError.
     """
-    if modality not in ("video_audio", "video", "audio", "text"):
-        raise SettingsError(f"modality {modality!r}: use video_audio, video, audio or text")
+    if modality not in ("video_audio", "video", "audio"):
+        raise SettingsError(f"modality {modality!r}: use video_audio, video or audio")
     path, clip = Path(path), Clip(Path(path), None, None)
-    if modality == "text":
-        return clip
     choose = partial(sample_frame_indices, k=num_frames) if "video" in modality else None
     frames, waveform = decode(path, choose, n_frames * HOP if "audio" in modality else 0)
     if "video" in modality:
         clip.video = pixel_values(frames, image_size, geometry)
     if "audio" in modality:
-        waveform, clip.silent = _sound_or_silence(path, waveform, silence)
-        clip.audio = log_mel(waveform, n_mels, n_frames)
+        clip.silent = waveform is None
+        clip.audio = log_mel(_sound_or_silence(path, waveform, silence), n_mels, n_frames)
     return clip
 
 
-def _sound_or_silence(path, waveform: torch.Tensor | None, silence: str) -> tuple[torch.Tensor, bool]:
-    """(waveform [N], whether it stands for a sound that the file does not have)."""
-    if silence not in ("hear", "error"):
-        raise SettingsError(f"silence {silence!r}: use hear or error")
+def _sound_or_silence(path, waveform: torch.Tensor | None, silence: str) -> torch.Tensor:
     if waveform is None and silence == "error":
         raise ClipError(f"{path}: has no sound; leave the clip out, let it be heard as silence (--silence hear), or "
                         "do without sound (--modality video)")
-    return (torch.zeros(10 * SAMPLE_RATE), True) if waveform is None else (waveform, False)
+    return torch.zeros(10 * SAMPLE_RATE) if waveform is None else waveform
 
 
 def pixel_values(frames: torch.Tensor, size: int, geometry: str = "pad") -> torch.Tensor:

@@ -1,18 +1,14 @@
-"""Containers, packets, seeking, damage: a file -> the chosen frames and the sound. Skip it at first reading.
+"""Containers, packets, damage: a file -> the chosen frames and the sound. Skip it at first reading.
 
 PyAV decodes video and the sound in it, soundfile WAV and FLAC; imported inside functions: a GPU machine may lack both.
-- Memory is bounded: only the chosen frames are kept, and sound is decoded up to `max_samples`. A clip of more than
-  LONG_CLIP frames is decoded only around the chosen frames, with the same result.
+- Memory is bounded: only the chosen frames are kept, and sound is decoded up to `max_samples`.
 - Rotation marks of phones are applied, as decord does, so that a person stands upright; mirror marks are not.
 - Nothing is made up: a clip that is damaged, or cut off before the end it declares, raises ClipError. 5% (or 0.1 s)
   may be missing at the end, because headers are that inexact. What cannot be seen: a cut GIF (it declares no length),
-  damage that a decoder conceals, and damage in the parts of a long clip that are never decoded.
+  and damage that a decoder conceals.
 """
 
 import re
-import sys
-from array import array
-from bisect import bisect_right
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,45 +20,33 @@ from erv_min.run.errors import ClipError
 
 SAMPLE_RATE = 16_000
 MAX_PIXELS = 2**26  # 8192 x 8192 per frame; a header that declares more is refused before anything is allocated
-LONG_CLIP = 1500  # frames; above it, the chosen frames are found by seeking
-SEEKABLE = ("h264", "hevc", "vp9", "av1", "libdav1d")  # one shown frame per packet, and a keyframe is a fresh start
 SOUND_FILES = (".wav", ".flac")
-NO_TIME = -(2**63)
 
 
-def decode(path: Path, choose: Callable[[int], list[int]] | None,
-           max_samples: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def decode(path: Path, choose: Callable[[int], list[int]] | None, max_samples: int,
+           n_frames: int = 0) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The frames [k, H, W, 3] uint8 that `choose` names (number of frames -> k indices; None: no frames), and up to
     max_samples of the waveform [N] float32 (0: no sound). None for what is not asked, or for sound that is not there.
 
-    One pass where the declared number of frames is right (MP4, AVI). Where none is declared (MKV, WebM) or the clip is
-    long, packets are counted first; where the count was wrong (edit lists, hidden frames), once more with the real one.
+    One pass where the declared number of frames is right (MP4, AVI). Where none is declared (MKV, WebM), or a wrong one
+    (edit lists, hidden frames), once more with the counted `n_frames`.
     """
     if path.suffix.lower() in SOUND_FILES:
         if choose:
             raise ClipError(f"{path}: has no video; use modality 'audio'")
         return None, _sound_file(path, max_samples)
-    frames, waveform, n_frames, counted = None, None, 0, False
-    while choose and frames is None:
-        with _opened(path) as container:
-            video = _video_stream(container, path)
-            n_frames = n_frames or video.frames
-            if counted or 0 < n_frames <= LONG_CLIP:
-                kept, decoded, sound = _in_order(container, path, video, choose(n_frames), max_samples)
-                waveform, max_samples = (sound, 0) if max_samples else (waveform, 0)
-                frames = kept if decoded == n_frames else None
-                n_frames = decoded
-            else:
-                times, keys = _count(container, path, video)
-                n_frames, counted = len(times), True
-                if n_frames > LONG_CLIP:
-                    frames = _by_seeking(container, video, times, keys, choose(n_frames))
-        if not n_frames:
-            raise ClipError(f"{path}: has no frame that can be decoded; replace the file or leave the clip out")
-    if max_samples:
-        with _opened(path) as container:
-            waveform = _in_order(container, path, None, [], max_samples)[2]
-    return torch.from_numpy(np.stack(frames)) if choose else None, waveform
+    with _opened(path) as container:
+        video = _video_stream(container, path) if choose else None
+        n_frames = n_frames or (video.frames if video else 0)
+        indices = choose(n_frames) if n_frames else []
+        frames, decoded, waveform = _in_order(container, path, video, indices, max_samples)
+    if not choose:
+        return None, waveform
+    if not decoded:
+        raise ClipError(f"{path}: has no frame that can be decoded; replace the file or leave the clip out")
+    if decoded != n_frames:
+        return decode(path, choose, 0, decoded)[0], waveform
+    return torch.from_numpy(np.stack(frames)), waveform
 
 
 @contextmanager
@@ -122,7 +106,7 @@ def _packets(container, path: Path):
 
 
 def _in_order(container, path: Path, video, indices: list[int], max_samples: int):
-    """One pass: (the frames of these indices, how many frames there were, the waveform or None)."""
+    """(the frames of these indices, how many frames there were, the waveform or None)."""
     import av
     audio = container.streams.best("audio") if max_samples else None
     if audio and audio.codec_context is None:
@@ -142,41 +126,6 @@ def _in_order(container, path: Path, video, indices: list[int], max_samples: int
         elif not video and samples >= max_samples:
             break
     return [kept[i] for i in indices], decoded, _waveform(chunks, resampler, max_samples)
-
-
-def _count(container, path: Path, video) -> tuple[array, list[tuple[int, int]]]:
-    """All packets without decoding: the frames' times, sorted, and (pts, dts) of each keyframe."""
-    times, keys = array("q"), []
-    for packet in _packets(container, path):
-        if packet.stream is video and packet.size and not packet.is_discard:
-            times.append(NO_TIME if packet.pts is None else packet.pts)
-            if packet.is_keyframe and packet.pts is not None:
-                keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
-    return array("q", sorted(times)), sorted(keys)
-
-
-def _by_seeking(container, video, times: array, keys: list, indices: list[int]) -> list[np.ndarray] | None:
-    """The frames that decoding in order would give, each decoded from the keyframe before it and known by its time.
-
-    None (decode in order instead) where times are missing or not unique, or where container or codec do not promise
-    that a frame needs nothing from before its keyframe.
-    """
-    exact = "mov" in container.format.name or "matroska" in container.format.name
-    if not exact or video.codec_context.name not in SEEKABLE or times[0] == NO_TIME or len(set(times)) < len(times):
-        return None
-    to_rgb, kept, position = _rgb_converter(), {}, NO_TIME
-    for i in sorted(set(indices)):
-        before = bisect_right(keys, (times[i], sys.maxsize)) - 1
-        if before < 0:
-            return None
-        if keys[before][0] > position:  # a keyframe lies between the last frame and this one: jump to it
-            container.seek(keys[before][1], stream=video)
-            decoder = container.decode(video)
-        frame = next((f for f in decoder if f.pts is None or f.pts >= times[i]), None)
-        if frame is None or frame.pts != times[i]:
-            return None
-        kept[i], position = to_rgb(frame), times[i]
-    return [kept[i] for i in indices]
 
 
 def _rgb_converter():

@@ -10,8 +10,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from erv_min.data.readers import (Example, read_dfew, read_emer, read_mafw, read_merr, read_ravdess,
-                                  read_training_json)
+from erv_min.data.readers import FORMATS, Example, read_annotated, read_ravdess, read_training_json
 from erv_min.emotions import labels
 from erv_min.run.errors import DataError
 from erv_min.run.files import atomic_write
@@ -24,19 +23,17 @@ SPEC = "name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, json; 
 
 
 def load_examples(spec: str, split: str = "train") -> list[Example]:
-    """Reads a mixture such as "dfew:/path,mafw:/path".
+    """Reads a mixture such as "dfew:/path,mafw:/path". Raises DataError.
 
     split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split) |
-    "tune" (a toy world's clips to tune settings on).
-    EMER and MERR-fine have a training split alone, RAVDESS (R1-Omni's out-of-distribution test) a test split alone.
+    "tune" (a toy world's clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test.
     `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split.
-    Raises DataError for an unknown name or split, and for damaged files.
     """
     examples, official = [], "test" if split == "test" else "train"
     for part in re.split(r",(?=\w+:)", spec.strip()):
         name, _, path = part.strip().partition(":")
         name = name.lower()
-        if not path:
+        if not path or name not in (*FORMATS, "toy", "ravdess", "json"):
             raise DataError(f"--data {part!r}: expected {SPEC}")
         if split not in ("train", "test", "sft", "tune") or (split == "tune" and name != "toy"):
             raise DataError(f"--data {part!r}, split {split!r}: expected train, test or sft (of toy: tune)")
@@ -46,16 +43,14 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
             if not (Path(path) / "world.json").is_file():
                 raise DataError(f"{path}: no finished toy world (world.json is written last); render it again")
             found = (read_training_json(Path(path) / "train.json", path, "dfew") if split == "sft"
-                     else read_dfew(path, split))
+                     else read_annotated("dfew", path, split))
         elif name == "json":
             dataset, file, clips = re.fullmatch(r"(?:(\w+):)?(.+?)(?:@(.+))?", path).groups()
             found = read_training_json(file, clips, dataset, split)
-        elif name in ("dfew", "mafw"):
-            found = {"dfew": read_dfew, "mafw": read_mafw}[name](path, official)
-        elif name in ONE_SPLIT:
-            found = {"emer": read_emer, "merr": read_merr, "ravdess": read_ravdess}[name](path)
         else:
-            raise DataError(f"--data {part!r}: unknown data set {name!r}; expected {SPEC}")
+            found = read_ravdess(path) if name == "ravdess" else read_annotated(name, path, official)
+        if not found:
+            raise DataError(f"--data {part}: no example in it")
         if len(found) != PAPER_COUNTS.get((name, official), len(found)):
             log.warning("%s %s: %d examples, the paper has %d (section 4.1): another version, or a part of it?",
                         name, official, len(found), PAPER_COUNTS[name, official])
@@ -64,10 +59,8 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
 
 
 def too_many(failed: int, total: int, allow_missing: float, first="", what: str = "cannot be decoded") -> None:
-    """Raises DataError where more than the fraction `allow_missing` of `total` clips failed, or all of them.
-
-    `first`: the first of them, or its error; `what` was wrong with them.
-    """
+    """Raises DataError where more than the fraction `allow_missing` of `total` clips failed, or all of them; `first`:
+    the first of them, or its error; `what` was wrong with them."""
     if failed > allow_missing * total or 0 < failed == total:
         raise DataError(f"{failed} of {total} clips {what} ({failed / total:.1%}){first and ', the first: '}{first}. "
                         f"Check data root and clips, or allow more than {allow_missing:.1%} (--allow-missing)")
@@ -76,9 +69,7 @@ def too_many(failed: int, total: int, allow_missing: float, first="", what: str 
 def check_clips(examples: list[Example], allow_missing: float = 0.01,
                 report: str | Path | None = None) -> list[Example]:
     """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, one per line.
-
-    Raises DataError where more than the fraction `allow_missing` of the clips is missing, or all of them.
-    """
+    Raises as too_many."""
     found = {path: path.is_file() for path in {example.path for example in examples}}
     missing = sorted(str(path) for path, there in found.items() if not there)
     if missing:
@@ -92,10 +83,11 @@ def check_clips(examples: list[Example], allow_missing: float = 0.01,
 
 def check_disjoint(train: list[Example], test: list[Example]) -> None:
     """Raises DataError where a clip is in both lists (by its path, or by data set and id)."""
-    keys = {key for example in train for key in (os.path.realpath(example.path), (example.dataset, example.video_id))}
-    shared = [example for example in test
-              if os.path.realpath(example.path) in keys or (example.dataset, example.video_id) in keys]
-    if shared:
+    def keys(example: Example) -> set:
+        return {os.path.realpath(example.path), (example.dataset, example.video_id)}
+
+    known = set().union(*map(keys, train))
+    if shared := [example for example in test if keys(example) & known]:
         raise DataError(f"{len(shared)} clips are in training and test data, the first: {shared[0].path}; "
                         "take the same official split for both")
 
@@ -105,10 +97,9 @@ def summary(examples: list[Example]) -> str:
     lines = []
     for dataset, split in dict.fromkeys((example.dataset, example.split) for example in examples):
         part = [example for example in examples if (example.dataset, example.split) == (dataset, split)]
-        clips = {example.path for example in part}
-        missing = sum(not path.is_file() for path in clips)
+        there = [path.is_file() for path in {example.path for example in part}]
         count = Counter(example.label for example in part)
         classes = ", ".join(f"{label} {count[label]}" for label in labels(dataset))
-        lines.append(f"{dataset} {split}: {len(clips) - missing} clips found, {missing} missing, "
+        lines.append(f"{dataset} {split}: {sum(there)} clips found, {len(there) - sum(there)} missing, "
                      f"{len(part)} examples ({classes})")
     return "\n".join(lines)
