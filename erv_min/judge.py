@@ -8,11 +8,12 @@ run/chat.py. An answer outside the list and a failed call are states of their ow
 import hashlib
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
+from erv_min.erv import Verifier, erv_columns
 from erv_min.prompts import judge_prompt
 from erv_min.run.chat import KEYS, ChatClient
 from erv_min.run.errors import JudgeError
@@ -27,12 +28,7 @@ class Judgement:
 
 
 NOTHING = Judgement(None, "outside", "")  # an empty explanation conveys no emotion; no judge is asked
-
-
-class Judge(Protocol):
-    name: str
-
-    def judge(self, explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]: ...
+Judge = Callable[[list[str], tuple[str, ...]], list[Judgement]]  # explanations, labels to choose from
 
 
 def permuted(labels: tuple[str, ...], item: str, seed: int = 0) -> list[str]:
@@ -54,50 +50,37 @@ def read_answer(text: str, labels: tuple[str, ...]) -> Judgement:
     return Judgement(word, "ok", text) if word in labels else Judgement(None, "outside", text)
 
 
-class HostedJudge:
+def hosted_judge(client: ChatClient) -> Judge:
     """Figure 3's prompt to a hosted model."""
-
-    def __init__(self, client: ChatClient):
-        self.client, self.name = client, client.name
-
-    def judge(self, explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
+    def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
         prompts = {text: judge_prompt(text, permuted(labels, text)) for text in explanations if text.strip()}
-        replies = zip(prompts, self.client.ask(list(prompts.values())))
+        replies = zip(prompts, client.ask(list(prompts.values())))
         said = {text: Judgement(None, "error", reply.error) if reply.error else read_answer(reply.text, labels)
                 for text, reply in replies}
         return [said.get(text, NOTHING) for text in explanations]
+    return judge
 
 
-class ErvJudge:
+def erv_judge(verifier) -> Judge:
     """A local verifier on the whole explanation: the most probable of the labels. Not independent where it was the
     training's own verifier: good to watch, not to report."""
+    column = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
 
-    def __init__(self, folder: str, device: str = "cpu"):
-        from erv_min.erv import Verifier, erv_columns
-        self.name, self.verifier = f"erv:{folder}", Verifier.load(folder, device)
-        self.column = dict(zip(ERV_LABELS, erv_columns(tuple(self.verifier.labels))))
-
-    def judge(self, explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
+    def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
         texts = [text for text in explanations if text.strip()]
-        if not texts:
-            return [NOTHING] * len(explanations)
-        columns = [self.column[to_erv(label)] for label in labels]
-        best, place = self.verifier.probabilities(texts)[:, columns].max(1)  # [S] each
-        said = {text: Judgement(labels[i], "ok", f"{p:.3f}")
-                for text, p, i in zip(texts, best.tolist(), place.tolist())}
+        probs = verifier.probabilities(texts)[:, [column[to_erv(label)] for label in labels]]  # [S, len(labels)]
+        said = {text: Judgement(labels[int(row.argmax())], "ok", f"{float(row.max()):.3f}")
+                for text, row in zip(texts, probs)}
         return [said.get(text, NOTHING) for text in explanations]
+    return judge
 
 
-class OfflineJudge:
+def lexicon_judge(name: str) -> Judge:
     """One of the embedded world's two judges (toy/lexicon.py): they read words, not language."""
-
-    def __init__(self, name: str):
-        from erv_min.toy.lexicon import LexiconJudge, SecondJudge
-        self.name, self.reader = name, {"lexicon": LexiconJudge, "lexicon2": SecondJudge}[name]()
-
-    def judge(self, explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
-        said = self.reader.judge(explanations, labels)
-        return [Judgement(emotion, "ok" if emotion else "outside", emotion or "") for emotion in said]
+    from erv_min.toy.lexicon import LexiconJudge, SecondJudge
+    reader = {"lexicon": LexiconJudge, "lexicon2": SecondJudge}[name]()
+    return lambda explanations, labels: [Judgement(emotion, "ok" if emotion else "outside", emotion or "")
+                                         for emotion in reader.judge(explanations, labels)]
 
 
 def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", **options) -> Judge:
@@ -105,11 +88,11 @@ def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", 
     key)."""
     kind, _, rest = spec.partition(":")
     if spec in ("lexicon", "lexicon2"):
-        return OfflineJudge(spec)
+        return lexicon_judge(spec)
     if kind == "erv" and rest:
-        return ErvJudge(rest, device)
+        return erv_judge(Verifier.load(rest, device))
     if kind in KEYS and rest:
-        return HostedJudge(ChatClient(spec, cache, **options))
+        return hosted_judge(ChatClient(spec, cache, **options))
     raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, "
                      "lexicon or lexicon2")
 
@@ -132,6 +115,6 @@ def judge_rows(rows: list[dict], judge: Judge) -> None:
     """
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         part = [row for row in rows if row["dataset"] == dataset]
-        judgements = judge.judge([explanation_of(row["output"]) for row in part], labels(dataset))
+        judgements = judge([explanation_of(row["output"]) for row in part], labels(dataset))
         for row, judgement in zip(part, judgements, strict=True):
             row["judged_emotion"], row["judge_status"] = judgement.emotion, judgement.status

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from erv_min.emotions import labels, normalize
-from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.errors import DataError
 
 COLUMNS = ("EEA", "FCR", "EPC", "WAR", "UAR")  # table 1's order
 METRICS = (*COLUMNS, "EEA_answered", "FCR/WAR")
@@ -31,7 +31,12 @@ class Scored:
     outside: int  # judge answers outside the label list
     errors: int  # rows that the judge could not answer
     released: bool  # the rule: EEA wants an answer; a class without rows counts 0 in UAR (divergences 15, 16)
-    leave_out: bool  # the release on MAFW: an unknown prediction leaves its class's recall (divergence 16)
+
+    @property
+    def counted(self) -> np.ndarray:
+        """bool [N]: rows of UAR. The release on MAFW leaves unknown predictions out of their class (divergence 16)."""
+        known = self.predicted < len(self.labels)
+        return known if self.released and self.labels == labels("mafw") else np.ones_like(known)
 
 
 def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str | None, str | None]:
@@ -51,13 +56,10 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
     and SettingsError (unknown rule).
 
     "paper": a judge's answer outside the list, or none, is no emotion (divergence 14); "released": it is neutral."""
-    if rule not in ("paper", "released"):
-        raise SettingsError(f"scoring rule {rule!r} is unknown; there are 'paper' and 'released'")
     names = labels(dataset)
     number = {name: i for i, name in enumerate(names)}
     if not rows:
         raise DataError("no prediction to score: the file is empty")
-    was_judged = any("judged_emotion" in row for row in rows)
     numbers, outside, errors = [], 0, 0
     for i, row in enumerate(rows):
         where = f"prediction {i + 1} (video_id {row.get('video_id')!r})"
@@ -72,14 +74,11 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
             failed = status == "error" or (not isinstance(judged, str) and status != "outside")
             errors, outside = errors + failed, outside + (not failed)
             word = "neutral" if rule == "released" else None
-        predicted, answered = read_prediction(row["output"], dataset, rule)
-        numbers.append([number.get(x, len(names)) for x in (truth, predicted, answered, word)])
+        numbers.append([number.get(x, len(names)) for x in (truth, *read_prediction(row["output"], dataset, rule), word)])
     truth, predicted, answered, judged = np.array(numbers).T
-    if not was_judged:
+    if not any("judged_emotion" in row for row in rows):
         judged, outside, errors = None, 0, 0
-    released = rule == "released"
-    return Scored(names, truth, predicted, answered, judged, outside, errors, released,
-                  released and names == labels("mafw"))
+    return Scored(names, truth, predicted, answered, judged, outside, errors, rule == "released")
 
 
 def weighted(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -90,10 +89,10 @@ def weighted(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
         return 100 * (weights @ hits) / total
 
     right, of_class = s.predicted == s.truth, np.eye(C)[s.truth]  # [N], [N, C]
-    there = weights @ (of_class * (s.predicted < C)[:, None] if s.leave_out else of_class)  # [n, C]
+    there = weights @ (of_class * s.counted[:, None])  # [n, C]
     recall = 100 * (weights @ (of_class * right[:, None])) / np.maximum(there, 1)
-    counted = C if s.released else np.maximum((there > 0).sum(1), 1)
-    values = {"WAR": percent(right), "UAR": recall.sum(1) / counted}
+    classes = C if s.released else np.maximum((there > 0).sum(1), 1)
+    values = {"WAR": percent(right), "UAR": recall.sum(1) / classes}
     if s.judged is not None:
         eea = s.judged == s.truth
         values["EEA_answered"] = percent(eea & (s.answered < C))
@@ -120,13 +119,13 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
     values = {name: value[0].item() for name, value in weighted(s, np.ones((1, n))).items()}
     confusion = np.zeros((C, C + 1), dtype=int)
     np.add.at(confusion, (s.truth, s.predicted), 1)
-    counted = confusion[:, :C].sum(1) if s.leave_out else confusion.sum(1)
-    right = confusion.diagonal()
+    counted = np.bincount(s.truth[s.counted], minlength=C).tolist()
+    right = confusion.diagonal().tolist()
     return {**{name: values[name] if np.isfinite(values.get(name, np.nan)) else None for name in METRICS}, "n": n,
             "unparsed": int((s.answered == C).sum()), "unknown_labels": int((s.predicted == C).sum()),
             "judge_outside": s.outside, "judge_errors": s.errors, "labels": list(s.labels),
-            "confusion": confusion.tolist(), "per_class": np.stack([right, counted], 1).tolist(),
-            "recall": {name: 100 * float(r) / float(c) if c else None for name, r, c in zip(s.labels, right, counted)}}
+            "confusion": confusion.tolist(), "per_class": [list(pair) for pair in zip(right, counted)],
+            "recall": {name: 100 * r / c if c else None for name, r, c in zip(s.labels, right, counted)}}
 
 
 # ---- how sure --------------------------------------------------------------------------------------------------------
@@ -140,23 +139,23 @@ def _resampled(s: Scored, n: int, seed: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
-def _intervals(drawn: dict[str, np.ndarray], level: float) -> dict[str, tuple[float, float]]:
-    """metric -> (low, high): what the middle `level` of its draws spans."""
-    return {name: tuple(np.nanquantile(drawn[name], [(1 - level) / 2, (1 + level) / 2]).tolist())
+def _intervals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """metric -> (low, high): what the middle 95% of its draws span."""
+    return {name: tuple(np.nanquantile(drawn[name], [0.025, 0.975]).tolist())
             for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
 
 
-def bootstrap(rows: list[dict], dataset: str, n: int = 1000, seed: int = 0, rule: str = "paper",
-              level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """metric -> (low, high), percent: the percentile interval over n resamples of the clips. Raises as score.
+def bootstrap(rows: list[dict], dataset: str, n: int = 1000, seed: int = 0,
+              rule: str = "paper") -> dict[str, tuple[float, float]]:
+    """metric -> (low, high), percent: the 95% percentile interval over n resamples of the clips. Raises as score.
 
     It holds for this one trained model on other clips; another training seed's model moves the figures as well, often
     further, and only runs over several seeds show by how much."""
-    return _intervals(_resampled(read_rows(rows, dataset, rule), n, seed), level)
+    return _intervals(_resampled(read_rows(rows, dataset, rule), n, seed))
 
 
-def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, seed: int = 0, rule: str = "paper",
-           level: float = 0.95) -> dict[str, tuple[float, float, float]]:
+def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, seed: int = 0,
+           rule: str = "paper") -> dict[str, tuple[float, float, float]]:
     """metric -> (b - a, low, high), in points: two systems on the same clips, matched by video_id and resampled
     together, which leaves out the spread that both share. The interval takes both models as they are (see bootstrap).
     Raises DataError where the clips or their labels differ."""
@@ -168,11 +167,13 @@ def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, 
     a, b = (read_rows([rows[i] for i in by_id[0]], dataset, rule) for rows in by_id)
     if (a.truth != b.truth).any():
         raise DataError("the two prediction files disagree about ground_truth; were they made from one split?")
-    of_a, of_b = _resampled(a, n, seed), _resampled(b, n, seed)
-    spans = _intervals({name: of_b[name] - of_a[name] for name in of_a.keys() & of_b.keys()}, level)
-    ones = np.ones((1, len(a.truth)))
-    point_a, point_b = weighted(a, ones), weighted(b, ones)
-    return {name: ((point_b[name] - point_a[name])[0].item(), *span) for name, span in spans.items()}
+
+    def difference(of_a: dict, of_b: dict) -> dict[str, np.ndarray]:
+        return {name: of_b[name] - of_a[name] for name in of_a.keys() & of_b.keys()}
+
+    spans = _intervals(difference(_resampled(a, n, seed), _resampled(b, n, seed)))
+    point = difference(*(weighted(s, np.ones((1, len(s.truth)))) for s in (a, b)))
+    return {name: (point[name][0].item(), *span) for name, span in spans.items()}
 
 
 def agreement(judged_a: list[str | None], judged_b: list[str | None], labels: tuple[str, ...] = ()) -> dict:
@@ -196,10 +197,8 @@ def agreement(judged_a: list[str | None], judged_b: list[str | None], labels: tu
 
 def table(named_scores: dict[str, dict]) -> str:
     """Systems and their `score`s as plain text in table 1's columns, percent."""
-    def cell(x: float | None) -> str:
-        return f"{x:8.2f}" if x is not None else f"{'-':>8}"
-
     width = max([6, *map(len, named_scores)])
-    head = f"{'System':{width}}" + "".join(f"{name:>8}" for name in COLUMNS)
-    return "\n".join([head, *(f"{name:{width}}" + "".join(cell(s.get(x)) for x in COLUMNS)
-                              for name, s in named_scores.items())])
+    lines = [f"{'System':{width}}" + "".join(f"{name:>8}" for name in COLUMNS)]
+    for name, s in named_scores.items():
+        lines.append(f"{name:{width}}" + "".join(f"{'-':>8}" if s.get(x) is None else f"{s[x]:8.2f}" for x in COLUMNS))
+    return "\n".join(lines)

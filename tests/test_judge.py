@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from erv_min.judge import (ErvJudge, HostedJudge, Judgement, explanation_of, judge_rows, make_judge, permuted,
+from erv_min.emotions import ERV_LABELS
+from erv_min.judge import (Judgement, erv_judge, explanation_of, hosted_judge, judge_rows, make_judge, permuted,
                            read_answer)
 from erv_min.metrics import score
 from erv_min.run.chat import ChatClient
@@ -116,8 +117,7 @@ def client(cache=None, **options) -> ChatClient:
 
 def ask(texts, cache=None, labels=DFEW, **options):
     shown = []
-    judge = HostedJudge(client(cache, show=shown.append, **options))
-    return judge.judge(texts, labels), shown
+    return hosted_judge(client(cache, show=shown.append, **options))(texts, labels), shown
 
 
 # ---------------------------------------------------------------------------------------------------- good answers
@@ -399,10 +399,14 @@ def test_gemini_thinks_not_and_gets_its_own_address(monkeypatch):
 # ---------------------------------------------------------------------------------------------------- local judges
 
 def test_erv_judge_takes_the_best_of_the_labels():
-    judge = ErvJudge.__new__(ErvJudge)
-    judge.name, judge.column = "erv", {"happiness": 0, "contempt": 1, "fear": 2, "sadness": 3}
-    judge.verifier = type("V", (), {"probabilities": lambda _, texts: torch.tensor([[.2, .9, .6, .1]] * len(texts))})()
-    judged = judge.judge(["x", " "], ("happy", "fear", "sad"))  # contempt is not on this list
+    class Verifier:
+        labels = tuple(ERV_LABELS)
+
+        def probabilities(self, texts):
+            said = {"happiness": .2, "contempt": .9, "fear": .6, "sadness": .1}
+            return torch.tensor([[said.get(label, 0.0) for label in self.labels] for _ in texts]).reshape(-1, 11)
+
+    judged = erv_judge(Verifier())(["x", " "], ("happy", "fear", "sad"))  # contempt is not on this list
     assert judged == [Judgement("fear", "ok", "0.600"), Judgement(None, "outside", "")]
 
 

@@ -43,9 +43,9 @@ class FeatureCache:
 
     def get(self, example: Example):
         """(vision [T, N, C] | None, audio [P, C] | None, silent) on the CPU, or None where the clip is not cached."""
-        name = self._name(example)
         if not self.has(example):
             return None
+        name = self._name(example)
         try:
             parts = (self.kept[name] if name in self.kept else
                      self._keep(name, load_tensors((self.folder / name).read_bytes())))
@@ -55,7 +55,6 @@ class FeatureCache:
         return parts.get("vision"), parts.get("audio"), "silent" in parts
 
     def put(self, example: Example, vision=None, audio=None, silent: bool = False) -> None:
-        """Keeps the features of a clip, and whether it is `silent` (media.Clip); a file appears whole or not at all."""
         parts = {"vision": vision, "audio": audio, "silent": torch.ones(1, dtype=torch.bool) if silent else None}
         parts = {part: value.detach().cpu().contiguous() for part, value in parts.items() if value is not None}
         if name := self._name(example):

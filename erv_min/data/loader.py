@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import wraps
+from itertools import islice
 
 import torch
 
@@ -34,11 +35,10 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
     rest, waiting, pool = iter(examples), deque(), _pool(workers, load)  # waiting: (example, future)
     try:
         while True:
-            while len(waiting) < workers * prefetch and (example := next(rest, None)) is not None:
+            for example in islice(rest, workers * prefetch - len(waiting)):
                 try:
                     future = pool.submit(_decode, example)
-                except BrokenProcessPool:  # a decoder died since the last clip was handed in
-                    pool.shutdown()
+                except BrokenProcessPool:  # a worker ended since the last clip was handed in
                     pool = _pool(workers, load)
                     future = pool.submit(_decode, example)
                 waiting.append((example, future))
@@ -55,8 +55,8 @@ def clip_loader(examples, load: Callable, workers: int = 2, prefetch: int = 4) -
 
 
 def counts_silent(stream: Callable) -> Callable:
-    """Decorates a function that yields clips: their log says at the first clip without sound that it is heard as silence
-    (`silent`, divergence 19), and at the end how many there were."""
+    """Decorates a function that yields clips: their log says at the first clip without sound that it is heard as
+    silence (`silent`, divergence 19), and at the end how many there were."""
     @wraps(stream)
     def counted(*args, **kwargs):
         silent = set()
@@ -77,10 +77,9 @@ def _load_twice(load: Callable, example):
     for attempt in (1, 2):
         try:
             return load(example)
-        except ClipError as error:
-            failure = error
         except Exception as error:  # whatever a decoder throws is about this clip, and is named
-            failure = ClipError(f"{getattr(example, 'path', example)}: {type(error).__name__}: {error}")
+            named = isinstance(error, ClipError)
+            failure = error if named else ClipError(f"{example.path}: {type(error).__name__}: {error}")
     return failure
 
 
@@ -114,5 +113,5 @@ def _decode_alone(load: Callable, example):
         try:
             return pickle.loads(pool.submit(_decode, example).result())
         except BrokenProcessPool:
-            return ClipError(f"{getattr(example, 'path', example)}: the decoder process died twice on it "
+            return ClipError(f"{example.path}: the decoder process died twice on it "
                              "(a crash in a codec, or out of memory)")

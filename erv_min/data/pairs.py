@@ -1,8 +1,6 @@
 """The verifier's training pairs (section 3.2): descriptions with their emotions, counted as table 5 counts them.
 
     JSONL of scripts/augment.py -> read_rows -> split_rows -> targets -> erv.erv_loss (scripts/erv.py)
-
-Left out: distillation of the labelling LLM's probabilities (the paper trains on its label words alone).
 """
 
 import hashlib
@@ -41,24 +39,23 @@ def read_rows(paths: list[str | Path]) -> list[Row]:
             where = f"{path}, row {number}"
             if not isinstance(raw, dict) or not isinstance(raw.get("text"), str) or not raw["text"].strip():
                 raise DataError(f"{where}: field 'text' must be a non-empty string")
-            text, labels = raw["text"].strip(), emotion_names(raw, "labels", where)
-            truth = emotion_names(raw, "truth", where) if "truth" in raw else labels
-            source, key = str(raw.get("source") or Path(path).stem), str(raw.get("clip") or text)
-            rows.append(Row(text, labels, source, key, truth))
+            text, labels = raw["text"].strip(), _emotions(raw, "labels", where)
+            truth = _emotions(raw, "truth", where) if "truth" in raw else labels
+            rows.append(Row(text, labels, str(raw.get("source") or Path(path).stem), str(raw.get("clip") or text), truth))
     if not rows:
         raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no training pair found")
     return rows
 
 
-def emotion_names(raw: dict, field: str, where: str) -> tuple[str, ...]:
+def _emotions(raw: dict, field: str, where: str) -> tuple[str, ...]:
     """The emotions that a row's field lists, as names of ERV_LABELS, each once."""
     names = raw.get(field)
-    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
-        raise DataError(f"{where}: field {field!r} must be a non-empty list of emotion names, is {names!r}")
     try:
-        return tuple(dict.fromkeys(to_erv(x) for x in names))
+        if isinstance(names, list) and names:
+            return tuple(dict.fromkeys(to_erv(str(x)) for x in names))
     except DataError as error:
         raise DataError(f"{where}: field {field!r}: {error}") from None
+    raise DataError(f"{where}: field {field!r} must be a non-empty list of emotion names, is {names!r}")
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -70,22 +67,14 @@ def split_rows(rows: list[Row], fraction: float, seed: int = 0) -> tuple[list[Ro
     return sides
 
 
-def class_counts(rows: list[Row]) -> dict[str, Counter]:
-    """Source -> emotion -> number of rows that carry it (table 5: a row with two labels counts in two columns)."""
-    counts: dict[str, Counter] = {}
-    for row in rows:
-        counts.setdefault(row.source, Counter()).update(row.labels)
-    return counts
-
-
 def counts_table(rows: list[Row]) -> str:
-    """Table 5 of these rows, as text: per source a line with the number of rows and of each class's labels."""
-    counts, sizes = class_counts(rows), Counter(row.source for row in rows)
+    """Table 5 of these rows, as text: per source the number of rows that carry each emotion; one with two counts twice."""
     lines = [["source", "rows", *ERV_LABELS]]
-    for source, per_class in counts.items():
-        lines.append([source, str(sizes[source]), *(str(per_class[x] or "-") for x in ERV_LABELS)])
-    lines.append(["all", str(len(rows)), *(str(sum(c[x] for c in counts.values()) or "-") for x in ERV_LABELS)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for source in (*dict.fromkeys(row.source for row in rows), "all"):
+        part = [row for row in rows if source in ("all", row.source)]
+        counts = Counter(label for row in part for label in row.labels)
+        lines.append([source, str(len(part)), *(str(counts[x] or "-") for x in ERV_LABELS)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths)) for line in lines)
 
 
@@ -98,18 +87,3 @@ def targets(label_lists: list[tuple[str, ...]], head: int = len(ERV_LABELS)) -> 
     for i, names in enumerate(label_lists):
         out[i, [columns[x] for x in names]] = 1
     return out
-
-
-# ---- against class imbalance -----------------------------------------------------------------------------------------
-
-
-def positive_weights(targets: Tensor, most: float = 20.0) -> Tensor:
-    """--balance weight: [N, K] -> negatives / positives of each class [K], at most `most`; 1 for an absent class."""
-    positives = targets.sum(0)
-    weights = ((len(targets) - positives) / positives.clamp(min=1)).clamp(max=most)
-    return torch.where(positives > 0, weights, torch.ones_like(weights))
-
-
-def sampling_weights(targets: Tensor) -> Tensor:
-    """--balance resample: [N, K] -> each row's weight [N], 1 / size of the rarest class it carries."""
-    return (targets / targets.sum(0).clamp(min=1)).max(1).values

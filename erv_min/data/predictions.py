@@ -37,18 +37,17 @@ def outputs(collate: Collator, examples: list[Example], numbers: list[int], sett
     how = decoding(settings) | {"num_frames": settings.num_frames or model.config.num_frames}
     stream = clip_inputs(examples, model.config, collate.cache, **how)
     for at in range(0, len(examples), batch_size):
-        items = [(number, next(stream)) for number in numbers[at : at + batch_size]]
-        decoded = [(number, x) for number, x in items if not isinstance(x, ClipError)]
-        texts = iter(())
+        items = dict(zip(numbers[at : at + batch_size], stream))
+        decoded = {number: x for number, x in items.items() if not isinstance(x, ClipError)}
         if decoded:
-            noise = (sampling_noise(settings.seed, 0, [number for number, _ in decoded], 1, settings.max_new_tokens)
+            noise = (sampling_noise(settings.seed, 0, list(decoded), 1, settings.max_new_tokens)
                      if settings.temperature > 0 else None)
-            found = rollout(model, embed(model, collate([x for _, x in decoded])), 1, settings.max_new_tokens,
+            found = rollout(model, embed(model, collate(list(decoded.values()))), 1, settings.max_new_tokens,
                             collate.tokenizer.eos_id, noise, settings.temperature, top_p=settings.top_p,
                             on_token=on_token)
-            texts = (collate.tokenizer.decode(ids[mask].tolist(), skip_special=True)
-                     for ids, mask in zip(found.ids, found.mask))
-        yield from (x if isinstance(x, ClipError) else next(texts) for _, x in items)
+            for number, ids, mask in zip(decoded, found.ids, found.mask):
+                items[number] = collate.tokenizer.decode(ids[mask].tolist(), skip_special=True)
+        yield from items.values()
 
 
 @dataclass(frozen=True)
@@ -91,17 +90,17 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
     Temperature 0.3 is section 4.3's; 0 is greedy, as the release unless asked (divergence 9).
     """
     mine = list(range(processes.rank, len(examples), processes.size))
-    found, started = [], time.time()
+    found, started = {}, time.time()
     for i, said in zip(mine, outputs(collate, [examples[i] for i in mine], mine, settings, batch_size)):
-        example = examples[i]
-        found.append((i, said if isinstance(said, ClipError) else {
-            "video_id": example.video_id, "output": said, "ground_truth": example.label, "dataset": example.dataset}))
+        found[i] = said
         if progress and processes.main and (len(found) % batch_size == 0 or len(found) == len(mine)):
             rate = len(found) / (time.time() - started)
             print(f"{progress}: {len(found)}/{len(mine)} clips, {rate:.1f} clips/s, "
                   f"{(len(mine) - len(found)) / rate:.0f} s left", flush=True)
-    found = [x for _, x in sorted(gather_lists(found), key=lambda pair: pair[0])]
-    return [x for x in found if isinstance(x, dict)], [x for x in found if isinstance(x, ClipError)]
+    said = [x for _, x in sorted(gather_lists(list(found.items())), key=lambda pair: pair[0])]
+    rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
+            for e, x in zip(examples, said) if isinstance(x, str)]
+    return rows, [x for x in said if isinstance(x, ClipError)]
 
 
 def predict_to_file(collate: Collator, examples: list[Example], processes: Processes, out: Path,
@@ -113,9 +112,9 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
     the number of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
     """
     apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction
-    made_by = {f.name: getattr(settings, f.name) for f in fields(PredictionSettings) if f.name not in apart}
     names = "\n".join(f"{example.dataset}/{example.video_id}" for example in examples)
-    made_by |= {"split": getattr(settings, "split", "train"), "clips": sha256(names.encode()).hexdigest()}
+    made_by = {f.name: getattr(settings, f.name) for f in fields(PredictionSettings) if f.name not in apart} | {
+        "clips": sha256(names.encode()).hexdigest()}
     file, about, failures = out / "predictions.jsonl", out / "predictions.json", out / "failed_clips.jsonl"
     chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
     rows, failed = [], []
@@ -138,8 +137,7 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
                               settings.batch_size, f"part {n + 1} of {len(chunks)}")
         new, errors = [{**row, "chunk": n} for row in new], [{"error": str(error), "chunk": n} for error in errors]
         rows, failed = rows + new, failed + errors
-        if processes.main:
-            for path, part in ((failures, errors), (file, new)):
-                for row in part:
-                    append_jsonl(path, row)
+        for path, part in ((failures, errors), (file, new)) if processes.main else ():
+            for row in part:
+                append_jsonl(path, row)
     return rows, [row["error"] for row in failed]

@@ -225,7 +225,7 @@ def run_audit(argv: list[str]) -> None:
     found = found[:args.limit * (4 if judge else 1) or None]
 
     def ask(texts: list[str]) -> list[str | None]:
-        return [x.emotion if x.status == "ok" else None for x in judge.judge(texts, names)]
+        return [x.emotion if x.status == "ok" else None for x in judge(texts, names)]
 
     result = {"erv": args.erv, "dataset": dataset, "judge": args.judge, "tau": args.tau, "k": args.k}
     if judge:

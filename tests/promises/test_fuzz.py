@@ -18,7 +18,7 @@ from erv_min.config import read_roberta
 from erv_min.data.examples import load_examples
 from erv_min.run.errors import CheckpointError, DataError, JudgeError
 from erv_min.run.files import append_jsonl, read_jsonl, write_json
-from erv_min.judge import HostedJudge, judge_rows
+from erv_min.judge import hosted_judge, judge_rows
 from erv_min.run.chat import ChatClient
 from erv_min.data.results import read_predictions
 
@@ -131,7 +131,7 @@ def test_a_planted_key_appears_nowhere(tmp_path, monkeypatch, capfd, caplog, sta
     said = ""
     try:
         client = ChatClient("openai:m", tmp_path / "cache.jsonl", retries=1, backoff=0.01)
-        judge_rows(rows, HostedJudge(client))
+        judge_rows(rows, hosted_judge(client))
         write_json(tmp_path / "rows.json", rows)
     except JudgeError as error:
         while error:
