@@ -5,6 +5,8 @@ a label is that label under rule="paper". The release looks for substrings and k
 rule="released" do not depend on these tables.
 """
 
+import re
+
 from erv_min.run.errors import DataError, SettingsError
 
 LABELS: dict[str, tuple[str, ...]] = {
@@ -85,24 +87,21 @@ def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     if rule != "paper":
         raise SettingsError(f"answer rule {rule!r} is unknown; there are 'paper' and 'released'")
     names = labels(dataset)
-    text = text.strip().lower()
-    ends = [i for i, c in enumerate(text) if c.isalnum()]
-    word = text[ends[0] : ends[-1] + 1] if ends else ""
+    word = re.sub(r"^[\W_]+|[\W_]+$", "", text.lower())
     if word in names:
         return word
     emotion = ALIASES.get(word) or SYNONYMS.get(word)
     return next((name for name in names if emotion and LABEL_NAMES.get(name) == emotion), None)
 
 
+RELEASED_WORDS = {"dfew": {"sadness": "sad"},
+                  "mafw": {"angry": "anger", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
+                           "disappointed": "disappointment"}}
+RELEASED_PARTS = {"dfew": {"happiness": "happy", "anger": "angry"},
+                  "mafw": {"happy": "happiness", "contemptuous": "contempt"}}
+
+
 def _released(text: str, dataset: str) -> str:
-    if dataset == "dfew":
-        if text == "sadness":
-            return "sad"
-        return "happy" if "happiness" in text else "angry" if "anger" in text else text
-    if dataset == "mafw":
-        exact = {"angry": "anger", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
-                 "disappointed": "disappointment"}
-        if text in exact:
-            return exact[text]
-        return "happiness" if "happy" in text else "contempt" if "contemptuous" in text else text
-    return text
+    """The release's rules: whole words, then parts of the text, the first that is in it."""
+    found = (label for part, label in RELEASED_PARTS.get(dataset, {}).items() if part in text)
+    return RELEASED_WORDS.get(dataset, {}).get(text) or next(found, text)

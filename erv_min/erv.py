@@ -1,9 +1,8 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
-Here are the verifier as the reward uses it (`Verifier`), its loss (`erv_loss`: multi-label binary cross entropy on
-[CLS]; the paper gives no equation), its quality on held-out descriptions (`verifier_report`; the paper has none), and
-what is watched of explanations while it pays for them. Its training data is in data/pairs.py, the training loop in
-scripts/erv.py, and ways to cheat the reward made from it in scripts/tools/audit.py.
+The verifier as the reward uses it (`Verifier`), its loss (`erv_loss`; the paper gives no equation), its quality on
+held-out descriptions (`verifier_report`; the paper has none), and what is watched of explanations while it pays for
+them. Its training data is in data/pairs.py, the loop in scripts/erv.py, ways to cheat it in scripts/tools/audit.py.
 """
 
 import re
@@ -31,36 +30,30 @@ class Verifier:
     """Sentences -> probabilities. One per run: GRPO scores all sentences of all completions of a step in one call."""
 
     def __init__(self, model: RobertaClassifier, tokenizer: EncoderTokenizer, labels: tuple[str, ...],
-                 device: str | torch.device = "cpu", token_budget: int = 0):
-        """token_budget: padded tokens per forward pass; 0: what fits a CPU's cache, or keeps a GPU busy."""
+                 device: str | torch.device = "cpu"):
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer, self.labels, self.device = tokenizer, tuple(labels), device
-        self.token_budget = token_budget or (1024 if torch.device(device).type == "cpu" else 16384)
+        # padded tokens per forward pass: what fits a CPU's cache, or keeps a GPU busy
+        self.token_budget = 1024 if torch.device(device).type == "cpu" else 16384
 
     @classmethod
-    def load(cls, folder_or_repo: str | Path, device: str | torch.device = "cpu", revision: str | None = None,
-             token_budget: int = 0) -> "Verifier":
+    def load(cls, folder_or_repo: str | Path, device: str | torch.device = "cpu") -> "Verifier":
         """Reads weights, config.json, tokenizer.json of a head of 11 or 28; raises CheckpointError on another."""
-        folder = checkpoint.resolve(folder_or_repo, revision)
+        folder = checkpoint.resolve(folder_or_repo)
         model = checkpoint.load_erv(folder)
         labels = head_labels(read_json(folder / "config.json"), folder)
-        return cls(model, EncoderTokenizer(folder, max_length=max_tokens(model)), labels, device, token_budget)
+        return cls(model, EncoderTokenizer(folder, max_length=max_tokens(model)), labels, device)
 
+    @torch.no_grad()
     def probabilities(self, sentences: list[str]) -> Tensor:
-        """[S] sentences -> float32 [S, K] on the CPU, columns as `labels`. A repeated sentence is scored once.
-
-        Sentences longer than the encoder reads (512 tokens in RoBERTa base) are cut at its length.
-        """
-        unique = list(dict.fromkeys(sentences))
-        if not unique:
-            return torch.zeros(0, len(self.labels))
-        ids, mask = self.tokenizer.encode_batch(unique)  # [U, L] each
-        probs = torch.empty(len(unique), len(self.labels))
-        with torch.inference_mode():
-            for rows, length in length_batches(mask.sum(1), self.token_budget):
-                batch = (x[rows, :length].to(self.device) for x in (ids, mask))
-                probs[rows] = torch.sigmoid(self.model(*batch).float()).cpu()
-        place = {sentence: i for i, sentence in enumerate(unique)}
+        """[S] sentences -> float32 [S, K] on the CPU, columns as `labels`. A repeated sentence is scored once; one that
+        is longer than the encoder reads (512 tokens in RoBERTa base) is cut."""
+        place = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
+        probs = torch.empty(len(place), len(self.labels))
+        ids, mask = self.tokenizer.encode_batch(list(place))  # [U, L] each
+        for rows, length in length_batches(mask.sum(1), self.token_budget):
+            batch = (x[rows, :length].to(self.device) for x in (ids, mask))
+            probs[rows] = torch.sigmoid(self.model(*batch).float()).cpu()
         return probs[[place[s] for s in sentences]]
 
 
@@ -68,12 +61,10 @@ def length_batches(lengths: Tensor, token_budget: int) -> Iterator[tuple[Tensor,
     """lengths [U] -> (row numbers, longest length) of batches of similar length, <= token_budget padded tokens each."""
     order = lengths.argsort(stable=True)
     start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= token_budget:
-            stop += 1
-        yield order[start:stop], int(lengths[order[stop - 1]])
-        start = stop
+    for stop in range(1, len(order) + 1):
+        if stop == len(order) or int(lengths[order[stop]]) * (stop + 1 - start) > token_budget:
+            yield order[start:stop], int(lengths[order[stop - 1]])
+            start = stop
 
 
 def max_tokens(model: RobertaClassifier) -> int:
@@ -86,11 +77,11 @@ def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
     """The head's class names from a Hugging Face config.json; names left at LABEL_i mean our order of 11 or 28."""
     named = raw.get("id2label") or {}
     names = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named)))
-    known = {len(ERV_LABELS): tuple(ERV_LABELS), len(GOEMOTIONS): tuple(GOEMOTIONS)}.get(len(names))
-    if known and (names == tuple(f"LABEL_{i}" for i in range(len(names))) or names == known):
-        return known
-    if sorted(names) == sorted(ERV_LABELS):  # another order of the 11: by name
+    if sorted(names) == sorted(ERV_LABELS):  # maybe in another order
         return names
+    for known in (ERV_LABELS, GOEMOTIONS):
+        if names in (known, tuple(f"LABEL_{i}" for i in range(len(known)))):
+            return known
     raise CheckpointError(f"{where}/config.json: id2label has {len(names)} classes ({', '.join(names[:4])}, ...); a "
                           f"verifier has the {len(ERV_LABELS)} of emotions.ERV_LABELS or GoEmotions' {len(GOEMOTIONS)}")
 
@@ -121,43 +112,38 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
     return use_onednn(model)
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------
+# ---- loss and held-out quality ---------------------------------------------------------------------------------------
 
 
-def erv_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:
-    """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K], pos_weight [K]."""
-    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
-
-
-# ---- held-out quality ------------------------------------------------------------------------------------------------
+def erv_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K]."""
+    return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 def selected(probs: Tensor, tau: float = 0.5, k: int = 2) -> Tensor:
     """`rewards.select_labels` as a matrix: [S, K] -> bool [S, K], so that F1 is of what the reward reads."""
-    sets = select_labels(probs, range(probs.shape[1]), tau, k)
     chosen = torch.zeros_like(probs, dtype=torch.bool)
-    chosen[[i for i, columns in enumerate(sets) for _ in columns], [j for columns in sets for j in columns]] = True
+    for row, columns in zip(chosen, select_labels(probs, range(probs.shape[1]), tau, k)):
+        row[columns] = True
     return chosen
 
 
-def f1_report(predicted: Tensor, truth: Tensor, labels: tuple[str, ...]) -> dict:
-    """bool [S, K] each -> micro F1, macro F1 (over classes with support), per class precision, recall, F1, support."""
+def f1_report(predicted: Tensor, truth: Tensor) -> dict:
+    """bool [S, 11] each -> micro F1, macro F1 (over classes with support), per class precision, recall, F1, support."""
     hit, guessed, there = (x.sum(0).double() for x in (predicted & truth, predicted, truth))
-    precision, recall = hit / guessed.clamp(min=1), hit / there.clamp(min=1)
-    f1 = 2 * hit / (guessed + there).clamp(min=1)
+    columns = {"precision": hit / guessed.clamp(min=1), "recall": hit / there.clamp(min=1),
+               "f1": 2 * hit / (guessed + there).clamp(min=1), "support": there.long()}
     present = there > 0
-    per_class = {label: {"precision": precision[i].item(), "recall": recall[i].item(), "f1": f1[i].item(),
-                         "support": int(there[i])} for i, label in enumerate(labels)}
     return {"micro_f1": (2 * hit.sum() / (guessed.sum() + there.sum()).clamp(min=1)).item(),
-            "macro_f1": f1[present].mean().item() if present.any() else 0.0, "per_class": per_class}
+            "macro_f1": columns["f1"][present].mean().item() if present.any() else 0.0,
+            "per_class": {label: {name: x[i].item() for name, x in columns.items()}
+                          for i, label in enumerate(ERV_LABELS[:len(there)])}}
 
 
 def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
     """The threshold of 0.05, 0.10, ... 0.95 with the best macro F1 (the one nearest 0.5 of equals), and that F1."""
-    grid = [round(0.05 * i, 2) for i in range(1, 20)]
-    scores = {tau: f1_report(selected(probs, tau, k), truth, tuple(map(str, range(truth.shape[1]))))["macro_f1"]
-              for tau in grid}
-    tau = max(grid, key=lambda t: (scores[t], -abs(t - 0.5)))
+    scores = {tau / 100: f1_report(selected(probs, tau / 100, k), truth)["macro_f1"] for tau in range(5, 100, 5)}
+    tau = max(scores, key=lambda t: (scores[t], -abs(t - 0.5)))
     return tau, scores[tau]
 
 
@@ -181,44 +167,36 @@ def calibration(probs: Tensor, truth: Tensor, bins: int = 10) -> tuple[float, li
 def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, seen: Tensor | None = None) -> dict:
     """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
 
-    "at_tau" counts what the reward would select (at most k, at least one); "threshold_only" plain p > tau. "unseen":
-    number and macro F1 (None without any) of the texts not word for word in training; seen bool [S]: which are.
+    "at_tau" counts what the reward would select (at most k, at least one). "unseen": number and macro F1 (None without
+    any) of the texts not word for word in training; seen bool [S]: which are.
     """
-    chosen, names = selected(probs, tau, k), tuple(ERV_LABELS)
-    plain = f1_report(probs > tau, truth, names)
+    chosen = selected(probs, tau, k)
     new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen
     tau_best, f1_best = best_tau(probs, truth, k)
     error, table = calibration(probs, truth)
-    top, place = probs.max(1)
-    top_error, top_table = calibration(top, truth.gather(1, place[:, None])[:, 0])
-    return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth, names),
-            "threshold_only": {name: plain[name] for name in ("micro_f1", "macro_f1")},
-            "unseen": {"sentences": int(new.sum()), "macro_f1": f1_report(chosen[new], truth[new], names)["macro_f1"]
-                       if new.any() else None},
+    return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth),
+            "unseen": {"sentences": int(new.sum()),
+                       "macro_f1": f1_report(chosen[new], truth[new])["macro_f1"] if new.any() else None},
             "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
             "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
-            "ece": error, "reliability": table, "ece_top1": top_error, "reliability_top1": top_table}
+            "ece": error, "reliability": table}
 
 
 # ---- watched while the reward is in use ------------------------------------------------------------------------------
 
 
 def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
-    """What a policy that cheats R_E would move, as means over completions; stands beside R_E in metrics.jsonl.
-
-    rewards: of a step. Sentences of an explanation; share of sentences whose only label is neutral
-    (None where no label was predicted); share of sentences that contain an emotion's name; distinct sentences over
-    all; words of the explanation.
-    """
+    """What a policy that cheats R_E would move, as means over a step's completions (scripts/README.md says how to read
+    them in metrics.jsonl). None: no sentence was read."""
     split = [r.sentences for r in rewards]
-    judged = [label_set for r in rewards for label_set in (r.label_sets or [])]
-    neutral = sum(list(x) == ["neutral"] for x in judged) / len(judged) if judged else None
-    total, n = sum(map(len, split)), max(1, len(rewards))
-    named = sum(bool(label_words(sentence)) for sentences in split for sentence in sentences)
-    distinct = [len(set(sentences)) / len(sentences) for sentences in split if sentences]
-    return {"sentences": total / n, "neutral_share": neutral, "label_word_rate": named / max(1, total),
+    judged = [label_set for r in rewards for label_set in r.label_sets]
+    sentences, n = [s for S in split for s in S], max(1, len(rewards))
+    distinct = [len(set(S)) / len(S) for S in split if S]
+    return {"sentences": len(sentences) / n,
+            "neutral_share": sum(EL == ["neutral"] for EL in judged) / len(judged) if judged else None,
+            "label_word_rate": sum(bool(label_words(s)) for s in sentences) / max(1, len(sentences)),
             "distinct_sentence_rate": sum(distinct) / len(distinct) if distinct else None,
-            "explanation_words": sum(len(s.split()) for sentences in split for s in sentences) / n}
+            "explanation_words": sum(len(s.split()) for s in sentences) / n}
 
 
 LABEL_WORDS = frozenset(ERV_LABELS) | frozenset(ALIASES)

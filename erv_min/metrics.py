@@ -74,7 +74,8 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
             failed = status == "error" or (not isinstance(judged, str) and status != "outside")
             errors, outside = errors + failed, outside + (not failed)
             word = "neutral" if rule == "released" else None
-        numbers.append([number.get(x, len(names)) for x in (truth, *read_prediction(row["output"], dataset, rule), word)])
+        said = read_prediction(row["output"], dataset, rule)
+        numbers.append([number.get(x, len(names)) for x in (truth, *said, word)])
     truth, predicted, answered, judged = np.array(numbers).T
     if not any("judged_emotion" in row for row in rows):
         judged, outside, errors = None, 0, 0
@@ -105,14 +106,13 @@ def weighted(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
-    """Table 1's five metrics of prediction rows, and what stands behind them.
+    """Table 1's five metrics of prediction rows, and what stands behind them. Raises as read_rows.
 
     -> {"EEA", "FCR", "EPC", "WAR", "UAR"} in percent over all rows; "EEA_answered" (a row without a readable answer is
     wrong: divergence 15's other way, and the released EEA); "FCR/WAR" (section 6; None where WAR is 0); "n"; "unparsed"
     (no known label in <answer>); "unknown_labels" (no known prediction for WAR); "judge_outside", "judge_errors";
     "labels"; "confusion" (rows: true labels, columns: predictions, the last unknown); "recall" (label -> percent,
-    None for an absent class); "per_class" ([right, counted] for UAR). The judged metrics are None where no row has
-    "judged_emotion". Raises as read_rows.
+    None for an absent class); "per_class" ([right, counted] for UAR). None: not judged.
     """
     s = read_rows(rows, dataset, rule)
     n, C = len(rows), len(s.labels)
@@ -141,7 +141,7 @@ def _resampled(s: Scored, n: int, seed: int) -> dict[str, np.ndarray]:
 
 def _intervals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     """metric -> (low, high): what the middle 95% of its draws span."""
-    return {name: tuple(np.nanquantile(drawn[name], [0.025, 0.975]).tolist())
+    return {name: tuple(np.nanquantile(drawn[name], [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
             for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
 
 
@@ -176,23 +176,18 @@ def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, 
     return {name: (point[name][0].item(), *span) for name, span in spans.items()}
 
 
-def agreement(judged_a: list[str | None], judged_b: list[str | None], labels: tuple[str, ...] = ()) -> dict:
-    """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa", "per_class"}; shares, not percent.
+def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
+    """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa"}; a share, not percent.
 
     Rows where either gave no emotion (None) are left out and counted; accuracy and kappa are None where nothing is left
     (a policy that does not explain). Cohen's kappa = (p_o - p_e) / (1 - p_e), None where p_e = 1 (both always say the
-    same one word). per_class: {"precision", "recall", "support"} with the second as truth, for `labels` and whatever
-    else was said; None where the first (precision) or the second (recall) never said it."""
+    same one word)."""
     pairs = [(a, b) for a, b in zip(judged_a, judged_b, strict=True) if a is not None and b is not None]
     n, said_a, said_b = len(pairs), Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    both = Counter(a for a, b in pairs if a == b)
-    per_class = {x: {"precision": both[x] / said_a[x] if said_a[x] else None,
-                     "recall": both[x] / said_b[x] if said_b[x] else None, "support": said_b[x]}
-                 for x in dict.fromkeys([*labels, *sorted(said_a | said_b)])}
-    p_o = both.total() / n if n else None
+    p_o = sum(a == b for a, b in pairs) / n if n else None
     p_e = sum(said_a[x] * said_b[x] for x in said_a) / n**2 if n else 1
     return {"n": n, "left_out": len(judged_a) - n, "accuracy": p_o,
-            "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e), "per_class": per_class}
+            "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e)}
 
 
 def table(named_scores: dict[str, dict]) -> str:

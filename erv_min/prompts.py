@@ -25,22 +25,18 @@ def user_turn(question: str, modality: str = "video_audio", stage: str = "infere
     if PLACEHOLDER.search(question):
         raise SettingsError(f"the question holds {PLACEHOLDER.search(question)[0]!r}, which the prompt itself places; "
                             "clean it with prompts.human_question or question_with_subtitle")
-    if stage == "inference":
-        return MODALITIES[modality] + question
-    if stage == "sft":
-        return VIDEO_TURN + AUDIO_TURN + "\n\n" + question
-    if stage == "grpo":
-        return QWEN2_VL + MODALITIES[modality] + question
-    raise SettingsError(f"prompt stage {stage!r} is unknown; there are inference, sft, grpo")
+    before = {"inference": MODALITIES[modality], "sft": VIDEO_TURN + AUDIO_TURN + "\n\n",
+              "grpo": QWEN2_VL + MODALITIES[modality]}
+    if stage not in before:
+        raise SettingsError(f"prompt stage {stage!r} is unknown; there are {', '.join(before)}")
+    return before[stage] + question
 
 
 def render(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio", stage: str = "inference",
            system: str = SYSTEM) -> str:
-    """The whole prompt P in ChatML, up to where the assistant's turn begins, in the released form.
+    """The whole prompt P in ChatML, up to where the assistant's turn begins, in the released form of the stage.
 
-    modality: video_audio, video, audio or text; stage: inference, sft or grpo. Raises SettingsError on another name and
-    on a question that holds a placeholder.
-    """
+    Raises SettingsError on an unknown modality or stage, and on a question that holds a placeholder."""
     return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user_turn(question, modality, stage)}"
             "<|im_end|>\n<|im_start|>assistant\n")
 
@@ -85,13 +81,11 @@ def label_prompt(explanation: str, labels) -> str:
             f"Reply with only the emotion word.\nReason: {explanation} Answer Emotion:")
 
 
-def complement_prompt(emotion: str, examples) -> str:
-    """Figure 7: a new description for an under-represented emotion, after two examples of it from the pseudo-labelled
-    set. Raises SettingsError where there are not two."""
-    if len(examples) != 2:
-        raise SettingsError(f"figure 7 shows two examples of {emotion!r}; {len(examples)} were given")
-    shots = "".join(f"Example {i} (Target Emotion: {emotion}):\n{text}\n\n" for i, text in enumerate(examples, 1))
+def complement_prompt(emotion: str, examples: tuple[str, str]) -> str:
+    """Figure 7: a new description for a rare emotion, after two examples of it from the pseudo-labelled set."""
+    first, second = examples
     return ("You are an expert in audiovisual analysis with a talent for describing emotions. Goal: Carefully "
             "interpret the video's visual, auditory, and contextual elements, then portray the Target Emotion in vivid "
-            f"language.\n\n{shots}Now, based on the examples and the guidelines above, generate a new description that "
+            f"language.\n\nExample 1 (Target Emotion: {emotion}):\n{first}\n\nExample 2 (Target Emotion: {emotion}):\n"
+            f"{second}\n\nNow, based on the examples and the guidelines above, generate a new description that "
             f"effectively conveys the following target emotion:\n\nTarget Emotion: {emotion}")

@@ -184,21 +184,20 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
     """R = R_E + R_format + R_answer of each completion (Eq. 5), weighted by the settings.
 
     e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
-    the verifier, sentences -> [S, K] in the order of `labels`, called once with every distinct sentence, and not at all
-    where there is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). step: training step, counted
-    from 0, for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
+    the verifier, sentences -> [S, K] in the order of `labels`, called once with every sentence, and not at all where
+    there is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). step: training step, counted from 0,
+    for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
     split = [sentences_of(o, settings) if probabilities else [] for o in completions]
-    distinct = list(dict.fromkeys(s for S in split for s in S))
-    chosen = select_labels(probabilities(distinct), labels, settings.tau, settings.k) if distinct else []
-    EL_of = dict(zip(distinct, chosen, strict=True))
+    sentences = [s for S in split for s in S]
+    label_sets = iter(select_labels(probabilities(sentences), labels, settings.tau, settings.k) if sentences else ())
     phase = 1.0 if step is None or not settings.phase_in_steps else min(1.0, step / settings.phase_in_steps)
     rewards = []
     for o, label, name, S in zip(completions, e_gt, datasets, split, strict=True):
         R_format = format_reward(o)
         R_answer = answer_reward(o, label, name, settings.answer_rule)
-        EL = [EL_of[s] for s in S]
+        EL = [next(label_sets) for _ in S]
         R_E = explanation_reward(EL, label, settings.neutral_rule, settings.neutral_filter,
                                  _weights(S, settings.repeat_discount))
         if settings.length_target:

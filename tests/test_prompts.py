@@ -59,8 +59,6 @@ def test_figures_3_6_and_7():
     assert ("Example 1 (Target Emotion: disgust):\nHe sneers.\n\n"
             "Example 2 (Target Emotion: disgust):\nShe gags.\n\nNow, based") in prompt
     assert prompt.endswith("Target Emotion: disgust")
-    with pytest.raises(SettingsError, match="two examples"):
-        complement_prompt("disgust", ["He sneers."])
 
 
 @pytest.fixture

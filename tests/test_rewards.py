@@ -47,7 +47,7 @@ def test_remedies():
     assert reward(MIXED, repeat_discount=0.5).explanation == pytest.approx(1.5 / 3)
 
 
-def test_the_verifier_is_called_once_with_distinct_sentences():
+def test_the_verifier_is_called_once_with_all_sentences():
     calls = []
 
     def counted(sentences):
@@ -56,7 +56,7 @@ def test_the_verifier_is_called_once_with_distinct_sentences():
 
     texts = ["<think>So sad. A hat.</think>", "<think>A hat. So sad. So sad.</think>", "no tags"]
     scored = score_completions(texts, ["sad", "happy", "sadness"], ["dfew", "dfew", "mafw"], counted, LABELS)
-    assert calls == [["So sad.", "A hat."]]
+    assert calls == [["So sad.", "A hat.", "A hat.", "So sad.", "So sad."]]
     # `A hat.` has no label over tau: its best of three equal ones is the last, neutral. c / (N - N_neu): 1/1, 0/2, none
     assert [r.explanation for r in scored] == [1, 0, 0]
     calls.clear()
@@ -67,8 +67,6 @@ def test_the_verifier_is_called_once_with_distinct_sentences():
 def test_score_completions_refuses_what_does_not_fit():
     with pytest.raises(ValueError):
         score_completions(["a", "b"], ["sad"], "dfew", None, LABELS)
-    with pytest.raises(ValueError):
-        score_completions(["<think>So sad. A hat.</think>"], ["sad"], "dfew", lambda s: verifier(s)[:1], LABELS)
     for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"repeat_discount": 2},
                 {"length_target": -1}, {"phase_in_steps": -1}):
         with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):

@@ -41,7 +41,8 @@ def read_rows(paths: list[str | Path]) -> list[Row]:
                 raise DataError(f"{where}: field 'text' must be a non-empty string")
             text, labels = raw["text"].strip(), _emotions(raw, "labels", where)
             truth = _emotions(raw, "truth", where) if "truth" in raw else labels
-            rows.append(Row(text, labels, str(raw.get("source") or Path(path).stem), str(raw.get("clip") or text), truth))
+            source, key = str(raw.get("source") or Path(path).stem), str(raw.get("clip") or text)
+            rows.append(Row(text, labels, source, key, truth))
     if not rows:
         raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no training pair found")
     return rows
@@ -68,7 +69,7 @@ def split_rows(rows: list[Row], fraction: float, seed: int = 0) -> tuple[list[Ro
 
 
 def counts_table(rows: list[Row]) -> str:
-    """Table 5 of these rows, as text: per source the number of rows that carry each emotion; one with two counts twice."""
+    """Table 5 of these rows, as text: per source its rows, and how many carry each emotion; one may carry two."""
     lines = [["source", "rows", *ERV_LABELS]]
     for source in (*dict.fromkeys(row.source for row in rows), "all"):
         part = [row for row in rows if source in ("all", row.source)]

@@ -8,12 +8,9 @@ nowhere but the request's header.
 import hashlib
 import os
 import random
-import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from erv_min.run.errors import JudgeError
@@ -25,7 +22,10 @@ PRICES = {  # model -> USD per million tokens in and out, mid 2025
     "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
     "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-pro": (1.25, 10.00)}
 MAX_WAIT = 300  # seconds; where a server asks for more, the prompt fails
-HOPELESS = {401: "the key is refused", 403: "the key is not allowed to", 404: "no such model or address"}
+HOPELESS = {  # status of a response, or words in it -> why asking on is pointless
+    401: "the key is refused", 403: "the key is not allowed to", 404: "no such model or address",
+    "insufficient_quota": "no credit left",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to ask a hosted model"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,15 @@ class ChatClient:
         failures in a row, a server that is not there, or not one prompt with an answer. A stop (Ctrl-C) waits for the
         requests under way, keeps their answers, and starts no other.
         """
-        limit = self.reply_tokens or max_tokens
-        seeds = seeds or [None] * len(prompts)
+        limit, seeds = self.reply_tokens or max_tokens, seeds or [None] * len(prompts)
         keys = [self.key(prompt, temperature, seed) for prompt, seed in zip(prompts, seeds)]
         todo = {key: (prompt, seed) for key, prompt, seed in zip(keys, prompts, seeds) if key not in self.answers}
-        self.show(self.estimate(len(prompts), [prompt for prompt, _ in todo.values()], limit))
+        # What it costs, told first: 4 characters a token, and 8 tokens of the chat's own around each prompt.
+        tokens = (sum(len(prompt) for prompt, _ in todo.values()) // 4 + 8 * len(todo), limit * len(todo))
+        price = PRICES.get(self.model)
+        cost = f"at most ${sum(n * p for n, p in zip(tokens, price)) / 1e6:.2f}" if price else "unknown price"
+        self.show(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated), "
+                  f"about {tokens[0]:,} tokens in, at most {tokens[1]:,} out: {cost}")
         failed, in_a_row = {}, 0
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
@@ -95,41 +99,33 @@ class ChatClient:
             futures = {pool.submit(self._one, key, prompt, temperature, seed, limit): key
                        for key, (prompt, seed) in todo.items()}
             for done, future in enumerate(as_completed(futures), 1):
-                reply = future.result()
-                in_a_row = in_a_row + 1 if reply.error else 0
-                if reply.error:
-                    failed[futures[future]] = reply
+                error = future.result()
+                in_a_row = in_a_row + 1 if error else 0
+                if error:
+                    failed[futures[future]] = error
                 if in_a_row >= self.give_up:
-                    raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: {reply.error}. "
+                    raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: {error}. "
                                      "What was answered is kept; run again to go on")
-                self.progress(done, len(todo))
+                if done % 100 == 0 or done == len(todo):
+                    self.show(f"{self.name}: {done}/{len(todo)} answered")
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         if failed:
-            first = next(iter(failed.values())).error
+            first = next(iter(failed.values()))
             if not self._reached or not any(key in self.answers for key in keys):
                 raise JudgeError(f"{self.name}: none of {len(todo)} requests was answered, the first: {first}")
             self.show(f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {first}")
-        return [failed[key] if key in failed else Reply(self.answers[key]) for key in keys]
+        return [Reply(self.answers.get(key, ""), failed.get(key, "")) for key in keys]
 
-    def estimate(self, prompts: int, todo: list[str], limit: int) -> str:
-        """What asking costs, told first: requests not in the cache, tokens (4 characters each), price at most."""
-        tokens = (sum(map(len, todo)) // 4 + 8 * len(todo), limit * len(todo))
-        price = PRICES.get(self.model)
-        cost = "unknown price" if price is None else f"at most ${sum(n * p for n, p in zip(tokens, price)) / 1e6:.2f}"
-        return (f"{self.name}: {len(todo)} requests ({prompts - len(todo)} answered or repeated), "
-                f"about {tokens[0]:,} tokens in, at most {tokens[1]:,} out: {cost}")
-
-    def progress(self, done: int, total: int) -> None:
-        if done % 100 == 0 or done == total:
-            self.show(f"{self.name}: {done}/{total} answered")
-
-    def _one(self, key: str, prompt: str, temperature: float, seed: int | None, limit: int) -> Reply:
-        """One prompt with retries: exponential back-off with jitter, never before Retry-After; the answer is cached.
-        A server that has not sent any HTTP response yet is tried three times: it may not be there."""
-        attempt = 0
-        while not self._stop.is_set():
+    def _one(self, key: str, prompt: str, temperature: float, seed: int | None, limit: int) -> str:
+        """One prompt with retries: "" with its answer kept, or what went wrong. Back-off is exponential with jitter,
+        never before Retry-After. A server that has not sent any response yet is tried three times: it may not be there.
+        """
+        reason, wait = "stopped", 0.0
+        for attempt in range(self.retries + 1):
+            if attempt > 2 and not self._reached or self._stop.wait(wait):
+                break
             try:
                 choice = self._client.chat_completion(
                     [{"role": "user", "content": prompt}], model=self.model, temperature=temperature, seed=seed,
@@ -138,49 +134,31 @@ class ChatClient:
             except Exception as error:  # the client's exceptions differ between its versions; sorted by status below
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
-                reason = self._clean(f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {error}".replace(self._key or "\0", "***")  # servers repeat the key
+                reason = " ".join(reason.split())[:300]
             else:
                 return self._keep(key, text, choice.finish_reason, limit)
             self._reached = self._reached or status is not None
-            if "OfflineModeIsEnabled" in reason:
-                raise JudgeError(f"{self.name}: HF_HUB_OFFLINE is set: unset it to ask a hosted model")
-            if status in HOPELESS or "insufficient_quota" in reason:
-                raise JudgeError(f"{self.name}: {HOPELESS.get(status, 'no credit left')} ({reason})")
+            for sign, why in HOPELESS.items():
+                if sign == status or isinstance(sign, str) and sign in reason:
+                    raise JudgeError(f"{self.name}: {why} ({reason})")
             if status is not None and status < 500 and status not in (408, 409, 425, 429):
-                return Reply("", reason)  # about this prompt: asking again gives the same
-            wait = max(min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60), _retry_after(response))
+                break  # about this prompt: asking again gives the same
+            after = getattr(response, "headers", {}).get("Retry-After", "")
+            wait = min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60)
+            wait = max(wait, int(after)) if after.isdecimal() else wait
             if wait > MAX_WAIT:
-                return Reply("", f"{reason} (may be asked again in {wait:.0f} s)")
-            attempt += 1
-            if attempt > (self.retries if self._reached else min(self.retries, 2)):
-                return Reply("", reason)
-            self._stop.wait(wait)
-        return Reply("", "stopped")
+                return f"{reason} (may be asked again in {wait:.0f} s)"
+        return reason
 
-    def _keep(self, key: str, text: str, finish_reason: str | None, limit: int) -> Reply:
-        """An answer, cached. An empty reply is none: reasoning may take all tokens before the first word."""
+    def _keep(self, key: str, text: str, finish_reason: str | None, limit: int) -> str:
+        """Keeps an answer. An empty reply is none: reasoning may take all tokens before the first word."""
         self._reached = True
         if not text.strip():
-            return Reply("", f"an empty reply ({finish_reason})" + (
-                f": cut at {limit} tokens, raise --reply-tokens" if finish_reason == "length" else ""))
+            return f"an empty reply ({finish_reason})" + (
+                f": cut at {limit} tokens, raise --reply-tokens" if finish_reason == "length" else "")
         with self._lock:
             if self.cache:
                 append_jsonl(self.cache, {"key": key, "model": self.name, "raw": text})
             self.answers[key] = text
-        return Reply(text)
-
-    def _clean(self, text: str) -> str:
-        """An error's text on one line, without the key, which servers like to repeat."""
-        text = text.replace(self._key, "***") if self._key else text
-        return " ".join(text.split())[:300]
-
-
-def _retry_after(response) -> float:
-    """Seconds that a Retry-After header asks for (a number or a date); 0 without one."""
-    value = getattr(response, "headers", {}).get("Retry-After", "") if response is not None else ""
-    try:
-        if re.fullmatch(r"[\d.]+", value):
-            return float(value)
-        return parsedate_to_datetime(value).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
+        return ""
