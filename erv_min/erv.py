@@ -23,9 +23,6 @@ from erv_min.run.files import read_json
 from erv_min.run.onednn import use_onednn
 from erv_min.tokenizer import EncoderTokenizer
 
-# ---- the verifier ----------------------------------------------------------------------------------------------------
-
-
 class Verifier:
     """Sentences -> probabilities. One per run: GRPO scores all sentences of all completions of a step in one call."""
 
@@ -69,8 +66,7 @@ def length_batches(lengths: Tensor, token_budget: int) -> Iterator[tuple[Tensor,
 
 def max_tokens(model: RobertaClassifier) -> int:
     """Tokens the encoder can read: RoBERTa's first position is pad_token_id + 1."""
-    c = model.config
-    return c.max_position_embeddings - (c.pad_token_id + 1 if c.roberta else 0)
+    return model.config.max_position_embeddings - (model.config.pad_token_id + 1) * model.config.roberta
 
 
 def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
@@ -110,9 +106,6 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
     return use_onednn(model)
-
-
-# ---- loss and held-out quality ---------------------------------------------------------------------------------------
 
 
 def erv_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -182,9 +175,6 @@ def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, 
             "ece": error, "reliability": table}
 
 
-# ---- watched while the reward is in use ------------------------------------------------------------------------------
-
-
 def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
     """What a policy that cheats R_E would move, as means over a step's completions (scripts/README.md says how to read
     them in metrics.jsonl). None: no sentence was read."""
@@ -199,9 +189,6 @@ def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
             "explanation_words": sum(len(s.split()) for s in sentences) / n}
 
 
-LABEL_WORDS = frozenset(ERV_LABELS) | frozenset(ALIASES)
-
-
 def label_words(sentence: str) -> list[str]:
     """The emotion names (labels and their aliases) that stand in a sentence as whole words."""
-    return [word for word in re.findall(r"[a-z]+", sentence.lower()) if word in LABEL_WORDS]
+    return [word for word in re.findall(r"[a-z]+", sentence.lower()) if word in ALIASES]

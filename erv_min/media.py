@@ -1,7 +1,7 @@
 """A clip on disk -> frames and waveform -> pixel values and log-mel: what the released system feeds its two towers.
 
 The numbers are the release's (decord's frames, Pillow's resize, Whisper's log-mel), computed with torch alone. How a
-file is opened and decoded, and what counts as damage, is told in data/decode.py.
+file is decoded, and what counts as damage, is told in data/decode.py.
 Left out: frames by time (indices count frames, also at a variable frame rate), pixel aspect ratio, interlacing.
 """
 

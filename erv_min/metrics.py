@@ -128,9 +128,6 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
             "recall": {name: 100 * r / c if c else None for name, r, c in zip(s.labels, right, counted)}}
 
 
-# ---- how sure --------------------------------------------------------------------------------------------------------
-
-
 def _resampled(s: Scored, n: int, seed: int) -> dict[str, np.ndarray]:
     """metric -> float [n]: the metrics of n draws of N clips with replacement, 256 draws at a time."""
     rng, N = np.random.default_rng(seed), len(s.truth)

@@ -20,7 +20,7 @@ class FeatureCache:
     """Frozen-tower features of clips, keyed by file path, size, modification time and `key` (towers, frames, size).
 
     In memory up to `memory` bytes (the first clips stay: an epoch passes each once, so that evicting the oldest would
-    always throw out the next one), and in `folder` as safetensors where one is given. The dtype is kept.
+    always throw out the next one), and in `folder` as safetensors where one is given.
     """
 
     def __init__(self, folder: str | Path | None, key: str, memory: int = 2 << 30):

@@ -150,7 +150,7 @@ def _resample(resampler, frame, chunks: list[np.ndarray]) -> int:
 
 def _waveform(chunks: list[np.ndarray], resampler, max_samples: int) -> torch.Tensor | None:
     _resample(resampler, None, chunks)
-    waveform = np.concatenate(chunks)[:max_samples] if chunks else np.empty(0, np.float32)
+    waveform = np.concatenate([np.empty(0, np.float32), *chunks])[:max_samples]
     return torch.from_numpy(np.where(np.isnan(waveform), np.float32(-1.5), waveform)) if len(waveform) else None
 
 

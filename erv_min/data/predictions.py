@@ -8,6 +8,7 @@
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
@@ -87,7 +88,6 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
     """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
 
     Returns rows {"video_id", "output", "ground_truth", "dataset"} and the errors of clips that could not be decoded.
-    Temperature 0.3 is section 4.3's; 0 is greedy, as the release unless asked (divergence 9).
     """
     mine = list(range(processes.rank, len(examples), processes.size))
     found, started = {}, time.time()
@@ -107,9 +107,9 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
                     settings: PredictionSettings, chunk: int = 256) -> tuple[list[dict], list[str]]:
     """`predict` over `examples`, kept in out/predictions.jsonl chunk by chunk, so that a stop loses one chunk.
 
-    What made the predictions is kept in out/predictions.json; a resume with other settings or clips is refused. Returns
-    the rows and the messages of the clips that could not be decoded, on every process. The result depends on neither
-    the number of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
+    What made them is kept in out/predictions.json; a resume with other settings or clips is refused. Returns the rows
+    and the messages of the clips that could not be decoded, on every process. The result depends on neither the number
+    of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
     """
     apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction
     names = "\n".join(f"{example.dataset}/{example.video_id}" for example in examples)
@@ -122,10 +122,10 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
         if not settings.resume:
             raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
         if read_json(about) != made_by:
-            raise SettingsError(f"{about}: these predictions were made with other settings or clips; give another "
-                                "--out")
+            raise SettingsError(f"{about}: made with other settings or clips; give another --out")
         rows, failed = read_jsonl(file), read_jsonl(failures) if failures.exists() else []
-    whole = {n for n, part in enumerate(chunks) if sum(row["chunk"] == n for row in rows + failed) == len(part)}
+    done = Counter(row["chunk"] for row in rows + failed)
+    whole = {n for n, part in enumerate(chunks) if done[n] == len(part)}
     rows, failed = ([row for row in part if row["chunk"] in whole] for part in (rows, failed))
     gather_lists([])  # every process has read the files before the first changes them
     if processes.main:

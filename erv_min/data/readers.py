@@ -40,9 +40,6 @@ class Example:
     split: str = ""
 
 
-# ---- files, names and labels -----------------------------------------------------------------------------------------
-
-
 def read_text(path: str | Path, *other_encodings: str) -> str:
     """The file's text, UTF-8 or the first of `other_encodings` that fits; a byte-order mark is dropped."""
     for encoding in ("utf-8-sig", *other_encodings):
@@ -221,9 +218,6 @@ def read_annotated(dataset: str, root: str | Path, split: str) -> list[Example]:
         clip = next((clips[x] for x in (stem, number, number.zfill(5)) if x in clips), root / missing.format(stem))
         examples.append(Example(stem, clip, label, dataset, explanation, subtitle, split))
     return examples
-
-
-# ---- the others ------------------------------------------------------------------------------------------------------
 
 
 def read_ravdess(root: str | Path) -> list[Example]:
