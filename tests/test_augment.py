@@ -71,12 +71,16 @@ def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monke
                str(tmp_path / "out.jsonl"),
                "--concurrency", "4"]
 
-    def stop(self, done, total):
-        if done == 60:
+    keep = ChatClient._keep
+
+    def keep_and_stop(self, *answer):
+        error = keep(self, *answer)
+        if len(self.answers) >= 60:
             raise KeyboardInterrupt
+        return error
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChatClient, "progress", stop)
+        patch.setattr(ChatClient, "_keep", keep_and_stop)
         with pytest.raises(KeyboardInterrupt):
             augment.main(command)
     assert not (tmp_path / "out.jsonl").exists() and 60 <= sum(api.asked.values()) < 150

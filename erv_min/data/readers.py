@@ -125,8 +125,6 @@ def read_unique_json(path: Path, kind: type, form: str):
     return value
 
 
-# ---- data sets with an annotation file -------------------------------------------------------------------------------
-
 Row = tuple[str, str, str, str, str]  # place in the file, clip, label, explanation, subtitle
 
 
