@@ -206,36 +206,37 @@ class HumanOmni(nn.Module):
         shape, vocabulary = dict(zip(("rows", "tokens"), ids.shape)), self.config.text.vocab_size
         labels = torch.full_like(ids, IGNORE) if labels is None else self._take("labels", labels, **shape)
         keep = torch.ones_like(ids) if attention_mask is None else self._take("attention_mask", attention_mask, **shape)
-        clips, counts = {VIDEO: video_embeds, AUDIO: audio_embeds}, {VIDEO: 0, AUDIO: 0}
-        places, targets = [], []  # a list per row, in which a placeholder stands as often as its clip has tokens
-        for number, row in enumerate(zip(ids.tolist(), labels.tolist(), keep.tolist())):
-            places.append([])
-            targets.append([])
-            for token, label, kept in zip(*row):
-                if kept and token in clips:
-                    counts[token] += 1
-                    size = 0 if clips[token] is None else clips[token].shape[1]
-                    places[-1] += [token] * size
-                    targets[-1] += [IGNORE] * size
-                elif kept and 0 <= token < vocabulary:
-                    places[-1].append(token)
-                    targets[-1].append(label)
-                elif kept:
-                    raise DataError(f"input_ids row {number} holds {token}: neither {VIDEO} nor {AUDIO} nor one of the "
-                                    f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
-        for name, (placeholder, x) in zip(("video", "audio"), clips.items()):
-            if counts[placeholder] != (given := 0 if x is None else len(x)):
-                raise DataError(f"input_ids holds {counts[placeholder]} <{name}> ({placeholder}), but {name} holds "
-                                f"{given} clips")
+        keep, clips = keep.bool(), (("video", VIDEO, video_embeds), ("audio", AUDIO, audio_embeds))
+        sizes = keep.long()  # [B, L]: how many positions an id takes, 1, N_v, N_a, or 0 where it is dropped
+        holders = [keep & (ids == placeholder) for _, placeholder, _ in clips]  # [B, L] each
+        for held, (_, _, x) in zip(holders, clips):
+            sizes = sizes.masked_fill(held, 0 if x is None else x.shape[1])
+        lengths = sizes.sum(1)  # [B]
+        foreign = keep & ~holders[0] & ~holders[1] & ((ids < 0) | (ids >= vocabulary))
+        counts = [*map(torch.sum, (*holders, foreign, lengths)), lengths.max()]
+        *wanted, errors, total, longest = torch.stack(counts).tolist()  # the one place that waits for the device
+        for (name, placeholder, x), count in zip(clips, wanted):
+            if count != (given := 0 if x is None else len(x)):
+                raise DataError(f"input_ids holds {count} <{name}> ({placeholder}), but {name} holds {given} clips")
+        if errors:
+            row, at = foreign.nonzero()[0].tolist()
+            raise DataError(f"input_ids row {row} holds {ids[row, at]}: neither {VIDEO} nor {AUDIO} nor one of the "
+                            f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
+        mask = torch.arange(longest, device=ids.device) < lengths[:, None]  # [B, L']
 
-        (places, mask), (targets, _) = (pad_rows(rows, IGNORE, ids.device) for rows in (places, targets))  # [B, L']
+        def expand(x: Tensor) -> Tensor:
+            """Each position `sizes` times: [B, L] -> [B, L']."""
+            repeated = x.flatten().repeat_interleave(sizes.flatten(), output_size=total)
+            return x.new_full(mask.shape, IGNORE).masked_scatter(mask, repeated)
+
+        places = expand(ids)  # an id of the vocabulary, VIDEO, AUDIO, or IGNORE at padding
         words = self.model.embed_tokens(places[places >= 0])
-        embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
-        embeds[places >= 0] = words
-        for placeholder, x in clips.items():
+        inputs_embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
+        inputs_embeds[places >= 0] = words
+        for _, placeholder, x in clips:
             if x is not None:
-                embeds[places == placeholder] = x.flatten(0, 1).to(words)
-        return Prompts(embeds, mask, targets)
+                inputs_embeds[places == placeholder] = x.flatten(0, 1).to(words)
+        return Prompts(inputs_embeds, mask, expand(labels.masked_fill(holders[0] | holders[1], IGNORE)))
 
     def prompt_embeds(self, input_ids: Tensor, vision: Tensor | None = None, audio: Tensor | None = None,
                       gate_ids: Tensor | None = None, gate_mask: Tensor | None = None, labels: Tensor | None = None,
