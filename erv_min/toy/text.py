@@ -26,14 +26,14 @@ CUES = {
         "happy": ("{P} mouth curves in a smile.", "{S} grins and {p} cheeks lift.", "{P} face beams."),
         "sad": ("{P} mouth droops.", "Tears fill {p} eyes.", "{S} looks down and weeps."),
         "neutral": ("{P} face is at rest.", "{P} mouth is relaxed.", "{S} looks on, still and calm."),
-        "angry": ("{P} brows knot in a scowl.", "{S} glares with hard eyes.", "{S} clenches {p} teeth."),
+        "angry": ("{P} brows knot in a scowl.", "{S} glares.", "{S} clenches {p} teeth."),
         "surprise": ("{P} mouth drops open.", "{P} brows jump up.", "{S} stares with round eyes."),
         "disgust": ("{P} nose wrinkles.", "{P} lip curls in a sneer.", "{S} turns away with a squint."),
         "fear": ("{P} lips tremble.", "{S} freezes in dread.", "{S} shrinks back and shakes.")},
     "voice": {
         "happy": ("The voice is bright and cheerful.", "{S} laughs as {s} talks."),
         "sad": ("The voice is heavy and tired.", "{S} sobs as {s} talks."),
-        "neutral": ("The voice is calm and even.", "{S} talks in a plain tone."),
+        "neutral": ("The tone is calm and even.", "{S} talks in a plain tone."),
         "angry": ("The voice is harsh and hard.", "{S} shouts as {s} talks."),
         "surprise": ("The voice is sudden and jumps up.", "{S} gasps as {s} talks."),
         "disgust": ("The voice is sour.", "{S} groans as {s} talks."),
@@ -79,9 +79,7 @@ def fill(wording: str, woman: bool) -> str:
 def appearances(look: Look) -> tuple[list[str], list[str]]:
     """What can be said about the clip besides the expression: first sentences, and second ones."""
     who = "woman" if look.woman else "man"
-    first = [f"A {who} in a {look.shirt} shirt is in the {look.room}.",
-             f"A {who} with {look.hair} hair is in the {look.room}.",
-             f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}."]
+    first = [f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}."]
     more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}.",
             *(["{S} has glasses."] if look.glasses else [])]
     return first, [fill(words, look.woman) for words in more]
