@@ -147,7 +147,7 @@ def test_annotations(small):
     assert human == {"from": "human", "value": f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"}
     assert gpt["from"] == "gpt" and gpt["value"].startswith("<think>") and gpt["value"].endswith("</answer>")
     captions = read_json(small / "pretrain.json")
-    assert {truth[int(e["video"][5:10])]["split"] for e in captions} == {"pretrain"} and len(captions) == 60
+    assert {truth[int(e["video"][5:10])]["split"] for e in captions} == {"pretrain"} and len(captions) == 90
     assert len(read_jsonl(small / "erv_train.jsonl")) == 300 and len(read_jsonl(small / "erv_valid.jsonl")) == 60
     assert sum(row["source"] == "human" for row in read_jsonl(small / "erv_train.jsonl")) == 60
     assert all("truth" in row for row in read_jsonl(small / "erv_valid.jsonl"))

@@ -153,7 +153,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
                   **decoding(settings))
     for system, folder in systems.items():
-        own.model = load_humanomni(folder, torch.float32, processes.device)
+        own.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
         rows, _ = predict(own, examples, processes, how, batch_size=64)
         if processes.main:
             judge_rows(rows, judge)

@@ -49,7 +49,7 @@ class WorldSettings:
     train: int = 2000  # clips with a label, for GRPO; the first `sft_clips` of them also have explanations
     test: int = 400
     tune: int = 0  # clips to tune settings on, apart from the test clips
-    pretrain: int = 2000  # clips with captions, for the towers and the language model
+    pretrain: int = 1600  # clips with captions, for the towers and the language model
     weak: float = 0.2  # share of clips with a weak face, and of clips with a weak voice
     conflict: float = 0.05  # share of clips in which face or voice shows another emotion
     noise: float = 0.16  # standard deviation of every parameter around its prototype
