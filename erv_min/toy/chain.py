@@ -3,7 +3,8 @@
     world, rendered -> base model, SFT | verifier -> [GRPO without R_E] -> GRPO -> table 1 on held-out clips
 
 Each process of the toy computes on one thread: sums then run in one order, and a seed gives the same table to the last
-digit whatever else the machine does. What does not need each other runs side by side, and GRPO takes two processes.
+digit whatever else the machine does. What does not need each other runs side by side, and on a CPU each stage takes two
+processes.
 """
 
 import copy
@@ -128,14 +129,16 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
     if processes.main:
         command = [str(scripts / "grpo.py"), *sys.argv[1:]]
+        several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
         if todo:
-            run(*todo, processes=2 if processes.device.type == "cpu" else 1)
+            run(*todo, processes=several)
         if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
             own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
-            run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")])
-        if os.environ.get("WORLD_SIZE") == "1" and processes.device.type == "cpu" and settings.batch_size % 2 == 0:
+            run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")],
+                processes=several)
+        if os.environ.get("WORLD_SIZE") == "1" and several > 1:
             LOCKS.pop(str(out)).close()  # the two take the folder
-            run(command, processes=2)
+            run(command, processes=several)
             print("seconds: " + ", ".join(f"{stages} {seconds:.0f}" for stages, seconds in SECONDS)
                   + f"; {sum(seconds for _, seconds in SECONDS) / 60:.1f} minutes in all")
             raise SystemExit
