@@ -17,8 +17,7 @@ from torch import Tensor
 from erv_min.emotions import canonical, normalize
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.options import check, setting
-
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+from erv_min.sentences import split_sentences
 
 # ---- algorithm 1 and Eq. 4: R_E --------------------------------------------------------------------------------------
 
@@ -33,20 +32,6 @@ def between(text: str, opening: str, closing: str) -> str | None:
     _, found, rest = text.partition(opening)
     inside, closed, _ = rest.partition(closing)
     return inside.strip() if found and closed else None
-
-
-def split_sentences(text: str) -> list[str]:
-    """S_i, line 3: cut at white space after `.`, `!` or `?` where an even number of double quotes follows; none empty.
-
-    The paper does not say how; this is the release's rule, whose regex counts the quotes ahead anew at every stop."""
-    pieces, start, position, quotes_ahead = [], 0, 0, text.count('"')
-    for end in SENTENCE_END.finditer(text):
-        quotes_ahead -= text.count('"', position, end.end())
-        position = end.end()
-        if quotes_ahead % 2 == 0:
-            pieces.append(text[start : end.start()])
-            start = position
-    return [piece.strip() for piece in (*pieces, text[start:]) if piece.strip()]
 
 
 def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
@@ -133,6 +118,7 @@ class RewardSettings:
     neutral_filter: bool = setting(True, "table 2's W/o Neutral Filtering: --ablate", option=False)
     sentence_level: bool = setting(True, "table 2's W/o Sentence-Level Verification: --ablate", option=False)
     answer_rule: str = setting("paper", "how an answer is read (divergence 18)", ("paper", "released"))
+    sentence_rule: str = setting("released", "how an explanation is split (sentences.py)", ("released", "extended"))
     w_format: float = setting(1.0, "weight of R_format (Eq. 5)")
     w_answer: float = setting(1.0, "weight of R_answer (Eq. 5)")
     w_explanation: float = setting(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
@@ -168,7 +154,7 @@ class Reward:
 def sentences_of(completion: str, settings: RewardSettings) -> list[str]:
     """S_i of a completion, or the whole explanation as one where `sentence_level` is off."""
     E = extract_explanation(completion)
-    return split_sentences(E) if settings.sentence_level else [E] * bool(E)
+    return split_sentences(E, settings.sentence_rule) if settings.sentence_level else [E] * bool(E)
 
 
 def _weights(sentences: list[str], discount: float) -> list[float]:

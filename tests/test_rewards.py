@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from erv_min.run.errors import SettingsError
-from erv_min.rewards import (RewardSettings, answer_reward, format_reward, score_completions, select_labels, split_sentences)
+from erv_min.rewards import (RewardSettings, answer_reward, format_reward, score_completions, select_labels,
+                             split_sentences)
 
 LABELS = ("sad", "happy", "neutral")  # a verifier of three, for numbers by hand
 
@@ -68,7 +69,7 @@ def test_score_completions_refuses_what_does_not_fit():
     with pytest.raises(ValueError):
         score_completions(["a", "b"], ["sad"], "dfew", None, LABELS)
     for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"repeat_discount": 2},
-                {"length_target": -1}, {"phase_in_steps": -1}):
+                {"sentence_rule": "x"}, {"length_target": -1}, {"phase_in_steps": -1}):
         with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):
             RewardSettings(**bad)
 
@@ -111,7 +112,7 @@ def test_a_megabyte_of_quotes_stops_and_tags():
     n = 10**6
     for text in ('".' * (n // 2), ". " * (n // 2), '". ' * (n // 3), "." * n, '"' * n, " " * n, '."' + " " * n,
                  "".join(random.choices('". ', k=n)), '. "' * (n // 3)):
-        assert all(split_sentences(text))
+        assert all(split_sentences(text)) and all(split_sentences(text, "extended"))
     assert len(split_sentences('". ' * (n // 3) + '"')) == 166667  # 333,334 quotes: a split after each 2nd stop
     for text in ("<think>" * (n // 7), "<think>" + "</think>" * (n // 8), "<think>" + "</think><answer>" * (n // 16),
                  "<think></think>" + " " * n, "<think></think><answer>" + "</answer>" * (n // 9) + "x"):

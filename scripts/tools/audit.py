@@ -127,7 +127,7 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
     """Honest explanations and their e_gt -> a row per way to cheat, "honest" first; only the last has a wrong answer.
 
     labels: the data set's; judge: explanations -> emotions. Raises SettingsError where no sentence is found."""
-    split = [split_sentences(text) for text in explanations]
+    split = [split_sentences(text, settings.sentence_rule) for text in explanations]
     kept = [i for i, sentences in enumerate(split) if sentences]
     if not kept:
         raise SettingsError("the audit needs explanations with at least one sentence")

@@ -59,16 +59,26 @@ def test_eq4_compares_names_of_every_list():
         explanation_reward([SAD], "sad", "most")
 
 
-@pytest.mark.parametrize("text, sentences", [
-    ("He nods. She smiles!", ["He nods.", "She smiles!"]),
-    ("Mr. Lee met Dr. J. Kim at 3.5 s. He left.", ["Mr.", "Lee met Dr.", "J.", "Kim at 3.5 s.", "He left."]),
-    ("It is dim... and quiet. So sad... He left.", ["It is dim...", "and quiet.", "So sad...", "He left."]),
-    ('"Stop! Now!" she cries. He goes.', ['"Stop! Now!" she cries.', "He goes."]),
-    ("“Stop! Now!” she cries. He goes.", ["“Stop!", "Now!” she cries.", "He goes."]),
-    ('She left. He said. "no', ['She left. He said. "no']),  # an unpaired quote
-    ("A list\nof cues\n\nhere.", ["A list\nof cues\n\nhere."]),
-    ("他很伤心。他哭了！“走。”她说。", ["他很伤心。他哭了！“走。”她说。"]),
-    ("", []), (" . ", ["."]),
+@pytest.mark.parametrize("text, released, extended", [
+    ("He nods. She smiles!", ["He nods.", "She smiles!"], ["He nods.", "She smiles!"]),
+    ("Mr. Lee met Dr. J. Kim at 3.5 s. He left.", ["Mr.", "Lee met Dr.", "J.", "Kim at 3.5 s.", "He left."],
+     ["Mr. Lee met Dr. J. Kim at 3.5 s.", "He left."]),
+    ("It is dim... and quiet. So sad... He left.", ["It is dim...", "and quiet.", "So sad...", "He left."],
+     ["It is dim... and quiet.", "So sad...", "He left."]),
+    ('"Stop! Now!" she cries. He goes.', ['"Stop! Now!" she cries.', "He goes."],
+     ['"Stop! Now!" she cries.', "He goes."]),
+    ("“Stop! Now!” she cries. He goes.", ["“Stop!", "Now!” she cries.", "He goes."],
+     ["“Stop! Now!” she cries.", "He goes."]),
+    ('She left. He said. "no', ['She left. He said. "no'], ["She left.", "He said.", '"no']),  # an unpaired quote
+    ("A list\nof cues\n\nhere.", ["A list\nof cues\n\nhere."], ["A list", "of cues", "here."]),
+    ("他很伤心。他哭了！“走。”她说。", ["他很伤心。他哭了！“走。”她说。"], ["他很伤心。", "他哭了！", "“走。”", "她说。"]),
+    ("वह दुखी है। वह रोता है।", ["वह दुखी है। वह रोता है।"], ["वह दुखी है।", "वह रोता है।"]),
+    ("He lives in the U.S. now. Is it? Yes.", ["He lives in the U.S.", "now.", "Is it?", "Yes."],
+     ["He lives in the U.S. now.", "Is it?", "Yes."]),
+    ("", [], []), (" . ", ["."], ["."]),
 ])
-def test_sentence_rules(text, sentences):
-    assert split_sentences(text) == sentences
+def test_sentence_rules(text, released, extended):
+    assert split_sentences(text) == released
+    assert split_sentences(text, "extended") == extended
+    with pytest.raises(SettingsError, match="best"):
+        split_sentences(text, "best")

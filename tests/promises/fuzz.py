@@ -353,7 +353,8 @@ class Explanations:
             assert ids.shape[1] <= 64
             return torch.full((len(sentences), len(ERV_LABELS)), 0.3)
 
-        settings = RewardSettings(answer_rule=rng.choice(("paper", "released")), repeat_discount=0.5, length_target=20)
+        settings = RewardSettings(sentence_rule=rng.choice(("released", "extended")),
+                                  answer_rule=rng.choice(("paper", "released")), repeat_discount=0.5, length_target=20)
         rewards = score_completions([text], ["happy"], "dfew", verifier, ERV_LABELS, settings)
         extract_answer(text, "released")
         statistics = explanation_statistics(rewards)
