@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erv_min import checkpoint
-from erv_min.data.pairs import Row, counts_table, read_rows, split_rows, targets
+from erv_min.data.pairs import Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch, verifier_report
 from erv_min.model.bert import RobertaClassifier
@@ -49,6 +49,8 @@ class ERVSettings(Training):
                              path="files")
     head: int = setting(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
     dropout: float = setting(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99)
+    balance: str = setting("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
+                                   "or rows of rare classes drawn more often", ("none", "weight", "resample"))
     patience: int = setting(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never",
                             least=0)
     tau: float = setting(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
@@ -110,6 +112,14 @@ def evaluate(verifier: Verifier, valid: list[Row], seen: Tensor, settings: ERVSe
     return verifier_report(probs, targets([row.truth for row in valid]).bool(), settings.tau, settings.k, seen)
 
 
+def batch_rows(settings: ERVSettings, weights: Tensor | None, count: int, step: int) -> list[int]:
+    """Rows of step `step`: a share of the epoch's permutation, or drawn by `weights` [N] with --balance resample."""
+    if weights is None:
+        return batch_of_step(count, settings.batch_size, settings.seed, step)
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+    return torch.multinomial(weights, settings.batch_size, replacement=True, generator=generator).tolist()
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ERVSettings, PRESETS, __doc__, argv)
     settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
@@ -131,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     labels = tuple(ERV_LABELS) if settings.head == len(ERV_LABELS) else tuple(GOEMOTIONS)
     ids, mask = tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
     wanted = targets([row.labels for row in rows], settings.head)  # [N, K]
+    pos_weight = positive_weights(wanted).to(processes.device) if settings.balance == "weight" else None
+    weights = sampling_weights(wanted) if settings.balance == "resample" else None
     texts = {row.text for row in rows}
     seen = torch.tensor([row.text in texts for row in valid])
     if processes.main:
@@ -153,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in range(first, steps):
         model.train()
         start_time = time.perf_counter()
-        picked = batch_of_step(len(rows), settings.batch_size, settings.seed, step)
+        picked = batch_rows(settings, weights, len(rows), step)
         part = [picked[place] for place in own]
         length = int(mask[picked].sum(1).max())  # of the whole batch, as is its dropout: a function of seed and step
         torch.manual_seed(settings.seed * 1_000_003 + step)
@@ -162,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         with policy.forward_pass():
             logits = model(batch[0], batch[1])
         run.watch([rows[i].key[:80] for i in part], logits)
-        loss = erv_loss(logits.float(), batch[2]) * (len(part) / len(picked))  # this process's share
+        loss = erv_loss(logits.float(), batch[2], pos_weight) * (len(part) / len(picked))  # this process's share
         (loss * processes.size).backward()  # the update averages over processes
         lr = learning_rate(step, steps, settings.lr, settings.warmup, settings.schedule)
         total = all_reduce_sum({"loss": loss.item()})["loss"]
