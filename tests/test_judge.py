@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -210,6 +211,12 @@ def test_retry_after_is_honoured(serve):
     with pytest.raises(JudgeError, match="may be asked again in 3600 s"):
         ask(["x"])
     assert api.explanation_counts() == {"x": 1}
+    serve(lambda prompt, times: bad(429, **{"Retry-After": formatdate(time.time() + 3600, usegmt=True)}))
+    with pytest.raises(JudgeError, match="may be asked again in 3[56].. s"):
+        ask(["x"])
+    api = serve(lambda prompt, times: bad(429, **{"Retry-After": "Wed, 1 May 99999 soon"}) if times == 1
+                else good("sad"))
+    assert ask(["x"])[0][0].emotion == "sad" and api.explanation_counts() == {"x": 2}
 
 
 def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):

@@ -19,7 +19,8 @@ log = logging.getLogger("erv_min")
 PAPER_COUNTS = {("dfew", "train"): 9362, ("dfew", "test"): 2342, ("mafw", "train"): 7341, ("mafw", "test"): 1831,
                 ("emer", "train"): 332, ("merr", "train"): 4487}  # section 4.1
 ONE_SPLIT = {"emer": "train", "merr": "train", "ravdess": "test"}
-SPEC = "name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, json; several joined by commas"
+SPEC = ("name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, or json:mafw:/file.json; "
+        "several joined by commas")
 
 
 def load_examples(spec: str, split: str = "train") -> list[Example]:
@@ -27,7 +28,8 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
 
     split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split) |
     "tune" (a toy world's clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test.
-    `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split.
+    `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split; `dataset`
+    (`json:mafw:/file.json`) may be left out where every clip lies below a folder called like its data set.
     """
     examples, official = [], "test" if split == "test" else "train"
     for part in re.split(r",(?=\w+:)", spec.strip()):

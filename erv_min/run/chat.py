@@ -9,8 +9,11 @@ import hashlib
 import os
 import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from erv_min.run.errors import JudgeError
@@ -146,7 +149,9 @@ class ChatClient:
                 break  # about this prompt: asking again gives the same
             after = getattr(response, "headers", {}).get("Retry-After", "")
             wait = min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60)
-            wait = max(wait, int(after)) if after.isdecimal() else wait
+            with suppress(ValueError, OverflowError):  # neither a number of seconds nor a date
+                date = None if after.isdecimal() else parsedate_to_datetime(after)
+                wait = max(wait, date.timestamp() - time.time() if date else float(after))
             if wait > MAX_WAIT:
                 return f"{reason} (may be asked again in {wait:.0f} s)"
         return reason

@@ -47,8 +47,8 @@ class Policy(Compute):
 class Clips:
     """What every script takes that reads data sets."""
 
-    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:/file.json', 'toy:/world' (training, "
-                            "toy: without it the embedded world, rendered where it is not there yet)", path="data")
+    data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:mafw:/file.json', 'toy:/world' "
+                            "(training, toy: without it the embedded world, rendered where it is not there yet)", path="data")
     allow_missing: float = setting(0.01, "share of the clips (or of given predictions) that may be missing", least=0,
                                    most=1)
 
