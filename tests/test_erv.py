@@ -443,7 +443,7 @@ def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
 def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
     """The others wait until it is there: they have its paths only after the barrier."""
     made, order = [], []
-    monkeypatch.setattr(chain, "run", lambda *_: made.append(1))
+    monkeypatch.setattr(chain, "run", lambda *_, **__: made.append(1))
     monkeypatch.setattr(chain, "barrier", lambda: order.append(len(made)))
     for rank in (0, 1):
         settings = script.ERVSettings(out=str(tmp_path / "erv"), init="scratch:toy")
@@ -498,7 +498,7 @@ def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
 def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, monkeypatch):
     """Table 2's row in one command on the toy; with real data the error says which verifier to train."""
     grpo, commands = load_script("grpo"), []
-    monkeypatch.setattr(grpo.chain, "run", lambda *given: commands.extend(given))
+    monkeypatch.setattr(grpo.chain, "run", lambda *given, **_: commands.extend(given))
     for ablate, name, sources in (("augmentation", "erv-unaugmented", ["--sources", "human"]), ("", "erv", [])):
         commands.clear()
         grpo.chain.prepare(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate), Path("scripts"),
