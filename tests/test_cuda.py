@@ -283,7 +283,7 @@ class Capture(Device):
 
 def grpo_step(put) -> dict[str, torch.Tensor]:
     """Forward pass, sampling, log-probs and an update of a model that lies where `put` puts tensors."""
-    model, settings, part = tiny_model(3)._apply(put), GRPOSettings(group_size=3, max_new_tokens=12), slice(0, 1)
+    model, settings = tiny_model(3)._apply(put), GRPOSettings(group_size=3, max_new_tokens=12)
     model.tie_weights()
     trainable(model, TRAINABLE["grpo"])
     policy = Replicated(model, "cpu", torch.float32)
@@ -295,12 +295,13 @@ def grpo_step(put) -> dict[str, torch.Tensor]:
         batch = Batch([SimpleNamespace(video_id="1")], ids, ids == ids, gate_ids, gate_ids > 0,
                       vision=model.vision_features(video), audio=model.audio_features(audio))
         completions = grpo.sample(model, embed(model, batch), [0], 0, settings, EOS)
-        ref_logps, _ = grpo.log_probs(policy, model, batch, completions, part, settings)
+        ref_logps, _ = grpo.log_probs(policy, model, batch, completions, settings.temperature)
     A = group_advantages(put(torch.tensor([1.0, 0, 2])), 3)
     run = SimpleNamespace(watch=lambda *_: None, processes=SimpleNamespace(size=1))
-    done = grpo.descend(policy, model, optimizer, batch, completions, A, [ref_logps], [part], 1e-3, run, settings, EOS)
+    passes = [(batch, completions, A)]
+    _, norm, _ = grpo.descend(policy, model, optimizer, passes, [ref_logps], 1e-3, run, settings, EOS)
     assert {p.device for p in model.parameters()} == {logits.device}
-    return {"logits": logits, "ids": completions.ids, "logps": ref_logps, "norm": put(torch.tensor(done.grad_norm))}
+    return {"logits": logits, "ids": completions.ids, "logps": ref_logps, "norm": put(torch.tensor(norm))}
 
 
 def test_all_of_a_step_lies_on_the_device(monkeypatch):

@@ -1,1 +1,1 @@
-"""What every training script needs and no equation does: settings, processes, the run's folder, states, files, errors."""
+"""What every training script needs and no equation does: settings, processes, run folder, states, files, errors."""

@@ -48,7 +48,8 @@ class Clips:
     """What every script takes that reads data sets."""
 
     data: str = setting("", "clips with labels, 'dfew:/path,mafw:/path', 'json:mafw:/file.json', 'toy:/world' "
-                            "(training, toy: without it the embedded world, rendered where it is not there yet)", path="data")
+                            "(training, toy: without it the embedded world, rendered where it is not there yet)",
+                      path="data")
     allow_missing: float = setting(0.01, "share of the clips (or of given predictions) that may be missing", least=0,
                                    most=1)
 
@@ -93,8 +94,8 @@ class Training(Compute):
     seed: int = setting(17, "seed of data order, sampling and random weights (verifier: also of split and dropout)",
                         least=0)
     resume: bool = setting(False, "go on from the last checkpoint in OUT")
-    deterministic: bool = setting(False, "on CUDA kernels that give the same bits in every run, slower: an exact resume "
-                                         "needs them")
+    deterministic: bool = setting(False, "on CUDA kernels that give the same bits in every run, slower: an exact "
+                                         "resume needs them")
     save_every: int = setting(100, "steps between checkpoints", least=1)
     keep: int = setting(2, "checkpoints kept, the newest ones; where one is damaged the one before it is used", least=1)
 

@@ -48,7 +48,7 @@ def weight_files(folder: Path) -> list[Path]:
     for single, pattern in LAYOUTS:
         if (folder / single).exists():
             return [folder / single]
-        shards = sorted(file for file in folder.glob(pattern) if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+", file.stem))
+        shards = sorted(x for x in folder.glob(pattern) if re.fullmatch(r"(pytorch_)?model-\d+-of-\d+", x.stem))
         if shards and len(shards) != (count := int(shards[0].stem.split("-")[-1])):
             raise CheckpointError(f"{folder}: {len(shards)} of the {count} files {pattern} are here")
         if shards:
