@@ -63,7 +63,7 @@ def chain(world, tmp_path_factory):
     printed = run(ROOT / "scripts/sft.py", "--world", world, "--out", out / "sft", "--steps", 30, "--batch-size", 8)
     printed += run(ROOT / "scripts/erv.py", "--world", world, "--out", out / "erv", "--steps", 6)
     printed += run(ROOT / "scripts/grpo.py", "--world", world, "--out", out, "--steps", 3, "--batch-size", 4,
-                   "--micro-batch", 2, "--group-size", 4, "--mu", 2, "--sample-every", 1, processes=1)
+                   "--micro-batch", 2, "--group-size", 4, "--mu", 2, "--sample-every", 1, "--train-projectors", processes=1)
     return out, printed
 
 

@@ -27,7 +27,7 @@ from erv_min.run.processes import join, leave, run_script
 from erv_min.model.humanomni import random_humanomni, trainable
 from erv_min.run.sharding import FullyShard, Replicated
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings
+from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings, trained_parts
 from erv_min.sft import sft_loss
 from erv_min.run.state import load_state, save_state
 
@@ -565,7 +565,7 @@ def test_plan_counts_what_training_holds(recompute):
     planned = plan(SMALL, "sft", settings, 1)
     model = random_humanomni(SMALL)
     model.model.recompute = recompute
-    trainable(model, TRAINABLE["sft"])
+    trainable(model, trained_parts("sft", settings))
     run = Sharded(model, compute=F32)
     parameters = run.named_parameters().values()
     optimizer = torch.optim.AdamW(parameters, lr=LR)
