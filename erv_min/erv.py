@@ -23,6 +23,7 @@ from erv_min.run.files import read_json
 from erv_min.run.onednn import use_onednn
 from erv_min.tokenizer import EncoderTokenizer
 
+
 class Verifier:
     """Sentences -> probabilities. One per run: GRPO scores all sentences of all completions of a step in one call."""
 

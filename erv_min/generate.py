@@ -37,8 +37,7 @@ def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int =
     """One token a row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
     Temperature 0 is greedy. top_k and top_p cut the distribution first (0 and 1.0: off). Sums are float64: in float32
-    tokens below 6e-8 would never be drawn. On CUDA a block of threads walks along each row, however few there are: few
-    are not worth a second way, since a rollout has G of every prompt.
+    tokens of probability under 6e-8 would never be drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -139,8 +138,8 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
     """Samples `group_size` completions for each of B prompts; stops as soon as every row has met `eos_token_id`.
 
     noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `on_token(ids [B * G])` is
-    called after each step. What follows a row's EOS is EOS and masked out. The log-probs are at that temperature,
-    before top_k and top_p cut it; 0 for greedy tokens.
+    called after each step. Returns ids, mask and logps [B * G, T], T <= max_new_tokens. What follows a row's EOS is EOS
+    and masked out. The log-probs are at that temperature, before top_k and top_p cut it; 0 for greedy tokens.
     """
     if temperature > 0 and noise is None:
         raise SettingsError("sampling at a temperature above 0 needs noise: pass sampling_noise(...), or temperature=0")

@@ -175,12 +175,17 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
     for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
+    if not len(completions) == len(e_gt) == len(datasets):
+        raise SettingsError(f"{len(completions)} completions, {len(e_gt)} labels and {len(datasets)} data sets")
     split = [sentences_of(o, settings) if probabilities else [] for o in completions]
     sentences = [s for S in split for s in S]
-    label_sets = iter(select_labels(probabilities(sentences), labels, settings.tau, settings.k) if sentences else ())
+    chosen = select_labels(probabilities(sentences), labels, settings.tau, settings.k) if sentences else []
+    if len(chosen) != len(sentences):
+        raise SettingsError(f"the verifier gave {len(chosen)} rows for {len(sentences)} sentences")
+    label_sets = iter(chosen)
     phase = 1.0 if step is None or not settings.phase_in_steps else min(1.0, step / settings.phase_in_steps)
     rewards = []
-    for o, label, name, S in zip(completions, e_gt, datasets, split, strict=True):
+    for o, label, name, S in zip(completions, e_gt, datasets, split):
         R_format = format_reward(o)
         R_answer = answer_reward(o, label, name, settings.answer_rule)
         EL = [next(label_sets) for _ in S]

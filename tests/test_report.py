@@ -1,6 +1,7 @@
 """report.py: what stands on the page, that no text of a model runs in it, its bounds, and errors that name the file."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pages_material import ROOT, lines, make_run, prediction, run, truths, world
 
 from erv_min.emotions import ERV_LABELS
 from erv_min.run.errors import DataError, SettingsError
+from erv_min.run.files import read_jsonl
+from erv_min.run.settings import PRESETS
 from erv_min.metrics import bootstrap, score
 
 pytest.importorskip("matplotlib")
@@ -51,6 +54,15 @@ def test_a_report_holds_every_part_and_runs_no_text(run):
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert "She smiles &amp; waves" in page and "No run names a verifier" in page
+
+
+def test_the_shipped_curve_is_the_main_commands_and_lies_under_a_run(run):
+    folder = ROOT / "erv_min" / "toy" / "reference"
+    rows = read_jsonl(folder / "metrics.jsonl")
+    steps = PRESETS["grpo"]["toy"]["steps"]  # other settings need another recording
+    assert [row["step"] for row in rows] == list(range(steps)) and math.isclose(
+        max(row["lr"] for row in rows), PRESETS["grpo"]["toy"]["lr"], rel_tol=0.05)
+    assert "reference" in page_of([run, folder])
 
 
 def test_sentences_are_marked_as_eq_4_counts_them():

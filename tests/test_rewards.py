@@ -66,8 +66,10 @@ def test_the_verifier_is_called_once_with_all_sentences():
 
 
 def test_score_completions_refuses_what_does_not_fit():
-    with pytest.raises(ValueError):
+    with pytest.raises(SettingsError, match="2 completions, 1 labels"):
         score_completions(["a", "b"], ["sad"], "dfew", None, LABELS)
+    with pytest.raises(SettingsError, match="1 rows for 2 sentences"):
+        score_completions(["<think>So sad. A hat.</think>"], ["sad"], "dfew", lambda s: verifier(s)[:1], LABELS)
     for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"repeat_discount": 2},
                 {"sentence_rule": "x"}, {"length_target": -1}, {"phase_in_steps": -1}):
         with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):

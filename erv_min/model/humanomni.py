@@ -42,7 +42,7 @@ class Prompts:
 
     embeds: Tensor  # [B, P, D]
     mask: Tensor  # [B, P] bool, True at real positions
-    labels: Tensor | None = None  # [B, P] int64, -100 where there is no loss
+    labels: Tensor | None = None  # [B, P] int64, -100 where there is no loss; None where none were given
 
     @property
     def lengths(self) -> Tensor:
@@ -204,7 +204,6 @@ class HumanOmni(nn.Module):
         """
         ids = self._take("input_ids", input_ids, rows=None, tokens=None)
         shape, vocabulary = dict(zip(("rows", "tokens"), ids.shape)), self.config.text.vocab_size
-        labels = torch.full_like(ids, IGNORE) if labels is None else self._take("labels", labels, **shape)
         keep = torch.ones_like(ids) if attention_mask is None else self._take("attention_mask", attention_mask, **shape)
         keep, clips = keep.bool(), (("video", VIDEO, video_embeds), ("audio", AUDIO, audio_embeds))
         sizes = keep.long()  # [B, L]: how many positions an id takes, 1, N_v, N_a, or 0 where it is dropped
@@ -236,7 +235,10 @@ class HumanOmni(nn.Module):
         for _, placeholder, x in clips:
             if x is not None:
                 inputs_embeds[places == placeholder] = x.flatten(0, 1).to(words)
-        return Prompts(inputs_embeds, mask, expand(labels.masked_fill(holders[0] | holders[1], IGNORE)))
+        if labels is not None:
+            labels = self._take("labels", labels, **shape)
+            labels = expand(labels.masked_fill(holders[0] | holders[1], IGNORE))
+        return Prompts(inputs_embeds, mask, labels)
 
     def prompt_embeds(self, input_ids: Tensor, vision: Tensor | None = None, audio: Tensor | None = None,
                       gate_ids: Tensor | None = None, gate_mask: Tensor | None = None, labels: Tensor | None = None,

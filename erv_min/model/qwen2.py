@@ -108,7 +108,7 @@ class GroupCache:
 @dataclass
 class PackedGroups:
     """R = B * G completions in training, on the keys of their prompts, which are held once and get the sum of their
-    gradients. Without padding their N tokens stand behind each other: all but attention works on that form."""
+    gradients. Their N tokens stand one after the other, without padding: all but attention works on that form."""
 
     prompt: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, d]
     visible: Tensor  # [1 or R, 1, T, P + T] bool, True where a query may look; one row where no prompt is padded

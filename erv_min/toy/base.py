@@ -94,7 +94,8 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
 def train_base(world: Path, seed: int = 0) -> None:
     """Trains the base model on the rendered world in `world` and saves it, tokenizers and all, as `world`/base.
 
-    Each of a group's processes learns from its own share of the clips, and their gradients are averaged.
+    Each process of a group learns from its own share of the clips, and their gradients are averaged: another number of
+    processes gives another model. The main command takes two.
     """
     rank, size = rank_and_size()
     started, texts, out = time.time(), world / "tokenizers", world / "base"
@@ -113,7 +114,7 @@ def train_base(world: Path, seed: int = 0) -> None:
         audio.append(x.clip.audio)
     video, audio = torch.stack(video), torch.stack(audio)  # [clips, T, 3, S, S], [clips, mels, F]
     if rank == 0:
-        print(f"base model: {len(written)} captions' clips decoded in {time.time() - started:.1f} s", flush=True)
+        print(f"base model: {len(written)} captions, their clips decoded in {time.time() - started:.1f} s", flush=True)
     gate = gate_tokenizer.encode_batch([gate_text()])
     train_towers(model, [params[unit[0].video_id] for unit in units], video, audio, gate, seed)
     captions = [[sft_target(e.explanation, e.label) for e in unit] for unit in units]
