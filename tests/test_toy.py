@@ -166,7 +166,7 @@ def test_clips_are_weak_and_contradict_as_set():
     assert abs(still[:, VOICE.index("pitch")].std() - 0.16) < 0.03
 
 
-def test_explanations_are_loosely_tied_to_answers_and_answers_to_labels():
+def test_explanations_are_of_the_answer_and_answers_loosely_tied_to_labels():
     settings = WorldSettings(train=1000, test=0, pretrain=0)
     clips = sample_clips(settings)
     entries = world.sft_entries(clips, settings)
@@ -178,7 +178,7 @@ def test_explanations_are_loosely_tied_to_answers_and_answers_to_labels():
                for i in range(0, len(answers), settings.resamples))
     thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
     judged = lexicon.LexiconJudge().judge(thoughts, EMOTIONS)
-    assert abs(np.mean([a == b for a, b in zip(judged, answers)]) - (0.8 + 0.2 / 7)) < 0.05
+    assert np.mean([a == b for a, b in zip(judged, answers)]) > 0.95
     sentences = np.mean([e["conversations"][1]["value"].count(".") for e in entries])
     assert 4 < sentences < 5
 
@@ -410,9 +410,9 @@ def test_what_the_world_writes_is_of_its_grammar():
 
 def test_sentences_counted_by_hand():
     clips = {"7": {"look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}}
-    said = ("A woman is in the garden. Her mouth droops. Her face beams. The voice is thin and shaky. "
-            "She is sad. "  # of the grammar; a conclusion is no cue
-            "He sobs as he talks. She freeurprised. He glares wears a tone. her mouth droops.")
+    said = ("Behind her is the garden. Her mouth droops. Her face beams. The voice is shaky. "
+            "She seems sad. "  # of the grammar; a conclusion is no cue
+            "He sobs. She freeurprised. He glares wears a tone. her mouth droops.")
     rows = [{"video_id": "7", "output": f"<think>{said}</think>\n<answer>sad</answer>"},
             {"video_id": "7", "output": "<think></think>"}]
     assert text.count_sentences(rows, clips) == {

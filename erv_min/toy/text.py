@@ -20,32 +20,34 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
-# What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {s} he/she, {P} His/Her.
+# What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {P} His/Her, {o} him/her.
+# Wordings that begin alike differ in their last word alone: a policy that begins one and ends another (GRPO pays it for
+# "The voice is calm and tired." where both halves were paid) still writes a sentence of the grammar.
 CUES = {
     "face": {
-        "happy": ("{P} mouth curves in a smile.", "{S} grins and {p} cheeks lift.", "{P} face beams."),
-        "sad": ("{P} mouth droops.", "Tears fill {p} eyes.", "{S} looks down and weeps."),
-        "neutral": ("{P} face is at rest.", "{P} mouth is relaxed.", "{S} looks on, still and calm."),
-        "angry": ("{P} brows knot in a scowl.", "{S} glares.", "{S} clenches {p} teeth."),
-        "surprise": ("{P} mouth drops open.", "{P} brows jump up.", "{S} stares with round eyes."),
-        "disgust": ("{P} nose wrinkles.", "{P} lip curls in a sneer.", "{S} turns away with a squint."),
-        "fear": ("{P} lips tremble.", "{S} freezes in dread.", "{S} shrinks back and shakes.")},
+        "happy": ("{S} smiles.", "{S} grins.", "{P} face beams."),
+        "sad": ("{P} mouth droops.", "{S} weeps.", "{S} looks down."),
+        "neutral": ("{P} face rests.", "{P} mouth relaxes.", "{S} looks calm."),
+        "angry": ("{S} scowls.", "{S} glares.", "{P} jaw clenches."),
+        "surprise": ("{P} mouth opens.", "{S} stares.", "{P} eyes widen."),
+        "disgust": ("{P} nose wrinkles.", "{P} lip curls.", "{S} turns away."),
+        "fear": ("{P} mouth trembles.", "{S} freezes.", "{S} shrinks back.")},
     "voice": {
-        "happy": ("The voice is bright and cheerful.", "{S} laughs as {s} talks."),
-        "sad": ("The voice is heavy and tired.", "{S} sobs as {s} talks."),
-        "neutral": ("The tone is calm and even.", "{S} talks in a plain tone."),
-        "angry": ("The voice is harsh and hard.", "{S} shouts as {s} talks."),
-        "surprise": ("The voice is sudden and jumps up.", "{S} gasps as {s} talks."),
-        "disgust": ("The voice is sour.", "{S} groans as {s} talks."),
-        "fear": ("The voice is thin and shaky.", "{S} whimpers as {s} talks.")},
+        "happy": ("The voice is bright.", "{S} laughs."),
+        "sad": ("The voice is heavy.", "{S} sobs."),
+        "neutral": ("The voice is even.", "{S} talks plainly."),
+        "angry": ("The voice is harsh.", "{S} shouts."),
+        "surprise": ("The voice is sudden.", "{S} gasps."),
+        "disgust": ("The voice is sour.", "{S} groans."),
+        "fear": ("The voice is shaky.", "{S} whimpers.")},
     "conclusion": {
-        "happy": ("{S} is happy.", "{S} feels glad.", "This shows joy."),
-        "sad": ("{S} is sad.", "{S} feels grief.", "This shows sorrow."),
-        "neutral": ("{S} is neutral.", "{S} feels calm.", "This shows no strong feeling."),
-        "angry": ("{S} is angry.", "{S} feels mad.", "This shows rage."),
-        "surprise": ("{S} is surprised.", "{S} feels amazed.", "This shows shock."),
-        "disgust": ("{S} is disgusted.", "{S} feels sick.", "This shows distaste."),
-        "fear": ("{S} is afraid.", "{S} feels scared.", "This shows fear.")},
+        "happy": ("{S} seems happy.", "{S} feels glad.", "This shows joy."),
+        "sad": ("{S} seems sad.", "{S} feels grief.", "This shows sorrow."),
+        "neutral": ("{S} seems neutral.", "{S} feels nothing.", "This shows indifference."),
+        "angry": ("{S} seems angry.", "{S} feels mad.", "This shows rage."),
+        "surprise": ("{S} seems surprised.", "{S} feels amazed.", "This shows shock."),
+        "disgust": ("{S} seems disgusted.", "{S} feels sick.", "This shows distaste."),
+        "fear": ("{S} seems afraid.", "{S} feels scared.", "This shows fear.")},
 }
 SHARED_CUES = {  # true of two emotions: the exploitable world alone
     "face": ((("surprise", "fear"), "{P} eyes are wide open."), (("angry", "disgust"), "{P} brows press low."),
@@ -72,17 +74,17 @@ def pick(rng: np.random.Generator, items):
 
 
 def fill(wording: str, woman: bool) -> str:
-    s, p = ("she", "her") if woman else ("he", "his")
-    return wording.format(S=s.capitalize(), s=s, P=p.capitalize(), p=p)
+    S, P, o = ("She", "Her", "her") if woman else ("He", "His", "him")
+    return wording.format(S=S, P=P, o=o)
 
 
 def appearances(look: Look) -> tuple[list[str], list[str]]:
     """What can be said about the clip besides the expression: first sentences, and second ones."""
     who = "woman" if look.woman else "man"
-    first = [f"A {who} wears a {look.shirt} shirt.", f"A {who} is in the {look.room}."]
+    first = [f"A {who} wears {look.shirt}.", f"Behind {{o}} is the {look.room}."]
     more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}.",
             *(["{S} has glasses."] if look.glasses else [])]
-    return first, [fill(words, look.woman) for words in more]
+    return [fill(words, look.woman) for words in first], [fill(words, look.woman) for words in more]
 
 
 def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sentence]:
