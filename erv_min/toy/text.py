@@ -82,7 +82,7 @@ def appearances(look: Look) -> tuple[list[str], list[str]]:
     """What can be said about the clip besides the expression: first sentences, and second ones."""
     who = "woman" if look.woman else "man"
     first = [f"A {who} wears {look.shirt}.", f"Behind {{o}} is the {look.room}."]
-    more = [f"{{P}} hair is {'long' if look.long_hair else 'short'}.", f"{{P}} hair is {look.hair}.",
+    more = [f"{{S}} has {'long' if look.long_hair else 'short'} hair.", f"{{S}} has {look.hair} hair.",
             *(["{S} has glasses."] if look.glasses else [])]
     return [fill(words, look.woman) for words in first], [fill(words, look.woman) for words in more]
 
