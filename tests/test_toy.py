@@ -410,9 +410,9 @@ def test_what_the_world_writes_is_of_its_grammar():
 
 def test_sentences_counted_by_hand():
     clips = {"7": {"look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}}
-    said = ("Behind her is the garden. Her mouth droops. Her face beams. The voice is shaky. "
-            "She seems sad. "  # of the grammar; a conclusion is no cue
-            "He sobs. She freeurprised. He glares wears a tone. her mouth droops.")
+    said = ("Behind her is the garden. She weeps. She beams. The voice is shaky. "
+            "She feels sad. "  # of the grammar; a conclusion is no cue
+            "He sobs. She freeurprised. He glares wears a tone. she weeps.")
     rows = [{"video_id": "7", "output": f"<think>{said}</think>\n<answer>sad</answer>"},
             {"video_id": "7", "output": "<think></think>"}]
     assert text.count_sentences(rows, clips) == {

@@ -14,18 +14,18 @@ WEIGHTS = {
     "happy": {"happ": 3, "joy": 3, "glad": 3, "delight": 3, "pleased": 2, "smil": 2, "grin": 2, "laugh": 2, "beam": 2,
               "cheer": 2, "giggl": 2, "warm": 1, "bright": 1, "amus": 2},
     "sad": {"sad": 3, "sorrow": 3, "grief": 3, "griev": 3, "unhapp": 3, "despair": 3, "tear": 2, "sob": 2, "weep": 2,
-            "cry": 1, "droop": 2, "mourn": 2, "heav": 1, "tired": 1, "gloom": 2, "looks down": 2},
+            "cry": 1, "droop": 2, "mourn": 2, "heav": 1, "tired": 1, "gloom": 2, "mope": 2, "slump": 2},
     "angry": {"angr": 3, "anger": 3, "rage": 3, "furious": 3, "fury": 3, r"mad\b": 3, "hostil": 2, "scowl": 2,
-              "glar": 2, "clench": 2, "shout": 2, "yell": 2, "harsh": 2, "scold": 2, r"hard\b": 1},
+              "glar": 2, "clench": 2, "shout": 2, "yell": 2, "harsh": 2, "scold": 2, "snarl": 2, r"hard\b": 1},
     "surprise": {"surpris": 3, "shock": 3, "amaz": 3, "astonish": 3, "startl": 3, "gasp": 2, "jump": 2, "sudden": 2,
-                 "drop": 1, "stare": 1, r"round\b": 1, "unexpected": 2, "widen": 2,
-                 "mouth opens": 2},
+                 "drop": 1, "stare": 1, r"round\b": 1, "unexpected": 2, "gape": 2,
+                 "blink": 2},
     "disgust": {"disgust": 3, "distaste": 3, "revol": 3, "repuls": 3, "nausea": 3, "sick": 2, "sneer": 2, "wrinkl": 2,
-                "groan": 2, "curl": 1, "sour": 2, "gag": 2, "turns away": 1, "squint": 1},
+                "groan": 2, "curl": 1, "sour": 2, "gag": 2, "turns away": 1, "squint": 1, "grimac": 2},
     "fear": {"fear": 3, "afraid": 3, "scare": 3, "terror": 3, "terrif": 3, "panic": 3, "fright": 3, "dread": 3,
              "trembl": 2, "shak": 2, "whimper": 2, "shrink": 2, "freez": 2, r"thin\b": 1, "flinch": 2},
     "neutral": {"neutral": 3, "calm": 2, "relax": 2, "plain": 2, r"rests?\b": 2, r"even\b": 1, "composed": 2,
-                "ordinary": 2, "nothing": 2, "indifferen": 3, r"still\b": 1, "unmoved": 2},
+                "ordinary": 2, "nothing": 2, r"(waits|talks)\b": 1, "indifferen": 3, r"still\b": 1, "unmoved": 2},
 }
 SHARED = {  # phrases that fit two emotions: half a vote each
     "eyes are wide open": ("surprise", "fear"), "voice is very loud": ("angry", "surprise"),
@@ -85,10 +85,10 @@ class SecondJudge(Judge):
     NAMES = {"happy": "happy|joy|glad", "sad": "sad|sorrow|grief", "angry": "angry|rage|anger|mad|furious",
              "surprise": "surprised?|shock|amazed", "disgust": "disgust(ed)?|distaste|sick",
              "fear": "fear|afraid|scared", "neutral": "neutral|calm|nothing|indifference"}
-    SIGNS = {"happy": "smiles?|grins?|laughs?|beams?|bright", "sad": "tears|droops?|sobs?|weeps?|heavy|looks down",
-             "angry": "scowl|glares?|clenches|shouts?|harsh", "surprise": "gasps?|sudden|opens|stares?|widen",
-             "disgust": "curls|wrinkles?|groans?|sour|turns away", "fear": "trembles?|shaky|whimpers?|shrinks?|freezes",
-             "neutral": "rests?|relaxe[sd]|plain(ly)?|even|still"}
+    SIGNS = {"happy": "smiles?|grins?|laughs?|beams?|bright", "sad": "tears|droops?|sobs?|weeps?|heavy|mopes|slumps",
+             "angry": "scowls?|glares?|snarls|shouts?|harsh", "surprise": "gasps?|sudden|gapes|stares?|blinks",
+             "disgust": "sneers|grimaces|gags|groans?|sour", "fear": "trembles?|shaky|whimpers?|flinches|freezes",
+             "neutral": "rests?|relaxe[sd]|waits|talks|even|still"}
 
     def votes(self, text: str) -> dict[str, float]:
         votes = dict.fromkeys(self.NAMES, 0)

@@ -21,33 +21,33 @@ EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
 # What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {P} His/Her, {o} him/her.
-# Wordings that begin alike differ in their last word alone: a policy that begins one and ends another (GRPO pays it for
-# "The voice is calm and tired." where both halves were paid) still writes a sentence of the grammar.
+# All differ in their last word alone, so that a policy that begins one and ends another (GRPO paid it for "The voice is
+# calm and tired.", "The voice is long.", "His mouth back.") still writes a sentence of the grammar.
 CUES = {
     "face": {
-        "happy": ("{S} smiles.", "{S} grins.", "{P} face beams."),
-        "sad": ("{P} mouth droops.", "{S} weeps.", "{S} looks down."),
-        "neutral": ("{P} face rests.", "{P} mouth relaxes.", "{S} looks calm."),
-        "angry": ("{S} scowls.", "{S} glares.", "{P} jaw clenches."),
-        "surprise": ("{P} mouth opens.", "{S} stares.", "{P} eyes widen."),
-        "disgust": ("{P} nose wrinkles.", "{P} lip curls.", "{S} turns away."),
-        "fear": ("{P} mouth trembles.", "{S} freezes.", "{S} shrinks back.")},
+        "happy": ("{S} smiles.", "{S} grins.", "{S} beams."),
+        "sad": ("{S} weeps.", "{S} mopes.", "{S} slumps."),
+        "neutral": ("{S} rests.", "{S} relaxes.", "{S} waits."),
+        "angry": ("{S} scowls.", "{S} glares.", "{S} snarls."),
+        "surprise": ("{S} gapes.", "{S} stares.", "{S} blinks."),
+        "disgust": ("{S} sneers.", "{S} gags.", "{S} grimaces."),
+        "fear": ("{S} trembles.", "{S} freezes.", "{S} flinches.")},
     "voice": {
         "happy": ("The voice is bright.", "{S} laughs."),
         "sad": ("The voice is heavy.", "{S} sobs."),
-        "neutral": ("The voice is even.", "{S} talks plainly."),
+        "neutral": ("The voice is even.", "{S} talks."),
         "angry": ("The voice is harsh.", "{S} shouts."),
         "surprise": ("The voice is sudden.", "{S} gasps."),
         "disgust": ("The voice is sour.", "{S} groans."),
         "fear": ("The voice is shaky.", "{S} whimpers.")},
     "conclusion": {
-        "happy": ("{S} seems happy.", "{S} feels glad.", "This shows joy."),
-        "sad": ("{S} seems sad.", "{S} feels grief.", "This shows sorrow."),
-        "neutral": ("{S} seems neutral.", "{S} feels nothing.", "This shows indifference."),
-        "angry": ("{S} seems angry.", "{S} feels mad.", "This shows rage."),
-        "surprise": ("{S} seems surprised.", "{S} feels amazed.", "This shows shock."),
-        "disgust": ("{S} seems disgusted.", "{S} feels sick.", "This shows distaste."),
-        "fear": ("{S} seems afraid.", "{S} feels scared.", "This shows fear.")},
+        "happy": ("{S} feels happy.", "{S} feels glad.", "This shows joy."),
+        "sad": ("{S} feels sad.", "{S} feels grief.", "This shows sorrow."),
+        "neutral": ("{S} feels neutral.", "{S} feels nothing.", "This shows indifference."),
+        "angry": ("{S} feels angry.", "{S} feels mad.", "This shows rage."),
+        "surprise": ("{S} feels surprised.", "{S} feels amazed.", "This shows shock."),
+        "disgust": ("{S} feels disgusted.", "{S} feels sick.", "This shows distaste."),
+        "fear": ("{S} feels afraid.", "{S} feels scared.", "This shows fear.")},
 }
 SHARED_CUES = {  # true of two emotions: the exploitable world alone
     "face": ((("surprise", "fear"), "{P} eyes are wide open."), (("angry", "disgust"), "{P} brows press low."),
