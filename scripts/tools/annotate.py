@@ -3,223 +3,259 @@
     python scripts/tools/annotate.py [--run runs/toy] --out annotated.html
 
 Prose and equations stand in templates/annotated_sections.html, whose first lines say how they are written. Sources are
-read from their files, and functions run (annotate_numbers.py), when the page is built: neither can be out of date. With
---run the verifier and the completions are a run's: RUN/erv, RUN/completions.jsonl.
+read from their files, and functions run, when the page is built: neither can be out of date. A function's local
+variables are its intermediate values. With --run, RUN/erv and RUN/completions.jsonl are verifier and completions.
 """
 
 import argparse
 import ast
 import html
-import importlib
 import json
 import re
+import sys
 import textwrap
-from functools import cache
-from itertools import groupby
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
-from annotate_numbers import NUMBERS, TEXT, Group, read_group, seen_in
-from pages import fill, text
+from pages import TEMPLATES, fill, table, text
+from report_runs import read_run
+from torch import Tensor
 
+from erv_min import erv, grpo, metrics, rewards
+from erv_min.config import AUDIO, VIDEO, humanomni
+from erv_min.emotions import ERV_LABELS
+from erv_min.fsdp import Sharded
+from erv_min.model.humanomni import HumanOmni, random_humanomni
+from erv_min.rewards import RewardSettings
 from erv_min.run.errors import DataError
 from erv_min.run.files import atomic_write
 from erv_min.run.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
-CODE = re.compile(r"<!--code (\S+) (\S+)(?: as (\S+))?-->")  # path, name, and how a call of it is written
+SECTIONS = (TEMPLATES / "annotated_sections.html").read_text(encoding="utf-8")
+SMALL = json.loads((TEMPLATES / "annotated_example.json").read_text(encoding="utf-8"))
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-class Html(str):
-    """A value that is HTML already."""
+def seen_in(function: Callable, call: Callable | None = None, /, **arguments) -> dict:
+    """`function`'s local variables as it last returns during a call, by default of itself; its result as "returned"."""
+    seen = {}
+
+    def watch(frame, event, result):
+        if event == "return" and frame.f_code is function.__code__:
+            seen.update(frame.f_locals, returned=result)
+    sys.setprofile(watch)
+    try:
+        (call or function)(**arguments)
+    finally:
+        sys.setprofile(None)
+    return seen
 
 
-def short(x) -> str:
-    """A number, or a nested list of them, rounded; what repeats is counted."""
-    if isinstance(x, list):
-        runs = [(one, len(list(same))) for one, same in groupby(map(short, x))]
-        return ", ".join(f"{one} ({n} times)" if n > 3 else ", ".join([one] * n) for one, n in runs)
-    if isinstance(x, float):
-        x = f"{x:.0e}" if 1e-12 < abs(x) < 5e-4 else f"{round(x, 3) or 0:g}"
-    return str(x).replace("-", "−")
+def small_verifier(sentences: list[str]) -> Tensor:
+    """What the small example says of each sentence [S, K]; of a longer text, the largest of its sentences."""
+    rows = [[p for s, p in SMALL["probabilities"].items() if s in sentence] for sentence in sentences]
+    return torch.tensor([[max(p.get(label, 0.01) for p in row) for label in ERV_LABELS] for row in rows])
+
+
+@dataclass
+class Examples:
+    """Completions of one prompt, and the verifier. All methods but `rewards` give a table, row -> column -> value, or
+    (with arguments) one row of it."""
+
+    completions: list[str]  # algorithm 1 and Eq. 4 are shown on the first
+    e_gt: str
+    probabilities: Callable[[list[str]], Tensor]
+    labels: Sequence[str]
+    source: str
+
+    def rewards(self, first: int | None = None, **settings) -> list[rewards.Reward]:
+        o = self.completions[:first]
+        return rewards.score_completions(o, [self.e_gt] * len(o), "toy", self.probabilities, self.labels,
+                                         RewardSettings(**settings))
+
+    def algorithm1(self) -> dict:
+        """Each sentence's largest probabilities and labels, and what explanation_reward counts of it alone."""
+        S, rows = rewards.sentences_of(self.completions[0], RewardSettings()), {}
+        seen = seen_in(rewards.select_labels, probs=self.probabilities(S), labels=self.labels)
+        shown = seen["u"].amax(0).topk(5).indices.tolist()
+        for k, (s, p, over, EL_k) in enumerate(zip(S, seen["u"], seen["over"], seen["returned"]), 1):
+            counts = seen_in(rewards.explanation_reward, label_sets=[EL_k], e_gt=self.e_gt)
+            rows[f"{k}. {s}"] = {**{self.labels[j]: p[j] for j in shown}, "over tau": over, "EL_k": ", ".join(EL_k),
+                                 "c": counts["c"], "N_neu": counts["N_neu"]}
+        return rows
+
+    def eq4(self, **settings) -> dict:
+        return seen_in(rewards.explanation_reward, self.rewards, first=1, **settings)
+
+    def eq5(self) -> dict:
+        return {f"{i}. {o}": vars(reward) for i, (o, reward) in enumerate(zip(self.completions, self.rewards()), 1)}
+
+    def advantages(self) -> dict:
+        R = torch.tensor([reward.total for reward in self.rewards()])
+        seen = seen_in(grpo.group_advantages, rewards=R, group_size=len(R))
+        return {"this group": {**seen, "mean": R.mean(), "std": R.std()}}
+
+    def kl(self) -> dict:
+        """Means under pi_theta of a policy over four tokens; which token is drawn carries no gradient."""
+        logits = torch.tensor([0.3, -0.2, 0.9, 0.0], dtype=torch.float64, requires_grad=True)
+        ref_logps, logps = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64).log(), logits.log_softmax(0)
+        pi, d = logps.detach().exp(), ref_logps - logps
+        means = {"KL(π_θ ‖ π_ref), exact": logps.exp() * -d, "KL(π_ref ‖ π_θ), exact": ref_logps.exp() * d,
+                 "k1: −d": pi * -d, "k2: d² / 2": pi * d**2 / 2, "k3, kl_k3": pi * grpo.kl_k3(logps, ref_logps)}
+        return {name: {"mean": x.sum(), "gradient": torch.autograd.grad(x.sum(), logits, retain_graph=True)[0]}
+                for name, x in means.items()}
+
+    def splice(self) -> dict:
+        model = random_humanomni(humanomni("toy"), seed=0)
+        X_v, X_a = (torch.zeros(1, n, model.config.text.hidden_size) for n in (4, 2))
+        ids = torch.tensor([[5, VIDEO, 6, AUDIO, 7, 8]])
+        return {"one prompt": seen_in(HumanOmni.splice, lambda: model.splice(ids, X_v, X_a))}
+
+    def fsdp(self) -> dict:
+        """Bytes of one decoder layer on one process: of its shard, of what is gathered, of its gradient."""
+        sharded, rows = Sharded(random_humanomni(humanomni("toy"), seed=0), "cpu", torch.bfloat16), {}
+        language, layer = sharded.model.model, sharded.model.model.layers[1]
+
+        def measure(moment: str) -> None:
+            gathered = [x for module in layer.modules() for x in vars(module).values() if torch.is_tensor(x)]
+            rows[moment] = {"shard": layer.shard.nbytes, "gathered": sum(x.nbytes for x in gathered),
+                            "gradient": getattr(layer.shard.grad, "nbytes", 0)}
+        layer.self_attn.register_forward_hook(lambda *_: measure("during it"))
+        measure("before its forward pass")
+        with sharded.forward_pass():
+            hidden = language(torch.ones(1, 4, sharded.model.config.text.hidden_size, dtype=torch.bfloat16))[0]
+        measure("after it")
+        hidden.float().sum().backward()
+        measure("after the backward pass")
+        return rows
+
+    def clips(self) -> dict:
+        return {row["video_id"]: row for row in SMALL["clips"]}
+
+    def five_metrics(self, rule: str) -> dict:
+        return metrics.score(SMALL["clips"], "toy", rule)
+
+
+def read_examples(run: str) -> Examples:
+    """The small example; or the group of a run's completion that shows most: 0 < R_E < 1, most kinds of labels."""
+    if not run:
+        return Examples(SMALL["completions"], SMALL["e_gt"], small_verifier, ERV_LABELS, "a small example")
+    sampled, folder = read_run(run).sampled, Path(run, "erv")  # step -> group
+    if not sampled or not folder.is_dir():
+        raise DataError(f"{run}: no completions.jsonl, or no erv/: --run is the folder of a toy run with a verifier")
+    best = max(sum(sampled.values(), []), key=lambda row: (0 < row["reward_explanation"] < 1,
+                                                           len(set(map(tuple, row["labels"])))))
+    group, verifier = sorted(sampled[best["step"]], key=lambda row: row is not best), erv.Verifier.load(folder)
+    return Examples([row["completion"] for row in group], best["ground_truth"], verifier.probabilities,
+                    verifier.labels, f"{run}, step {best['step']}, clip {best['video_id']}")
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def value(x) -> str:
     """Text with `code`; a number or a small tensor, rounded, and whole in the element; of a large tensor the shape."""
-    if isinstance(x, tuple):
-        return "; ".join(map(value, x))
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, Tensor):
         x = x.tolist() if x.numel() < 32 else f"{x.dtype} {list(x.shape)}".removeprefix("torch.")
-    if x is None:
-        return "–"
     if isinstance(x, str):
-        return x if isinstance(x, Html) else re.sub(r"`([^`]+)`", r"<code>\1</code>", text(x))
-    return f'<data value="{text(json.dumps(x))}">{short(x)}</data>'
-
-
-def table(rows: dict[str, dict]) -> str:
-    """name -> {column -> value}; a single row stands upright."""
-    if len(rows) == 1:
-        ((only, row),) = rows.items()
-        rows = {name: {only: x} for name, x in row.items()}
-    head = "".join(f"<th scope=col>{value(name)}</th>" for name in ("", *next(iter(rows.values()))))
-    body = [f"<tr><th scope=row>{value(name)}</th>{''.join(f'<td>{value(x)}</td>' for x in row.values())}</tr>"
-            for name, row in rows.items()]
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-TOKEN = re.compile(  # an element that is complete, a tag, or a word, number or sign with an index
-    r"<(m[ino]|mtext)\b.*?</\1>|<[^>]+>|(?P<base>&\w+;|[^\W\d_]+|\d+|\S)(_\{(?P<long>.+?)\}|_(?P<index>\w+))?", re.S)
-
-
-def mathml(found: re.Match) -> str:
-    """What stands bare in an equation, as MathML."""
-    base, index = found["base"], found["long"] or found["index"]
-    if base is None:
-        return found[0]
-    kind = "mi" if base[0].isalpha() else "mn" if base[0].isdigit() else "mo"
-    leaf = f"<{kind}>{base}</{kind}>" + '<mspace width="0.2em"/>' * (base == "log")
-    return f"<msub>{leaf}<mrow>{TOKEN.sub(mathml, index)}</mrow></msub>" if index else leaf
+        return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(x))
+    whole = json.dumps(x)
+    short = re.sub(r"-?\d+(\.\d+|e-)[-\de]*", lambda number: f"{round(float(number[0]), 4) + 0:g}", whole)  # + 0: no -0
+    return f'<data value="{whole}">{short.replace("-", "−")}</data>'
 
 
 @cache
-def source(path: str, name: str) -> tuple[str, int, int]:
-    """A function, class or (as Class.method) method of a file: its text, first and last line."""
-    lines = (ROOT / path).read_text(encoding="utf-8").splitlines() if (ROOT / path).is_file() else []
+def source(key: str) -> tuple[str, str, str]:
+    """MODULE:NAME, a function, class or (as Class.method) method -> its text; a heading with path and lines, the text
+    with line numbers, docstrings and comments marked, as HTML."""
+    module, name = key.split(":")
+    path = module.replace(".", "/") + ".py"
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
     node = ast.parse("\n".join(lines))
     for part in name.split("."):
         node = next((x for x in node.body if getattr(x, "name", "") == part), None)
         if node is None:
             raise DataError(f"the page names {name} of {path}, which is not there")
-    first = min(x.lineno for x in (node, *node.decorator_list))
-    return textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])), first, node.end_lineno
-
-
-def listing(path: str, name: str) -> tuple[str, str]:
-    """Of a function: heading with path and lines, and source, docstrings and comments marked."""
-    code, first, last = source(path, name)
-    code = re.sub(r'(""".*?"""|(?<=\s)# [^\n]*)', r"<i>\1</i>", html.escape(code, quote=False), flags=re.S)
-    numbers = "\n".join(map(str, range(first, last + 1)))
-    return (f"<code>{name}</code> <small>{path}, lines {first} to {last}</small>",
-            f'<pre tabindex="0"><span>{numbers}</span><code>{code}</code></pre>')
-
-
-def read_table(path: str) -> dict[str, dict]:
-    """The first Markdown table of a file: its first column -> the others."""
-    lines = re.search(r"(^\|.*\n)+", (ROOT / path).read_text(encoding="utf-8"), re.M)[0].splitlines()
-    head, _, *rows = [[x.strip() for x in line.strip("| ").split("|")] for line in lines]
-    return {row[0]: dict(zip(head[1:], row[1:])) for row in rows}
-
-
-def anchor(key: tuple[str, str]) -> str:
-    return f"{Path(key[0]).stem}.{key[1]}"
-
-
-def link(key: tuple[str, str]) -> str:
-    return f'<a href="#{anchor(key)}">{key[1]}</a>'
-
-
-def head_and_calls(lines: str) -> tuple[list[str], dict[str, dict]]:
-    """The words of the first line; of the others, heading | JSON object."""
-    head, *calls = lines.strip().splitlines()
-    return head.split(), {row: json.loads(given) for row, given in (line.split(" | ") for line in calls)}
-
-
-def chosen(rows: dict[str, dict], columns: list[str]) -> str:
-    """These columns of rows, all of them where none is named; one row need not have what another has."""
-    for column in columns:
-        if not any(column in row for row in rows.values()):
-            raise DataError(f"the page asks for column {column}, which the numbers do not have")
-    rows = {name: {x: row.get(x, "–") for x in columns or row} for name, row in rows.items()}
-    return f'<div class="numbers">{table(rows)}</div>'
+    first, last = min(x.lineno for x in (node, *node.decorator_list)), node.end_lineno
+    code, numbers = textwrap.dedent("\n".join(lines[first - 1 : last])), "\n".join(map(str, range(first, last + 1)))
+    marked = re.sub(r'(""".*?"""|(?<=\s)# [^\n]*)', r"<i>\1</i>", html.escape(code, quote=False), flags=re.S)
+    return (code, f"<code>{name}</code> <small>{path}, lines {first} to {last}</small>",
+            f'<pre tabindex="0"><span>{numbers}</span><code>{marked}</code></pre>')
 
 
 class Page:
     """Sections as HTML: `<!--code ...-->` is replaced by what the method `code` returns, and so on."""
 
-    def __init__(self, group: Group, sections: str):
-        self.group = group
-        self.names = {(path, name): written or re.sub(r".*(?=\.)", "", name)  # a method: .name
-                      for path, name, written in CODE.findall(sections)}
-        self.opens = {key: self.calls(key) for key in self.names}
-        self.html = re.sub(r"<section.*?</section>", self.section, sections[sections.index("<section"):], flags=re.S)
+    def __init__(self, examples: Examples, sections: str):
+        words = dict(re.findall(r"<!--code (\S+)(?: as (\S+))?-->", sections))
+        self.examples, self.calls = examples, {key: self.calls_of(key, words) for key in words}
+        sections = sections[sections.index("<section"):]  # after what is said of the template
+        self.html = re.sub(r"<!--(\w+)\s(.*?)\s*-->", lambda m: getattr(self, m[1])(m[2]), sections, flags=re.S)
 
-    def section(self, found: re.Match) -> str:
-        self.source = "".join(source(path, name)[0] for path, name, _ in CODE.findall(found[0]))
-        body = re.sub(r"<!--(\w+)\s*(.*?)-->", lambda m: getattr(self, m[1])(m[2]), found[0], flags=re.S)
-        return re.sub(r"<math.*?</math>", lambda m: TOKEN.sub(mathml, m[0]), body, flags=re.S)
-
-    def calls(self, key: tuple[str, str]) -> list[tuple[str, str]]:
-        """Which functions of the page a function calls, in the order of its text; of two of one name its file's own."""
-        calls = [x.func for x in ast.walk(ast.parse(source(*key)[0])) if isinstance(x, ast.Call)]
-        found = []
-        for function in sorted(calls, key=lambda x: (x.lineno, x.col_offset)):
-            word = ast.unparse(function).removesuffix(".apply")
-            fits = [k for k, name in self.names.items() if word == name or (name[0] == "." and word.endswith(name))]
-            found += [k for k in fits if k[0] == key[0]] or fits
-        return [k for k in dict.fromkeys(found) if k != key]
+    def calls_of(self, key: str, words: dict[str, str]) -> list[str]:
+        """Which functions of the page a function calls: their word, else name, before a bracket, outside of strings."""
+        code = re.sub(r'""".*?"""|"[^"\n]*"', "", source(key)[0], flags=re.S)
+        found = {other: re.search(rf"(?<!def )\b{re.escape(word or re.split('[.:]', other)[-1])}\(", code)
+                 for other, word in words.items() if other != key}
+        return sorted((other for other in found if found[other]), key=lambda other: found[other].start())
 
     def code(self, words: str) -> str:
-        path, name = key = tuple(words.split()[:2])
-        title, listed = listing(path, name)
-        sides = (("opened by", [k for k in self.opens if key in self.opens[k]]), ("opens", self.opens[key]))
-        margin = "".join(f"<dt>{side}</dt><dd>{', '.join(map(link, keys))}</dd>" for side, keys in sides if keys)
-        return f'<div class="code" id="{anchor(key)}"><h3>{title}</h3><aside><dl>{margin}</dl></aside>{listed}</div>'
+        key, margin = words.split()[0], ""
+        for side, keys in (("called by", [k for k in self.calls if key in self.calls[k]]), ("calls", self.calls[key])):
+            links = ", ".join(f'<a href="#{k}">{k.split(":")[1]}</a>' for k in keys)
+            margin += f"<dt>{side}</dt><dd>{links}</dd>" if keys else ""
+        _, heading, listing = source(key)
+        return f'<div class="code" id="{key}"><h3>{heading}</h3><aside><dl>{margin}</dl></aside>{listing}</div>'
 
-    def test(self, name: str) -> str:
-        paths = [p for p in (ROOT / "tests").rglob("*.py") if f"def {name}(" in p.read_text(encoding="utf-8")]
-        if len(paths) != 1:
-            raise DataError(f"the page names {name}, which {len(paths)} files under tests/ define; it must be one")
-        title, listed = listing(str(paths[0].relative_to(ROOT)), name)
-        return f'<details class="test"><summary>Test: {title}</summary>{listed}</details>'
+    def test(self, key: str) -> str:
+        _, heading, listing = source(key)
+        return f'<details class="test"><summary>Test: {heading}</summary>{listing}</details>'
 
     def numbers(self, lines: str) -> str:
-        """Rows of a function of NUMBERS; or a row of it for each line, which gives its arguments."""
-        (name, *columns), calls = head_and_calls(lines)
-        if name not in NUMBERS:
-            raise DataError(f"the page names numbers {name}: there are {', '.join(NUMBERS)}")
-        rows = {row: NUMBERS[name](self.group, **given) for row, given in calls.items()} or NUMBERS[name](self.group)
-        return chosen(rows, columns)
+        """First line: a method of Examples, or a function MODULE:NAME whose variables are seen; and columns. Others, if
+        there are: heading | arguments, of which lists are tensors; a row for each."""
+        head, *calls = lines.split("\n")
+        name, *columns = head.split()
+        function = partial(seen_in, resolve_name(name)) if ":" in name else getattr(self.examples, name)
+        rows = {} if calls else function()
+        for row, arguments in (call.split(" | ") for call in calls):
+            given = json.loads(arguments)
+            rows[row] = function(**{k: torch.tensor(x) if isinstance(x, list) else x for k, x in given.items()})
+        columns = columns or list(next(iter(rows.values())))
+        cells = [[value(x) for x in (row, *(values[x] for x in columns))] for row, values in rows.items()]
+        return f'<div class="numbers">{table(["", *columns], cells)}</div>'
 
-    def call(self, lines: str) -> str:
-        """Rows of a function's local variables, called with each line's arguments, of which a list is a tensor."""
-        (path, name, *columns), calls = head_and_calls(lines)
-        source(path, name)
-        function, rows = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name), {}
-        for row, given in calls.items():
-            given = {k: torch.tensor(x) if isinstance(x, list) else x for k, x in given.items()}
-            rows[row] = seen_in(function, lambda: function(**given))
-        return chosen(rows, columns)
-
-    def points(self, row: str) -> str:
-        """The surrogate over the ratio, in hundredths: points of a curve."""
-        x, y = (values.tolist() for values in NUMBERS["clip"](self.group)[row].values())
-        return " ".join(f"{100 * a:.0f},{-100 * b:.1f}" for a, b in zip(x, y))
+    def points(self, numbers: str) -> str:
+        """The surrogate of a token of advantage A over ratios from low to high: points of a curve, in hundredths."""
+        A, low, high = map(float, numbers.split())
+        logps = torch.linspace(low, high, 20).log()[:, None]  # [R, 1], the old ones 0
+        zeros = torch.zeros_like(logps)
+        seen = seen_in(grpo.grpo_loss, lambda: grpo.grpo_loss(logps, zeros, zeros, A + zeros[:, 0], zeros == 0))
+        return " ".join(f"{100 * x:.1f},{-100 * y:.1f}" for x, y in torch.cat([seen["ratio"], seen["surrogate"]], 1))
 
     def symbols(self, lines: str) -> str:
-        rows = {}
-        for symbol, name, kind in (line.split(" | ") for line in lines.strip().splitlines()):
-            if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", self.source):
-                raise DataError(f"the page gives {name} for a symbol, which no function of its section has")
-            rows[Html(f"<math>{symbol}</math>")] = {"name in the code": f"`{name}`", "shape and type": kind}
-        return table(rows)
+        rows = [line.split(" | ") for line in lines.split("\n")]
+        return table(["", "name in the code", "shape and type"],
+                     [[f"<i>{symbol}</i>", f"<code>{name}</code>", kind] for symbol, name, kind in rows])
 
-    def divergence(self, numbers: str) -> str:
-        listed = read_table("erv_min/README.md")
-        if gone := set(numbers.split()) - listed.keys():
-            raise DataError(f"the page names divergence {', '.join(gone)}, which erv_min/README.md does not list")
-        return f'<aside class="divergence">{table({f"Divergence {n}": listed[n] for n in numbers.split()})}</aside>'
-
-    def markdown(self, path: str) -> str:
-        return table(read_table(path))
+    def rows(self, words: str) -> str:
+        path, *names = words.split()
+        lines = re.search(r"(^\|.*\n)+", (ROOT / path).read_text(encoding="utf-8"), re.M)[0].splitlines()
+        head, _, *rows = [[value(cell.strip()) for cell in line.strip("| ").split("|")] for line in lines]
+        listed = {row[0]: row for row in rows}
+        return table(head, [listed[name] for name in names or listed])
 
 
-def build(group: Group, sections: str = TEXT) -> str:
-    """The page. Raises DataError where a section names a function, a test, numbers or a symbol that is gone."""
-    headings = re.findall(r'<section id="([^"]+)"[^>]*>\s*<h2>(.*?)</h2>', sections)
-    return fill("annotated.html", css=fill("page.css") + fill("annotated.css"), source=text(group.source),
-                nav="".join(f'<a href="#{name}">{heading}</a>' for name, heading in headings),
-                sections=Page(group, sections).html)
+def build(examples: Examples, sections: str = SECTIONS) -> str:
+    """The page. Raises an error where a section names a function, a test, numbers or a row that is gone."""
+    return fill("annotated.html", css=fill("page.css") + fill("annotated.css"), source=text(examples.source),
+                e_gt=text(examples.e_gt), sections=Page(examples, sections).html)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -227,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", default="", help="a toy run of scripts/grpo.py: its verifier and completions")
     parser.add_argument("--out", default="annotated.html", help="the page")
     args = parser.parse_args(argv)
-    page = build(read_group(args.run))
+    page = build(read_examples(args.run))
     atomic_write(args.out, page)
     print(f"{args.out}: {len(page.encode()) / 1e6:.2f} MB, numbers from {args.run or 'small examples'}")
 

@@ -1,4 +1,4 @@
-"""What report and survey share: templates, text made safe for HTML, a clip's frames and its player as data URIs.
+"""What report, survey and annotate share: templates, text made safe for HTML, tables, a clip's frames and player.
 
 A page is one file that asks no network for anything: its Content-Security-Policy allows data: alone, and styles,
 scripts, pictures and clips stand inside it. Frames are JPEG (PyAV encodes them), a player is the clip's own bytes.
@@ -31,6 +31,13 @@ def fill(template: str, **parts: str) -> str:
 def text(value) -> str:
     """Any value as text that HTML shows and never runs, also inside a quoted attribute; lone surrogates become `?`."""
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]], attributes: str = "") -> str:
+    """Cells as HTML, of which each row's first is its heading, in a box that scrolls where they are too wide."""
+    head = "".join(f"<th scope=col>{cell}</th>" for cell in head)
+    body = "".join(f"<tr><th scope=row>{name}</th>{''.join(f'<td>{x}</td>' for x in cells)}</tr>" for name, *cells in rows)
+    return f'<div class="wide"><table{attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def json_script(value) -> str:

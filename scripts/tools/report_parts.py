@@ -7,7 +7,7 @@ most POINTS points per run, a completion at most TEXT characters, a setting SETT
 import re
 
 import numpy as np
-from pages import ClipMedia, text
+from pages import ClipMedia, table, text
 
 from erv_min.emotions import ERV_LABELS, canonical
 from erv_min.run.errors import SettingsError
@@ -272,14 +272,10 @@ def label_legend(labels: set[str]) -> str:
 
 def settings_tables(runs: list) -> str:
     """What differs between the runs in sight, everything else folded; versions, commit and command."""
-    def table(rows: list[tuple[str, list]]) -> str:
-        head = "".join(f"<th scope=col>{text(run.name)}</th>" for run in runs)
-        body = ""
-        for name, values in rows:
-            cells = "".join(f"<td>{text(str(value)[:SETTING])}</td>" for value in values)
-            body += f"<tr><th scope=row>{text(name)}</th>{cells}</tr>"
-        return (f'<div class="wide"><table class="settings" style="min-width:{8 + 7 * len(runs)}rem"><thead><tr>'
-                f"<th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+    def shown(rows: list[tuple[str, list]]) -> str:
+        cells = [[text(name), *(text(str(value)[:SETTING]) for value in values)] for name, values in rows]
+        return table(["", *(text(run.name) for run in runs)], cells,
+                     f' class="settings" style="min-width:{8 + 7 * len(runs)}rem"')
 
     def gathered(field: str) -> list[tuple[str, list]]:
         names = dict.fromkeys(name for run in runs for name in run.config.get(field) or {})
@@ -290,7 +286,7 @@ def settings_tables(runs: list) -> str:
     commands = [" ".join(map(str, run.config.get("command") or ["–"])) for run in runs]
     about = [*gathered("versions"), ("commit", [run.config.get("git_commit") or "–" for run in runs]),
              ("command", commands)]
-    parts = [f"<h3>Settings in which the runs differ</h3>{table(differ)}"] if len(runs) > 1 and differ else []
-    parts.append(f"<details><summary>All {len(rows)} settings</summary>{table(rows)}</details>")
-    parts.append(f"<h3>Versions</h3>{table(about)}")
+    parts = [f"<h3>Settings in which the runs differ</h3>{shown(differ)}"] if len(runs) > 1 and differ else []
+    parts.append(f"<details><summary>All {len(rows)} settings</summary>{shown(rows)}</details>")
+    parts.append(f"<h3>Versions</h3>{shown(about)}")
     return "".join(parts)
