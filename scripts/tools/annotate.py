@@ -36,10 +36,8 @@ from erv_min.run.files import atomic_write
 from erv_min.run.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = (TEMPLATES / "annotated_sections.html").read_text(encoding="utf-8")
+SECTIONS = (TEMPLATES / "annotated_sections.html").read_text(encoding="utf-8").partition("-->")[2]  # behind its head
 SMALL = json.loads((TEMPLATES / "annotated_example.json").read_text(encoding="utf-8"))
-
-# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def seen_in(function: Callable, call: Callable | None = None, /, **arguments) -> dict:
@@ -123,9 +121,9 @@ class Examples:
         language, layer = sharded.model.model, sharded.model.model.layers[1]
 
         def measure(moment: str) -> None:
-            gathered = [x for module in layer.modules() for x in vars(module).values() if torch.is_tensor(x)]
-            rows[moment] = {"shard": layer.shard.nbytes, "gathered": sum(x.nbytes for x in gathered),
-                            "gradient": getattr(layer.shard.grad, "nbytes", 0)}
+            views = [x for module in layer.modules() for x in vars(module).values() if torch.is_tensor(x)]
+            rows[moment] = {"shard": layer.shard.nbytes, "gradient": getattr(layer.shard.grad, "nbytes", 0),
+                            "gathered": max((x.untyped_storage().nbytes() for x in views), default=0)}
         layer.self_attn.register_forward_hook(lambda *_: measure("during it"))
         measure("before its forward pass")
         with sharded.forward_pass():
@@ -154,9 +152,6 @@ def read_examples(run: str) -> Examples:
     group, verifier = sorted(sampled[best["step"]], key=lambda row: row is not best), erv.Verifier.load(folder)
     return Examples([row["completion"] for row in group], best["ground_truth"], verifier.probabilities,
                     verifier.labels, f"{run}, step {best['step']}, clip {best['video_id']}")
-
-
-# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def value(x) -> str:
@@ -195,7 +190,6 @@ class Page:
     def __init__(self, examples: Examples, sections: str):
         words = dict(re.findall(r"<!--code (\S+)(?: as (\S+))?-->", sections))
         self.examples, self.calls = examples, {key: self.calls_of(key, words) for key in words}
-        sections = sections[sections.index("<section"):]  # after what is said of the template
         self.html = re.sub(r"<!--(\w+)\s(.*?)\s*-->", lambda m: getattr(self, m[1])(m[2]), sections, flags=re.S)
 
     def calls_of(self, key: str, words: dict[str, str]) -> list[str]:

@@ -36,7 +36,7 @@ def text(value) -> str:
 def table(head: list[str], rows: list[list[str]], attributes: str = "") -> str:
     """Cells as HTML, of which each row's first is its heading, in a box that scrolls where they are too wide."""
     head = "".join(f"<th scope=col>{cell}</th>" for cell in head)
-    body = "".join(f"<tr><th scope=row>{name}</th>{''.join(f'<td>{x}</td>' for x in cells)}</tr>" for name, *cells in rows)
+    body = "".join(f"<tr><th scope=row>{row[0]}</th>{''.join(f'<td>{x}</td>' for x in row[1:])}</tr>" for row in rows)
     return f'<div class="wide"><table{attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
