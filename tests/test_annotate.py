@@ -86,7 +86,7 @@ def test_a_section_that_names_what_is_gone_is_an_error(examples, was, becomes, m
         annotate.Page(examples, section.replace(was, becomes))
 
 
-def test_source_is_the_files_and_margins_say_who_opens_whom(page):
+def test_source_is_the_files_and_margins_say_who_calls_whom(page):
     for path, name in (("erv_min/rewards.py", "explanation_reward"), ("erv_min/fsdp.py", "Sharded._attached")):
         head = rf'id="[\w.]+:{re.escape(name)}">.*?lines (\d+) to (\d+)<'
         block = re.search(rf"{head}.*?<pre[^>]*><span>.*?</span>(.*?)</pre>", page, re.S)
