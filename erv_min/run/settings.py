@@ -186,7 +186,7 @@ PRESETS = {
         "paper-7b": dict(_BIG, epochs=10, batch_size=32, lr=2e-5),
     },
     "grpo": {
-        "toy": dict(_TOY, steps=120, epochs=2, batch_size=32, micro_batch=16, lr=6e-4, schedule="linear", warmup=0.15,
+        "toy": dict(_TOY, steps=120, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.15,
                     group_size=8, max_new_tokens=72),
         "paper-0.5b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
         "paper-7b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
