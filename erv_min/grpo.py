@@ -8,8 +8,10 @@ Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A s
 5. mu times: log pi_theta, descend `grpo_loss`, the clipped surrogate plus beta * k3.
 
 With mu = 1 the ratio is 1 and nothing is clipped: the gradient is then exactly the released one (divergence 6).
+The defaults are the paper's and the release's; named variants (`Objective`) differ from them in a line or three each.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,22 +20,61 @@ from torch import Tensor
 from erv_min.logps import Completions
 from erv_min.rewards import Reward
 from erv_min.run.errors import SettingsError
+from erv_min.run.options import setting
 
 
-def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+@dataclass
+class Objective:
+    """Eq. 3's terms. Defaults: the paper's, and the release's where it says nothing; the other names are the field's."""
+
+    beta: float = setting(0.04, "weight of the KL term (Eq. 3)", least=0)
+    epsilon: float = setting(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
+    mu: int = setting(1, "updates per batch of completions (divergence 6)", least=1)
+    advantages: str = setting("grpo", "grpo: (R - mean) / std in the group; dr-grpo: without the division; gdpo: each "
+                                      "part of R divided by its own std, then summed", ("grpo", "dr-grpo", "gdpo"))
+    loss_type: str = setting("grpo", "grpo: mean over a completion's tokens, then over completions; dapo: over all "
+                                     "tokens of the batch; dr-grpo: sum over tokens / --max-new-tokens",
+                             ("grpo", "dapo", "dr-grpo"))
+    kl: str = setting("k3", "the KL term as a loss: k3 (release; divergence 21), or k2, which has KL's gradient",
+                      ("k3", "k2"))
+    mask_truncated: bool = setting(False, "completions cut at --max-new-tokens leave the loss (DAPO's filtering)")
+
+
+# ---- A_i -------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> Tensor:
     """A_i = (R_i - mean(R)) / (std(R) + 1e-4) within each group of `group_size`; float [B * G] -> [B * G].
 
     The standard deviation is the unbiased one, as released. A group of equal rewards, or of one, has advantage 0: that
     is tested as max = min, since the mean of G equal numbers (8/3, say) is not always that number in float32.
+    divide=False: R_i - mean(R), without the bias towards groups of little spread (Dr. GRPO, arXiv 2503.20783).
     """
     if rewards.numel() % group_size:
         raise SettingsError(f"{rewards.numel()} rewards do not divide into groups of {group_size}")
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     centred = centred.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0)
-    if group_size == 1:
+    if group_size == 1 or not divide:
         return centred.flatten()
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+
+
+def decoupled_advantages(parts: Tensor, weights: Tensor, group_size: int) -> Tensor:
+    """GDPO (arXiv 2601.05242): sum over Eq. 5's parts of weight * (part - mean) / (std + 1e-4); [B * G, n], [n] ->
+    [B * G]. Under Eq. 5's sum the parts (1, 0, 1) and (1, 1, 0) have one advantage; here the rarer success weighs more.
+
+    `over_batch` is its last step."""
+    return sum(w * group_advantages(part, group_size) for w, part in zip(weights, parts.T))
+
+
+def over_batch(A: Tensor, everyones: Tensor) -> Tensor:
+    """GDPO's last step: (A - mean) / (std + 1e-4) over the advantages of all processes, so that the number of parts
+    does not change the size of an update."""
+    return (A - everyones.mean()) / (everyones.std() + 1e-4)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -48,14 +89,34 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of each completion, then over completions: [R, T] -> scalar. An empty one counts 0."""
+def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Estimator k2: d^2 / 2 with d = ref_logps - logps. Its value is biased; its gradient on policy is that of Eq. 3's
+    KL(pi_theta || pi_ref) (arXiv 2510.01555; divergence 21)."""
+    return (ref_logps - logps) ** 2 / 2
+
+
+def masked_mean(values: Tensor, mask: Tensor, length: float | None = None) -> Tensor:
+    """Mean over the tokens of each completion, then over completions: [R, T] -> scalar. An empty one counts 0.
+
+    length: what each completion's sum is divided by in place of its own number of tokens (`loss_length`)."""
     mask = mask.to(values.dtype)
-    return ((values * mask).sum(1) / mask.sum(1).clamp_min(1)).mean()
+    return ((values * mask).sum(1) / (mask.sum(1).clamp_min(1) if length is None else length)).mean()
+
+
+def loss_length(loss_type: str, tokens: float, completions: int, max_new_tokens: int) -> float | None:
+    """What `masked_mean` divides by. "grpo": each completion by its own length, so that a long one's tokens weigh less.
+    "dapo" (arXiv 2503.14476): each token of the batch weighs the same; sum / tokens = mean over completions of
+    sum / (tokens / completions), both numbers over all processes and passes. "dr-grpo" (2503.20783): a constant."""
+    return {"grpo": None, "dapo": max(1.0, tokens) / completions, "dr-grpo": max_new_tokens}[loss_type]
+
+
+def ended(completions: Completions, eos_token_id: int) -> Tensor:
+    """Which completions met EOS before the limit: bool [R]."""
+    return (completions.ids.masked_fill(~completions.mask, -1) == eos_token_id).any(1)
 
 
 def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, mask: Tensor,
-              beta: float = 0.04, epsilon: float = 0.2) -> Tensor:
+              beta: float = 0.04, epsilon: float = 0.2, kl_term: str = "k3", length: float | None = None) -> Tensor:
     """The objective of Eq. 3, negated, for one batch of R = B * G completions; a scalar to descend.
 
         ratio = pi_theta(o_t) / pi_old(o_t)
@@ -69,8 +130,9 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
     log_ratio, gain = logps - old_logps.detach(), advantages[:, None]
     ratio = log_ratio.masked_fill((log_ratio > 80) & (gain > 0), 80.0).exp()  # clipped anyway; exp's gradient: 0 * inf
     surrogate = (ratio * gain).minimum(ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
-    kl = beta * kl_k3(logps, ref_logps.detach()) if beta else 0
-    return masked_mean(kl - surrogate, inside)
+    ref_logps = ref_logps.detach()
+    kl = beta * (kl_k2(logps, ref_logps) if kl_term == "k2" else kl_k3(logps, ref_logps)) if beta else 0
+    return masked_mean(kl - surrogate, inside, length)
 
 
 # ---- what is watched -------------------------------------------------------------------------------------------------
@@ -104,8 +166,7 @@ def token_sums(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, entropy: Ten
     mask = completions.mask
     low, high = clipped(logps, old_logps, advantages, mask, epsilon)
     gap = (completions.logps - old_logps).abs() * mask
-    ended = (completions.ids.masked_fill(~mask, -1) == eos_token_id).any(1)
-    sums = [mask.sum(1), ended, (kl_k3(logps, ref_logps) * mask).sum(1), (entropy * mask).sum(1), low.sum(1),
+    sums = [mask.sum(1), ended(completions, eos_token_id), (kl_k3(logps, ref_logps) * mask).sum(1), (entropy * mask).sum(1), low.sum(1),
             high.sum(1), gap.sum(1), gap.amax(1)]
     return [TokenSums(*row) for row in torch.stack([x.float() for x in sums], 1).tolist()]
 

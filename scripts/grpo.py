@@ -17,7 +17,8 @@ import torch
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
-from erv_min.grpo import TokenSums, group_advantages, grpo_loss, step_metrics, token_sums
+from erv_min.grpo import (TokenSums, decoupled_advantages, ended, group_advantages, grpo_loss, loss_length, over_batch,
+                          step_metrics, token_sums)
 from erv_min.inputs import Batch, embed, training_inputs
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import Prompts, trainable
@@ -95,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         rewards = score(texts, batch, verifier, rules, step, G)
 
         # 3. A_i = (R_i - mean) / std in each group.
-        R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32, device=processes.device)
-        A = group_advantages(R, G)
+        A = advantages(rewards, rules, settings).to(processes.device)
 
         # 4. log pi_ref(o | x), once, in passes of (x, o, A).
         passes = [(batch[x], completions[o], A[o]) for x, o in cuts]
@@ -145,6 +145,17 @@ def score(texts: list[str], batch: Batch, verifier, rules, step: int, G: int) ->
                              rules, step=step)
 
 
+def advantages(rewards: list[Reward], rules, settings: GRPOSettings) -> torch.Tensor:
+    """A [R], as --advantages says. Groups are whole on one process; GDPO's last step is over all of them."""
+    if settings.advantages != "gdpo":
+        R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32)
+        return group_advantages(R, settings.group_size, settings.advantages == "grpo")
+    parts = torch.tensor([[r.explanation, r.format, r.answer] for r in rewards])
+    weights = torch.tensor([rules.w_explanation, rules.w_format, rules.w_answer])
+    A = decoupled_advantages(parts, weights, settings.group_size)
+    return over_batch(A, torch.tensor(gather_lists(A.tolist())))
+
+
 def log_probs(policy, model, batch: Batch, completions: Completions, temperature: float):
     """log pi(o_t | x, o_<t) of a pass's completions [R, T] at the sampling temperature, and the entropy (None without
     gradients): one forward pass of `model`, which `policy` shards."""
@@ -158,6 +169,10 @@ def descend(policy, model, optimizer, passes: list[tuple[Batch, Completions, tor
     pi_theta. Returns the last one's loss, over all processes, the mean gradient norm (NaN: an update was skipped), and
     TokenSums of this process's completions."""
     old_logps, prompts, mean_norm = [], sum(len(x) for x, _, _ in passes), 0.0
+    masks = [o.mask & (ended(o, eos)[:, None] | (not settings.mask_truncated)) for _, o, _ in passes]
+    batch = all_reduce_sum({"tokens": sum(int(mask.sum()) for mask in masks), "prompts": prompts})
+    length = loss_length(settings.loss_type, batch["tokens"], batch["prompts"] * settings.group_size,
+                         settings.max_new_tokens)
     for iteration in range(settings.mu):
         loss, sums = 0.0, []
         for i, (x, o, A) in enumerate(passes):
@@ -165,7 +180,8 @@ def descend(policy, model, optimizer, passes: list[tuple[Batch, Completions, tor
             run.watch([f"{e.video_id}, completion {k}" for e in x.examples for k in range(settings.group_size)], logps)
             if iteration == 0:
                 old_logps.append(logps.detach())
-            part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], A, o.mask, settings.beta, settings.epsilon)
+            part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], A, masks[i], settings.beta, settings.epsilon,
+                                  settings.kl, length)
             share = len(x) / prompts
             (part_loss * share).backward()  # `update` takes the mean over processes
             loss += part_loss.item() * share / run.processes.size

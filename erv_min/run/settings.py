@@ -8,6 +8,7 @@ steps). What is no ablation of the paper, divergence of the release or matter of
 import dataclasses
 from dataclasses import dataclass
 
+from erv_min.grpo import Objective
 from erv_min.rewards import RewardSettings
 from erv_min.run.options import add_options, check, checked, parse, parser_for, setting  # noqa: F401
 
@@ -131,15 +132,12 @@ class SFTSettings(Common):
 
 
 @dataclass
-class GRPOSettings(RewardSettings, Common):
-    """Eq. 3 to 5, algorithm 1 (whose own are RewardSettings)."""
+class GRPOSettings(Objective, RewardSettings, Common):
+    """Eq. 3 (Objective), algorithm 1 and Eq. 5 (RewardSettings), and the loop."""
 
     erv: str = setting("", "the verifier: a folder or a hub repository", path="hub")
     group_size: int = setting(16, "G, completions per prompt (section 4.3)", least=2,
                             why="no group would have a spread")
-    beta: float = setting(0.04, "weight of the KL term (Eq. 3)", least=0)
-    epsilon: float = setting(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
-    mu: int = setting(1, "updates per batch of completions (divergence 6)", least=1)
     temperature: float = setting(1.0, "sampling temperature of the rollouts (divergence 9)", over=0,
                                  why="at 0 all G completions are the same, and no group would have a spread")
     top_k: int = setting(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 "

@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 from erv_min.run.errors import SettingsError
-from erv_min.grpo import clipped, group_advantages, grpo_loss, kl_k3, masked_mean
+from erv_min.grpo import (clipped, decoupled_advantages, ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length,
+                          masked_mean, over_batch)
+from erv_min.logps import Completions
 
 
 def test_group_advantages_by_hand():
@@ -27,6 +29,38 @@ def test_group_of_one_and_uneven_groups():
         group_advantages(torch.ones(3), 2)
 
 
+def test_advantages_without_division_by_hand():
+    # Dr. GRPO. Group 1: 1, 3 around 2; group 2: 2.4, 2.6 around 2.5: with the division both are -a, a; without, not.
+    rewards = torch.tensor([1.0, 3.0, 2.4, 2.6])
+    torch.testing.assert_close(group_advantages(rewards, 2, divide=False), torch.tensor([-1.0, 1.0, -0.1, 0.1]))
+    assert group_advantages(torch.full((8,), 8 / 3), 8, divide=False).eq(0).all()
+
+
+def test_decoupled_advantages_by_hand():
+    # GDPO: parts (R_E, R_format, R_answer) of one group of 4. Under Eq. 5's sum the first two have R = 2, one advantage.
+    parts = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    summed = group_advantages(parts.sum(1), 4)
+    assert summed[0] == summed[1]
+    # R_E: 1, 1, 0, 0: mean 1/2, std sqrt(4/4 / 3) = sqrt(1/3). R_format 0, 1, 1, 1 and R_answer 1, 0, 0, 0: std 1/2.
+    e, h = math.sqrt(1 / 3) + 1e-4, 0.5 + 1e-4
+    by_hand = torch.tensor([0.5 / e - 0.75 / h + 0.75 / h, 0.5 / e + 0.25 / h - 0.25 / h, -0.5 / e, -0.5 / e])
+    torch.testing.assert_close(decoupled_advantages(parts, torch.ones(3), 4), by_hand)
+    answers = decoupled_advantages(parts, torch.tensor([1.0, 1.0, 2.0]), 4)  # the rarer success counts for more
+    assert answers[0] - answers[1] == pytest.approx(1 / h, abs=1e-5)
+    # Over a batch of 1, -1, 3, -3: mean 0, std sqrt(20 / 3); an own half of it is scaled by the same numbers.
+    batch = torch.tensor([1.0, -1.0, 3.0, -3.0])
+    torch.testing.assert_close(over_batch(batch[:2], batch), torch.tensor([1.0, -1.0]) / (math.sqrt(20 / 3) + 1e-4))
+
+
+def test_kl_k2_by_hand():
+    # d = ln 2: d^2 / 2; on policy its gradient is that of KL(pi || ref), see the test below.
+    torch.testing.assert_close(kl_k2(torch.tensor([0.0, -1.0]), torch.tensor([math.log(2), -1.0])),
+                               torch.tensor([math.log(2) ** 2 / 2, 0.0]))
+    logps, ref = torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), math.log(2))
+    grpo_loss(logps, logps.detach(), ref, torch.zeros(1), torch.ones(1, 1), beta=0.1, kl_term="k2").backward()
+    assert logps.grad.item() == pytest.approx(-0.1 * math.log(2))  # d/dlogp of 0.1 (ref - logp)^2 / 2; k3's: 0.1 (1 - 2)
+
+
 def test_kl_k3_by_hand():
     # d = ln 2 - 0 = ln 2: exp(d) - d - 1 = 2 - 0.6931 - 1; equal policies: 0.
     kl = kl_k3(torch.tensor([0.0, -1.0]), torch.tensor([math.log(2), -1.0]))
@@ -46,7 +80,7 @@ def test_gradients_of_kl_estimators_by_hand():
 
     forward = (logp.exp() * (logp - ref)).sum()  # KL(pi || ref)
     reverse = (ref.exp() * (ref - logp)).sum()  # KL(ref || pi)
-    k3, k2 = (pi * kl_k3(logp, ref)).sum(), (pi * (logp - ref) ** 2 / 2).sum()
+    k3, k2 = (pi * kl_k3(logp, ref)).sum(), (pi * kl_k2(logp, ref)).sum()
     torch.testing.assert_close(k3, forward)
     torch.testing.assert_close(gradient(k3), gradient(reverse))
     assert (gradient(k3) - gradient(forward)).norm() > 0.1 * gradient(forward).norm()
@@ -58,6 +92,37 @@ def test_masked_mean_is_over_tokens_then_completions():
     values = torch.tensor([[1.0, 3.0], [5.0, 100.0], [7.0, 7.0]])
     mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
     assert masked_mean(values, mask).item() == pytest.approx(7 / 3)
+
+
+VALUES = torch.tensor([[1.0, 3.0, 0.0], [5.0, 0.0, 0.0], [1.0, 1.0, 1.0], [2.0, 4.0, 0.0]])
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
+
+
+@pytest.mark.parametrize("loss_type, by_hand", [
+    ("grpo", (2 + 5 + 1 + 3) / 4), ("dapo", (4 + 5 + 3 + 6) / 8), ("dr-grpo", (4 + 5 + 3 + 6) / (4 * 10))])
+def test_loss_types_by_hand_whatever_the_processes_and_passes(loss_type, by_hand):
+    """Completions of 2, 1, 3, 2 tokens; at most 10. On two processes of two completions each, in passes of one: shares
+    of 1/2, the mean over processes; the batch's 8 tokens are summed over all of them."""
+    length = loss_length(loss_type, 8, 4, 10)
+    assert masked_mean(VALUES, MASK, length).item() == pytest.approx(by_hand)
+    passes = [[masked_mean(VALUES[i:i + 1], MASK[i:i + 1], length) / 2 for i in own] for own in ((0, 2), (1, 3))]
+    assert sum(sum(own) for own in passes).item() / 2 == pytest.approx(by_hand)
+    logps = torch.zeros(4, 3, requires_grad=True)  # and through the loss: with A = 1 a token's gradient is its weight
+    grpo_loss(logps, torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4), MASK, beta=0, length=length).backward()
+    assert -(logps.grad * VALUES).sum().item() == pytest.approx(by_hand)
+
+
+def test_completions_cut_at_the_limit_leave_the_loss():
+    # EOS is 9: the second never met it, and a 9 that pads the third after its end is none of its own.
+    cut = Completions(torch.tensor([[4, 9], [4, 5], [9, 9]]), torch.tensor([[1, 1], [1, 1], [1, 0]]).bool())
+    assert ended(cut, 9).tolist() == [True, False, True]
+    mask = cut.mask & ended(cut, 9)[:, None]
+    assert mask.tolist() == [[True, True], [False, False], [True, False]]
+    # its tokens count nowhere: (2 + 0 + 4) / 3 completions, and of the batch's tokens 3 are left, (1 + 3 + 4) / 3
+    values = torch.tensor([[1.0, 3.0], [7.0, 7.0], [4.0, 0.0]])
+    assert masked_mean(values, mask).item() == pytest.approx(2)
+    assert masked_mean(values, mask, loss_length("dapo", 3, 3, 10)).item() == pytest.approx(8 / 3)
+    assert loss_length("dapo", 0, 3, 10) > 0  # all of them cut: a loss of 0, no division by it
 
 
 def test_objective_by_hand():
