@@ -187,4 +187,4 @@ def step_metrics(rewards: list[Reward], sums: list[TokenSums], group_size: int) 
         "clip_fraction_low": sum(of.clip_low) / tokens, "clip_fraction_high": sum(of.clip_high) / tokens,
         "sampler_gap": sum(of.sampler_gap) / tokens, "sampler_gap_max": max(of.sampler_gap_max),
         "completion_length": tokens / n, "completion_length_min": min(of.tokens),
-        "completion_length_max": max(of.tokens), "ended": sum(of.ended) / n}
+        "completion_length_max": max(of.tokens), "truncated": 1 - sum(of.ended) / n}

@@ -113,9 +113,10 @@ def test_loss_types_by_hand_whatever_the_processes_and_passes(loss_type, by_hand
 
 
 def test_completions_cut_at_the_limit_leave_the_loss():
-    # EOS is 9: the second never met it, and a 9 that pads the third after its end is none of its own.
+    # EOS is 9: the second never met it.
     cut = Completions(torch.tensor([[4, 9], [4, 5], [9, 9]]), torch.tensor([[1, 1], [1, 1], [1, 0]]).bool())
     assert ended(cut, 9).tolist() == [True, False, True]
+    assert not ended(Completions(torch.tensor([[4, 9]]), torch.tensor([[True, False]])), 9)  # padding is none of its own
     mask = cut.mask & ended(cut, 9)[:, None]
     assert mask.tolist() == [[True, True], [False, False], [True, False]]
     # its tokens count nowhere: (2 + 0 + 4) / 3 completions, and of the batch's tokens 3 are left, (1 + 3 + 4) / 3
