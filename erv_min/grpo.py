@@ -2,16 +2,15 @@
 
 Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A step of it (`scripts/grpo.py`):
 1. sample G completions of each prompt from pi_theta (generate.rollout);
-2. score them: R = R_E + R_format + R_answer (Eq. 5, rewards.score_completions);
-3. A_i = (R_i - mean) / (std + 1e-4) within each group (`group_advantages`);
-4. log pi_ref of the completions, once (logps.completion_logps);
+2. log pi_ref of the completions, once (logps.completion_logps);
+3. score them: R = R_E + R_format + R_answer (Eq. 5, rewards.score_completions; remedies.py where asked);
+4. A_i = (R_i - mean) / (std + 1e-4) within each group (`group_advantages`);
 5. mu times: log pi_theta, descend `grpo_loss`, the clipped surrogate plus beta * k3.
 
 With mu = 1 the ratio is 1 and nothing is clipped: the gradient is then exactly the released one (divergence 6).
-The defaults are the paper's and the release's; named variants (`Objective`) differ from them in a line or three each.
+The defaults are the paper's and the release's; named variants (README.md beside this file) are a line or three each.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,27 +19,6 @@ from torch import Tensor
 from erv_min.logps import Completions
 from erv_min.rewards import Reward
 from erv_min.run.errors import SettingsError
-from erv_min.run.options import setting
-
-
-@dataclass
-class Objective:
-    """Eq. 3's terms. Defaults: the paper's, and the release's where it says nothing; the other names are the field's."""
-
-    beta: float = setting(0.04, "weight of the KL term (Eq. 3)", least=0)
-    epsilon: float = setting(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
-    mu: int = setting(1, "updates per batch of completions (divergence 6)", least=1)
-    advantages: str = setting("grpo", "grpo: (R - mean) / std in the group; dr-grpo: without the division; gdpo: each "
-                                      "part of R divided by its own std, then summed", ("grpo", "dr-grpo", "gdpo"))
-    loss_type: str = setting("grpo", "grpo: mean over a completion's tokens, then over completions; dapo: over all "
-                                     "tokens of the batch; dr-grpo: sum over tokens / --max-new-tokens",
-                             ("grpo", "dapo", "dr-grpo"))
-    kl: str = setting("k3", "the KL term as a loss: k3 (release; divergence 21), or k2, which has KL's gradient",
-                      ("k3", "k2"))
-    mask_truncated: bool = setting(False, "completions cut at --max-new-tokens leave the loss (DAPO's filtering)")
-
-
-# ---- A_i -------------------------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> Tensor:
@@ -61,20 +39,14 @@ def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> T
 
 
 def decoupled_advantages(parts: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """GDPO (arXiv 2601.05242): sum over Eq. 5's parts of weight * (part - mean) / (std + 1e-4); [B * G, n], [n] ->
-    [B * G]. Under Eq. 5's sum the parts (1, 0, 1) and (1, 1, 0) have one advantage; here the rarer success weighs more.
-
-    `over_batch` is its last step."""
+    """GDPO (arXiv 2601.05242): the sum over Eq. 5's parts of weight * (part - mean) / (std + 1e-4); [B * G, n], [n] ->
+    [B * G]. Under Eq. 5 the parts (1, 0, 1) and (1, 1, 0) have one advantage; here the rarer success weighs more."""
     return sum(w * group_advantages(part, group_size) for w, part in zip(weights, parts.T))
 
 
 def over_batch(A: Tensor, everyones: Tensor) -> Tensor:
-    """GDPO's last step: (A - mean) / (std + 1e-4) over the advantages of all processes, so that the number of parts
-    does not change the size of an update."""
+    """GDPO's last step: (A - mean) / (std + 1e-4) over the batch, that is everyone's advantages."""
     return (A - everyones.mean()) / (everyones.std() + 1e-4)
-
-
-# ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -90,8 +62,7 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Estimator k2: d^2 / 2 with d = ref_logps - logps. Its value is biased; its gradient on policy is that of Eq. 3's
-    KL(pi_theta || pi_ref) (arXiv 2510.01555; divergence 21)."""
+    """Estimator k2: d^2 / 2 with d = ref_logps - logps. Biased; its gradient on policy is Eq. 3's (divergence 21)."""
     return (ref_logps - logps) ** 2 / 2
 
 
@@ -111,7 +82,7 @@ def loss_length(loss_type: str, tokens: float, completions: int, max_new_tokens:
 
 
 def ended(completions: Completions, eos_token_id: int) -> Tensor:
-    """Which completions met EOS before the limit: bool [R]."""
+    """Which completions met EOS before the limit: bool [R]. DAPO's filtering masks the others' tokens."""
     return (completions.ids.masked_fill(~completions.mask, -1) == eos_token_id).any(1)
 
 
@@ -166,8 +137,8 @@ def token_sums(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, entropy: Ten
     mask = completions.mask
     low, high = clipped(logps, old_logps, advantages, mask, epsilon)
     gap = (completions.logps - old_logps).abs() * mask
-    sums = [mask.sum(1), ended(completions, eos_token_id), (kl_k3(logps, ref_logps) * mask).sum(1), (entropy * mask).sum(1), low.sum(1),
-            high.sum(1), gap.sum(1), gap.amax(1)]
+    sums = [mask.sum(1), ended(completions, eos_token_id), (kl_k3(logps, ref_logps) * mask).sum(1),
+            (entropy * mask).sum(1), low.sum(1), high.sum(1), gap.sum(1), gap.amax(1)]
     return [TokenSums(*row) for row in torch.stack([x.float() for x in sums], 1).tolist()]
 
 
@@ -176,8 +147,8 @@ def step_metrics(rewards: list[Reward], sums: list[TokenSums], group_size: int) 
     lengths are over completions, of the others over tokens."""
     of, n = TokenSums(*zip(*sums)), len(rewards)  # columns
     tokens = sum(of.tokens)
-    parts = {"reward": [r.total for r in rewards], "reward_format": [r.format for r in rewards],
-             "reward_answer": [r.answer for r in rewards], "reward_explanation": [r.explanation for r in rewards]}
+    names = {"reward": "total"} | {f"reward_{x}": x for x in ("format", "answer", "explanation", "bonus")}
+    parts = {name: [getattr(r, x) for r in rewards] for name, x in names.items()}
     groups = {name: torch.tensor(x, dtype=torch.float64).view(-1, group_size) for name, x in parts.items()}
     equal = groups["reward"].amax(1) == groups["reward"].amin(1)
     return {name: sum(x) / n for name, x in parts.items()} | {

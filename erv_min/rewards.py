@@ -4,7 +4,7 @@
     line 3: extract_explanation, split_sentences; 6: erv.py; 7-14: select_labels; 15-26: explanation_reward
 
 All text is read in one pass: no completion, however odd, takes more than linear time. `RewardSettings` holds the
-paper's parameters, its ablations (table 2), the divergences, and remedies against reward hacking, off by default.
+paper's parameters, its ablations (table 2) and the divergences; remedies against reward hacking: remedies.py.
 """
 
 import re
@@ -100,16 +100,9 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
     return float(answer is not None and normalize(answer, dataset) == target)
 
 
-# ---- Eq. 5: R --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class RewardSettings:
-    """Parameters of algorithm 1 and Eq. 5, table 2's rows, and four remedies. Raises SettingsError out of its ranges.
-
-    The remedies against reward hacking take an idea each from the literature; the forms are ours: GRPO-CARE (arXiv
-    2506.16141), EmotionThinker (2601.15668), AffectGPT-R1 (2508.01318), whose term on length is here from below, since
-    R_E invites short explanations, and the repetition penalty of 2502.03373, here on whole sentences."""
+    """Parameters of algorithm 1 and Eq. 5, and table 2's rows. Raises SettingsError out of its ranges."""
 
     tau: float = setting(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
     k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
@@ -122,13 +115,6 @@ class RewardSettings:
     w_format: float = setting(1.0, "weight of R_format (Eq. 5)")
     w_answer: float = setting(1.0, "weight of R_answer (Eq. 5)")
     w_explanation: float = setting(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
-    gate_on_answer: bool = setting(False, "R_E only where format and answer are right (remedy, as GRPO-CARE's bonus)")
-    phase_in_steps: int = setting(0, "R_E grows linearly over the first steps; 0: at once (remedy, EmotionThinker)",
-                                least=0)
-    length_target: int = setting(0, "R_E shrinks with an explanation of fewer words; 0: off (remedy, AffectGPT-R1)",
-                               least=0)
-    repeat_discount: float = setting(0.0, "a repeated sentence adds 1 less this to c, and still 1 to N (remedy)",
-                                     least=0, most=1)
 
     def __post_init__(self):
         check(self)
@@ -141,7 +127,7 @@ class RewardSettings:
 
 @dataclass
 class Reward:
-    """One completion's rewards; `explanation` is R_E after the remedies, but for the phase-in: that is in `total`."""
+    """One completion's rewards. Of remedies.py the phase-in is in `total` alone, and `bonus` is added there."""
 
     format: float
     answer: float
@@ -149,6 +135,7 @@ class Reward:
     total: float
     sentences: list[str]
     label_sets: list[list[str]]
+    bonus: float = 0.0
 
 
 def sentences_of(completion: str, settings: RewardSettings) -> list[str]:
@@ -157,22 +144,19 @@ def sentences_of(completion: str, settings: RewardSettings) -> list[str]:
     return split_sentences(E, settings.sentence_rule) if settings.sentence_level else [E] * bool(E)
 
 
-def _weights(sentences: list[str], discount: float) -> list[float]:
-    """What each sentence adds to c: 1, or 1 - discount where its words stood before."""
-    keys = [" ".join(re.findall(r"\w+", sentence.lower())) for sentence in sentences]
-    first = {key: i for i, key in reversed(list(enumerate(keys)))}
-    return [1.0 if first[key] == i else 1.0 - discount for i, key in enumerate(keys)]
+def total_reward(R_E: float, R_format: float, R_answer: float, settings: RewardSettings) -> float:
+    """Eq. 5: R = R_E + R_format + R_answer, weighted by the settings."""
+    return settings.w_explanation * R_E + settings.w_format * R_format + settings.w_answer * R_answer
 
 
 def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: str | Sequence[str],
                       probabilities: Callable[[list[str]], Tensor] | None, labels: Sequence[str],
-                      settings: RewardSettings = RewardSettings(), step: int | None = None) -> list[Reward]:
+                      settings: RewardSettings = RewardSettings()) -> list[Reward]:
     """R = R_E + R_format + R_answer of each completion (Eq. 5), weighted by the settings.
 
     e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
     the verifier, sentences -> [S, K] in the order of `labels`, called once with every sentence, and not at all where
-    there is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). step: training step, counted from 0,
-    for `phase_in_steps` (None: fully in). Raises SettingsError, DataError.
+    there is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). Raises SettingsError, DataError.
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
     if not len(completions) == len(e_gt) == len(datasets):
@@ -183,18 +167,12 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
     if len(chosen) != len(sentences):
         raise SettingsError(f"the verifier gave {len(chosen)} rows for {len(sentences)} sentences")
     label_sets = iter(chosen)
-    phase = 1.0 if step is None or not settings.phase_in_steps else min(1.0, step / settings.phase_in_steps)
     rewards = []
     for o, label, name, S in zip(completions, e_gt, datasets, split):
         R_format = format_reward(o)
         R_answer = answer_reward(o, label, name, settings.answer_rule)
         EL = [next(label_sets) for _ in S]
-        R_E = explanation_reward(EL, label, settings.neutral_rule, settings.neutral_filter,
-                                 _weights(S, settings.repeat_discount))
-        if settings.length_target:
-            R_E *= min(1.0, sum(len(s.split()) for s in S) / settings.length_target)
-        if settings.gate_on_answer and not (R_format and R_answer):
-            R_E = 0.0
-        R = settings.w_explanation * phase * R_E + settings.w_format * R_format + settings.w_answer * R_answer
+        R_E = explanation_reward(EL, label, settings.neutral_rule, settings.neutral_filter)
+        R = total_reward(R_E, R_format, R_answer, settings)
         rewards.append(Reward(R_format, R_answer, R_E, R, S, EL))
     return rewards

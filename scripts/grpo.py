@@ -10,10 +10,12 @@ Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, comple
 
 import copy
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from erv_min import remedies
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
@@ -30,7 +32,7 @@ from erv_min.run.optimizer import item_at, learning_rate, make_optimizer, update
 from erv_min.run.processes import all_reduce_sum, barrier, gather_lists, join_processes, run_script
 from erv_min.run.settings import PRESETS, GRPOSettings, parse, reward_settings, trained_parts
 from erv_min.run.sharding import save_model, shard
-from erv_min.run.start import FailedClips, decoding, start_model, start_verifier, training_examples
+from erv_min.run.start import FailedClips, decoding, start_model, start_verifiers, training_examples
 from erv_min.toy import chain
 
 
@@ -59,8 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     trainable(model, trained_parts("grpo", settings))
     policy = shard(model.eval(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     reference = shard(ref_model, settings.sharding, processes.device, getattr(torch, settings.dtype), frozen=True)
-    verifier, rules = start_verifier(settings, processes.device), reward_settings(settings)
-    eos = collate.tokenizer.eos_id
+    verifiers, rules = start_verifiers(settings, processes.device), reward_settings(settings)
+    eos, decode = collate.tokenizer.eos_id, partial(collate.tokenizer.decode, skip_special=True)
     optimizer = make_optimizer(policy.named_parameters().values())
 
     # Each process takes an equal share of a step's prompts, cut into passes of micro_batch; clips are decoded ahead.
@@ -90,21 +92,24 @@ def main(argv: list[str] | None = None) -> None:
             completions = sample(model, embed(model, batch), own, step, settings, eos)
         rolled = time.time() - started
 
-        # 2. R = R_E + R_format + R_answer (Eq. 4, 5).
-        texts = [collate.tokenizer.decode(ids[mask].tolist(), skip_special=True)
-                 for ids, mask in zip(completions.ids, completions.mask)]
-        rewards = score(texts, batch, verifier, rules, step, G)
-
-        # 3. A_i = (R_i - mean) / std in each group.
-        A = advantages(rewards, rules, settings).to(processes.device)
-
-        # 4. log pi_ref(o | x), once, in passes of (x, o, A).
-        passes = [(batch[x], completions[o], A[o]) for x, o in cuts]
+        # 2. log pi_ref(o | x), once, in passes of (x, o).
+        passes = [(batch[x], completions[o]) for x, o in cuts]
         with torch.no_grad():
-            ref_logps = [log_probs(reference, ref_model, x, o, settings.temperature)[0] for x, o, _ in passes]
+            ref_logps = [log_probs(reference, ref_model, x, o, settings.temperature)[0] for x, o in passes]
+
+        # 3. R = R_E + R_format + R_answer (Eq. 4, 5), and the remedies that are on.
+        tokens = [(ids[mask].tolist(), logps[mask].tolist()) for (_, o), ref in zip(passes, ref_logps)
+                  for ids, mask, logps in zip(o.ids, o.mask, ref)]
+        texts = [decode(ids) for ids, _ in tokens]
+        rewards = score(texts, batch, verifiers, rules, settings, step,
+                        lambda i, pieces: remedies.piece_logps(decode, *tokens[i], pieces))
+
+        # 4. A_i = (R_i - mean) / std in each group.
+        A = advantages(rewards, settings, step).to(processes.device)
 
         # 5. mu updates: descend the clipped surrogate plus beta KL.
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
+        passes = [(x, o, A[rows]) for (x, o), (_, rows) in zip(passes, cuts)]
         loss, norm, sums = descend(policy, model, optimizer, passes, ref_logps, lr, run, settings, eos)
 
         failed.check(all_reduce_sum({"failed": len(failed.errors)})["failed"])
@@ -137,21 +142,25 @@ def sample(model, prompts: Prompts, places: list[int], step: int, settings: GRPO
     return Completions.cat(parts, eos)
 
 
-def score(texts: list[str], batch: Batch, verifier, rules, step: int, G: int) -> list[Reward]:
-    """The rewards of all completions; the verifier reads every distinct sentence of them in one call."""
-    each = [x for x in batch.examples for _ in range(G)]
-    return score_completions(texts, [x.label for x in each], [x.dataset for x in each],
-                             verifier.probabilities if verifier else None, verifier.labels if verifier else ERV_LABELS,
-                             rules, step=step)
+def score(texts: list[str], batch: Batch, verifiers: list, rules, settings: GRPOSettings, step: int,
+          likelihood) -> list[Reward]:
+    """The rewards of all completions; each verifier reads every distinct sentence of them in one call. likelihood: see
+    `remedies.apply`."""
+    each = [x for x in batch.examples for _ in range(settings.group_size)]
+    labels, datasets = [x.label for x in each], [x.dataset for x in each]
+    readings = [score_completions(texts, labels, datasets, v.probabilities, v.labels, rules) for v in verifiers]
+    readings = readings or [score_completions(texts, labels, datasets, None, ERV_LABELS, rules)]
+    return remedies.apply(readings, texts, labels, verifiers, settings.group_size, rules, settings, step, likelihood)
 
 
-def advantages(rewards: list[Reward], rules, settings: GRPOSettings) -> torch.Tensor:
+def advantages(rewards: list[Reward], settings: GRPOSettings, step: int) -> torch.Tensor:
     """A [R], as --advantages says. Groups are whole on one process; GDPO's last step is over all of them."""
     if settings.advantages != "gdpo":
         R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32)
         return group_advantages(R, settings.group_size, settings.advantages == "grpo")
-    parts = torch.tensor([[r.explanation, r.format, r.answer] for r in rewards])
-    weights = torch.tensor([rules.w_explanation, rules.w_format, rules.w_answer])
+    parts = torch.tensor([[r.explanation, r.format, r.answer, r.bonus] for r in rewards])
+    w_explanation = settings.w_explanation * remedies.phase_in(step, settings.phase_in_steps)
+    weights = torch.tensor([w_explanation, settings.w_format, settings.w_answer, 1.0])
     A = decoupled_advantages(parts, weights, settings.group_size)
     return over_batch(A, torch.tensor(gather_lists(A.tolist())))
 

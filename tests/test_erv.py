@@ -358,14 +358,15 @@ def test_audit_by_hand():
                                                 lambda texts: ["angry"] * len(texts))}
     assert list(rows) == ["honest", *audit.CHEATS]
     honest = rows["honest"].rewards
-    assert honest == pytest.approx({"paper": 0.5, "gate_on_answer": 0.5, "phase_in_steps": 0.25, "length_target": 0.5,
+    assert honest == pytest.approx({"paper": 0.5, "count_calm": 0.5, "gate_on_answer": 0.5, "length_target": 0.5,
                                     "repeat_discount": 0.5, "no neutral filter": 1 / 3})
     assert rows["repeat one sentence"].rewards["paper"] == 1.0
     assert rows["one sentence only"].rewards == pytest.approx(honest | {
-        "paper": 1.0, "gate_on_answer": 1.0, "phase_in_steps": 0.5, "length_target": 4 / 14, "repeat_discount": 1.0,
+        "paper": 1.0, "count_calm": 1.0, "gate_on_answer": 1.0, "length_target": 4 / 14, "repeat_discount": 1.0,
         "no neutral filter": 1.0})
     calm = rows["claim calm around one"].rewards  # two calm sentences, left out by the filter: 1 / (3 - 2)
     assert calm["paper"] == 1.0 and calm["no neutral filter"] == pytest.approx(1 / 3)
+    assert calm["count_calm"] == 1.0  # this verifier reads anger in the whole; one that reads neutral: test_remedies.py
     assert rows["wrong answer"].rewards["paper"] == 0.5 and rows["wrong answer"].rewards["gate_on_answer"] == 0.0
     assert rows["stuff label words"].statistics["distinct_sentence_rate"] == pytest.approx(1 / 3)
     assert rows["honest"].judged == 1.0 and "| one sentence only | 100.0 |" in audit.audit_table(list(rows.values()))

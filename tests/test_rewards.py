@@ -18,34 +18,11 @@ def verifier(sentences):
     return torch.tensor([[0.9 if label in s else 0.1 for label in LABELS] for s in sentences]).reshape(-1, 3)
 
 
-def reward(completion, e_gt="sad", step=None, **changes):
-    return score_completions([completion], [e_gt], "dfew", verifier, LABELS, RewardSettings(**changes), step)[0]
-
-
 def test_select_labels_refuses_what_is_no_verifier():
     with pytest.raises(SettingsError, match="4"):
         select_labels(torch.zeros(1, 3), ("a", "b", "c", "d"))
     with pytest.raises(SettingsError, match="not a number"):
         select_labels(torch.tensor([[0.1, float("nan"), 0.2]]), LABELS)
-
-
-# ---- Eq. 5 ----
-
-MIXED = "<think>A neutral coat. So sad. So sad! He is happy.</think><answer>sad</answer>"  # R_E 2/3, both others 1
-
-
-def test_remedies():
-    wrong = MIXED.replace("<answer>sad", "<answer>happy")
-    assert reward(MIXED, gate_on_answer=True).explanation == pytest.approx(2 / 3)
-    assert reward(wrong, gate_on_answer=True).explanation == 0 and reward(wrong).explanation == pytest.approx(2 / 3)
-    assert reward(MIXED + ".", gate_on_answer=True).explanation == 0  # the format is wrong
-    for step, share in ((0, 0), (5, 1 / 2), (10, 1), (50, 1), (None, 1)):
-        assert reward(MIXED, step=step, phase_in_steps=10).total == pytest.approx(2 + share * 2 / 3)
-    assert reward(MIXED, length_target=20).explanation == pytest.approx(2 / 3 * 10 / 20)  # 10 words
-    assert reward(MIXED, length_target=5).explanation == pytest.approx(2 / 3)
-    # `So sad!` repeats `So sad.`: below the line stay N 4 less 1 neutral; c is 1 at 1.0 and 1.5 at 0.5
-    assert reward(MIXED, repeat_discount=1.0).explanation == pytest.approx(1 / 3)
-    assert reward(MIXED, repeat_discount=0.5).explanation == pytest.approx(1.5 / 3)
 
 
 def test_the_verifier_is_called_once_with_all_sentences():
@@ -70,8 +47,7 @@ def test_score_completions_refuses_what_does_not_fit():
         score_completions(["a", "b"], ["sad"], "dfew", None, LABELS)
     with pytest.raises(SettingsError, match="1 rows for 2 sentences"):
         score_completions(["<think>So sad. A hat.</think>"], ["sad"], "dfew", lambda s: verifier(s)[:1], LABELS)
-    for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"repeat_discount": 2},
-                {"sentence_rule": "x"}, {"length_target": -1}, {"phase_in_steps": -1}):
+    for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"sentence_rule": "x"}):
         with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):
             RewardSettings(**bad)
 
@@ -79,7 +55,6 @@ def test_score_completions_refuses_what_does_not_fit():
 def test_defaults_are_the_papers():
     s = RewardSettings()
     assert (s.tau, s.k, s.neutral_rule, s.neutral_filter, s.sentence_level) == (0.5, 2, "only", True, True)
-    assert not (s.gate_on_answer or s.phase_in_steps or s.length_target or s.repeat_discount)
     assert RewardSettings.released(k=3) == RewardSettings(tau=0.1, answer_rule="released", k=3)
 
 

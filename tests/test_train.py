@@ -64,8 +64,7 @@ def test_command_line_overrides_the_preset():
 def test_every_reward_setting_has_an_option():
     """RewardSettings declares the options of R once; table 2's two rows of R_E are given by --ablate alone."""
     other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
-                 w_answer=3.0, w_explanation=4.0, gate_on_answer=True, phase_in_steps=5, length_target=6,
-                 repeat_discount=0.5)
+                 w_answer=3.0, w_explanation=4.0)
     assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
     given = [x for name, value in other.items()
              for x in ["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]]

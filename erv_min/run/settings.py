@@ -8,7 +8,7 @@ steps). What is no ablation of the paper, divergence of the release or matter of
 import dataclasses
 from dataclasses import dataclass
 
-from erv_min.grpo import Objective
+from erv_min.remedies import Remedies
 from erv_min.rewards import RewardSettings
 from erv_min.run.options import add_options, check, checked, parse, parser_for, setting  # noqa: F401
 
@@ -132,12 +132,24 @@ class SFTSettings(Common):
 
 
 @dataclass
-class GRPOSettings(Objective, RewardSettings, Common):
-    """Eq. 3 (Objective), algorithm 1 and Eq. 5 (RewardSettings), and the loop."""
+class GRPOSettings(Remedies, RewardSettings, Common):
+    """Eq. 3 to 5 and algorithm 1 (RewardSettings), and what departs from them (Remedies, named variants of Eq. 3)."""
 
-    erv: str = setting("", "the verifier: a folder or a hub repository", path="hub")
+    erv: str = setting("", "the verifier: a folder or a hub repository; several, A,B: R_E is their minimum (remedy, "
+                           "--variance-weight)", path="hubs")
     group_size: int = setting(16, "G, completions per prompt (section 4.3)", least=2,
                             why="no group would have a spread")
+    beta: float = setting(0.04, "weight of the KL term (Eq. 3)", least=0)
+    epsilon: float = setting(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
+    mu: int = setting(1, "updates per batch of completions (divergence 6)", least=1)
+    advantages: str = setting("grpo", "grpo: (R - mean) / std in the group; dr-grpo: without the division; gdpo: each "
+                                      "part of R divided by its own std, then summed", ("grpo", "dr-grpo", "gdpo"))
+    loss_type: str = setting("grpo", "grpo: mean over a completion's tokens, then over completions; dapo: over all "
+                                     "tokens of the batch; dr-grpo: sum over tokens / --max-new-tokens",
+                             ("grpo", "dapo", "dr-grpo"))
+    kl: str = setting("k3", "the KL term as a loss: k3 (release; divergence 21), or k2, which has KL's gradient",
+                      ("k3", "k2"))
+    mask_truncated: bool = setting(False, "completions cut at --max-new-tokens leave the loss (DAPO's filtering)")
     temperature: float = setting(1.0, "sampling temperature of the rollouts (divergence 9)", over=0,
                                  why="at 0 all G completions are the same, and no group would have a spread")
     top_k: int = setting(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 "

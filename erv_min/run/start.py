@@ -93,14 +93,14 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
     return check_clips(examples, settings.allow_missing, missing)
 
 
-def start_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
-    """The verifier that R_E asks: --erv, with --random-weights a random RoBERTa base, None where R_E is off."""
+def start_verifiers(settings: GRPOSettings, device: torch.device) -> list[Verifier]:
+    """The verifiers that R_E asks: those of --erv, with --random-weights a random RoBERTa base, none where R_E is off."""
     if not settings.w_explanation:
-        return None
+        return []
     if settings.erv:
-        return Verifier.load(settings.erv, device)
+        return [Verifier.load(name.strip(), device) for name in settings.erv.split(",")]
     tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
-    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
+    return [Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)]
 
 
 def decoding(settings: Policy) -> dict:

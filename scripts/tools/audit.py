@@ -4,7 +4,7 @@
   python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
 
 The paper reports none of this for its ERV. `cheat` writes the completions that could earn R_E dishonestly, and `audit`
-pays them under the paper's settings and under each optional remedy (`remedies`, off by default everywhere).
+pays them under the paper's settings and under each optional remedy (erv_min/remedies.py, off by default everywhere).
 Left out: what a policy does with the remedies over a training run (scripts/grpo.py has them as options).
 """
 
@@ -19,6 +19,7 @@ from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns, explanation_statistics
 from erv_min.judge import make_judge
 from erv_min.prompts import QUESTION, sft_target
+from erv_min.remedies import Remedies, apply
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_jsonl, write_json
@@ -92,23 +93,14 @@ def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral:
     raise SettingsError(f"way to cheat {way!r} is unknown; there are {', '.join(CHEATS)}")
 
 
-@dataclass(frozen=True)
-class Remedy:
-    """A named change of RewardSettings, and the training step it is looked at (the phase-in depends on it)."""
-
-    name: str
-    changes: dict
-    step: int | None = None
-
-
-def remedies(honest_words: int) -> list[Remedy]:
-    """The paper's settings, then each optional remedy alone (sources: RewardSettings): R_E only where format and answer
-    are right; half-way through the phase-in; as many words as an honest explanation; repeated sentences do not count;
-    and table 2's row without neutral filtering, where a calm sentence lowers R_E as any other does."""
-    return [Remedy("paper", {}), Remedy("gate_on_answer", {"gate_on_answer": True}),
-            Remedy("phase_in_steps", {"phase_in_steps": 100}, step=50),
-            Remedy("length_target", {"length_target": honest_words}),
-            Remedy("repeat_discount", {"repeat_discount": 1.0}), Remedy("no neutral filter", {"neutral_filter": False})]
+def remedies(honest_words: int) -> dict[str, tuple[dict, dict]]:
+    """Name -> (changes of RewardSettings, of Remedies): the paper's settings, then each remedy alone that can be seen in
+    a text: calm claims count; R_E only where format and answer are right; as many words as an honest explanation;
+    repeated sentences do not count; and table 2's row without neutral filtering, where any calm sentence lowers R_E.
+    Left out: the phase-in, which pays everything alike, and what needs a policy's reference."""
+    return {"paper": ({}, {}), "count_calm": ({}, {"count_calm": True}), "gate_on_answer": ({}, {"gate_on_answer": True}),
+            "length_target": ({}, {"length_target": honest_words}), "repeat_discount": ({}, {"repeat_discount": 1.0}),
+            "no neutral filter": ({"neutral_filter": False}, {})}
 
 
 @dataclass(frozen=True)
@@ -145,13 +137,12 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
     rows = []
     for way, texts in ways.items():
         means = {}
-        for remedy in remedies(words):
-            scored = score_completions(texts, truths, dataset, verifier.probabilities, verifier.labels,
-                                       replace(settings, **remedy.changes), step=remedy.step)
-            paid = [r.total - settings.w_format * r.format - settings.w_answer * r.answer for r in scored]
-            means[remedy.name] = sum(paid) / len(paid)
-            if remedy.name == "paper":
-                statistics = explanation_statistics(scored)
+        for name, (changes, on) in remedies(words).items():
+            rules = replace(settings, **changes)
+            scored = score_completions(texts, truths, dataset, verifier.probabilities, verifier.labels, rules)
+            statistics = explanation_statistics(scored)  # the same under each
+            scored = apply([scored], texts, truths, [verifier], 1, rules, Remedies(**on))
+            means[name] = sum(r.explanation for r in scored) / len(scored)
         said = judge([extract_explanation(text) for text in texts]) if judge else None
         judged = sum(j == e for j, e in zip(said, truths)) / len(said) if said else None
         rows.append(AuditRow(way, means, judged, statistics))

@@ -75,7 +75,7 @@ def find_verifier(runs: list[Run], given: str) -> tuple[Verifier | None, RewardS
     for run in [run for run in runs if run.settings.get("erv") or given] or runs[:1]:
         rules = RewardSettings(**{k: v for k, v in run.settings.items() if k in names}
                                | ABLATIONS.get(run.settings.get("ablate"), {}))
-        folder = given or run.settings.get("erv") or ""
+        folder = given or (run.settings.get("erv") or "").split(",")[0]
         if given or (folder and Path(folder, "config.json").exists()):
             return Verifier.load(folder), rules, ""
         note = f"The verifier {folder} is not there" if folder else "No run names a verifier"

@@ -15,8 +15,8 @@ def verifier(sentences):
     return torch.tensor([[0.9 if label in s else 0.1 for label in LABELS] for s in sentences]).reshape(-1, 3)
 
 
-def reward(completion, e_gt="sad", step=None, **changes):
-    return score_completions([completion], [e_gt], "dfew", verifier, LABELS, RewardSettings(**changes), step)[0]
+def reward(completion, e_gt="sad", **changes):
+    return score_completions([completion], [e_gt], "dfew", verifier, LABELS, RewardSettings(**changes))[0]
 
 
 @pytest.mark.parametrize("completion, e_gt, R_format, R_answer, R_E", [
