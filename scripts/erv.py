@@ -152,7 +152,7 @@ def broken(sentences: list[str], rng: random.Random) -> Iterator[tuple]:
     """(text, neutral): the beginning of one sentence and the end of another, each cut inside a word (a policy's scraps;
     2507.08794 takes pieces of a model's outputs as negatives)."""
     known = set(sentences)
-    while True:
+    for _ in range(100 * len(sentences)):  # a text of short words alone may give none
         a, b = rng.choice(sentences), rng.choice(sentences)
         cuts = [[i for i in range(1, len(s)) if s[i - 1:i + 1].isalpha()] for s in (a, b)]
         text = a[:rng.choice(cuts[0])] + b[rng.choice(cuts[1]):] if all(cuts) else a

@@ -7,6 +7,8 @@ it is, and a policy that answers without explaining. Every stage is a command th
 starts; --jobs run side by side, one thread each, so that the figures repeat to the last bit. A stopped run goes on with
 what is missing. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt. The settings were chosen
 on the tune split of seeds that are not reported.
+`--rows remedies` and `--rows objective` compare Ours with each remedy of erv_min/remedies.py and with each named
+variant of Eq. 3: R_E by the row's own verifier and by one that no run saw, trained on another world's text, beside EEA.
 Differences of two rows are paired by seed, and their intervals are over seeds (Student's t): each seed trains anew, and
 trained models differ by more than the clips that they answer, so an interval over clips would promise too much.
 """
@@ -42,28 +44,70 @@ ROWS = {
     "no-sentences": ("w/o sentence-level", (47.54, 43.17, 68.36, 56.78, 38.66)),
     "answers": ("Answers without explaining", (None,) * 5),
 }
+TABLES = tuple(ROWS)  # 1, 2 and 4
+# Row -> (name, verifiers, the words of grpo.py in which it differs from "ours").
+REMEDIES = {
+    "minimum": ("two verifiers, minimum", "erv,erv-2", ""),
+    "variance": ("two verifiers, mean - 2 variances", "erv,erv-2", "--variance-weight 2"),
+    "hardened": ("hardened verifier", "erv-hard", ""),
+    "floor": ("likelihood floor -1.5", "erv", "--likelihood-floor -1.5"),
+    "calm": ("calm claims count", "erv", "--count-calm"),
+    "hardened-calm": ("hardened, calm claims count", "erv-hard", "--count-calm"),
+    "care": ("GRPO-CARE's bonus, 0.5", "erv", "--care-bonus 0.5"),
+    "gate": ("gate on the answer", "erv", "--gate-on-answer"),
+    "phase-in": ("R_E phased in over 60 steps", "erv", "--phase-in-steps 60"),
+    "length": ("at least 24 words", "erv", "--length-target 24"),
+    "repeats": ("repeated sentences earn 0", "erv", "--repeat-discount 1"),
+}
+OBJECTIVE = {
+    "a-dr-grpo": ("A_i not divided by std", "erv", "--advantages dr-grpo"),
+    "a-gdpo": ("A_i of each reward (GDPO)", "erv", "--advantages gdpo"),
+    "l-dapo": ("loss per token (DAPO)", "erv", "--loss-type dapo"),
+    "l-dr-grpo": ("loss by a constant length", "erv", "--loss-type dr-grpo"),
+    "k2": ("KL as k2", "erv", "--kl k2"),
+    "masked": ("cut completions masked", "erv", "--mask-truncated"),
+}
+VARIANTS = REMEDIES | OBJECTIVE
+ROWS |= {row: (name, (None,) * 5) for row, (name, *_) in VARIANTS.items()}
+GROUPS = {"tables": TABLES, "remedies": ("sft", "baseline", "ours", *REMEDIES),
+          "objective": ("sft", "ours", *OBJECTIVE)}
+
+
+# Another world's pairs for a verifier that no run sees: its text alone, without clips.
+TEXT = ("from pathlib import Path; from erv_min.toy.world import WorldSettings, sample_clips, write_annotations\n"
+        "world, out = WorldSettings(seed={}), Path({!r})\n"
+        "out.mkdir(exist_ok=True); write_annotations(out, sample_clips(world), world)")
 
 
 def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitable: bool) -> dict[str, tuple]:
     """The commands of one seed: name -> (commands before it, the file that says it is done, the command's words)."""
     world, number = folder / "world", ["--steps", str(steps)] if steps else []
 
-    def stage(script: str, name: str, *words: str, before: tuple = ("world",)) -> tuple:
+    def stage(script: str, name: str, *words: str, before: tuple = ("world",), command: tuple = ()) -> tuple:
         features = ["--cache-features", str(world / "features"), "--workers", "1"] if script != "erv" else []
         return before, folder / name / "model.safetensors", [
-            str(SCRIPTS / f"{script}.py"), "--world", str(world), "--seed", str(seed), "--device", "cpu", "--resume",
-            *features, "--out", str(folder / name), *words]
+            str(SCRIPTS / f"{script}.py"), *command, "--world", str(world), "--seed", str(seed), "--device", "cpu",
+            "--resume", *features, "--out", str(folder / name), *words]
 
     def grpo(name: str, *more: str, model: str = "sft", erv: str = "erv") -> tuple:
-        verifier = ["--erv", str(folder / erv)] if erv else ["--w-explanation", "0"]
-        return stage("grpo", name, "--model", str(folder / model), *verifier, "--eval-clips", "-1", *number, *more,
-                     before=(model, erv) if erv else (model,))
+        verifiers = erv.split(",") if erv else []
+        words = ["--erv", ",".join(str(folder / x) for x in verifiers)] if erv else ["--w-explanation", "0"]
+        return stage("grpo", name, "--model", str(folder / model), *words, "--eval-clips", "-1", "--sample-every", "1",
+                     *number, *more, before=(model, *verifiers))
 
     jobs = {
         "world": ((), world / "base" / "model.safetensors", [
             "-m", "erv_min.toy", str(world), "--seed", str(seed), f"--{split}", str(clips),
             *(["--test", "0"] if split == "tune" else []), *(["--exploitable"] if exploitable else [])]),
         "erv": stage("erv", "erv"),
+        "erv-2": stage("erv", "erv-2", "--seed", str(seed + 1000)),
+        "erv-hard": stage("erv", "erv-hard", "--init", str(folder / "erv"), "--second", str(folder / "erv-2"),
+                          "--predictions", str(folder / "ours" / "completions.jsonl"), command=("harden",),
+                          before=("erv", "erv-2", "ours")),
+        "text": ((), folder / "text" / "erv_valid.jsonl", ["-c", TEXT.format(seed + 1000, str(folder / "text"))]),
+        "erv-unseen": stage("erv", "erv-unseen", "--data", str(folder / "text" / "erv_train.jsonl"), "--valid",
+                            str(folder / "text" / "erv_valid.jsonl"), "--tokenizer", str(world / "tokenizers" / "erv"),
+                            before=("world", "text")),
         "erv-human": stage("erv", "erv-human", "--sources", "human", "--steps", "250"),
         "sft": stage("sft", "sft"),
         "sft-answers": stage("sft", "sft-answers", "--answers-only"),
@@ -73,6 +117,7 @@ def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitabl
         "no-filtering": grpo("no-filtering", "--ablate", "neutral-filtering"),
         "no-sentences": grpo("no-sentences", "--ablate", "sentence-level"),
         "answers": grpo("answers", model="sft-answers", erv=""),
+        **{row: grpo(row, *words.split(), erv=erv) for row, (_, erv, words) in VARIANTS.items()},
     }
     for row in ROWS:
         model, out = world / "base" if row == "base" else folder / row, folder / "evaluation" / row
@@ -80,12 +125,18 @@ def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitabl
             str(SCRIPTS / "evaluate.py"), "--model", str(model), "--data", f"toy:{world}", "--split", split,
             *(word for judge in JUDGES for word in ("--judge", judge)), "--max-new-tokens", "72", "--batch-size", "64",
             "--workers", "1", "--bootstrap", "0", "--device", "cpu", "--resume", "--out", str(out)]
+        own = VARIANTS.get(row, ("", "erv"))[1].split(",")[0]
+        jobs[f"score {row}"] = (f"evaluate {row}", own, "erv-unseen"), out / "R_E.json", [
+            str(SCRIPTS / "tools" / "audit.py"), "score", "--limit", "0", "--erv",
+            f"{folder / own},{folder / 'erv-unseen'}", "--predictions", str(out / "predictions.jsonl"), "--out",
+            str(out / "R_E.json")]
     return jobs
 
 
 def wanted(jobs: dict[str, tuple], rows: list[str]) -> dict[str, tuple]:
-    """The jobs that the evaluation of `rows` needs."""
+    """The jobs that the evaluation of `rows` needs, and where variants are compared their R_E by two verifiers."""
     todo, found = [f"evaluate {row}" for row in rows], {}
+    todo += [f"score {row}" for row in rows if VARIANTS.keys() & {*rows}]
     while todo:
         name = todo.pop()
         found[name] = jobs[name]
@@ -213,6 +264,11 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         results[row]["sentences"] = sentences(out, seeds, row)
         lines.append(f"{ROWS[row][0]:{width}}" + cells(results[row]["sentences"].values()))
     lines += over_training(out, seeds, rows)
+    if scored := [row for row in rows if VARIANTS.keys() & {*rows}]:
+        measured = {row: variant(out, seeds, row, results[row]) for row in scored}
+        lines += variants(measured)
+        for row in scored:
+            results[row]["variant"] = measured[row]
     lines.append("\nTable 4 in miniature: a second judge\n" + f"{'':{width}}{'judge':>10}"
                  + "".join(f"{c:>13}" for c in COLUMNS[:3]))
     for row in [r for r in ("baseline", "ours") if r in rows]:
@@ -242,20 +298,62 @@ def over_training(out: Path, seeds: list[int], rows: list[str]) -> list[str]:
     return lines if len(lines) > 1 else []
 
 
+def variant(out: Path, seeds: list[int], row: str, result: dict) -> dict[str, list[float | None]]:
+    """Per seed: R_E by the row's own verifier and by one that no run saw, both as printed, in percent, and what stands
+    beside it. KL and length: means of the last tenth of the steps, None of a row without GRPO."""
+    found = {"R_E own": [], "R_E unseen": [], **{m: result[JUDGES[0]][m] for m in ("EEA", "FCR", "WAR")},
+             "true": result["sentences"]["true"], "formed": result["sentences"]["formed"], "sentences": [], "words": [],
+             "KL": [], "length": []}
+    for seed in seeds:
+        own, unseen = read_json(out / f"seed-{seed}" / "evaluation" / row / "R_E.json").values()
+        found["R_E own"].append(100 * own["reward_explanation"])
+        found["R_E unseen"].append(100 * unseen["reward_explanation"])
+        found["sentences"].append(own["sentences"])
+        found["words"].append(own["explanation_words"])
+        log = out / f"seed-{seed}" / row / "metrics.jsonl"
+        steps = [step for step in (read_jsonl(log) if log.exists() else []) if "kl" in step]
+        for name, key in (("KL", "kl"), ("length", "completion_length")):
+            found[name].append(np.mean([step[key] for step in steps[-max(1, len(steps) // 10):]]) if steps else None)
+    return found | {"R_E - EEA": [r - e for r, e in zip(found["R_E own"], found["EEA"])]}
+
+
+def variants(measured: dict[str, dict]) -> list[str]:
+    """The table of remedies or of variants of Eq. 3: means and intervals over seeds, the widest gap, and what each row
+    gains over Ours, paired by seed."""
+    width = max(len(ROWS[row][0]) for row in measured)
+    lines = ["\nRemedies and variants: mean ± half of the 95% interval over seeds; R_E by its own verifier and by one "
+             "that no run saw (percent), true claims and sentences of the grammar (percent), sentences and words per "
+             "explanation, KL and tokens per completion at the end of training",
+             " " * width + "".join(f"{name:>14}" for name in next(iter(measured.values())))]
+    for row, found in measured.items():
+        cells = [f"{np.mean(x):.2f} ±{(interval(x)[1] - interval(x)[0]) / 2:5.2f}" if None not in x else "-"
+                 for x in found.values()]
+        lines.append(f"{ROWS[row][0]:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+    lines.append("\nWidest gap R_E own - EEA over the seeds, and each row minus Ours, paired by seed (as above)")
+    for row, found in measured.items():
+        gains = [f"{m} {difference(found[m], measured['ours'][m])}" for m in (
+            "R_E own", "R_E unseen", "EEA", "FCR", "WAR", "true", "words", "KL", "length")
+                 if "ours" in measured and row != "ours" and None not in (*found[m], *measured["ours"][m])]
+        lines.append(f"  {ROWS[row][0]}: widest gap {max(found['R_E - EEA']):.1f}; " + "; ".join(gains))
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of everything")
     parser.add_argument("--seeds", type=int, default=4, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
-    parser.add_argument("--rows", default=",".join(ROWS), help="rows of the tables, separated by commas")
+    parser.add_argument("--rows", default="tables", help=f"{', '.join(GROUPS)}, or rows separated by commas, of "
+                        + ", ".join(ROWS))
     parser.add_argument("--clips", type=int, default=1000, help="held-out clips a seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
     parser.add_argument("--steps", type=int, default=0, help="GRPO steps (default: the preset's)")
     parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time, one thread each")
     arguments = parser.parse_args(argv)
-    rows = [row for row in ROWS if row in arguments.rows.split(",")]
-    if unknown := set(arguments.rows.split(",")) - set(ROWS):
+    named = [row for word in arguments.rows.split(",") for row in GROUPS.get(word, (word,))]
+    rows = [row for row in ROWS if row in named]
+    if unknown := set(named) - set(ROWS):
         raise SettingsError(f"--rows {', '.join(sorted(unknown))}: there are {', '.join(ROWS)}")
     seeds = list(range(arguments.first_seed, arguments.first_seed + arguments.seeds))
     about = {k: v for k, v in vars(arguments).items() if k in ("clips", "split", "steps", "exploitable")}

@@ -398,7 +398,7 @@ def test_the_run_is_a_verifier_folder(trained):
     assert config["model_type"] == "roberta" and config["erv_min"]["settings"]["epochs"] == 4
     verifier = erv.Verifier.load(trained)
     assert verifier.labels == ERV_LABELS
-    sentences = ["He sobs as he talks.", "A man is in the office.", "Her nose wrinkles."]
+    sentences = ["He sobs.", "A man is in the office.", "Her nose wrinkles."]
     probs = verifier.probabilities(sentences)
     assert select_labels(probs, verifier.labels) == [["sadness"], ["neutral"], ["disgust"]]
     for sentence, row in zip(sentences, probs):  # alone and in a batch, padded and not
@@ -486,7 +486,7 @@ def test_hardening_rows_by_hand(script, tmp_path, monkeypatch):
 def test_harden_takes_the_reward_from_stuffing_and_keeps_f1(folder, script, trained, tmp_path, capsys):
     script.main(["harden", *arguments(folder, tmp_path / "hard", "--init", str(trained), "--epochs", "1")])
     before, after = erv.Verifier.load(trained), erv.Verifier.load(tmp_path / "hard")
-    stuffed, honest = ["Sadness, sadness, sadness.", "Anger, anger, anger."], ["He sobs as he talks.", "Her nose wrinkles."]
+    stuffed, honest = ["Sadness, sadness, sadness.", "Anger, anger, anger."], ["He sobs.", "Her nose wrinkles."]
     assert select_labels(after.probabilities(stuffed), ERV_LABELS) == [["neutral"]] * 2
     assert select_labels(after.probabilities(honest), ERV_LABELS) == select_labels(
         before.probabilities(honest), ERV_LABELS) == [["sadness"], ["disgust"]]
@@ -544,7 +544,7 @@ def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
             new[[GOEMOTIONS_INDEX[x] for x in ERV_LABELS]] = old
     checkpoint.save_erv(wide, tmp_path, GOEMOTIONS)
     shutil.copy(trained / "tokenizer.json", tmp_path)
-    large, sentences = erv.Verifier.load(tmp_path), ["She laughs as she talks.", "He sobs as he talks.",
+    large, sentences = erv.Verifier.load(tmp_path), ["She laughs as she talks.", "He sobs.",
                                                       "A man is in the office."]
     probs = large.probabilities(sentences)
     assert large.labels == GOEMOTIONS and probs[0].argmax() == 17 and probs[1].argmax() == 25  # joy, sadness
@@ -625,5 +625,5 @@ def test_long_sentences_are_cut(folder):
 
 def test_the_judge_knows_nothing_of_the_verifier():
     """A condition of the audit's figures: the lexicon judge reads words, not the verifier's labels or data."""
-    assert LexiconJudge().judge(["He sobs as he talks."], DFEW)
+    assert LexiconJudge().judge(["He sobs."], DFEW)
     assert "erv_min" not in Path(sys.modules[LexiconJudge.__module__].__file__).read_text().split('"""', 2)[2]

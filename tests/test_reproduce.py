@@ -1,7 +1,9 @@
 """scripts/reproduce.py: the plan of commands, running them in order and again, and tables of known predictions."""
 
+import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,13 @@ import pytest
 
 from erv_min.run.errors import SettingsError
 from erv_min.metrics import score
+from erv_min.remedies import Remedies
 from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, parse
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+import erv  # noqa: E402
+
 spec = importlib.util.spec_from_file_location("reproduce", SCRIPTS / "reproduce.py")
 reproduce = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reproduce)
@@ -22,6 +28,9 @@ def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch
     jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7, False)
     assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
     assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}
+    assert set(reproduce.wanted(jobs, ["ours", "hardened"])) == {
+        "world", "text", "sft", "erv", "erv-2", "erv-hard", "erv-unseen", "ours", "hardened", "evaluate ours",
+        "evaluate hardened", "score ours", "score hardened"}
     seen = []
     for name, (before, product, words) in jobs.items():
         assert set(before) <= set(jobs) and str(product).startswith(str(tmp_path))
@@ -30,11 +39,26 @@ def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch
             assert (seen[-1].seed, seen[-1].steps, seen[-1].eval_clips) == (3, 7, -1)
         if words[0].endswith("sft.py"):
             assert parse(SFTSettings, PRESETS["sft"], "", words[1:]).answers_only == (name == "sft-answers")
+        if words[0].endswith("/erv.py"):
+            harden = name == "erv-hard"
+            verifier = parse(erv.ERVSettings, erv.PRESETS, "", words[1 + harden:])
+            assert (words[1] == "harden") == harden and verifier.seed == (1003 if name == "erv-2" else 3)
     # What separates the rows of tables 1 and 2, and nothing else.
-    assert [(Path(s.out).name, bool(s.w_explanation), s.ablate, Path(s.erv).name) for s in seen] == [
+    rows, variants = seen[:6], {Path(s.out).name: s for s in seen[6:]}
+    assert [(Path(s.out).name, bool(s.w_explanation), s.ablate, Path(s.erv).name) for s in rows] == [
         ("ours", True, "", "erv"), ("baseline", False, "", ""), ("no-augmentation", True, "", "erv-human"),
         ("no-filtering", True, "neutral-filtering", "erv"), ("no-sentences", True, "sentence-level", "erv"),
         ("answers", False, "", "")]
+    # A remedy or a variant of Eq. 3 differs from Ours in one setting: its verifiers, or what its words say.
+    plain = dataclasses.asdict(rows[0])
+    differs = {row: {k: v for k, v in dataclasses.asdict(s).items() if plain[k] != v and k != "out"}
+               for row, s in variants.items()}
+    assert list(differs) == list(reproduce.VARIANTS) and all(differs.values())
+    two = f"{tmp_path / 'erv'},{tmp_path / 'erv-2'}"
+    assert differs["minimum"] == {"erv": two} and differs["variance"] == {"erv": two, "variance_weight": 2.0}
+    assert differs["hardened"] == {"erv": str(tmp_path / "erv-hard")} and differs["k2"] == {"kl": "k2"}
+    assert {k for d in differs.values() for k in d} == {f.name for f in dataclasses.fields(Remedies)} | {
+        "erv", "advantages", "loss_type", "kl", "mask_truncated"}
 
 
 def write(path: Path, after: Path | None = None) -> list[str]:
@@ -62,8 +86,8 @@ def predictions(folder: Path, right: int, clips: int = 10) -> None:
     """
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
              "judged_emotion": "happy" if i < right else "fear",
-             "output": "<think>She freeurprised. A man is in the office. "
-                       f"{'His face beams.' if i < right else 'He gasps as he talks.'}</think><answer>happy</answer>"}
+             "output": "<think>She freeurprised. Behind him is the office. "
+                       f"{'His face beams.' if i < right else 'He gasps.'}</think><answer>happy</answer>"}
             for i in range(clips)]
     world = folder.parents[1] / "world"
     world.mkdir(parents=True, exist_ok=True)
@@ -100,6 +124,31 @@ def test_tables_by_hand(tmp_path):
     assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["rows"]["ours"]["lexicon2"]["FCR"] == [80, 60]
+
+
+def test_the_table_of_variants_by_hand(tmp_path):
+    """Two seeds of ten clips. Calm claims count: EEA 80, 80 beside Ours' 70, 60; R_E 75, 75 beside 80, 90."""
+    for seed, right, R_E in ((0, (7, 8), (0.8, 0.75)), (1, (6, 8), (0.9, 0.75))):
+        for row, k, paid in zip(("ours", "calm"), right, R_E):
+            out = tmp_path / f"seed-{seed}" / "evaluation" / row
+            predictions(out, k)
+            (out / "R_E.json").write_text(json.dumps({
+                "own": {"reward_explanation": paid, "sentences": 3.0, "explanation_words": 11.0},
+                "unseen": {"reward_explanation": paid - 0.1, "sentences": 3.0, "explanation_words": 11.0}}))
+            (tmp_path / f"seed-{seed}" / row).mkdir()
+            (tmp_path / f"seed-{seed}" / row / "metrics.jsonl").write_text("".join(json.dumps(
+                {"step": i, "reward_explanation": 0.5, "sentences": 3, "distinct_sentence_rate": 1.0, "kl": 0.01 * i,
+                 "neutral_share": 0.5, "completion_length": 30 + i}) + "\n" for i in range(20)))
+    text = reproduce.tables(tmp_path, [0, 1], ["ours", "calm"], "test", 10)
+    lines = {line[:17].strip(): line[17:].split() for line in reversed(text[text.index("Remedies and"):].splitlines())}
+    # mean and 12.706 * sd / sqrt(2): of 80, 90: 85 ± 63.53; KL: the mean of 0.18 and 0.19; tokens of 48 and 49
+    assert lines["Ours"][:6] == ["85.00", "±63.53", "75.00", "±63.53", "65.00", "±63.53"]
+    assert lines["calm claims count"][:6] == ["75.00", "±", "0.00", "65.00", "±", "0.00"]
+    kept = json.loads((tmp_path / "results.json").read_text())["rows"]["calm"]["variant"]
+    assert kept["KL"] == pytest.approx([0.185] * 2) and kept["length"] == [48.5] * 2 and kept["EEA"] == [80, 80]
+    assert "  Ours: widest gap 30.0; \n" in text + "\n"
+    assert "calm claims count: widest gap -5.0; R_E own -10.0  (-73.5 to +53.5) [-15.0, -5.0]; R_E unseen" in text
+    assert "EEA +15.0  (-48.5 to +78.5) [+10.0, +20.0]; FCR" in text
 
 
 def test_intervals_over_seeds_by_hand():
