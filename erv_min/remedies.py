@@ -117,7 +117,7 @@ def apply(readings: list[list[Reward]], texts: Sequence[str], e_gt: Sequence[str
     if len(readings) == 1 and all(getattr(on, f.name) == f.default for f in dataclasses.fields(Remedies)):
         return readings[0]
     calm, bonus, rewards = [[False] * len(texts)] * len(readings), [0.0] * len(texts), []
-    if on.count_calm:
+    if on.count_calm and verifiers:
         E = [extract_explanation(text) for text in texts]
         calm = [[claims_calm(EL) for EL in select_labels(v.probabilities(E), v.labels, rules.tau, rules.k)]
                 for v in verifiers]

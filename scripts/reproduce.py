@@ -303,7 +303,7 @@ def variant(out: Path, seeds: list[int], row: str, result: dict) -> dict[str, li
     beside it. KL and length: means of the last tenth of the steps, None of a row without GRPO."""
     found = {"R_E own": [], "R_E unseen": [], **{m: result[JUDGES[0]][m] for m in ("EEA", "FCR", "WAR")},
              "true": result["sentences"]["true"], "formed": result["sentences"]["formed"], "sentences": [], "words": [],
-             "KL": [], "length": []}
+             "100 KL": [], "length": []}
     for seed in seeds:
         own, unseen = read_json(out / f"seed-{seed}" / "evaluation" / row / "R_E.json").values()
         found["R_E own"].append(100 * own["reward_explanation"])
@@ -312,8 +312,9 @@ def variant(out: Path, seeds: list[int], row: str, result: dict) -> dict[str, li
         found["words"].append(own["explanation_words"])
         log = out / f"seed-{seed}" / row / "metrics.jsonl"
         steps = [step for step in (read_jsonl(log) if log.exists() else []) if "kl" in step]
-        for name, key in (("KL", "kl"), ("length", "completion_length")):
-            found[name].append(np.mean([step[key] for step in steps[-max(1, len(steps) // 10):]]) if steps else None)
+        for name, key, scale in (("100 KL", "kl", 100), ("length", "completion_length", 1)):
+            last = [scale * step[key] for step in steps[-max(1, len(steps) // 10):]]
+            found[name].append(np.mean(last) if last else None)
     return found | {"R_E - EEA": [r - e for r, e in zip(found["R_E own"], found["EEA"])]}
 
 
@@ -332,9 +333,9 @@ def variants(measured: dict[str, dict]) -> list[str]:
     lines.append("\nWidest gap R_E own - EEA over the seeds, and each row minus Ours, paired by seed (as above)")
     for row, found in measured.items():
         gains = [f"{m} {difference(found[m], measured['ours'][m])}" for m in (
-            "R_E own", "R_E unseen", "EEA", "FCR", "WAR", "true", "words", "KL", "length")
+            "R_E own", "R_E unseen", "EEA", "FCR", "WAR", "true", "words", "100 KL", "length")
                  if "ours" in measured and row != "ours" and None not in (*found[m], *measured["ours"][m])]
-        lines.append(f"  {ROWS[row][0]}: widest gap {max(found['R_E - EEA']):.1f}; " + "; ".join(gains))
+        lines.append(f"  {ROWS[row][0]}: " + "; ".join([f"widest gap {max(found['R_E - EEA']):.1f}", *gains]))
     return lines
 
 

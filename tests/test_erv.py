@@ -25,13 +25,16 @@ from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.render import Look
 from erv_min.toy.lexicon import LexiconJudge
-from erv_min.toy.text import EMOTIONS, erv_row
+from erv_min.toy.text import CUES, EMOTIONS, appearances, erv_row, fill
 from erv_min.toy.vocab import roberta_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
 import audit  # noqa: E402
 
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+# Sentences of the embedded world about a man: his look, and what conveys an emotion.
+LOOK = appearances(Look(False, "red", "dark", True, True, "office", 0))[0][0]
+SAYS = {emotion: [fill(CUES[subject][emotion][-1], False) for subject in ("face", "voice")] for emotion in EMOTIONS}
 
 
 def write(path: Path, rows: list) -> Path:
@@ -398,7 +401,7 @@ def test_the_run_is_a_verifier_folder(trained):
     assert config["model_type"] == "roberta" and config["erv_min"]["settings"]["epochs"] == 4
     verifier = erv.Verifier.load(trained)
     assert verifier.labels == ERV_LABELS
-    sentences = ["He sobs.", "A man is in the office.", "Her nose wrinkles."]
+    sentences = [SAYS["sad"][1], LOOK, SAYS["disgust"][0]]
     probs = verifier.probabilities(sentences)
     assert select_labels(probs, verifier.labels) == [["sadness"], ["neutral"], ["disgust"]]
     for sentence, row in zip(sentences, probs):  # alone and in a batch, padded and not
@@ -462,7 +465,7 @@ def test_hardening_rows_by_hand(script, tmp_path, monkeypatch):
     scraps = list(itertools.islice(script.broken(known, rng), 100))
     for text, labels in scraps:
         assert labels == ["neutral"] and text not in known and any(text[0] == s[0] for s in known) and text[-1] == "."
-        assert any(text.startswith(a[:i]) and text.endswith(b[j:]) and a[i - 1:i + 1].isalpha() and b[j - 1:j + 1].isalpha()
+        assert any(text == a[:i] + b[j:] and a[i - 1:i + 1].isalpha() and b[j - 1:j + 1].isalpha()
                    for a in known for b in known for i in range(1, len(a)) for j in range(1, len(b)))
 
     class Second(FakeVerifier):
@@ -486,7 +489,8 @@ def test_hardening_rows_by_hand(script, tmp_path, monkeypatch):
 def test_harden_takes_the_reward_from_stuffing_and_keeps_f1(folder, script, trained, tmp_path, capsys):
     script.main(["harden", *arguments(folder, tmp_path / "hard", "--init", str(trained), "--epochs", "1")])
     before, after = erv.Verifier.load(trained), erv.Verifier.load(tmp_path / "hard")
-    stuffed, honest = ["Sadness, sadness, sadness.", "Anger, anger, anger."], ["He sobs.", "Her nose wrinkles."]
+    stuffed = ["Sadness, sadness, sadness.", "Anger, anger, anger."]
+    honest = [SAYS["sad"][1], SAYS["disgust"][0]]
     assert select_labels(after.probabilities(stuffed), ERV_LABELS) == [["neutral"]] * 2
     assert select_labels(after.probabilities(honest), ERV_LABELS) == select_labels(
         before.probabilities(honest), ERV_LABELS) == [["sadness"], ["disgust"]]
@@ -544,8 +548,7 @@ def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
             new[[GOEMOTIONS_INDEX[x] for x in ERV_LABELS]] = old
     checkpoint.save_erv(wide, tmp_path, GOEMOTIONS)
     shutil.copy(trained / "tokenizer.json", tmp_path)
-    large, sentences = erv.Verifier.load(tmp_path), ["She laughs as she talks.", "He sobs.",
-                                                      "A man is in the office."]
+    large, sentences = erv.Verifier.load(tmp_path), [SAYS["happy"][1], SAYS["sad"][1], LOOK]
     probs = large.probabilities(sentences)
     assert large.labels == GOEMOTIONS and probs[0].argmax() == 17 and probs[1].argmax() == 25  # joy, sadness
     torch.testing.assert_close(probs[:, erv.erv_columns(large.labels)], small.probabilities(sentences))
@@ -589,10 +592,9 @@ def test_sources_and_missing_data_are_named(folder, script, tmp_path):
 
 
 def test_audit_and_score_commands(trained, tmp_path, capsys):
-    told = {"sad": "He sobs as he talks. He is sad.", "angry": "He glares with hard eyes. He is angry.",
-            "happy": "Tears fill his eyes. He is sad."}
-    rows = [{"video_id": e, "ground_truth": e, "dataset": "dfew", "output": f"<think>A man is in the office. {text}"
-             f"</think>\n<answer>{e}</answer>"} for e, text in told.items()]
+    told = {"sad": SAYS["sad"], "angry": SAYS["angry"], "happy": SAYS["sad"]}
+    rows = [{"video_id": e, "ground_truth": e, "dataset": "dfew",
+             "output": f"<think>{' '.join([LOOK, *cues])}</think>\n<answer>{e}</answer>"} for e, cues in told.items()]
     predictions = str(write(tmp_path / "rows.jsonl", rows))
     audit.run_audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
                   str(tmp_path / "audit.json")])
@@ -610,7 +612,7 @@ def test_audit_and_score_commands(trained, tmp_path, capsys):
     by_verifier = read_json(tmp_path / "score.json")
     assert [x["reward_explanation"] for x in by_verifier.values()] == pytest.approx([2 / 3, 0])
     capsys.readouterr()
-    audit.run_score(["--erv", str(trained), "--text", "A man is in the office. He is sad."])
+    audit.run_score(["--erv", str(trained), "--text", f"{LOOK} {SAYS['sad'][1]}"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
     with pytest.raises(SettingsError, match="--predictions"):
         audit.run_score(["--erv", str(trained)])

@@ -105,6 +105,13 @@ def test_calm_claims_by_hand():
     assert R_E(f"<think>{calm}</think>", e_gt="neutral", verifiers=(First(),), count_calm=True) == 1 / 2
 
 
+def test_without_a_verifier_r_e_is_0_whatever_is_on():
+    reading = score_completions([MIXED], ["sad"], "dfew", None, LABELS)  # the paper's Baseline
+    on = Remedies(count_calm=True, likelihood_floor=-1.0, repeat_discount=1.0, length_target=9, gate_on_answer=True)
+    (reward,) = apply([reading], [MIXED], ["sad"], [], 1, RewardSettings(), on, 0, lambda i, pieces: [0.0])
+    assert (reward.total, reward.explanation) == (2, 0)
+
+
 def test_several_verifiers_by_hand():
     # R_E 2/3 and 1/3: minimum 1/3; mean 1/2, variance (1/6)^2 * 2 / 1 = 1/18, at weight 3: 1/2 - 1/6 = 1/3.
     assert remedies.ensemble([2 / 3, 1 / 3], 0) == pytest.approx(1 / 3)
@@ -118,7 +125,7 @@ def test_several_verifiers_by_hand():
     # each verifier's own reading of the whole decides for it alone
     calm = "<think>neutral, happy face. So sad.</think><answer>sad</answer>"
     assert R_E(calm, count_calm=True, **both) == 1 / 2  # Named: 1/2, counted already; First: 1/1 -> 1/2
-    three = "<think>So sad. A happy coat. A neutral hat.</think><answer>sad</answer>"  # 1/2 by both; Named sees calm: 1/3
+    three = "<think>So sad. A happy coat. A neutral hat.</think><answer>sad</answer>"  # 1/2; Named sees calm: 1/3
     assert R_E(three, count_calm=True, verifiers=(First(), Named())) == pytest.approx(1 / 3)
 
 

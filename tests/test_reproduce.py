@@ -13,6 +13,8 @@ from erv_min.run.errors import SettingsError
 from erv_min.metrics import score
 from erv_min.remedies import Remedies
 from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, parse
+from erv_min.toy import render
+from erv_min.toy.text import CUES, appearances, fill
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -79,6 +81,10 @@ def test_jobs_run_once_in_order_and_a_failure_names_its_log(tmp_path):
                           tmp_path, 1)
 
 
+LOOK = appearances(render.Look(False, "red", "dark", True, True, "office", 0))[0][0]
+CUE = {emotion: fill(CUES["voice"][emotion][1], False) for emotion in ("happy", "surprise")}
+
+
 def predictions(folder: Path, right: int, clips: int = 10) -> None:
     """Every answer right; `right` of the explanations judged as the truth, the others as fear (truth: happy).
 
@@ -86,9 +92,8 @@ def predictions(folder: Path, right: int, clips: int = 10) -> None:
     """
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
              "judged_emotion": "happy" if i < right else "fear",
-             "output": "<think>She freeurprised. Behind him is the office. "
-                       f"{'His face beams.' if i < right else 'He gasps.'}</think><answer>happy</answer>"}
-            for i in range(clips)]
+             "output": f"<think>She freeurprised. {LOOK} {CUE['happy' if i < right else 'surprise']}</think>"
+                       "<answer>happy</answer>"} for i in range(clips)]
     world = folder.parents[1] / "world"
     world.mkdir(parents=True, exist_ok=True)
     (world / "params.jsonl").write_text("".join(json.dumps(
@@ -145,8 +150,8 @@ def test_the_table_of_variants_by_hand(tmp_path):
     assert lines["Ours"][:6] == ["85.00", "±63.53", "75.00", "±63.53", "65.00", "±63.53"]
     assert lines["calm claims count"][:6] == ["75.00", "±", "0.00", "65.00", "±", "0.00"]
     kept = json.loads((tmp_path / "results.json").read_text())["rows"]["calm"]["variant"]
-    assert kept["KL"] == pytest.approx([0.185] * 2) and kept["length"] == [48.5] * 2 and kept["EEA"] == [80, 80]
-    assert "  Ours: widest gap 30.0; \n" in text + "\n"
+    assert kept["100 KL"] == pytest.approx([18.5] * 2) and kept["length"] == [48.5] * 2 and kept["EEA"] == [80, 80]
+    assert "  Ours: widest gap 30.0\n" in text
     assert "calm claims count: widest gap -5.0; R_E own -10.0  (-73.5 to +53.5) [-15.0, -5.0]; R_E unseen" in text
     assert "EEA +15.0  (-48.5 to +78.5) [+10.0, +20.0]; FCR" in text
 

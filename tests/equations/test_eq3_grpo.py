@@ -37,7 +37,7 @@ def test_advantages_without_division_by_hand():
 
 
 def test_decoupled_advantages_by_hand():
-    # GDPO: parts (R_E, R_format, R_answer) of one group of 4. Under Eq. 5's sum the first two have R = 2, one advantage.
+    # GDPO: parts (R_E, R_format, R_answer) of one group of 4. Under Eq. 5 the first two have R = 2, one advantage.
     parts = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     summed = group_advantages(parts.sum(1), 4)
     assert summed[0] == summed[1]
@@ -58,7 +58,7 @@ def test_kl_k2_by_hand():
                                torch.tensor([math.log(2) ** 2 / 2, 0.0]))
     logps, ref = torch.zeros(1, 1, requires_grad=True), torch.full((1, 1), math.log(2))
     grpo_loss(logps, logps.detach(), ref, torch.zeros(1), torch.ones(1, 1), beta=0.1, kl_term="k2").backward()
-    assert logps.grad.item() == pytest.approx(-0.1 * math.log(2))  # d/dlogp of 0.1 (ref - logp)^2 / 2; k3's: 0.1 (1 - 2)
+    assert logps.grad.item() == pytest.approx(-0.1 * math.log(2))  # of 0.1 (ref - logp)^2 / 2; k3's: 0.1 (1 - 2)
 
 
 def test_kl_k3_by_hand():
@@ -116,7 +116,7 @@ def test_completions_cut_at_the_limit_leave_the_loss():
     # EOS is 9: the second never met it.
     cut = Completions(torch.tensor([[4, 9], [4, 5], [9, 9]]), torch.tensor([[1, 1], [1, 1], [1, 0]]).bool())
     assert ended(cut, 9).tolist() == [True, False, True]
-    assert not ended(Completions(torch.tensor([[4, 9]]), torch.tensor([[True, False]])), 9)  # padding is none of its own
+    assert not ended(Completions(torch.tensor([[4, 9]]), torch.tensor([[True, False]])), 9)  # padding
     mask = cut.mask & ended(cut, 9)[:, None]
     assert mask.tolist() == [[True, True], [False, False], [True, False]]
     # its tokens count nowhere: (2 + 0 + 4) / 3 completions, and of the batch's tokens 3 are left, (1 + 3 + 4) / 3
