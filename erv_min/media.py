@@ -49,12 +49,14 @@ def load_waveform(path: str | Path) -> torch.Tensor:
 
 
 def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int = 8, image_size: int = 224,
-              n_mels: int = 128, n_frames: int = 3000, geometry: str = "pad", silence: str = "hear") -> Clip:
+              n_mels: int = 128, n_frames: int = 3000, geometry: str = "pad", silence: str = "hear",
+              without: str = "") -> Clip:
     """Reads what `modality` asks for, in one pass over the file.
 
     `num_frames` frames of `image_size`; `n_frames` log-mel frames (10 ms each) of `n_mels` bins. A clip whose file has
     no sound: "hear" gives 10 s of digital silence, as the release does, and marks the Clip `silent`, so that callers
     count it; "error" raises ClipError (divergence 19). Sound that is there and cannot be decoded is always a ClipError.
+    `without` "video": the same number of black frames; "audio": digital silence; all else as it is.
     """
     if modality not in ("video_audio", "video", "audio"):
         raise SettingsError(f"modality {modality!r}: use video_audio, video or audio")
@@ -62,10 +64,11 @@ def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int =
     choose = partial(sample_frame_indices, k=num_frames) if "video" in modality else None
     frames, waveform = decode(path, choose, n_frames * HOP if "audio" in modality else 0)
     if "video" in modality:
-        clip.video = pixel_values(frames, image_size, geometry)
+        clip.video = pixel_values(torch.zeros_like(frames) if without == "video" else frames, image_size, geometry)
     if "audio" in modality:
         clip.silent = waveform is None
-        clip.audio = log_mel(_sound_or_silence(path, waveform, silence), n_mels, n_frames)
+        waveform = _sound_or_silence(path, waveform, silence)
+        clip.audio = log_mel(torch.zeros_like(waveform) if without == "audio" else waveform, n_mels, n_frames)
     return clip
 
 

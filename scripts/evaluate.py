@@ -4,6 +4,8 @@
   another system      --predictions FILE[,FILE] --data dfew:/path --judge ...
                       our JSONL, the released `clip|output` text, the released judged JSON, or the last two together
   table 4             give --judge twice: each judge's figures and their agreement
+  masked modality     --without audio (or video): the same clips mute (or black); of toy:/world the sentences are
+                      counted, so that one sees which share of claims about the voice (or the face) stays
 
 Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% intervals over resampled clips, recall per
 class and confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their
@@ -24,6 +26,7 @@ from erv_min.run.files import atomic_write, write_json, write_jsonl
 from erv_min.run.processes import join_processes, part, run_script
 from erv_min.run.settings import PredictionSettings, checked, parser_for, setting
 from erv_min.run.start import load_policy
+from erv_min.toy.text import count_sentences
 
 
 @dataclass
@@ -136,7 +139,17 @@ def agreement_text(pair: str, value: dict) -> str:
             f"({value['left_out']} left out)")
 
 
-def report(name: str, results: dict[str, dict], agreements: dict) -> str:
+def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
+    """What `count_sentences` counts, per explanation, where `data` is one embedded world. Else nothing."""
+    world = Path(data.removeprefix("toy:"))
+    if not data.startswith("toy:") or not (world / "params.jsonl").exists():
+        return {}
+    counts = count_sentences(rows, world)
+    return {part: counts[part] / len(rows)
+            for part in ("sentences", "formed", "face", "true face", "voice", "true voice")}
+
+
+def report(name: str, results: dict[str, dict], agreements: dict, sentences: dict) -> str:
     """What is printed and kept as table.txt."""
     parts = []
     for dataset in next(iter(results.values())):
@@ -147,6 +160,9 @@ def report(name: str, results: dict[str, dict], agreements: dict) -> str:
         parts += [f"{system}: {beside_the_figures(result)}" for system, result in scores.items()]
         parts.append(confusion_text(first))
         parts += [agreement_text(pair, value) for pair, value in agreements.get(dataset, {}).items()]
+    if sentences:
+        parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the face, "
+                     "{:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(*sentences.values()))
     return "\n".join(parts) + "\n"
 
 
@@ -159,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})
     if bool(settings.model) == bool(settings.predictions):
         raise SettingsError("give either --model (with --data) or --predictions")
+    if settings.predictions and settings.without:
+        raise SettingsError("--without needs --model: given predictions are as they are")
     if settings.model and not settings.data:
         raise SettingsError("--model needs clips: --data dfew:/path or toy:/world")
     if not judges and settings.data.startswith("toy:"):
@@ -172,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     judged = judged_by(judges, rows)
     results = {judge: figures(part, settings) for judge, part in judged.items()}
-    agreements = agreements_of(judged)
+    agreements, sentences = agreements_of(judged), toy_sentences(rows, settings.data)
 
     out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
     for path in out.glob("judged-*.jsonl"):  # of an evaluation before this one, maybe with more judges
@@ -180,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     for number, judged_rows in enumerate(judged.values(), 1):
         write_jsonl(out / f"judged-{number}.jsonl", judged_rows)
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
-                                      "agreement": agreements, **lost})
-    text = report(name, results, agreements)
+                                      "agreement": agreements, "sentences": sentences, **lost})
+    text = report(name, results, agreements, sentences)
     atomic_write(out / "table.txt", text)
     print(text + "".join(f"{len(lost[kind])} clips {kind}, e.g. {lost[kind][0]}\n"
                          for kind in ("missing", "unknown", "failed") if lost[kind])

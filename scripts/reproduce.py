@@ -224,8 +224,8 @@ def sentences(out: Path, seeds: list[int], row: str) -> dict[str, list[float | N
     """Per seed, in percent: sentences of the grammar in the right person, and cues that are true of their clip."""
     found: dict = {"formed": [], "true": []}
     for seed in seeds:
-        clips = {str(clip["number"]): clip for clip in read_jsonl(out / f"seed-{seed}" / "world" / "params.jsonl")}
-        n = count_sentences(read_jsonl(out / f"seed-{seed}" / "evaluation" / row / "judged-1.jsonl"), clips)
+        folder = out / f"seed-{seed}"
+        n = count_sentences(read_jsonl(folder / "evaluation" / row / "judged-1.jsonl"), folder / "world")
         for part, whole in (("formed", "sentences"), ("true", "cues")):
             found[part].append(100 * n[part] / n[whole] if n[whole] else None)
     return found

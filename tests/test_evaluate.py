@@ -22,8 +22,10 @@ from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixt
 from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
 from erv_min.data import predictions
+from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import load_examples
 from erv_min.data.readers import Example
+from erv_min.inputs import Collator
 from erv_min.run.errors import ClipError, DataError, JudgeError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.model.humanomni import HumanOmni, init_weights
@@ -306,6 +308,39 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))  # the second chunk is cut, too
     assert run_model(world, tmp_path / "stopped", "--resume") == rows
     assert [len(part) for part in calls] == [2, 2, 2, 2, 2]  # the first chunk was not computed again
+
+
+def test_the_same_clips_mute_or_black(world, tmp_path, monkeypatch):
+    """One modality's features change, the other's stay; a cache of whole clips is neither read nor filled."""
+    example, features, seen = load_examples(f"toy:{world}", "test")[0], Collator.features, []
+    policy = predictions.load_policy_for(predictions.Answers(model=str(world / "model"), device="cpu"))
+    policy.cache = FeatureCache(None, "whole clips")
+    monkeypatch.setattr(Collator, "features", lambda self, x: seen.append(features(self, x)) or seen[-1])
+    settings = predictions.Answers(max_new_tokens=1, workers=0)
+    for without in ("", "audio", "video", ""):
+        assert len(list(predictions.outputs(policy, [example], [0], replace(settings, without=without)))) == 1
+    assert [[torch.equal(*pair) for pair in zip(other, seen[0])] for other in seen[1:]] == [
+        [True, False], [False, True], [True, True]]
+    with pytest.raises(SettingsError, match="--without audio: with --modality video there is none"):
+        next(predictions.outputs(policy, [example], [0], replace(settings, without="audio", modality="video")))
+
+    assert len(run_model(world, tmp_path / "mute", "--without", "audio")) == 6
+    with pytest.raises(SettingsError, match="predictions.json: made with other settings"):
+        run_model(world, tmp_path / "mute", "--without", "video", "--resume")
+    with pytest.raises(SettingsError, match="--without needs --model"):
+        evaluate.main(["--predictions", str(tmp_path / "mute/predictions.jsonl"), "--without", "audio"])
+
+
+def test_sentences_of_a_world_are_counted(world, tmp_path, capsys):
+    clips = {str(clip["number"]): clip for clip in read_jsonl(world / "params.jsonl") if clip["split"] == "test"}
+    said = "<think>The tone is calm and even. The voice is harsh and hard. The grammar lacks this.</think>"
+    path = write(tmp_path / "p.jsonl", "".join(json.dumps({"video_id": number, "output": said}) + "\n"
+                                               for number in clips))
+    evaluate.main(["--predictions", path, "--data", f"toy:{world}", "--out", str(tmp_path), "--bootstrap", "0"])
+    true = sum(clip["voice_shows"] in ("neutral", "angry") for clip in clips.values()) / 6
+    assert read_json(tmp_path / "metrics.json")["sentences"] == {
+        "sentences": 3, "formed": 2, "face": 0, "true face": 0, "voice": 2, "true voice": true}
+    assert f"0.00 about the face, 0.00 true of the clip; 2.00 about the voice, {true:.2f} true" in capsys.readouterr().out
 
 
 def test_undecodable_and_missing_clips_are_listed(world, tmp_path):

@@ -337,6 +337,18 @@ def test_a_clip_without_sound_is_heard_as_silence_or_is_an_error(tmp_path, name)
         assert load_clip(path, "video", 4, silence="error").silent is False  # its sound was not asked for
 
 
+def test_a_clip_whose_picture_or_sound_is_taken_away(tmp_path):
+    """Black frames (-1) between the grey margins of "pad"; log10(1e-10) is -10, (-10 + 4) / 4 = -1.5; the other modality
+    is the same to the last bit."""
+    write_clip(tmp_path / "a.mp4")  # 64 x 48
+    whole, black, mute = (load_clip(tmp_path / "a.mp4", num_frames=4, image_size=64, n_frames=200, without=x)
+                          for x in ("", "video", "audio"))
+    assert (black.video[..., 8:56, :] == -1).all() and not (whole.video[..., 8:56, :] == -1).any()
+    assert torch.equal(black.video[..., :8, :], whole.video[..., :8, :]) and torch.equal(black.audio, whole.audio)
+    assert (mute.audio == -1.5).all() and (whole.audio > -1.5).any() and torch.equal(mute.video, whole.video)
+    assert not mute.silent  # the file has sound: nothing to warn of
+
+
 def test_a_quiet_clip_is_not_a_clip_without_sound(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
     clip = load_clip(tmp_path / "a.wav", "audio", silence="error")

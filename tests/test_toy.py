@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 
 from erv_min.run.errors import SettingsError
-from erv_min.run.files import read_json, read_jsonl
+from erv_min.run.files import read_json, read_jsonl, write_jsonl
 from erv_min.run.folder import LOCKS, open_folder
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.run.processes import Processes
@@ -408,12 +408,14 @@ def test_what_the_world_writes_is_of_its_grammar():
     assert len(text.grammar(True)) == len(text.grammar(False)) == 5 + 4 + 2 + 3 + 1 + 21 + 14 + 21 + 6
 
 
-def test_sentences_counted_by_hand():
-    clips = {"7": {"look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}}
+def test_sentences_counted_by_hand(tmp_path):
+    clip = {"number": 7, "look": {"woman": True}, "face_shows": "sad", "voice_shows": "fear"}
+    write_jsonl(tmp_path / "params.jsonl", [clip])
     said = ("Behind her is the garden. She weeps. She beams. The voice is shaky. "
             "She feels sad. "  # of the grammar; a conclusion is no cue
             "He sobs. She freeurprised. He glares wears a tone. she weeps.")
     rows = [{"video_id": "7", "output": f"<think>{said}</think>\n<answer>sad</answer>"},
             {"video_id": "7", "output": "<think></think>"}]
-    assert text.count_sentences(rows, clips) == {
-        "outputs": 2, "format": 1, "sentences": 9, "formed": 5, "cues": 3, "true": 2}
+    assert text.count_sentences(rows, tmp_path) == {
+        "outputs": 2, "format": 1, "sentences": 9, "formed": 5, "face": 2, "true face": 1, "voice": 1, "true voice": 1,
+        "cues": 3, "true": 2}

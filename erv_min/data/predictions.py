@@ -7,6 +7,7 @@
     print(said.emotion, said.explanation)
 """
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,13 @@ def outputs(collate: Collator, examples: list[Example], numbers: list[int], sett
     An output depends on the clip, the settings and its number (which keys the sampling noise with settings.seed), not
     on the batch. `on_token(ids [B])` is called after each token."""
     model = collate.model.eval()
-    how = decoding(settings) | {"num_frames": settings.num_frames or model.config.num_frames}
+    how = decoding(settings) | {"num_frames": settings.num_frames or model.config.num_frames,
+                                "without": settings.without}
+    if settings.without:
+        if settings.without not in settings.modality:
+            raise SettingsError(f"--without {settings.without}: with --modality {settings.modality} there is none")
+        collate = copy.copy(collate)
+        collate.cache = None  # it holds features of whole clips
     stream = clip_inputs(examples, model.config, collate.cache, **how)
     for at in range(0, len(examples), batch_size):
         items = dict(zip(numbers[at : at + batch_size], stream))

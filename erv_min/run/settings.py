@@ -60,6 +60,8 @@ class Answers(Policy):
     """What every script takes that lets a policy answer (divergence 9)."""
 
     question: str = setting("", "another question than the paper's; it is asked as it stands")
+    without: str = setting("", "take this away from every clip: video gives black frames, audio silence; the prompt "
+                               "and all else stay", ("", "video", "audio"))
     temperature: float = setting(0.3, "sampling temperature; 0 is greedy (section 4.3)", least=0)
     top_p: float = setting(1.0, "nucleus of the sampling; 1: no cut (release: 0.9)", over=0, most=1)
     max_new_tokens: int = setting(512, "longest output in tokens", least=1)

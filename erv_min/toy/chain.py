@@ -24,7 +24,7 @@ from erv_min.data.predictions import predict
 from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
-from erv_min.run.files import read_jsonl, write_json, write_jsonl
+from erv_min.run.files import write_json, write_jsonl
 from erv_min.run.folder import LOCKS, STOPPED
 from erv_min.run.processes import Processes, barrier
 from erv_min.run.settings import Answers, GRPOSettings
@@ -151,7 +151,6 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
-    clips = {str(row["number"]): row for row in read_jsonl(Path(settings.world, "params.jsonl"))}
     judge, scores, counted, own = make_judge("lexicon"), {}, {}, copy.copy(collate)
     how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
                   **decoding(settings))
@@ -160,7 +159,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
         rows, _ = predict(own, examples, processes, how, batch_size=64)
         if processes.main:
             judge_rows(rows, judge)
-            scores[system], counted[system] = score(rows, rows[0]["dataset"]), count_sentences(rows, clips)
+            scores[system], counted[system] = score(rows, rows[0]["dataset"]), count_sentences(rows, settings.world)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
     if not processes.main:
         return

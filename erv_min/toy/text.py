@@ -10,11 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
 from erv_min.emotions import LABELS, to_erv
 from erv_min.rewards import extract_explanation, format_reward, split_sentences
+from erv_min.run.files import read_jsonl
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
@@ -143,21 +145,24 @@ def grammar(woman: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
                     for pair, words in cues}
 
 
-def count_sentences(rows: list[dict], clips: dict[str, dict]) -> Counter:
-    """Counts over predictions `rows`; `clips`: the truth, params.jsonl's rows by video_id.
+def count_sentences(rows: list[dict], world: str | Path) -> Counter:
+    """Counts over predictions `rows`, by the truth of their clips (params.jsonl) in the folder `world`.
 
     "outputs": all, "format": those that keep it; "sentences": of all explanations, "formed": of the grammar and in the
-    clip's person, "cues": of these about face or voice, "true": cues that convey what the clip's face (voice) shows.
-    true / cues is the explanations' grounding.
+    clip's person, "face" and "voice": of these about it, "true face" and "true voice": that convey what the clip's
+    shows; "cues" and "true": both together. true / cues is the explanations' grounding.
     """
+    clips = {str(clip["number"]): clip for clip in read_jsonl(Path(world, "params.jsonl"))}
     total = Counter(outputs=len(rows))
     for row in rows:
         clip, sentences = clips[row["video_id"]], split_sentences(extract_explanation(row["output"]))
         known = grammar(clip["look"]["woman"])
         formed = [known[sentence] for sentence in sentences if sentence in known]
-        cues = [clip[f"{subject}_shows"] in emotions for subject, emotions in formed if subject in ("face", "voice")]
-        total.update(format=int(format_reward(row["output"])), sentences=len(sentences), formed=len(formed),
-                     cues=len(cues), true=sum(cues))
+        total.update(format=int(format_reward(row["output"])), sentences=len(sentences), formed=len(formed))
+        for subject, emotions in formed:
+            if subject in ("face", "voice"):
+                true = clip[f"{subject}_shows"] in emotions
+                total.update({subject: 1, f"true {subject}": int(true), "cues": 1, "true": int(true)})
     return total
 
 
