@@ -100,6 +100,7 @@ class Collator:
     def __call__(self, inputs: list[Inputs]) -> Batch:
         device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
         rows, gates = zip(*(self.text(x.example) for x in inputs))
+        rows = [row + self.tokenizer.encode(x.example.begun) for row, x in zip(rows, inputs)]
         gate_ids, gate_mask = self.gate_tokenizer.encode_batch(list(gates[:1] if len(set(gates)) == 1 else gates))
         vision, audio = (None if part[0] is None else torch.stack([x.to(device, dtype) for x in part])
                          for part in zip(*map(self.features, inputs)))

@@ -187,6 +187,29 @@ def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
             "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e)}
 
 
+# ---- does the answer hang on the explanation? ------------------------------------------------------------------------
+
+
+def next_with_another(answers: list[str]) -> list[int | None]:
+    """For each clip the next one in the order (after the last comes the first) with another answer; None: there is
+    none."""
+    n = len(answers)
+    return [next((j % n for j in range(i + 1, i + n) if answers[j % n] != answers[i]), None) for i in range(n)]
+
+
+def moved(own: list[str | None], changed: list[str | None], others: list[str] | None = None) -> dict:
+    """Answers after the own explanation and after a changed one -> {"n", "moved"[, "followed"]}, shares; None of none.
+
+    moved: they differ ("Measuring faithfulness in chain-of-thought reasoning", arXiv 2307.13702: the answer is asked
+    for again after altered reasoning). followed: the new one is `others`', the answer whose explanation it was given.
+    """
+    n = len(own)
+    shares = {"moved": sum(a != b for a, b in zip(own, changed, strict=True))}
+    if others is not None:
+        shares["followed"] = sum(b == c for b, c in zip(changed, others, strict=True))
+    return {"n": n} | {name: count / n if n else None for name, count in shares.items()}
+
+
 def table(named_scores: dict[str, dict]) -> str:
     """Systems and their `score`s as plain text in table 1's columns, percent."""
     width = max([6, *map(len, named_scores)])

@@ -6,6 +6,8 @@
   table 4             give --judge twice: each judge's figures and their agreement
   masked modality     --without audio (or video): the same clips mute (or black); of toy:/world the sentences are
                       counted, so that one sees which share of claims about the voice (or the face) stays
+  faithfulness        --think cut (or exchange): the answers written again after no explanation (or another clip's),
+                      and how many move (arXiv 2307.13702); OUT/think.jsonl has them
 
 Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% intervals over resampled clips, recall per
 class and confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their
@@ -17,10 +19,12 @@ from itertools import combinations
 from pathlib import Path
 
 from erv_min.data.examples import check_clips, load_examples, summary
-from erv_min.data.predictions import predict_to_file
+from erv_min.data.predictions import answers_after, predict_to_file
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
-from erv_min.metrics import COLUMNS, agreement, bootstrap, score, table
+from erv_min.metrics import (COLUMNS, agreement, bootstrap, moved, next_with_another, read_prediction, score,
+                             table)
+from erv_min.rewards import extract_explanation
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import atomic_write, write_json, write_jsonl
 from erv_min.run.processes import join_processes, part, run_script
@@ -34,6 +38,8 @@ class EvaluateSettings(PredictionSettings):
     predictions: str = setting("", "evaluate these predictions instead of a model's", path="files")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
     split: str = setting("test", "which split of --data", ("test", "train", "tune"))
+    think: str = setting("", "write the answers again, greedily, after an explanation that is cut, or exchanged for that "
+                             "of the next clip with another answer", ("", "cut", "exchange"))
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
     bootstrap: int = setting(1000, "resamples of the clips for the 95% intervals; 0: none", least=0)
@@ -65,7 +71,36 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
         raise DataError(f"{len(failed)} of {len(examples)} clips could not be decoded ({out}/failed_clips.jsonl) and "
                         f"{len(missing)} are missing, the first: {failed[0]}; where that is how it is, go on with "
                         "--resume and a larger --allow-missing")
-    return rows, {"missing": missing, "unknown": [], "failed": failed, "towers": policy.model.tower_source}
+    beside = {"missing": missing, "unknown": [], "failed": failed, "towers": policy.model.tower_source}
+    return rows, beside | ({"think": answers_again(policy, found, rows, processes, settings)} if settings.think else {})
+
+
+def answers_again(policy, examples: list, rows: list[dict], processes, settings: EvaluateSettings) -> dict[str, dict]:
+    """Data set -> `metrics.moved`: the answers after no explanation, or another clip's, against those after the own one,
+    all written again the same way. Left out: clips without explanation or readable answer, or without another answer
+    to exchange with."""
+    def answer(output: str, dataset: str) -> str | None:
+        return read_prediction(output, dataset, settings.rule)[1]
+
+    results, kept, cut = {}, [], settings.think == "cut"
+    clips = {(example.dataset, example.video_id): example for example in examples}
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        of_set = [row for row in rows if row["dataset"] == dataset]
+        part = [row for row in of_set if extract_explanation(row["output"]) and answer(row["output"], dataset)]
+        said = [answer(row["output"], dataset) for row in part]
+        pairs = [(row, j) for row, j in zip(part, next_with_another(said)) if cut or j is not None]
+        own = [extract_explanation(row["output"]) for row, _ in pairs]
+        given = ["" if cut else extract_explanation(part[j]["output"]) for _, j in pairs]
+        outputs = answers_after(policy, 2 * [clips[dataset, row["video_id"]] for row, _ in pairs], own + given,
+                                processes, settings)
+        before, after = ([answer(x, dataset) for x in half] for half in (outputs[: len(own)], outputs[len(own) :]))
+        results[dataset] = moved(before, after, None if cut else [said[j] for _, j in pairs]) | {
+            "left_out": len(of_set) - len(pairs)}
+        kept += [{"video_id": row["video_id"], "dataset": dataset, "explanation_of": None if cut else part[j]["video_id"],
+                  "answer": a, "answer_after_change": b} for (row, j), a, b in zip(pairs, before, after)]
+    if processes.main:
+        write_jsonl(Path(settings.out, "think.jsonl"), kept)
+    return results
 
 
 def make_judges(specs: list[str], settings: EvaluateSettings, device="cpu") -> dict:
@@ -149,7 +184,14 @@ def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
             for part in ("sentences", "formed", "face", "true face", "voice", "true voice")}
 
 
-def report(name: str, results: dict[str, dict], agreements: dict, sentences: dict) -> str:
+def think_text(way: str, value: dict) -> str:
+    if not value["n"]:
+        return f"no answer to write again ({value['left_out']} clips left out)"
+    after = "no explanation" if way == "cut" else f"another clip's explanation ({value['followed']:.1%} to its answer)"
+    return f"{value['moved']:.1%} of {value['n']} answers move after {after}; {value['left_out']} clips left out"
+
+
+def report(name: str, results: dict[str, dict], agreements: dict, sentences: dict, think: dict[str, str]) -> str:
     """What is printed and kept as table.txt."""
     parts = []
     for dataset in next(iter(results.values())):
@@ -160,6 +202,7 @@ def report(name: str, results: dict[str, dict], agreements: dict, sentences: dic
         parts += [f"{system}: {beside_the_figures(result)}" for system, result in scores.items()]
         parts.append(confusion_text(first))
         parts += [agreement_text(pair, value) for pair, value in agreements.get(dataset, {}).items()]
+        parts += [think[dataset]] if think else []
     if sentences:
         parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the face, "
                      "{:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(*sentences.values()))
@@ -175,8 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})
     if bool(settings.model) == bool(settings.predictions):
         raise SettingsError("give either --model (with --data) or --predictions")
-    if settings.predictions and settings.without:
-        raise SettingsError("--without needs --model: given predictions are as they are")
+    if settings.predictions and (settings.without or settings.think):
+        raise SettingsError("--without and --think need --model: given predictions are as they are")
     if settings.model and not settings.data:
         raise SettingsError("--model needs clips: --data dfew:/path or toy:/world")
     if not judges and settings.data.startswith("toy:"):
@@ -199,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         write_jsonl(out / f"judged-{number}.jsonl", judged_rows)
     write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
                                       "agreement": agreements, "sentences": sentences, **lost})
-    text = report(name, results, agreements, sentences)
+    think = {dataset: think_text(settings.think, value) for dataset, value in lost.get("think", {}).items()}
+    text = report(name, results, agreements, sentences, think)
     atomic_write(out / "table.txt", text)
     print(text + "".join(f"{len(lost[kind])} clips {kind}, e.g. {lost[kind][0]}\n"
                          for kind in ("missing", "unknown", "failed") if lost[kind])

@@ -25,12 +25,13 @@ from erv_min.data import predictions
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import load_examples
 from erv_min.data.readers import Example
-from erv_min.inputs import Collator
+from erv_min.inputs import Collator, Inputs
 from erv_min.run.errors import ClipError, DataError, JudgeError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.model.humanomni import HumanOmni, init_weights
 from erv_min.data.results import clip_key, read_predictions
 from erv_min.rewards import RewardSettings
+from erv_min.run.processes import Processes
 from erv_min.toy.world import WorldSettings, build_world
 
 ROOT = Path(__file__).parent.parent
@@ -327,8 +328,56 @@ def test_the_same_clips_mute_or_black(world, tmp_path, monkeypatch):
     assert len(run_model(world, tmp_path / "mute", "--without", "audio")) == 6
     with pytest.raises(SettingsError, match="predictions.json: made with other settings"):
         run_model(world, tmp_path / "mute", "--without", "video", "--resume")
-    with pytest.raises(SettingsError, match="--without needs --model"):
+    with pytest.raises(SettingsError, match="--without and --think need --model"):
         evaluate.main(["--predictions", str(tmp_path / "mute/predictions.jsonl"), "--without", "audio"])
+
+
+def test_answers_after_a_changed_explanation(world, tmp_path, monkeypatch, capsys):
+    """What the policy is given and what is counted, by hand: a policy that answers happy where it reads "smiles"."""
+    numbers, given = [x.video_id for x in load_examples(f"toy:{world}", "test")], []
+    said = [("He smiles.", "happy"), ("She smiles.", "happy"), ("He weeps.", "sad"), ("", "sad"), ("A.", "odd"),
+            ("She weeps.", "happy")]  # the last one's answer does not follow its explanation; two have not both
+
+    def answers(collate, examples, processes, settings, batch_size=8, progress=""):
+        given.extend((x.video_id, x.begun) for x in examples)
+        assert settings.temperature == 0 and settings.without == "audio"
+        return [{"output": f"{x.begun}>{'happy' if 'smiles' in x.begun else 'sad'}</answer>"} for x in examples], []
+
+    for way in ("cut", "exchange"):
+        out, given[:] = tmp_path / way, []
+        run_model(world, out, "--without", "audio")
+        write(out / "predictions.jsonl", "".join(json.dumps({
+            "video_id": number, "output": f"<think>{text}</think>\n<answer>{answer}</answer>", "ground_truth": "sad",
+            "dataset": "dfew", "chunk": 0}) + "\n" for number, (text, answer) in zip(numbers, said)))
+        with monkeypatch.context() as patch:
+            patch.setattr(predictions, "predict", answers)
+            run_model(world, out, "--without", "audio", "--think", way, "--resume")
+        result, kept = read_json(out / "metrics.json")["think"]["dfew"], read_jsonl(out / "think.jsonl")
+        four = [numbers[i] for i in (0, 1, 2, 5)]
+        assert [row["video_id"] for row in kept] == four and [number for number, _ in given] == four * 2
+        assert [row["answer"] for row in kept] == ["happy", "happy", "sad", "sad"]  # after the own explanation
+        if way == "cut":  # none smiles any more
+            assert {begun for _, begun in given[4:]} == {"<think></think>\n<answer"}
+            assert result == {"n": 4, "moved": 0.5, "left_out": 2}
+            assert "50.0% of 4 answers move after no explanation; 2 clips left out" in capsys.readouterr().out
+        else:  # 0 and 1 get "He weeps.", 2 and the last, whose next ones are these, "She weeps." and "He weeps."
+            assert [row["explanation_of"] for row in kept] == [numbers[i] for i in (2, 2, 5, 2)]
+            assert given[6] == (numbers[2], "<think>She weeps.</think>\n<answer")
+            assert result == {"n": 4, "moved": 0.5, "followed": 0.75, "left_out": 2}
+            assert "4 answers move after another clip's explanation (75.0% to its" in capsys.readouterr().out
+
+
+def test_an_answer_goes_on_after_its_beginning_whatever_the_batch(world):
+    policy = predictions.load_policy_for(predictions.Answers(model=str(world / "model"), device="cpu"))
+    settings = predictions.PredictionSettings(batch_size=1, workers=0)
+    examples = load_examples(f"toy:{world}", "test")[:3]
+    texts = ["He smiles.", "", "A woman is in the garden. The voice is thin and shaky."]
+    alone = Processes(0, 1, torch.device("cpu"))
+    said = predictions.answers_after(policy, examples, texts, alone, settings)
+    assert said == predictions.answers_after(policy, examples, texts, alone, replace(settings, batch_size=3))
+    assert all(x.startswith(f"<think>{text}</think>\n<answer") and len(x) > len(text) + 24 for x, text in zip(said, texts))
+    ids = policy([Inputs(replace(examples[0], begun="<think>He"), None, (None, None))]).input_ids[0].tolist()
+    assert ids == policy.text(examples[0])[0] + policy.tokenizer.encode("<think>He")
 
 
 def test_sentences_of_a_world_are_counted(world, tmp_path, capsys):

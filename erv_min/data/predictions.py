@@ -20,6 +20,7 @@ import torch
 from erv_min.data.readers import Example
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Collator, clip_inputs, embed
+from erv_min.prompts import sft_target
 from erv_min.rewards import extract_answer, extract_explanation
 from erv_min.run.errors import ClipError, SettingsError
 from erv_min.run.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
@@ -27,6 +28,7 @@ from erv_min.run.processes import Processes, gather_lists, join_processes
 from erv_min.run.settings import Answers, PredictionSettings, check
 from erv_min.run.start import decoding, load_policy
 
+ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 
 @torch.no_grad()
 def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: Answers, batch_size: int = 1,
@@ -53,8 +55,8 @@ def outputs(collate: Collator, examples: list[Example], numbers: list[int], sett
             found = rollout(model, embed(model, collate(list(decoded.values()))), 1, settings.max_new_tokens,
                             collate.tokenizer.eos_id, noise, settings.temperature, top_p=settings.top_p,
                             on_token=on_token)
-            for number, ids, mask in zip(decoded, found.ids, found.mask):
-                items[number] = collate.tokenizer.decode(ids[mask].tolist(), skip_special=True)
+            for (number, x), ids, mask in zip(decoded.items(), found.ids, found.mask):
+                items[number] = x.example.begun + collate.tokenizer.decode(ids[mask].tolist(), skip_special=True)
         yield from items.values()
 
 
@@ -108,6 +110,21 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
     rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
             for e, x in zip(examples, said) if isinstance(x, str)]
     return rows, [x for x in said if isinstance(x, ClipError)]
+
+
+def answers_after(collate: Collator, examples: list[Example], explanations: list[str], processes: Processes,
+                  settings: PredictionSettings) -> list[str]:
+    """The outputs that the policy ends greedily after `<think>explanation</think>\\n<answer>`, one for each example.
+
+    It is given them up to "<answer": tokenizers join ">" to the word after it. Raises ClipError: they were decoded before.
+    """
+    examples = [replace(x, begun=sft_target(text, "").removesuffix("></answer>"))
+                for x, text in zip(examples, explanations, strict=True)]
+    rows, failed = predict(collate, examples, processes, replace(settings, temperature=0, max_new_tokens=ANSWER_TOKENS),
+                           settings.batch_size, "answers again")
+    if failed:
+        raise failed[0]
+    return [row["output"] for row in rows]
 
 
 def predict_to_file(collate: Collator, examples: list[Example], processes: Processes, out: Path,

@@ -38,6 +38,7 @@ class Example:
     explanation: str = ""
     subtitle: str = ""
     split: str = ""
+    begun: str = ""  # how the policy's output begins, where it is to go on from there (predictions.answers_after)
 
 
 def read_text(path: str | Path, *other_encodings: str) -> str:

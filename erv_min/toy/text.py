@@ -149,20 +149,23 @@ def count_sentences(rows: list[dict], world: str | Path) -> Counter:
     """Counts over predictions `rows`, by the truth of their clips (params.jsonl) in the folder `world`.
 
     "outputs": all, "format": those that keep it; "sentences": of all explanations, "formed": of the grammar and in the
-    clip's person, "face" and "voice": of these about it, "true face" and "true voice": that convey what the clip's
-    shows; "cues" and "true": both together. true / cues is the explanations' grounding.
+    clip's person, "cues": of these about face or voice, "true": cues that convey what the clip's face (voice) shows.
+    true / cues is the explanations' grounding. "face", "true face", "voice", "true voice": the same for each, and in
+    either person, since who sees nothing takes a woman for a man.
     """
     clips = {str(clip["number"]): clip for clip in read_jsonl(Path(world, "params.jsonl"))}
     total = Counter(outputs=len(rows))
     for row in rows:
         clip, sentences = clips[row["video_id"]], split_sentences(extract_explanation(row["output"]))
-        known = grammar(clip["look"]["woman"])
-        formed = [known[sentence] for sentence in sentences if sentence in known]
-        total.update(format=int(format_reward(row["output"])), sentences=len(sentences), formed=len(formed))
-        for subject, emotions in formed:
+        own, known = grammar(clip["look"]["woman"]), grammar(True) | grammar(False)
+        total.update(format=int(format_reward(row["output"])), sentences=len(sentences))
+        for sentence in [s for s in sentences if s in known]:
+            subject, emotions = known[sentence]
+            total["formed"] += sentence in own
             if subject in ("face", "voice"):
                 true = clip[f"{subject}_shows"] in emotions
-                total.update({subject: 1, f"true {subject}": int(true), "cues": 1, "true": int(true)})
+                total.update({subject: 1, f"true {subject}": true})
+                total.update(cues=sentence in own, true=true and sentence in own)
     return total
 
 
