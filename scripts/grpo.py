@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from erv_min import remedies
+from erv_min.data.predictions import watched
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
@@ -32,7 +33,8 @@ from erv_min.run.optimizer import item_at, learning_rate, make_optimizer, update
 from erv_min.run.processes import all_reduce_sum, barrier, gather_lists, join_processes, run_script
 from erv_min.run.settings import PRESETS, GRPOSettings, parse, reward_settings, trained_parts
 from erv_min.run.sharding import save_model, shard
-from erv_min.run.start import FailedClips, decoding, start_model, start_verifiers, training_examples
+from erv_min.run.start import (FailedClips, decoding, start_model, start_verifiers, start_watch,
+                               training_examples)
 from erv_min.toy import chain
 
 
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     policy = shard(model.eval(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     reference = shard(ref_model, settings.sharding, processes.device, getattr(torch, settings.dtype), frozen=True)
     verifiers, rules = start_verifiers(settings, processes.device), reward_settings(settings)
+    held_out, judge = start_watch(settings, processes)
     eos, decode = collate.tokenizer.eos_id, partial(collate.tokenizer.decode, skip_special=True)
     optimizer = make_optimizer(policy.named_parameters().values())
 
@@ -84,6 +87,10 @@ def main(argv: list[str] | None = None) -> None:
               f"{trained / 1e6:.2f} M trainable parameters on this process", flush=True)
 
     for step in range(first, total):
+        seen = {}  # of the policy that also samples in this step
+        if held_out and step % settings.watch_every == 0:
+            with policy.unsharded():
+                seen = watched(collate, held_out, judge, processes, settings, len(own))
         started = time.time()
 
         # 1. o_1 .. o_G ~ pi_theta(. | x) for each prompt x. The frozen towers run here, once per clip.
@@ -117,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         values = step_metrics(everyones, gather_lists(sums), G)
         run.log(step, {"loss": loss, **values, "lr": lr, "grad_norm": norm,
                        "tokens_per_s": values["completion_length"] * len(everyones) / seconds, "seconds": seconds,
-                       "seconds_rollout": rolled, **explanation_statistics(everyones)})
+                       "seconds_rollout": rolled, **explanation_statistics(everyones), **seen})
         if processes.main and (step % settings.sample_every == 0 or step + 1 == total):
             show(run, step, batch.examples[0], texts[:G], rewards)
         run.checkpoint(step + 1)

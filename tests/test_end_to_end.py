@@ -101,18 +101,24 @@ def test_the_result_loads_and_answers(chain, world):
 
 
 def test_two_processes_train_as_one(chain, world, tmp_path):
-    """Same global batch, same noise: the first step's completions are the same, and the weights agree to reduction order."""
+    """Same global batch, same noise: the first step's completions are the same, and the weights agree to reduction order.
+    So do EEA and EPC of held-out clips; without them one process trains to the same bits."""
     out, _ = chain
     common = ("--world", world, "--model", out / "sft", "--erv", out / "erv", "--steps", 2, "--batch-size", 4,
               "--micro-batch", 2, "--group-size", 4, "--eval-clips", -1, "--sample-every", 1)
-    for name, processes, sharding in (("1", 0, "none"), ("2", 2, "none"), ("2-hand", 2, "hand")):
-        run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / name, "--sharding", sharding, processes=processes)
+    for name, processes, sharding in (("1", 0, "none"), ("2", 2, "none"), ("2-hand", 2, "hand"), ("1-unwatched", 0, "none")):
+        run(ROOT / "scripts/grpo.py", *common, "--out", tmp_path / name, "--sharding", sharding, "--watch-every",
+            0 if "unwatched" in name else 2, processes=processes)
     one, a = rows(tmp_path / "1/metrics.jsonl"), load_file(tmp_path / "1/model.safetensors")
     start = load_file(out / "sft/model.safetensors")
     moved = sum((a[n] - start[n]).abs().sum() for n in a)
+    alone, unwatched = rows(tmp_path / "1-unwatched/metrics.jsonl"), load_file(tmp_path / "1-unwatched/model.safetensors")
+    assert all(torch.equal(a[n], unwatched[n]) for n in a) and "held_out_EEA" not in alone[0]
     for name in ("2", "2-hand"):
         two, b = rows(tmp_path / name / "metrics.jsonl"), load_file(tmp_path / name / "model.safetensors")
-        for field in ("reward", "reward_format", "reward_answer", "reward_explanation", "completion_length"):
+        assert "held_out_EEA" not in two[1]  # step 0 alone: every second one
+        for field in ("reward", "reward_format", "reward_answer", "reward_explanation", "completion_length",
+                      "held_out_EEA", "held_out_EPC"):
             assert one[0][field] == pytest.approx(two[0][field], abs=1e-9), field
         assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-3)
         apart = sum((a[n] - b[n]).abs().sum() for n in a)

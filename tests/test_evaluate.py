@@ -19,19 +19,24 @@ import infer  # noqa: E402
 from conftest import GOLDEN  # noqa: E402
 from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
-from erv_min.checkpoint import save_humanomni
+from erv_min.checkpoint import save_erv, save_humanomni
 from erv_min.config import humanomni
 from erv_min.data import predictions
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import load_examples
 from erv_min.data.readers import Example
+from erv_min.emotions import ERV_LABELS
+from erv_min.erv import scratch
 from erv_min.inputs import Collator, Inputs
+from erv_min.judge import Judgement
 from erv_min.run.errors import ClipError, DataError, JudgeError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
 from erv_min.model.humanomni import HumanOmni, init_weights
 from erv_min.data.results import clip_key, read_predictions
 from erv_min.rewards import RewardSettings
 from erv_min.run.processes import Processes
+from erv_min.run.settings import GRPOSettings
+from erv_min.run.start import start_watch
 from erv_min.toy.world import WorldSettings, build_world
 
 ROOT = Path(__file__).parent.parent
@@ -430,6 +435,42 @@ def test_augment_describes_training_clips(world, tmp_path, capsys):
     shutil.copy(overlap / "single_testset_5.csv", overlap / "single_trainset_5.csv")
     with pytest.raises(DataError, match="6 clips are in training and test data"):
         augment.main(["describe", "--model", "m", "--data", f"dfew:{overlap}", "--out", str(tmp_path / "o")])
+
+
+# ---------------------------------------------------------------------------------------- held-out clips while training
+
+def test_what_is_watched_by_hand(monkeypatch):
+    """Of 3 and 1 clips of two data sets EEA holds in 2 and 1, EPC in 1 and 0: 75% and 25% of the four."""
+    rows = [{"video_id": f"{i}", "output": f"<think>{said}</think><answer>{answer}</answer>", "ground_truth": "sad",
+             "dataset": dataset} for i, (said, answer, dataset) in enumerate([
+                 ("sad", "sad", "dfew"), ("sad", "happy", "dfew"), ("fear", "sad", "dfew"), ("sad", "fear", "mafw")])]
+    asked, main = [], Processes(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(predictions, "predict", lambda *given: asked.append(given) or ([dict(x) for x in rows], []))
+    settings = GRPOSettings(seed=3, eval_temperature=0.7, max_new_tokens=9)
+    judge = lambda texts, labels: [Judgement(text, "ok", text) for text in texts]  # noqa: E731
+    assert predictions.watched(None, clips("sad"), judge, main, settings, 5) == {"held_out_EEA": 75, "held_out_EPC": 25}
+    assert predictions.watched(None, clips("sad"), judge, Processes(1, 2, main.device), settings, 5) == {}
+    how = asked[0][3]
+    assert (how.seed, how.temperature, how.max_new_tokens) == (3 + 2**32, 0.7, 9)  # no noise of the training's
+
+
+def test_which_clips_are_watched_and_who_judges(world, tmp_path):
+    def start(**given):
+        return start_watch(GRPOSettings(world=str(world), **given), Processes(0, 1, torch.device("cpu")))
+
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "single_testset_5.csv").write_text("video_name,label\n" + "".join(f"{i},1\n" for i in range(160)))
+    for i in range(160):
+        (tmp_path / "clip" / f"{i}.mp4").touch()
+    assert len(start(watch_every=5)[0]) == 6 and start(watch_every=5)[1](["She weeps."], ("sad",))[0].emotion == "sad"
+    assert start(watch_every=0) == start(watch_every=5, data=f"dfew:{tmp_path}") == ([], None)
+    shutil.copytree(world / "tokenizers" / "erv", tmp_path / "erv")
+    save_erv(scratch("toy", 512, 11), tmp_path / "erv", ERV_LABELS)
+    held_out, judge = start(watch_every=5, data=f"dfew:{tmp_path}", watch_erv=str(tmp_path / "erv"), preset="paper-0.5b")
+    assert [x.video_id for x in held_out[:5]] == ["0", "2", "5", "7", "10"] and len(held_out) == 64  # i * 160 // 64
+    assert judge(["She weeps."], ("sad",))[0].emotion == "sad"  # the best of one label
+    with pytest.raises(SettingsError, match="--watch-every 5: name a judge, --watch-erv"):
+        start(watch_every=5, data=f"dfew:{tmp_path}", preset="paper-0.5b")
 
 
 # ---------------------------------------------------------------------------------------------------- one clip

@@ -205,4 +205,4 @@ def test_the_table_of_metrics_holds_what_a_step_logs():
     loop = ast.parse((ROOT / "scripts" / "grpo.py").read_text(encoding="utf-8"))
     (call,) = [node for node in ast.walk(loop) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.log"]
     logged |= {key.value for key in call.args[1].keys if key is not None}
-    assert explained == logged | {"skipped", "skipped_because"}  # the last two: Run.log
+    assert explained == logged | {"held_out_EEA", "held_out_EPC", "skipped", "skipped_because"}  # watched; Run.log

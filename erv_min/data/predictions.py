@@ -20,12 +20,14 @@ import torch
 from erv_min.data.readers import Example
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Collator, clip_inputs, embed
+from erv_min.judge import Judge, judge_rows
+from erv_min.metrics import score
 from erv_min.prompts import sft_target
 from erv_min.rewards import extract_answer, extract_explanation
 from erv_min.run.errors import ClipError, SettingsError
 from erv_min.run.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.run.processes import Processes, gather_lists, join_processes
-from erv_min.run.settings import Answers, PredictionSettings, check
+from erv_min.run.settings import Answers, GRPOSettings, PredictionSettings, check
 from erv_min.run.start import decoding, load_policy
 
 ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
@@ -110,6 +112,22 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
     rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
             for e, x in zip(examples, said) if isinstance(x, str)]
     return rows, [x for x in said if isinstance(x, ClipError)]
+
+
+def watched(collate: Collator, examples: list[Example], judge: Judge, processes: Processes, settings: GRPOSettings,
+            batch_size: int) -> dict[str, float]:
+    """EEA and EPC of the policy as it stands, percent over all `examples`, as a row of metrics.jsonl holds them; nothing
+    on another process than the main one. The noise is its own and each call's the same, so that training does not
+    depend on it, and calls differ by the policy alone."""
+    how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
+                  seed=settings.seed + 2**32, **decoding(settings) | {"workers": 0})
+    rows, _ = predict(collate, examples, processes, how, batch_size)
+    if not processes.main or not rows:
+        return {}
+    judge_rows(rows, judge)
+    parts = {dataset: [row for row in rows if row["dataset"] == dataset] for dataset in {x["dataset"] for x in rows}}
+    scores = [score(part, dataset) for dataset, part in parts.items()]
+    return {f"held_out_{name}": sum(x[name] * x["n"] for x in scores) / len(rows) for name in ("EEA", "EPC")}
 
 
 def answers_after(collate: Collator, examples: list[Example], explanations: list[str], processes: Processes,

@@ -33,13 +33,13 @@ from erv_min.run.state import load_state, save_state, saved_states
 STOPPED = 75  # exit code after SIGTERM or Ctrl-C: a state is written, start again with --resume (EX_TEMPFAIL)
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl", "epochs.jsonl")
-SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "kl", "completion_length", "lr",
-         "tokens_per_s")
+SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "held_out_EEA", "held_out_EPC", "kl",
+         "completion_length", "lr", "tokens_per_s")
 PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "av", "soundfile")
 # Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not its numbers.
 FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every",
                   "baseline", "allow_missing", "cache_features", "world", "micro_batch", "recompute",
-                  "eval_temperature", "eval_clips", "patience", "rollout_batch", "deterministic"}
+                  "eval_temperature", "eval_clips", "watch_every", "watch_erv", "patience", "rollout_batch", "deterministic"}
 
 
 def provenance(settings) -> dict:

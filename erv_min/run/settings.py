@@ -162,6 +162,10 @@ class GRPOSettings(Remedies, RewardSettings, Common):
     ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                           ("", "neutral-filtering", "sentence-level", "augmentation"))
     sample_every: int = setting(20, "steps between completions that are printed and kept in completions.jsonl", least=1)
+    watch_every: int = setting(0, "steps between EEA and EPC of 64 held-out clips in metrics.jsonl, where reward hacking "
+                                  "shows while it happens; 0: never", least=0)
+    watch_erv: str = setting("", "the verifier that judges them, not the one trained against (the embedded world has its "
+                                 "lexicon)", path="hub")
     baseline: bool = setting(False, "also train and evaluate GRPO without R_E, the paper's Baseline")
     eval_temperature: float = setting(0.3, "temperature of the evaluation (section 4.3); 0 is greedy", least=0)
     eval_clips: int = setting(0, "held-out clips of the final table; 0: all, -1: no table", least=-1)
@@ -199,7 +203,7 @@ PRESETS = {
     },
     "grpo": {
         "toy": dict(_TOY, steps=120, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.15,
-                    group_size=8, max_new_tokens=72),
+                    group_size=8, max_new_tokens=72, watch_every=20),
         "paper-0.5b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
         "paper-7b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
     },

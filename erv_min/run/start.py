@@ -15,6 +15,7 @@ from erv_min.emotions import ERV_LABELS
 from erv_min.run.errors import ClipError, SettingsError
 from erv_min.run.files import append_jsonl
 from erv_min.erv import Verifier, scratch
+from erv_min.judge import Judge, make_judge
 from erv_min.inputs import Collator
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
@@ -101,6 +102,22 @@ def start_verifiers(settings: GRPOSettings, device: torch.device) -> list[Verifi
         return [Verifier.load(name.strip(), device) for name in settings.erv.split(",")]
     tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
     return [Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)]
+
+
+def start_watch(settings: GRPOSettings, processes: Processes) -> tuple[list[Example], Judge | None]:
+    """Up to 64 held-out clips, evenly spaced, and who judges what is said of them: --watch-erv, in the embedded world the
+    lexicon. Nothing where --watch-every is 0, and where the toy's preset trains on other data without --watch-erv."""
+    data = settings.data or f"toy:{settings.world}"
+    known = settings.watch_erv or data.startswith("toy:")
+    if not settings.watch_every or not known and settings.preset == "toy":
+        return [], None
+    if not known:
+        raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO (another "
+                            "verifier than --erv), or --watch-every 0")
+    examples = check_clips(load_examples(data, "test"), settings.allow_missing)
+    count = min(64, len(examples))
+    return ([examples[i * len(examples) // count] for i in range(count)],
+            make_judge(f"erv:{settings.watch_erv}" if settings.watch_erv else "lexicon", device=processes.device))
 
 
 def decoding(settings: Policy) -> dict:

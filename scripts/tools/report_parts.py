@@ -29,7 +29,8 @@ PANELS = {  # group -> key of metrics.jsonl -> (title, unit)
     "What a policy that cheats R_E would move": {
         "sentences": ("Sentences", "an explanation"),
         "distinct_sentence_rate": ("Distinct sentences", "share of a text"),
-        "neutral_share": ("Neutral sentences", "share"), "label_word_rate": ("Emotion named", "share of sentences")},
+        "neutral_share": ("Neutral sentences", "share"), "label_word_rate": ("Emotion named", "share of sentences"),
+        "held_out_EEA": ("Held-out EEA", "percent"), "held_out_EPC": ("Held-out EPC", "percent")},
     "Optimizer": {
         "loss": ("Loss", ""), "grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", ""),
         "tokens_per_s": ("Speed", "tokens a second")}}
@@ -106,9 +107,10 @@ def curves(runs: list) -> str:
     """All panels of which any run has a value; the last group folded."""
     series_of, parts, left_out = {}, [], []
     for number, run in enumerate(runs):
-        steps = np.array([row["step"] for row in run.metrics], float)
         for key in {key for group in PANELS.values() for key in group}:
-            values = np.array([np.nan if row.get(key) is None else row[key] for row in run.metrics], float)
+            rows = [row for row in run.metrics if key in row]
+            steps = np.array([row["step"] for row in rows], float)
+            values = np.array([np.nan if row[key] is None else row[key] for row in rows], float)
             if key in OF_VERIFIER and not run.settings.get("w_explanation", 1) and not values.any():
                 left_out.append(run.name)  # zeros that were written because no verifier ran
             elif np.isfinite(values).any():
