@@ -1,7 +1,7 @@
 """Who reads the emotion out of an explanation: figure 3's judge (sections 4.2 and 5.4).
 
 `make_judge("openai:gpt-4.1-mini")`, "gemini:gemini-2.5-flash", "hf:ORG/MODEL", "erv:/folder" (a local verifier on whole
-explanations), "lexicon" or "lexicon2" (the embedded world's own two). Hosted models are asked at temperature 0 by
+explanations), "lexicon" or "paraphrases" (the embedded world's own two). Hosted models are asked at temperature 0 by
 run/chat.py. An answer outside the list and a failed call are states of their own, never an emotion (divergence 14).
 """
 
@@ -77,8 +77,8 @@ def erv_judge(verifier) -> Judge:
 
 def lexicon_judge(name: str) -> Judge:
     """One of the embedded world's two judges (toy/lexicon.py): they read words, not language."""
-    from erv_min.toy.lexicon import LexiconJudge, SecondJudge
-    reader = {"lexicon": LexiconJudge, "lexicon2": SecondJudge}[name]()
+    from erv_min.toy.lexicon import LexiconJudge, ParaphraseJudge
+    reader = {"lexicon": LexiconJudge, "paraphrases": ParaphraseJudge}[name]()
     return lambda explanations, labels: [Judgement(emotion, "ok" if emotion else "outside", emotion or "")
                                          for emotion in reader.judge(explanations, labels)]
 
@@ -87,14 +87,14 @@ def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", 
     """The judge that `spec` names; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown name, no
     key)."""
     kind, _, rest = spec.partition(":")
-    if spec in ("lexicon", "lexicon2"):
+    if spec in ("lexicon", "paraphrases"):
         return lexicon_judge(spec)
     if kind == "erv" and rest:
         return erv_judge(Verifier.load(rest, device))
     if kind in KEYS and rest:
         return hosted_judge(ChatClient(spec, cache, **options))
     raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, "
-                     "lexicon or lexicon2")
+                     "lexicon or paraphrases")
 
 
 def explanation_of(output: str) -> str:

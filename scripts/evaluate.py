@@ -212,7 +212,7 @@ def report(name: str, results: dict[str, dict], agreements: dict, sentences: dic
 def main(argv: list[str] | None = None) -> None:
     parser = parser_for(EvaluateSettings, __doc__)
     parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
-                        help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, lexicon2; may be repeated")
+                        help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, paraphrases; may be repeated")
     given = vars(parser.parse_args(argv))
     judges = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
     settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})

@@ -1,11 +1,11 @@
 """The paper's tables 1, 2 and 4 in miniature, over several seeds: `python scripts/reproduce.py [--seeds 4] [--out DIR]`
 
 Each seed is a world of its own: clips, base model, two verifiers, SFT, then GRPO without R_E (Baseline), with it
-(Ours), and with each part of table 2 left out; each system answers the same 1,000 held-out clips, and two lexicons
-read its explanations (no two independent judges: both know the world's whole grammar). Two rows more: the base model as
-it is, and a policy that answers without explaining. Every stage is a command that a user could type, printed as it
-starts; --jobs run side by side, one thread each, so that the figures repeat to the last bit. A stopped run goes on with
-what is missing. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt. The settings were chosen
+(Ours), and with each part of table 2 left out; each system answers the same 1,000 held-out clips, and two judges read
+its explanations (toy/lexicon.py: one knows the world's whole grammar, one learnt from paraphrases). Two rows more: the
+base model as it is, and a policy that answers without explaining. Every stage is a command that a user could type,
+printed as it starts; --jobs run side by side, one thread each, so that the figures repeat to the last bit. A stopped
+run goes on with what is missing. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt. The settings were chosen
 on the tune split of seeds that are not reported.
 `--rows remedies` and `--rows objective` compare Ours with each remedy of erv_min/remedies.py and with each named
 variant of Eq. 3: R_E by the row's own verifier and by one that no run saw, trained on another world's text, beside EEA.
@@ -32,7 +32,7 @@ from erv_min.metrics import COLUMNS
 from erv_min.toy.text import count_sentences
 
 SCRIPTS = Path(__file__).parent
-JUDGES = ("lexicon", "lexicon2")
+JUDGES = ("lexicon", "paraphrases")
 # Row -> (name, the paper's MAFW figures: table 1 or 2, as EEA, FCR, EPC, WAR, UAR).
 ROWS = {
     "base": ("Zero-shot (base model)", (None, None, None, 20.18, 13.52)),
@@ -269,11 +269,11 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         lines += variants(measured)
         for row in scored:
             results[row]["variant"] = measured[row]
-    lines.append("\nTable 4 in miniature: a second judge\n" + f"{'':{width}}{'judge':>10}"
+    lines.append("\nTable 4 in miniature: a second judge\n" + f"{'':{width}}{'judge':>13}"
                  + "".join(f"{c:>13}" for c in COLUMNS[:3]))
     for row in [r for r in ("baseline", "ours") if r in rows]:
         for judge in JUDGES:
-            lines.append(f"{ROWS[row][0]:{width}}{judge:>10}" + cells(results[row][judge][m] for m in COLUMNS[:3]))
+            lines.append(f"{ROWS[row][0]:{width}}{judge:>13}" + cells(results[row][judge][m] for m in COLUMNS[:3]))
     write_json(out / "results.json", {"seeds": seeds, "split": split, "clips": clips, "rows": results})
     return "\n".join(lines) + "\n"
 

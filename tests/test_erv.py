@@ -607,6 +607,8 @@ def test_audit_and_score_commands(trained, tmp_path, capsys):
         blind.model.classifier["out_proj"].bias.fill_(-9.0)[ERV_LABELS.index("disgust")] = 9.0
     checkpoint.save_erv(blind.model, tmp_path / "blind", ERV_LABELS)
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
+    assert audit.on_paraphrases(blind, 0.5, 2) == {  # disgust's 16 of 112: F1 2 * 16 / (112 + 16), of six others 0
+        "sentences": 112, "macro_f1": pytest.approx(0.25 / 7)}
     audit.run_score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
                   str(tmp_path / "score.json")])
     by_verifier = read_json(tmp_path / "score.json")

@@ -235,9 +235,9 @@ def test_answers_without_explanations_are_judged_by_two_as_well(tmp_path, capsys
     rows = [{"video_id": str(i), "output": f"<think></think><answer>{answer}</answer>", "ground_truth": "sad",
              "dataset": "dfew"} for i, answer in enumerate(("sad", "happy"))]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.main(["--predictions", path, "--judge", "lexicon", "--judge", "lexicon2", "--out", f"{tmp_path}/out"])
+    evaluate.main(["--predictions", path, "--judge", "lexicon", "--judge", "paraphrases", "--out", f"{tmp_path}/out"])
     printed = capsys.readouterr().out
-    assert "lexicon and lexicon2: no explanation has an emotion from both judges (2 left out)" in printed
+    assert "lexicon and paraphrases: no explanation has an emotion from both judges (2 left out)" in printed
     found = read_json(tmp_path / "out" / "metrics.json")["judges"]["lexicon"]["dfew"]
     assert (found["WAR"], found["EEA"], found["FCR"]) == (50, 0, 0)
 

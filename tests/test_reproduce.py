@@ -128,7 +128,7 @@ def test_tables_by_hand(tmp_path):
                                                     ["66.7", "±", "0.0", "70.0", "±14.1"]]
     assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
     kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept["rows"]["ours"]["lexicon2"]["FCR"] == [80, 60]
+    assert kept["rows"]["ours"]["paraphrases"]["FCR"] == [80, 60]
 
 
 def test_the_table_of_variants_by_hand(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import math
 import os
 import re
 import signal
@@ -249,9 +250,9 @@ def test_tokenizers(small):
 
 # ------------------------------------------------------------------------------------------------- judges
 
-@pytest.mark.parametrize("judge", [lexicon.LexiconJudge(), lexicon.SecondJudge()])
-def test_judges_know_the_grammar(judge):
+def test_the_lexicon_knows_the_grammar():
     """Each emotional sentence that the grammar can emit, for a woman and a man; appearance is neutral."""
+    judge = lexicon.LexiconJudge()
     cases = [(text.fill(words, woman), emotion) for table in text.CUES.values() for emotion in EMOTIONS
              for words in table[emotion] for woman in (True, False)]
     right = [verdict == emotion for verdict, (_, emotion) in zip(judge.judge([c for c, _ in cases], EMOTIONS), cases)]
@@ -262,6 +263,27 @@ def test_judges_know_the_grammar(judge):
     assert set(neutral) == {"neutral"}
     whole = judge.judge([text.join(text.explain(rng, c.look, c.label, 0.1)) for c in clips], EMOTIONS)
     assert np.mean([a == c.label for a, c in zip(whole, clips)]) > 0.9
+
+
+def test_paraphrases_by_hand(monkeypatch):
+    """"<abc>" and "<abd>": of six runs of letters each "<ab" is in both and left out; of the ten kept p = 1.1 / 6 for the
+    own five, 0.1 / 6 for the others: five of them make 11 ** 5 to 1."""
+    monkeypatch.setattr(lexicon, "PARAPHRASES", {"happy": "Abc.", "sad": "Abd."})
+    judge = lexicon.ParaphraseJudge()
+    assert judge.logs["abc"] == pytest.approx({"happy": math.log(1.1 / 6), "sad": math.log(0.1 / 6)})
+    assert judge.probabilities("ABC!") == pytest.approx({"happy": 11**5 / (11**5 + 1), "sad": 1 / (11**5 + 1)})
+    assert judge.probabilities("ab, abe") == {"happy": 0.5, "sad": 0.5}  # nothing that it knows
+
+
+def test_the_second_judge_learnt_from_no_sentence_of_a_world():
+    """It is right on most clean explanations, not on all; the words of the paraphrases are other sentences."""
+    judge, rng = lexicon.ParaphraseJudge(), np.random.default_rng(0)
+    texts = [sentence for words in lexicon.PARAPHRASES.values() for sentence in lexicon.sentences(words)]
+    assert len(texts) == 128 and not {*texts} & {*text.grammar(True), *text.grammar(False)}
+    clips = sample_clips(replace(SMALL, train=300))
+    said = judge.judge([text.join(text.explain(rng, c.look, c.label)) for c in clips], EMOTIONS)
+    assert 0.8 < np.mean([a == c.label for a, c in zip(said, clips)]) < 0.95
+    assert judge.judge(["A blue jacket.", ""], EMOTIONS) == ["neutral", None]
 
 
 def test_judge_reads_words_outside_the_grammar_and_answers_in_the_callers_labels():
@@ -278,7 +300,7 @@ def test_judges_share_nothing_with_the_labeller():
     tree = ast.parse(Path(lexicon.__file__).read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert imported == {"re"}
+    assert imported == {"math", "re", "collections"}
 
 
 def test_slips_are_of_another_emotion_but_never_calm():

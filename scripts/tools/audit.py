@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 from erv_min import metrics
 from erv_min.data.examples import load_examples
+from erv_min.data.pairs import targets
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
-from erv_min.erv import Verifier, erv_columns, explanation_statistics
+from erv_min.erv import Verifier, erv_columns, explanation_statistics, verifier_report
 from erv_min.judge import make_judge
 from erv_min.prompts import QUESTION, sft_target
 from erv_min.remedies import Remedies, apply
@@ -25,6 +26,7 @@ from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_jsonl, write_json
 from erv_min.run.processes import run_script
 from erv_min.run.settings import parse, setting
+from erv_min.toy.lexicon import PARAPHRASES, sentences
 
 # ---- agreement with a judge ------------------------------------------------------------------------------------------
 
@@ -206,6 +208,14 @@ def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
     return found
 
 
+def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
+    """The embedded world's verifier on sentences of other words than its training's (lexicon.PARAPHRASES)."""
+    pairs = [(text, to_erv(emotion)) for emotion, texts in PARAPHRASES.items() if emotion for text in sentences(texts)]
+    texts, truth = zip(*pairs)
+    probs = verifier.probabilities(list(texts))[:, erv_columns(verifier.labels)]
+    return verifier_report(probs, targets([[name] for name in truth]).bool(), tau, k)["unseen"]
+
+
 def run_audit(argv: list[str]) -> None:
     """Pays each way to cheat; honest are the explanations that the judge (where given) reads as their label."""
     args = options(argv)
@@ -236,6 +246,10 @@ def run_audit(argv: list[str]) -> None:
               f"accuracy {x['accuracy']:.3f}, kappa {kappa}; precision and recall, the judge as truth: "
               + ", ".join(f"{name} {y['precision'] or 0:.2f} {y['recall'] or 0:.2f}"
                           for name, y in x["per_class"].items()))
+    if args.data.startswith("toy:"):
+        result["paraphrases"] = on_paraphrases(verifier, args.tau, args.k)
+        print("verifier on {sentences} paraphrases, none in training: macro F1 {macro_f1:.3f}".format(
+            **result["paraphrases"]))
     if args.out:
         write_json(args.out, result)
 
