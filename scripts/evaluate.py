@@ -22,8 +22,7 @@ from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.data.predictions import answers_after, predict_to_file
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
-from erv_min.metrics import (COLUMNS, agreement, bootstrap, moved, next_with_another, read_prediction, score,
-                             table)
+from erv_min.metrics import COLUMNS, agreement, bootstrap, moved, next_with_another, read_prediction, score, table
 from erv_min.rewards import extract_explanation
 from erv_min.run.errors import DataError, SettingsError
 from erv_min.run.files import atomic_write, write_json, write_jsonl
@@ -38,8 +37,8 @@ class EvaluateSettings(PredictionSettings):
     predictions: str = setting("", "evaluate these predictions instead of a model's", path="files")
     name: str = setting("", "the system's name in the table (default: the model's or file's)")
     split: str = setting("test", "which split of --data", ("test", "train", "tune"))
-    think: str = setting("", "write the answers again, greedily, after an explanation that is cut, or exchanged for that "
-                             "of the next clip with another answer", ("", "cut", "exchange"))
+    think: str = setting("", "write the answers again, greedily, after an explanation that is cut, or exchanged for "
+                             "that of the next clip with another answer", ("", "cut", "exchange"))
     rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
     bootstrap: int = setting(1000, "resamples of the clips for the 95% intervals; 0: none", least=0)
@@ -76,9 +75,9 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
 
 
 def answers_again(policy, examples: list, rows: list[dict], processes, settings: EvaluateSettings) -> dict[str, dict]:
-    """Data set -> `metrics.moved`: the answers after no explanation, or another clip's, against those after the own one,
-    all written again the same way. Left out: clips without explanation or readable answer, or without another answer
-    to exchange with."""
+    """Data set -> `metrics.moved`: the answers after no explanation, or another clip's, against those after the own
+    one, all written again the same way. Left out: clips without explanation or readable answer, or without another
+    answer to exchange with."""
     def answer(output: str, dataset: str) -> str | None:
         return read_prediction(output, dataset, settings.rule)[1]
 
@@ -96,8 +95,9 @@ def answers_again(policy, examples: list, rows: list[dict], processes, settings:
         before, after = ([answer(x, dataset) for x in half] for half in (outputs[: len(own)], outputs[len(own) :]))
         results[dataset] = moved(before, after, None if cut else [said[j] for _, j in pairs]) | {
             "left_out": len(of_set) - len(pairs)}
-        kept += [{"video_id": row["video_id"], "dataset": dataset, "explanation_of": None if cut else part[j]["video_id"],
-                  "answer": a, "answer_after_change": b} for (row, j), a, b in zip(pairs, before, after)]
+        kept += [{"video_id": row["video_id"], "dataset": dataset, "answer": a, "answer_after_change": b,
+                  "explanation_of": None if cut else part[j]["video_id"]}
+                 for (row, j), a, b in zip(pairs, before, after)]
     if processes.main:
         write_jsonl(Path(settings.out, "think.jsonl"), kept)
     return results
@@ -204,15 +204,15 @@ def report(name: str, results: dict[str, dict], agreements: dict, sentences: dic
         parts += [agreement_text(pair, value) for pair, value in agreements.get(dataset, {}).items()]
         parts += [think[dataset]] if think else []
     if sentences:
-        parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the face, "
-                     "{:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(*sentences.values()))
+        parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the "
+                     "face, {:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(*sentences.values()))
     return "\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = parser_for(EvaluateSettings, __doc__)
     parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
-                        help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, paraphrases; may be repeated")
+                        help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, paraphrases; repeatable")
     given = vars(parser.parse_args(argv))
     judges = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
     settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})

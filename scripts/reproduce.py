@@ -5,8 +5,8 @@ Each seed is a world of its own: clips, base model, two verifiers, SFT, then GRP
 its explanations (toy/lexicon.py: one knows the world's whole grammar, one learnt from paraphrases). Two rows more: the
 base model as it is, and a policy that answers without explaining. Every stage is a command that a user could type,
 printed as it starts; --jobs run side by side, one thread each, so that the figures repeat to the last bit. A stopped
-run goes on with what is missing. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt. The settings were chosen
-on the tune split of seeds that are not reported.
+run goes on with what is missing. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt. The
+settings were chosen on the tune split of seeds that are not reported.
 `--rows remedies` and `--rows objective` compare Ours with each remedy of erv_min/remedies.py and with each named
 variant of Eq. 3: R_E by the row's own verifier and by one that no run saw, trained on another world's text, beside EEA.
 Differences of two rows are paired by seed, and their intervals are over seeds (Student's t): each seed trains anew, and

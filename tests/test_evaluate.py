@@ -37,6 +37,7 @@ from erv_min.rewards import RewardSettings
 from erv_min.run.processes import Processes
 from erv_min.run.settings import GRPOSettings
 from erv_min.run.start import start_watch
+from erv_min.toy.text import CUES
 from erv_min.toy.world import WorldSettings, build_world
 
 ROOT = Path(__file__).parent.parent
@@ -387,7 +388,8 @@ def test_an_answer_goes_on_after_its_beginning_whatever_the_batch(world):
 
 def test_sentences_of_a_world_are_counted(world, tmp_path, capsys):
     clips = {str(clip["number"]): clip for clip in read_jsonl(world / "params.jsonl") if clip["split"] == "test"}
-    said = "<think>The tone is calm and even. The voice is harsh and hard. The grammar lacks this.</think>"
+    calm, cross = CUES["voice"]["neutral"][0], CUES["voice"]["angry"][0]  # "The voice is even." and so on: of nobody
+    said = f"<think>{calm} {cross} The grammar lacks this.</think>"
     path = write(tmp_path / "p.jsonl", "".join(json.dumps({"video_id": number, "output": said}) + "\n"
                                                for number in clips))
     evaluate.main(["--predictions", path, "--data", f"toy:{world}", "--out", str(tmp_path), "--bootstrap", "0"])

@@ -32,6 +32,7 @@ from erv_min.run.start import decoding, load_policy
 
 ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 
+
 @torch.no_grad()
 def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: Answers, batch_size: int = 1,
             on_token=None) -> Iterator[str | ClipError]:
@@ -116,17 +117,17 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
 
 def watched(collate: Collator, examples: list[Example], judge: Judge, processes: Processes, settings: GRPOSettings,
             batch_size: int) -> dict[str, float]:
-    """EEA and EPC of the policy as it stands, percent over all `examples`, as a row of metrics.jsonl holds them; nothing
-    on another process than the main one. The noise is its own and each call's the same, so that training does not
-    depend on it, and calls differ by the policy alone."""
+    """EEA and EPC of the policy as it stands, percent over all `examples`, as a row of metrics.jsonl holds them; {} on
+    another process than the main one. The noise is not the training's, and each call's is the same: calls differ by the
+    policy alone."""
     how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
                   seed=settings.seed + 2**32, **decoding(settings) | {"workers": 0})
     rows, _ = predict(collate, examples, processes, how, batch_size)
     if not processes.main or not rows:
         return {}
     judge_rows(rows, judge)
-    parts = {dataset: [row for row in rows if row["dataset"] == dataset] for dataset in {x["dataset"] for x in rows}}
-    scores = [score(part, dataset) for dataset, part in parts.items()]
+    scores = [score([row for row in rows if row["dataset"] == dataset], dataset)
+              for dataset in dict.fromkeys(row["dataset"] for row in rows)]
     return {f"held_out_{name}": sum(x[name] * x["n"] for x in scores) / len(rows) for name in ("EEA", "EPC")}
 
 
@@ -134,7 +135,7 @@ def answers_after(collate: Collator, examples: list[Example], explanations: list
                   settings: PredictionSettings) -> list[str]:
     """The outputs that the policy ends greedily after `<think>explanation</think>\\n<answer>`, one for each example.
 
-    It is given them up to "<answer": tokenizers join ">" to the word after it. Raises ClipError: they were decoded before.
+    It is given them up to "<answer": tokenizers join ">" to the word after it. Raises ClipError: they had been decoded.
     """
     examples = [replace(x, begun=sft_target(text, "").removesuffix("></answer>"))
                 for x, text in zip(examples, explanations, strict=True)]

@@ -39,7 +39,8 @@ PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", 
 # Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not its numbers.
 FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every",
                   "baseline", "allow_missing", "cache_features", "world", "micro_batch", "recompute",
-                  "eval_temperature", "eval_clips", "watch_every", "watch_erv", "patience", "rollout_batch", "deterministic"}
+                  "eval_temperature", "eval_clips", "watch_every", "watch_erv", "patience", "rollout_batch",
+                  "deterministic"}
 
 
 def provenance(settings) -> dict:

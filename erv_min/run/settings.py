@@ -162,10 +162,10 @@ class GRPOSettings(Remedies, RewardSettings, Common):
     ablate: str = setting("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                           ("", "neutral-filtering", "sentence-level", "augmentation"))
     sample_every: int = setting(20, "steps between completions that are printed and kept in completions.jsonl", least=1)
-    watch_every: int = setting(0, "steps between EEA and EPC of 64 held-out clips in metrics.jsonl, where reward hacking "
-                                  "shows while it happens; 0: never", least=0)
-    watch_erv: str = setting("", "the verifier that judges them, not the one trained against (the embedded world has its "
-                                 "lexicon)", path="hub")
+    watch_every: int = setting(0, "steps between EEA and EPC of 64 held-out clips in metrics.jsonl, where reward "
+                                  "hacking shows while it happens; 0: never", least=0)
+    watch_erv: str = setting("", "the verifier that judges them, not the one trained against (the embedded world has "
+                                 "its lexicon)", path="hub")
     baseline: bool = setting(False, "also train and evaluate GRPO without R_E, the paper's Baseline")
     eval_temperature: float = setting(0.3, "temperature of the evaluation (section 4.3); 0 is greedy", least=0)
     eval_clips: int = setting(0, "held-out clips of the final table; 0: all, -1: no table", least=-1)

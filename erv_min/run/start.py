@@ -15,8 +15,8 @@ from erv_min.emotions import ERV_LABELS
 from erv_min.run.errors import ClipError, SettingsError
 from erv_min.run.files import append_jsonl
 from erv_min.erv import Verifier, scratch
-from erv_min.judge import Judge, make_judge
 from erv_min.inputs import Collator
+from erv_min.judge import Judge, make_judge
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.run.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
@@ -105,8 +105,8 @@ def start_verifiers(settings: GRPOSettings, device: torch.device) -> list[Verifi
 
 
 def start_watch(settings: GRPOSettings, processes: Processes) -> tuple[list[Example], Judge | None]:
-    """Up to 64 held-out clips, evenly spaced, and who judges what is said of them: --watch-erv, in the embedded world the
-    lexicon. Nothing where --watch-every is 0, and where the toy's preset trains on other data without --watch-erv."""
+    """Up to 64 held-out clips, evenly spaced, and who judges what is said of them: --watch-erv, in the embedded world
+    the lexicon. Nothing where --watch-every is 0, and where the toy's preset has other data and no --watch-erv."""
     data = settings.data or f"toy:{settings.world}"
     known = settings.watch_erv or data.startswith("toy:")
     if not settings.watch_every or not known and settings.preset == "toy":

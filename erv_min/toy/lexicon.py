@@ -84,53 +84,50 @@ class LexiconJudge(Judge):
 # A happy, a sad, ... person in other words, face, voice and conclusion; None: looks and rooms. Written before the judge
 # was tried on anything, and not changed since: none of these sentences stands in a world.
 PARAPHRASES = {
-    "happy": "A wide smile spreads over her lips. His eyes sparkle with delight. She is smiling from ear to ear. "
-             "The corners of his mouth turn up and dimples show. Her whole face lights up. He has a broad grin. "
-             "Her tone is upbeat and lively. He chuckles between the words. She speaks with a cheerful lilt. "
-             "You can hear laughter in his voice. The words come out warm and playful. The man seems delighted. "
-             "She is clearly in a good mood. All in all, he enjoys himself. Joy is the strongest impression here. "
-             "She must be very pleased.",
-    "sad": "The corners of her lips turn down. A tear rolls along his cheek. Her gaze drops to the floor. "
-           "He is crying silently. She buries her face in her hands. His eyelids hang low and his look is empty. "
-           "She speaks slowly, close to tears. His voice cracks and trails off. Every word sounds weary. "
-           "He mumbles in a low, mournful tone. Between the words she cries softly. The woman seems heartbroken. "
-           "He is deeply unhappy. It is a moment of sadness. She appears to grieve over a loss. "
-           "Overall he looks dejected and down.",
-    "neutral": "His features are relaxed and give nothing away. She wears no particular expression. "
-               "Her brows and lips do not move. He has a blank look. The face stays composed from start to end. "
-               "Her eyes rest calmly on the camera. He speaks at a steady pace. Her voice is flat and matter-of-fact. "
-               "The speech is quiet and level. She reads out the words without any stress. His delivery is ordinary. "
-               "No emotion stands out. She seems indifferent. The man is at ease. On the whole, he stays neutral. "
-               "There is little to read in her.",
+    "happy": "A wide smile spreads over her lips. His eyes sparkle with delight. She is smiling from ear to ear. The "
+             "corners of his mouth turn up and dimples show. Her whole face lights up. He has a broad grin. Her tone "
+             "is upbeat and lively. He chuckles between the words. She speaks with a cheerful lilt. You can hear "
+             "laughter in his voice. The words come out warm and playful. The man seems delighted. She is clearly in a "
+             "good mood. All in all, he enjoys himself. Joy is the strongest impression here. She must be very "
+             "pleased.",
+    "sad": "The corners of her lips turn down. A tear rolls along his cheek. Her gaze drops to the floor. He is crying "
+           "silently. She buries her face in her hands. His eyelids hang low and his look is empty. She speaks slowly, "
+           "close to tears. His voice cracks and trails off. Every word sounds weary. He mumbles in a low, mournful "
+           "tone. Between the words she cries softly. The woman seems heartbroken. He is deeply unhappy. It is a "
+           "moment of sadness. She appears to grieve over a loss. Overall he looks dejected and down.",
+    "neutral": "His features are relaxed and give nothing away. She wears no particular expression. Her brows and lips "
+               "do not move. He has a blank look. The face stays composed from start to end. Her eyes rest calmly on "
+               "the camera. He speaks at a steady pace. Her voice is flat and matter-of-fact. The speech is quiet and "
+               "level. She reads out the words without any stress. His delivery is ordinary. No emotion stands out. "
+               "She seems indifferent. The man is at ease. On the whole, he stays neutral. There is little to read in "
+               "her.",
     "angry": "He frowns hard and his jaw is tight. Her nostrils flare and her eyes narrow. She is glaring at someone. "
-             "His lips are pressed together and the forehead is furrowed. Deep lines stand between her eyebrows. "
-             "He bares his teeth. She is yelling. He snaps at the other person. Her tone is sharp and aggressive. "
-             "The words come out in a loud growl. His voice rises to a shout. He is furious. "
-             "The woman seems very annoyed. She has lost her temper. What comes across is anger. "
-             "He is irritated and hostile.",
-    "surprise": "Her eyes grow wide and her eyebrows shoot up. His jaw falls. She looks up with an open mouth. "
-                "He raises his eyebrows and blinks. Her lips form a circle. He is staring in disbelief. "
-                "She cries out: oh! He draws a quick breath before he speaks. Her pitch leaps up all at once. "
-                "The sentence breaks off in a gasp. He exclaims something, much higher than before. "
-                "She did not expect this. He seems astonished. The man is startled by what he sees. "
-                "Something unexpected has caught her out. Surprise is what one reads here.",
+             "His lips are pressed together and the forehead is furrowed. Deep lines stand between her eyebrows. He "
+             "bares his teeth. She is yelling. He snaps at the other person. Her tone is sharp and aggressive. The "
+             "words come out in a loud growl. His voice rises to a shout. He is furious. The woman seems very annoyed. "
+             "She has lost her temper. What comes across is anger. He is irritated and hostile.",
+    "surprise": "Her eyes grow wide and her eyebrows shoot up. His jaw falls. She looks up with an open mouth. He "
+                "raises his eyebrows and blinks. Her lips form a circle. He is staring in disbelief. She cries out: "
+                "oh! He draws a quick breath before he speaks. Her pitch leaps up all at once. The sentence breaks off "
+                "in a gasp. He exclaims something, much higher than before. She did not expect this. He seems "
+                "astonished. The man is startled by what he sees. Something unexpected has caught her out. Surprise is "
+                "what one reads here.",
     "disgust": "He screws up his nose. Her upper lip is raised on one side. She grimaces as if something smelled bad. "
-               "His tongue comes out and he squints. She draws her head back from it. "
-               "Wrinkles run across the bridge of his nose. Ugh, she says. He makes a retching sound. "
-               "Her tone drips with contempt. The words are drawn out with a groan. "
-               "He spits the words out as if they tasted foul. She finds it revolting. The man is repelled. "
-               "He seems to be sickened by it. This is a reaction of disgust. Something here is gross to her.",
-    "fear": "Her eyes dart around in panic. His lips are trembling. She cowers and hugs herself. "
-            "He has gone pale and stiff. Her eyebrows are drawn up and together. "
-            "He backs away with raised shoulders. Her voice quivers. He whispers with a shaking breath. "
-            "She stammers and swallows. A high, wavering tone gives him away. She lets out a frightened squeal. "
-            "The woman is terrified. He seems anxious and on edge. She is scared of something. "
-            "He dreads what comes next. It is an expression of fear.",
-    None: "She has a blue jacket on. Behind him one sees a kitchen. He has dark curly hair. A lady sits at a desk. "
-          "She wears earrings. The walls of the room are white. There is a window behind her. "
-          "The man is about thirty years old. His beard is short. A lamp stands on the table. "
-          "The person in the picture wears a hat. Her hair is tied back. He is dressed in green. "
-          "The clip shows a young man outdoors. She has spectacles. The camera shows head and shoulders.",
+               "His tongue comes out and he squints. She draws her head back from it. Wrinkles run across the bridge "
+               "of his nose. Ugh, she says. He makes a retching sound. Her tone drips with contempt. The words are "
+               "drawn out with a groan. He spits the words out as if they tasted foul. She finds it revolting. The man "
+               "is repelled. He seems to be sickened by it. This is a reaction of disgust. Something here is gross to "
+               "her.",
+    "fear": "Her eyes dart around in panic. His lips are trembling. She cowers and hugs herself. He has gone pale and "
+            "stiff. Her eyebrows are drawn up and together. He backs away with raised shoulders. Her voice quivers. He "
+            "whispers with a shaking breath. She stammers and swallows. A high, wavering tone gives him away. She lets "
+            "out a frightened squeal. The woman is terrified. He seems anxious and on edge. She is scared of "
+            "something. He dreads what comes next. It is an expression of fear.",
+    None: "She has a blue jacket on. Behind him one sees a kitchen. He has dark curly hair. A lady sits at a desk. She "
+          "wears earrings. The walls of the room are white. There is a window behind her. The man is about thirty "
+          "years old. His beard is short. A lamp stands on the table. The person in the picture wears a hat. Her hair "
+          "is tied back. He is dressed in green. The clip shows a young man outdoors. She has spectacles. The camera "
+          "shows head and shoulders.",
 }
 
 
@@ -147,8 +144,8 @@ def letters(text: str) -> list[str]:
 class ParaphraseJudge(Judge):
     """Naive Bayes on the letters of PARAPHRASES: each sentence votes for the emotions by their probabilities.
 
-    It knows nothing of the grammar but what other English says with the same stems ("smiling", "smile"), so that what it
-    shares with the lexicon is not built in. It is no independent reader of language: one author wrote world and
+    It knows nothing of the grammar but what other English says with the same stems ("smiling", "smiles"), so that what
+    it shares with the lexicon is not built in. It is no independent reader of language: one author wrote world and
     paraphrases, 112 sentences are few, and it hears neither a negation nor the order of words."""
 
     SMOOTHING = 0.1
