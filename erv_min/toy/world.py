@@ -54,11 +54,11 @@ class WorldSettings:
     conflict: float = 0.05  # share of clips in which face or voice shows another emotion
     noise: float = 0.16  # standard deviation of every parameter around its prototype
     exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
-    sft_clips: int = 1500
+    sft_clips: int = 2000
     resamples: int = 4  # explanations per clip in train.json
     captions: int = 2  # captions per clip in pretrain.json
     unrelated: int = 1  # explanations of any emotion per clip in pretrain.json
-    answer_noise: float = 0.5  # an answer in train.json is random, fixed for its clip
+    answer_noise: float = 0.55  # an answer in train.json is random, fixed for its clip
     sentence_noise: float = 0.1  # an emotional sentence is about another emotion
     erv_train: int = 4000
     erv_valid: int = 500
