@@ -145,7 +145,7 @@ def test_help_shows_defaults_and_each_presets_value(capsys):
     with pytest.raises(SystemExit):
         parse(GRPOSettings, PRESETS["grpo"], "", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "(table 8) [toy: 0.0007, paper-0.5b: 1e-06, paper-7b: 1e-06]" in text  # --lr
+    assert "(table 8) [toy: 0.0005, paper-0.5b: 1e-06, paper-7b: 1e-06]" in text  # --lr
     assert "threshold of algorithm 1 (release: 0.1; divergence 1) [0.5]" in text
     assert "--resume, --no-resume go on from the last checkpoint in OUT [off]" in text
     assert "0: all, -1: no table [0]" in text
