@@ -174,7 +174,7 @@ def test_explanations_are_of_the_answer_and_answers_loosely_tied_to_labels():
     answers = [e["conversations"][1]["value"].split("<answer>")[1][:-9] for e in entries]
     labels = [c.label for c in clips for _ in range(settings.resamples)]
     right = np.mean([a == b for a, b in zip(answers, labels)])
-    assert abs(right - (0.5 + 0.5 / 7)) < 0.04
+    assert abs(right - (0.45 + 0.55 / 7)) < 0.04
     assert all(len(set(answers[i:i + settings.resamples])) == 1  # fixed for its clip
                for i in range(0, len(answers), settings.resamples))
     thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
