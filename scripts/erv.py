@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erv_min import checkpoint
-from erv_min.data.pairs import Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets
+from erv_min.data.pairs import (Row, cheat, counts_table, positive_weights, read_rows, sampling_weights, split_rows,
+                                targets)
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch, verifier_report
 from erv_min.model.bert import RobertaClassifier
@@ -38,9 +39,6 @@ from erv_min.run.processes import Processes, all_reduce_sum, join_processes, run
 from erv_min.run.settings import Training, parse, setting
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.chain import prepare_world
-
-sys.path.append(str(Path(__file__).parent / "tools"))
-from audit import cheat  # noqa: E402
 
 
 @dataclass

@@ -105,11 +105,11 @@ def main(argv: list[str] | None = None) -> None:
             ref_logps = [log_probs(reference, ref_model, x, o, settings.temperature)[0] for x, o in passes]
 
         # 3. R = R_E + R_format + R_answer (Eq. 4, 5), and the remedies that are on.
-        tokens = [(ids[mask].tolist(), logps[mask].tolist()) for (_, o), ref in zip(passes, ref_logps)
+        tokens = [(ids[mask], logps[mask]) for (_, o), ref in zip(passes, ref_logps)
                   for ids, mask, logps in zip(o.ids, o.mask, ref)]
-        texts = [decode(ids) for ids, _ in tokens]
+        texts = [decode(ids.tolist()) for ids, _ in tokens]
         rewards = score(texts, batch, verifiers, rules, settings, step,
-                        lambda i, pieces: remedies.piece_logps(decode, *tokens[i], pieces))
+                        lambda i, pieces: remedies.piece_logps(decode, *(x.tolist() for x in tokens[i]), pieces))
 
         # 4. A_i = (R_i - mean) / std in each group.
         A = advantages(rewards, settings, step).to(processes.device)

@@ -3,8 +3,8 @@
   python scripts/tools/audit.py --erv DIR --data toy:/world --judge lexicon
   python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
 
-The paper reports none of this for its ERV. `cheat` writes the completions that could earn R_E dishonestly, and `audit`
-pays them under the paper's settings and under each optional remedy (erv_min/remedies.py, off by default everywhere).
+The paper reports none of this for its ERV. `data.pairs.cheat` writes completions that could earn R_E dishonestly, and
+`audit` pays them under the paper's settings and under each optional remedy (erv_min/remedies.py, off by default everywhere).
 Left out: what a policy does with the remedies over a training run (scripts/grpo.py has them as options).
 """
 
@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 from erv_min import metrics
 from erv_min.data.examples import load_examples
-from erv_min.data.pairs import targets
+from erv_min.data.pairs import CHEATS, cheat, targets
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns, explanation_statistics, verifier_report
 from erv_min.judge import make_judge
-from erv_min.prompts import QUESTION, sft_target
+from erv_min.prompts import sft_target
 from erv_min.remedies import Remedies, apply
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.run.errors import SettingsError
@@ -54,46 +54,7 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
     return [labels[i] for i in probs.argmax(1).tolist()]
 
 
-# ---- ways to cheat, and remedies -------------------------------------------------------------------------------------
-
-CHEATS = ("repeat one sentence", "stuff label words", "drop neutral sentences", "one sentence only",
-          "name the emotion in each", "two emotions in each", "claim calm around one", "copy the question",
-          "another language", "wrong answer")
-SPANISH = dict(zip(ERV_LABELS, ("enojo", "asco", "miedo", "felicidad", "calma", "tristeza", "sorpresa", "desprecio",
-                                "ansiedad", "impotencia", "decepción")))
-
-
-def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral: list[bool]) -> list[str]:
-    """An honest explanation's sentences, rewritten to earn R_E in one of CHEATS; it keeps the number where it can.
-
-    p_gt: the verifier's probability of e_gt for each sentence; neutral: whether the reward leaves it out. A policy
-    under R_E finds both by trying, so the cheat may use them."""
-    best = sentences[max(range(len(sentences)), key=p_gt.__getitem__)]
-    word, n = to_erv(e_gt), len(sentences)
-    if way == "repeat one sentence":
-        return [best] * n
-    if way == "stuff label words":
-        return [f"{word}, {word}, {word}.".capitalize()] * n
-    if way == "drop neutral sentences":  # for a neutral e_gt they are the matches: nothing to gain
-        return [s for s, out in zip(sentences, neutral) if not out or word == "neutral"] or [best]
-    if way == "one sentence only":
-        return [best]
-    if way == "name the emotion in each":
-        return [f"{s.rstrip('.!? ')}, which shows {word}." for s in sentences]
-    if way == "two emotions in each":
-        other = "fear" if word == "happiness" else "happiness"
-        return [f"{s.rstrip('.!? ')}, which shows {word} or {other}." for s in sentences]
-    if way == "claim calm around one":  # the filter leaves out what contradicts: found by a policy in the toy
-        return ["The face is calm and neutral.", best, "The person is neutral."]
-    if way == "copy the question":
-        return split_sentences(QUESTION)
-    if way == "another language":
-        x = SPANISH[word]
-        return [f"La persona del vídeo muestra {x}.", f"Su voz transmite {x}.", f"En conjunto, siente {x}."]
-    if way == "wrong answer":
-        return sentences
-    raise SettingsError(f"way to cheat {way!r} is unknown; there are {', '.join(CHEATS)}")
-
+# ---- what the reward pays for ways to cheat, with and without remedies ------------------------------------------------
 
 def remedies(honest_words: int) -> dict[str, tuple[dict, dict]]:
     """Name -> (changes of RewardSettings, of Remedies): the paper's settings, then each remedy alone that can be seen in

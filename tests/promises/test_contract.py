@@ -33,9 +33,8 @@ def test_imports_stay_within_the_contract():
     assert len(SOURCES) > 20
     for path in SOURCES:
         allowed = RUNTIME | {"erv_min"} | set(sys.stdlib_module_names)
-        if "scripts" in path.parts:  # a script may import its neighbours, and the tools
-            folders = (*path.parents[:2], ROOT / "scripts" / "tools")
-            allowed |= {"benches"} | {neighbour.stem for folder in folders for neighbour in folder.glob("*.py")}
+        if "scripts" in path.parts:  # a script may import its neighbours
+            allowed |= {"benches"} | {neighbour.stem for folder in path.parents[:2] for neighbour in folder.glob("*.py")}
         for package, node, in_function in imports(ast.parse(path.read_text())):
             where = f"{path.relative_to(ROOT)}:{node.lineno}: {package}"
             if package in EXTRAS:
