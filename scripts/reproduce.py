@@ -1,7 +1,7 @@
 """The paper's tables 1, 2 and 4 in miniature, over several seeds: `python scripts/reproduce.py [--seeds 4] [--out DIR]`
 
 Each seed is a world of its own: clips, base model, two verifiers, SFT, then GRPO without R_E (Baseline), with it
-(Ours), and with each part of table 2 left out; each system answers the same 1,000 held-out clips, and two judges read
+(Ours), and with each part of table 2 left out; each system answers the same 400 held-out clips, and two judges read
 its explanations (toy/lexicon.py: one knows the world's whole grammar, one learnt from paraphrases). Two rows more: the
 base model as it is, and a policy that answers without explaining. Every stage is a command that a user could type,
 printed as it starts; --jobs run side by side, one thread each, so that the figures repeat to the last bit. A stopped
@@ -84,7 +84,7 @@ def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitabl
     world, number = folder / "world", ["--steps", str(steps)] if steps else []
 
     def stage(script: str, name: str, *words: str, before: tuple = ("world",), command: tuple = ()) -> tuple:
-        features = ["--cache-features", str(world / "features"), "--workers", "1"] if script != "erv" else []
+        features = ["--cache-features", str(world / "features")] if script != "erv" else []
         return before, folder / name / "model.safetensors", [
             str(SCRIPTS / f"{script}.py"), *command, "--world", str(world), "--seed", str(seed), "--device", "cpu",
             "--resume", *features, "--out", str(folder / name), *words]
@@ -92,8 +92,8 @@ def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitabl
     def grpo(name: str, *more: str, model: str = "sft", erv: str = "erv") -> tuple:
         verifiers = erv.split(",") if erv else []
         words = ["--erv", ",".join(str(folder / x) for x in verifiers)] if erv else ["--w-explanation", "0"]
-        return stage("grpo", name, "--model", str(folder / model), *words, "--eval-clips", "-1", "--sample-every", "1",
-                     *number, *more, before=(model, *verifiers))
+        return stage("grpo", name, "--model", str(folder / model), *words, "--eval-clips", "-1", "--watch-every", "0",
+                     "--sample-every", "1", *number, *more, before=(model, *verifiers))
 
     jobs = {
         "world": ((), world / "base" / "model.safetensors", [
@@ -124,7 +124,7 @@ def plan(folder: Path, seed: int, split: str, clips: int, steps: int, exploitabl
         jobs[f"evaluate {row}"] = ("world" if row == "base" else row,), out / "metrics.json", [
             str(SCRIPTS / "evaluate.py"), "--model", str(model), "--data", f"toy:{world}", "--split", split,
             *(word for judge in JUDGES for word in ("--judge", judge)), "--max-new-tokens", "72", "--batch-size", "64",
-            "--workers", "1", "--bootstrap", "0", "--device", "cpu", "--resume", "--out", str(out)]
+            "--workers", "0", "--bootstrap", "0", "--device", "cpu", "--resume", "--out", str(out)]
         own = VARIANTS.get(row, ("", "erv"))[1].split(",")[0]
         jobs[f"score {row}"] = (f"evaluate {row}", own, "erv-unseen"), out / "R_E.json", [
             str(SCRIPTS / "tools" / "audit.py"), "score", "--limit", "0", "--erv",
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--rows", default="tables", help=f"{', '.join(GROUPS)}, or rows separated by commas, of "
                         + ", ".join(ROWS))
-    parser.add_argument("--clips", type=int, default=1000, help="held-out clips a seed")
+    parser.add_argument("--clips", type=int, default=400, help="held-out clips a seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
     parser.add_argument("--steps", type=int, default=0, help="GRPO steps (default: the preset's)")
     parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")

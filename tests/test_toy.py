@@ -167,21 +167,25 @@ def test_clips_are_weak_and_contradict_as_set():
     assert abs(still[:, VOICE.index("pitch")].std() - 0.16) < 0.03
 
 
-def test_explanations_are_of_the_answer_and_answers_loosely_tied_to_labels():
+def test_answers_and_explanations_are_loosely_tied_to_labels_and_not_to_each_other():
     settings = WorldSettings(train=1000, test=0, pretrain=0)
     clips = sample_clips(settings)
     entries = world.sft_entries(clips, settings)
-    answers = [e["conversations"][1]["value"].split("<answer>")[1][:-9] for e in entries]
+    thoughts, answers = zip(*(e["conversations"][1]["value"].split("</think>\n<answer>") for e in entries))
+    answers = [a.removesuffix("</answer>") for a in answers]
     labels = [c.label for c in clips for _ in range(settings.resamples)]
-    right = np.mean([a == b for a, b in zip(answers, labels)])
-    assert abs(right - (0.45 + 0.55 / 7)) < 0.04
     assert all(len(set(answers[i:i + settings.resamples])) == 1  # fixed for its clip
                for i in range(0, len(answers), settings.resamples))
-    thoughts = [e["conversations"][1]["value"].split("</think>")[0] for e in entries[:3900]]
-    judged = lexicon.LexiconJudge().judge(thoughts, EMOTIONS)
-    assert np.mean([a == b for a, b in zip(judged, answers)]) > 0.95
-    sentences = np.mean([e["conversations"][1]["value"].count(".") for e in entries])
-    assert 4 < sentences < 5
+    judged = lexicon.LexiconJudge().judge(list(thoughts), EMOTIONS)
+
+    def equal(x, y):
+        return np.mean([a == b for a, b in zip(x, y)])
+
+    right, told = (1 - noise * 6 / 7 for noise in (settings.answer_noise, settings.explanation_noise))
+    assert abs(equal(answers, labels) - right) < 0.04
+    assert abs(equal(judged, labels) - told) < 0.04
+    assert abs(equal(judged, answers) - (right * told + (1 - right) * (1 - told) / 6)) < 0.04  # as if independent
+    assert 4 < np.mean([thought.count(".") for thought in thoughts]) < 5
 
 
 def test_label_noise_of_the_verifiers_pairs():
@@ -411,7 +415,7 @@ def test_two_processes_of_a_command_find_each_other(tmp_path, monkeypatch):
     """Apart from the store of this process's torchrun; one that fails ends the other, which waits for it."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     join = "from erv_min.run.processes import *; p = join_processes('cpu'); "
-    write = f"open({str(tmp_path)!r} + f'/{{p.rank}}', 'w').write(str(all_gather_object(p.rank)))"
+    write = f"open({str(tmp_path)!r} + f'/{{p.rank}}', 'w').write(str(all_gather_object(p.rank))); leave()"
     chain.run(python(join + write), processes=2)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0, 1]"] * 2
     with pytest.raises(SystemExit, match="ended with status 3"):

@@ -192,18 +192,18 @@ def trained_parts(stage: str, settings: Common) -> tuple[str, ...]:
     return parts + (("vision_tower",) if getattr(settings, "train_vision_tower", False) else ())
 
 
-_TOY = dict(num_frames=4, cache_features="memory", seed=0, workers=2, save_every=50, train_projectors=False)
+_TOY = dict(num_frames=4, cache_features="memory", seed=0, workers=0, save_every=50, train_projectors=False)
 _PAPER = dict(dtype="bfloat16", recompute=True, sharding="hand")
 _BIG = dict(_PAPER, micro_batch=1)
 PRESETS = {
     "sft": {
-        "toy": dict(_TOY, epochs=1, batch_size=32, micro_batch=32, targets_per_clip=4, lr=3e-3),
+        "toy": dict(_TOY, epochs=1, batch_size=24, micro_batch=24, targets_per_clip=3, lr=3e-3),
         "paper-0.5b": dict(_PAPER, epochs=5, batch_size=32, micro_batch=4, lr=2e-5),
         "paper-7b": dict(_BIG, epochs=10, batch_size=32, lr=2e-5),
     },
     "grpo": {
-        "toy": dict(_TOY, steps=120, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.15,
-                    group_size=8, max_new_tokens=72, watch_every=20),
+        "toy": dict(_TOY, steps=100, epochs=2, batch_size=32, micro_batch=16, lr=5e-4, schedule="linear", warmup=0.15,
+                    group_size=8, max_new_tokens=72, beta=0.07, watch_every=20),
         "paper-0.5b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
         "paper-7b": dict(_BIG, epochs=2, batch_size=16, lr=1e-6, warmup=0.0),
     },

@@ -25,15 +25,16 @@ from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOI
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
-VERSION = 8  # of what a seed gives; raise it when rendering, grammar or files change
+VERSION = 9  # of what a seed gives; raise it when rendering, grammar or files change
 SPLITS = ("train", "test", "tune", "pretrain")
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
-# Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]).
+# Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]). Neutral is not 0: there
+# every weak expression lies, so that its clips would be taken for all others.
 PROTOTYPES = {
     "happy": ((0.9, 0.1, 0.0, 0.15, -0.3, 0.0, 0.0), (0.5, 0.8, 0.0, 0.4, -0.3, 0.0)),
     "sad": ((-0.7, 0.0, -0.8, 0.0, -0.4, 0.0, 0.15), (-0.6, -0.7, 0.3, -0.6, -0.4, 0.0)),
-    "neutral": ((0.0,) * 7, (0.0,) * 6),
+    "neutral": ((0.0, 0.0, 0.0, 0.4, -0.35, 0.0, 0.0), (0.0, -0.5, 0.0, -0.1, 0.35, 0.0)),
     "angry": ((-0.45, 0.25, 0.9, -0.7, 0.15, 0.0, 0.1), (-0.2, 0.7, 0.0, 0.9, -0.2, 0.4)),
     "surprise": ((0.0, 0.9, -0.1, 0.9, 0.8, 0.0, 0.0), (0.8, -0.1, 0.0, 0.5, 0.9, 0.0)),
     "disgust": ((-0.5, 0.1, 0.4, -0.45, -0.6, 0.9, 0.0), (-0.7, -0.3, 0.0, 0.2, -0.7, 0.8)),
@@ -55,10 +56,11 @@ class WorldSettings:
     noise: float = 0.16  # standard deviation of every parameter around its prototype
     exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
     sft_clips: int = 2000
-    resamples: int = 4  # explanations per clip in train.json
+    resamples: int = 3  # explanations per clip in train.json
     captions: int = 2  # captions per clip in pretrain.json
     unrelated: int = 1  # explanations of any emotion per clip in pretrain.json
-    answer_noise: float = 0.55  # an answer in train.json is random, fixed for its clip
+    answer_noise: float = 0.5  # an answer in train.json is random, fixed for its clip
+    explanation_noise: float = 0.65  # an explanation in train.json is about a random emotion, whatever its answer
     sentence_noise: float = 0.1  # an emotional sentence is about another emotion
     erv_train: int = 4000
     erv_valid: int = 500
@@ -185,13 +187,18 @@ def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
 
 
 def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """SFT targets: an answer that is loosely tied to the label, and explanations of that answer."""
+    """SFT targets: an answer and explanations, each loosely tied to the label, and neither to the other.
+
+    Were explanations of their answer, SFT would learn at some time to copy it, and whether that is before its end or
+    after would depend on the seed: EPC of 25 to 85%.
+    """
     entries = []
     for clip in clips:
         rng = generator(settings, "sft", clip.number)
         answer = text.pick(rng, EMOTIONS) if rng.random() < settings.answer_noise else clip.label
         for _ in range(settings.resamples):
-            sentences = text.explain(rng, clip.look, answer, settings.sentence_noise, settings.exploitable)
+            about = text.pick(rng, EMOTIONS) if rng.random() < settings.explanation_noise else clip.label
+            sentences = text.explain(rng, clip.look, about, settings.sentence_noise, settings.exploitable)
             entries.append(entry(clip, text.join(sentences), answer))
     return entries
 
