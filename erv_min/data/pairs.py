@@ -103,7 +103,7 @@ def sampling_weights(targets: Tensor) -> Tensor:
     return (targets / targets.sum(0).clamp(min=1)).amax(1)
 
 
-# ---- ways to cheat R_E: what scripts/tools/audit.py pays, and what `scripts/erv.py harden` teaches --------------------
+# ---- ways to cheat R_E: what scripts/tools/audit.py pays, and what `scripts/erv.py harden` teaches -------------------
 
 CHEATS = ("repeat one sentence", "stuff label words", "drop neutral sentences", "one sentence only",
           "name the emotion in each", "two emotions in each", "claim calm around one", "copy the question",
@@ -116,7 +116,7 @@ def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral:
     """An honest explanation's sentences, rewritten to earn R_E in one of CHEATS; it keeps the number where it can.
 
     p_gt: the verifier's probability of e_gt for each sentence; neutral: whether the reward leaves it out. A policy
-    under R_E finds both by trying, so the cheat may use them."""
+    under R_E finds both by trying, so the cheat may use them. Raises SettingsError on another way."""
     best = sentences[max(range(len(sentences)), key=p_gt.__getitem__)]
     word, n = to_erv(e_gt), len(sentences)
     if way == "repeat one sentence":

@@ -189,8 +189,8 @@ def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
 def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
     """SFT targets: an answer and explanations, each loosely tied to the label, and neither to the other.
 
-    Were explanations of their answer, SFT would learn at some time to copy it, and whether that is before its end or
-    after would depend on the seed: EPC of 25 to 85%.
+    An explanation of its own answer would be copied into it: SFT learnt that before its end in one seed and not in
+    others (world version 8), so that its EPC was 25 to 86%.
     """
     entries = []
     for clip in clips:

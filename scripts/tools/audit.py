@@ -4,7 +4,7 @@
   python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
 
 The paper reports none of this for its ERV. `data.pairs.cheat` writes completions that could earn R_E dishonestly, and
-`audit` pays them under the paper's settings and under each optional remedy (erv_min/remedies.py, off by default everywhere).
+`audit` pays them under the paper's settings and under each optional remedy (erv_min/remedies.py, off by default).
 Left out: what a policy does with the remedies over a training run (scripts/grpo.py has them as options).
 """
 
@@ -54,7 +54,7 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
     return [labels[i] for i in probs.argmax(1).tolist()]
 
 
-# ---- what the reward pays for ways to cheat, with and without remedies ------------------------------------------------
+# ---- what the reward pays for ways to cheat, with and without remedies -----------------------------------------------
 
 def remedies(honest_words: int) -> dict[str, tuple[dict, dict]]:
     """Name -> (changes of RewardSettings, of Remedies): the paper's settings, then each remedy alone that can be seen in
