@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -161,10 +162,10 @@ def run_all(plans: dict[int, dict], out: Path, workers: int) -> None:
         command = [sys.executable, *plans[seed][name][2]]
         with open(log, "a") as f:
             process = subprocess.Popen(command, env=environment, stdout=f, stderr=subprocess.STDOUT)
-            while process.poll() is None:
-                if stop.wait(0.2):
-                    process.terminate()
-            if process.returncode:
+            while process.poll() is None and not stop.wait(0.2):
+                pass
+            process.terminate()
+            if process.wait():
                 end = "\n".join(log.read_text().splitlines()[-8:])
                 raise SettingsError(f"seed {seed}, {name}: status {process.returncode}; {log} ends with\n{end}\n"
                                     "what is done is kept: run the same command again to go on")
@@ -352,6 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time, one thread each")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: run_all ends its commands on the way out
     named = [row for word in arguments.rows.split(",") for row in GROUPS.get(word, (word,))]
     rows = [row for row in ROWS if row in named]
     if unknown := set(named) - set(ROWS):

@@ -3,7 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +83,27 @@ def test_jobs_run_once_in_order_and_a_failure_names_its_log(tmp_path):
     with pytest.raises(SettingsError, match=r"(?s)seed 0, bad: status 3.*bad\.txt ends with.*told why"):
         reproduce.run_all({0: jobs | {"bad": (("last",), c, ["-c", "import sys; print('told why'); sys.exit(3)"])}},
                           tmp_path, 1)
+
+
+def test_sigterm_ends_the_commands_too(tmp_path):
+    """A command that outlives reproduce.py would write into the folder of the next try."""
+    pid = tmp_path / "pid"
+    sleeper = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(120)"
+    parent = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+                               "import reproduce\nreproduce.plan = lambda *_: {'evaluate sft': "
+                               f"((), reproduce.Path('never'), ['-c', {sleeper!r}])}}\n"
+                               f"reproduce.main(['--rows', 'sft', '--seeds', '1', '--out', {str(tmp_path / 'out')!r}])"])
+    try:
+        while not (pid.exists() and pid.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.terminate()
+        assert parent.wait(60) == 143
+        assert not Path(f"/proc/{pid.read_text()}").exists()
+    finally:
+        parent.kill()
+        if pid.exists() and Path(f"/proc/{pid.read_text()}").exists():
+            os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
 LOOK = appearances(render.Look(False, "red", "dark", True, True, "office", 0))[0][0]
