@@ -1,5 +1,8 @@
 """HumanOmni (Eq. 1) against the released code's golden vectors, and what the vectors do not show: mixed batches."""
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 
@@ -192,6 +195,22 @@ def test_linear_without_gradients_is_the_same_linear(shape, bias):
         with torch.autocast("cpu", torch.bfloat16):
             assert layer.float()(x).dtype == torch.bfloat16
     assert layer(x).requires_grad
+
+
+def test_products_of_many_shapes_leave_little_behind():
+    """By default half a megabyte per shape stays, for 1,024 of them; completions have another length at each step."""
+    grown = subprocess.run([sys.executable, "-c", """
+import re, torch
+from pathlib import Path
+from erv_min.run.onednn import linear
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+weight, before = torch.zeros(512, 128), None
+with torch.no_grad():
+    for rows in range(264, 64, -1):
+        linear(torch.zeros(rows, 128), weight)
+        before = before or resident()
+print(resident() - before)"""], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert float(grown.stdout) < 50  # MiB
 
 
 def test_use_onednn_changes_the_class_alone():

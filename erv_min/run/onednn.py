@@ -1,10 +1,16 @@
 """nn.Linear that is fast where nothing trains on a CPU: towers, prefill, decode steps, reference pass, verifier."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
+# PyTorch's binding and oneDNN itself each keep what they made for the last 1,024 shapes, half a megabyte per shape;
+# completions have another length at each step.
+for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read at the first product
+    os.environ.setdefault(cache, "16")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
