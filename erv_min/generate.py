@@ -34,7 +34,7 @@ def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, le
 
 
 def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One token a row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
+    """One token per row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
     Temperature 0 is greedy. top_k and top_p cut the distribution first (0 and 1.0: off). Sums are float64: in float32
     tokens of probability under 6e-8 would never be drawn.

@@ -19,8 +19,8 @@ from erv_min.model.qwen2 import PackedGroups
 from erv_min.run.onednn import linear
 
 CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
-# On CUDA so many times as many. By arithmetic, not measured: a chunk of 110 rows (0.5B) multiplies for 0.5 ms of an A100
-# (0.09 TFLOP), then rewrites the head's float32 gradient [V, D] for 1 ms (1.6 GB with the product that is added). 441
+# On CUDA so many times as many. By arithmetic, not measured: a chunk of 110 rows (0.5B) multiplies for 0.5 ms of an
+# A100 (0.09 TFLOP), then rewrites the head's float32 gradient [V, D] for 1 ms (1.6 GB with the product that is added). 441
 # rows do so a quarter as often, in 0.9 GiB: 14 bytes per logit (float32, its temporaries, the products' type).
 ON_CUDA = 4
 

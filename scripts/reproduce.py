@@ -190,7 +190,7 @@ def run_all(plans: dict[int, dict], out: Path, workers: int) -> None:
 
 
 def collect(out: Path, seeds: list[int], rows: list[str]) -> dict:
-    """results.json: row -> judge -> metric -> [a figure a seed], percent."""
+    """results.json: row -> judge -> metric -> [a figure per seed], percent."""
     results: dict = {}
     for row in rows:
         for judge in JUDGES:
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--rows", default="tables", help=f"{', '.join(GROUPS)}, or rows separated by commas, of "
                         + ", ".join(ROWS))
-    parser.add_argument("--clips", type=int, default=400, help="held-out clips a seed")
+    parser.add_argument("--clips", type=int, default=400, help="held-out clips per seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
     parser.add_argument("--steps", type=int, default=50, help="GRPO steps (the main command: 100)")
     parser.add_argument("--exploitable", action="store_true", help="a world whose cues are true of two emotions")

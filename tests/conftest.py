@@ -1,4 +1,4 @@
-"""Shared by all tests: where the golden vectors lie, and one thread a process (the machine has two cores)."""
+"""Shared by all tests: where the golden vectors lie, and one thread per process (the machine has two cores)."""
 
 import os
 import signal

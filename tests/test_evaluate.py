@@ -456,7 +456,7 @@ def test_what_is_watched_by_hand(monkeypatch):
     assert (how.seed, how.temperature, how.max_new_tokens) == (3 + 2**32, 0.7, 9)  # no noise of the training's
 
 
-def test_which_clips_are_watched_and_who_judges(world, tmp_path):
+def test_which_clips_are_watched_and_who_judges(world, tmp_path, capsys):
     def start(**given):
         return start_watch(GRPOSettings(world=str(world), **given), Processes(0, 1, torch.device("cpu")))
 
@@ -466,6 +466,7 @@ def test_which_clips_are_watched_and_who_judges(world, tmp_path):
         (tmp_path / "clip" / f"{i}.mp4").touch()
     assert len(start(watch_every=5)[0]) == 6 and start(watch_every=5)[1](["She weeps."], ("sad",))[0].emotion == "sad"
     assert start(watch_every=0) == start(watch_every=5, data=f"dfew:{tmp_path}") == ([], None)
+    assert capsys.readouterr().out.count("not watched") == 1  # by the second, which asked for it
     shutil.copytree(world / "tokenizers" / "erv", tmp_path / "erv")
     save_erv(scratch("toy", 512, 11), tmp_path / "erv", ERV_LABELS)
     held_out, judge = start(watch_every=5, data=f"dfew:{tmp_path}", watch_erv=str(tmp_path / "erv"), preset="paper-0.5b")

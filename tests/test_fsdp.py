@@ -61,7 +61,7 @@ def batch(step: int, rank: int, size: int) -> list[list[int]]:
 
 
 def sft(run, optimizer, steps=range(STEPS), rank=0, size=1, shape=(2, 6)) -> None:
-    """Steps of Eq. 2 on `shape` target tokens a clip, one pass a clip."""
+    """Steps of Eq. 2 on `shape` target tokens per clip, one pass per clip."""
     for step in steps:
         for clips in batch(step, rank, size):
             own = [torch.randint(0, 500, shape, generator=torch.Generator().manual_seed(1000 + clip)) for clip in clips]
@@ -275,7 +275,7 @@ def work(out: Path, rank: int, size: int) -> None:
 
 
 def prefix_loss(model, clips: list[int], shared: bool) -> torch.Tensor:
-    """- sum of log-probs of three completions a clip, on one prompt a clip or on one a completion."""
+    """- sum of log-probs of three completions per clip, on one prompt per clip or on one per completion."""
     own = [torch.randint(0, 500, (3, 5), generator=torch.Generator().manual_seed(clip)) for clip in clips]
     mask = torch.arange(5) < torch.tensor([5, 3, 1] * len(clips))[:, None]
     prompts = clip_prompts(model, clips)

@@ -95,7 +95,7 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
 
 
 def start_verifiers(settings: GRPOSettings, device: torch.device) -> list[Verifier]:
-    """The verifiers that R_E asks: those of --erv, with --random-weights a random RoBERTa base, none where R_E is off."""
+    """The verifiers that R_E asks: those of --erv; a random one with --random-weights; none where R_E is off."""
     if not settings.w_explanation:
         return []
     if settings.erv:
@@ -109,11 +109,14 @@ def start_watch(settings: GRPOSettings, processes: Processes) -> tuple[list[Exam
     the lexicon. Nothing where --watch-every is 0, and where the toy's preset has other data and no --watch-erv."""
     data = settings.data or f"toy:{settings.world}"
     known = settings.watch_erv or data.startswith("toy:")
-    if not settings.watch_every or not known and settings.preset == "toy":
+    if settings.watch_every and not known:
+        if settings.preset != "toy":
+            raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO (another "
+                                "verifier than --erv), or --watch-every 0")
+        if processes.main:
+            print("held-out clips are not watched: nobody judges them without --watch-erv", flush=True)
+    if not settings.watch_every or not known:
         return [], None
-    if not known:
-        raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO (another "
-                            "verifier than --erv), or --watch-every 0")
     examples = check_clips(load_examples(data, "test"), settings.allow_missing)
     count = min(64, len(examples))
     return ([examples[i * len(examples) // count] for i in range(count)],

@@ -57,12 +57,12 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
 # ---- what the reward pays for ways to cheat, with and without remedies -----------------------------------------------
 
 def remedies(honest_words: int) -> dict[str, tuple[dict, dict]]:
-    """Name -> (changes of RewardSettings, of Remedies): the paper's settings, then each remedy alone that can be seen in
-    a text: calm claims count; R_E only where format and answer are right; as many words as an honest explanation;
+    """Name -> (changes of RewardSettings, of Remedies): the paper's settings, then each remedy alone that shows in a
+    text: calm claims count; R_E only where format and answer are right; as many words as an honest explanation;
     repeated sentences do not count; and table 2's row without neutral filtering, where any calm sentence lowers R_E.
     Left out: the phase-in, which pays everything alike, and what needs a policy's reference."""
-    return {"paper": ({}, {}), "count_calm": ({}, {"count_calm": True}), "gate_on_answer": ({}, {"gate_on_answer": True}),
-            "length_target": ({}, {"length_target": honest_words}), "repeat_discount": ({}, {"repeat_discount": 1.0}),
+    return {"paper": ({}, {}), "count_calm": ({}, {"count_calm": True}),
+            "gate_on_answer": ({}, {"gate_on_answer": True}), "length_target": ({}, {"length_target": honest_words}), "repeat_discount": ({}, {"repeat_discount": 1.0}),
             "no neutral filter": ({"neutral_filter": False}, {})}
 
 

@@ -104,9 +104,10 @@ def spread(items: list, count: int) -> list:
 def results_section(systems: list[System]) -> str:
     out = parts.score_table(systems)
     spans = any(system.score.get("intervals") for system in systems)
-    out += ('<p class="note">' + "Under each figure its 95% interval (percentile bootstrap over clips). " * spans + "EEA: the judge "
-            "reads the true emotion in the explanation; FCR: explanation, answer and truth agree; EPC: explanation and "
-            "answer agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right answers.</p>")
+    out += ('<p class="note">' + "Under each figure its 95% interval (percentile bootstrap over clips). " * spans
+            + "EEA: the judge reads the true emotion in the explanation; FCR: explanation, answer and truth agree; "
+            "EPC: explanation and answer agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right "
+            "answers.</p>")
     differences, first = [], {}
     for system in systems:
         if system.rows is None:

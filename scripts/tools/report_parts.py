@@ -33,7 +33,7 @@ PANELS = {  # group -> key of metrics.jsonl -> (title, unit)
         "held_out_EEA": ("Held-out EEA", "percent"), "held_out_EPC": ("Held-out EPC", "percent")},
     "Optimizer": {
         "loss": ("Loss", ""), "grad_norm": ("Gradient norm", "before clipping"), "lr": ("Learning rate", ""),
-        "tokens_per_s": ("Speed", "tokens a second")}}
+        "tokens_per_s": ("Speed", "tokens per second")}}
 
 OF_VERIFIER = ("reward_explanation", "sentences", "distinct_sentence_rate", "neutral_share", "label_word_rate")
 

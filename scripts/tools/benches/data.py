@@ -1,7 +1,7 @@
-"""The loader: clips a second inline and with two processes, and the share of a run that it lets the model wait.
+"""The loader: clips per second inline and with two processes, and the share of a run that it lets the model wait.
 
 The clips are rendered here: 48 pixels and one second at toy size, else 75 frames of 320 x 240 with 3 s of sound, which
-the model sees at its own size (224 at 0.5B). The run is a GRPO step a clip at toy size, else the towers alone, which is
+the model sees at its own size (224 at 0.5B). The run is a GRPO step per clip at toy size, else the towers alone, which is
 the least that a step does between two clips.
 """
 

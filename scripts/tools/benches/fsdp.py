@@ -3,9 +3,9 @@
 `python scripts/tools/benches/fsdp.py [--size toy|0.5b|7b] [--group G] [--new-tokens T] [--dtype ...] [--processes N]`
 
 Both ways in one run on the same processes, taking turns step by step, so that whatever else the machine does meets
-both: nccl where each process has a GPU, else gloo with one thread a process. A step is the policy's half of GRPO or SFT
-on a clip a process: log-probs of G targets on a shared prompt, backward, clipping, AdamW; units, types and recomputation
-are the same. `toy` has the toy model's towers and a language model of 6 layers of width 384: 20 M parameters.
+both: nccl where each process has a GPU, else gloo with one thread per process. A step is the policy's half of GRPO or
+SFT on one clip per process: log-probs of G targets on a shared prompt, backward, clipping, AdamW; units, types and
+recomputation are the same. `toy` has the toy model's towers and a language model of 6 layers of width 384: 20 M parameters.
 Memory is counted where no step is timed: on CUDA by its allocator, on the CPU as the storages that exist (plan.Live).
 """
 
@@ -40,7 +40,8 @@ PROMPT = 64  # tokens
 def dimensions(size: str) -> HumanOmniConfig:
     config = humanomni(size)
     if size == "toy":
-        config = replace(config, text=replace(config.text, hidden_size=384, intermediate_size=1536, num_hidden_layers=6))
+        text = replace(config.text, hidden_size=384, intermediate_size=1536, num_hidden_layers=6)
+        config = replace(config, text=text)
     return config
 
 

@@ -1,4 +1,4 @@
-"""Towers once a clip, against once for each of G completions in each of a step's three passes."""
+"""Towers once per clip, against once for each of G completions in each of a step's three passes."""
 
 from collections.abc import Iterator
 
