@@ -50,7 +50,6 @@ TABLES = tuple(ROWS)  # 1, 2 and 4
 # Row -> (name, verifiers, the words of grpo.py in which it differs from "ours").
 REMEDIES = {
     "minimum": ("two verifiers, minimum", "erv,erv-2", ""),
-    "variance": ("two verifiers, mean - 2 variances", "erv,erv-2", "--variance-weight 2"),
     "hardened": ("hardened verifier", "erv-hard", ""),
     "floor": ("likelihood floor -1.5", "erv", "--likelihood-floor -1.5"),
     "calm": ("calm claims count", "erv", "--count-calm"),
