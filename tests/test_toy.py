@@ -334,7 +334,7 @@ def test_exploitable_world_has_cues_of_two_emotions():
 def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     """--baseline trains with Ours' settings, not with the preset's: the two stand in one table."""
     commands = []
-    monkeypatch.setattr(chain, "run", lambda *given, processes: commands.extend(given))
+    monkeypatch.setattr(chain, "run", lambda command, processes: commands.append(command))
     given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *given])
@@ -342,6 +342,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cuda", 0)))
     assert all(c[c.index("--device") + 1] == "cuda" for c in commands[1:3])  # where GRPO itself runs
     assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
+    assert "--clips-only" not in commands[0]  # SFT starts from the base model
     scripts = [word for c in commands for word in c if word.endswith(".py")]
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
     for folder in (tmp_path / "sft", tmp_path / "world"):  # which the command's own check looks for
@@ -355,13 +356,13 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "model.safetensors").touch()
     chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
-    assert [c[:2] for c in commands] == [["-m", "erv_min.toy"]]  # the world alone is not there
+    assert [c[:2] + c[-1:] for c in commands] == [["-m", "erv_min.toy", "--clips-only"]]  # SFT is there, the world not
 
 
 def test_a_process_alone_under_torchrun_gives_its_command_to_two(tmp_path, monkeypatch):
     """On the CPU, where the prompts halve, and never else; the two can take the folder that it held."""
     started, out = [], str(tmp_path)
-    monkeypatch.setattr(chain, "run", lambda *commands, processes: started.append((*commands, processes)))
+    monkeypatch.setattr(chain, "run", lambda command, processes: started.append((command, processes)))
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--lr", "3e-4"])
     (tmp_path / "world").mkdir()
     (tmp_path / "world/world.json").touch()
@@ -382,33 +383,39 @@ def python(code: str) -> list[str]:
     return ["-c", f"import os, signal, sys, time; {code}"]
 
 
-def test_stages_side_by_side(tmp_path, monkeypatch):
-    """Each waits for the other's file, so they run together; on one thread, and apart from this process's group."""
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    a, b = tmp_path / "a", tmp_path / "b"
-    meet = ("e = os.environ\n"
-            "open({!r}, 'w').write(e['RANK'] + e['WORLD_SIZE'] + e['OMP_NUM_THREADS'])\n"
-            "while not os.path.exists({!r}): time.sleep(0.01)")
-    chain.run(python(meet.format(str(a), str(b))), python(meet.format(str(b), str(a))))
-    assert a.read_text() == b.read_text() == "011"
+def test_a_stage_runs_by_itself(tmp_path, monkeypatch):
+    """On one thread, and apart from this process's group."""
+    for name, here in (("RANK", "1"), ("WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "2")):
+        monkeypatch.setenv(name, here)
+    chain.run(python(f"e = os.environ; open({str(tmp_path / 'a')!r}, 'w').write("
+                     "e['RANK'] + e['WORLD_SIZE'] + e['OMP_NUM_THREADS'])"))
+    assert (tmp_path / "a").read_text() == "011"
 
 
-def test_a_stage_that_fails_or_stops_ends_the_other(tmp_path):
-    mark = tmp_path / "stopped"
-    waits = python(f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75))); "
-                   f"open({str(mark) + '.on'!r}, 'w'); time.sleep(60)")
-    ready = f"[time.sleep(0.01) for _ in iter(lambda: os.path.exists({str(mark) + '.on'!r}), True)]; "
+def test_a_process_that_fails_or_stops_ends_the_other(tmp_path):
+    """Whichever of the two it is; the first one's status is told, and Ctrl-C and SIGTERM work afterwards as before."""
+    mark, ready = tmp_path / "stopped", tmp_path / "on"
+    waits = (f"signal.signal(15, lambda *_: (open({str(mark)!r}, 'w'), sys.exit(75)))\n"
+             f"open({str(ready)!r}, 'w'); time.sleep(60)")
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit, match="sys.exit.3.* ended with status 3"):
-        chain.run(waits, python(ready + "sys.exit(3)"))
-    assert mark.exists() and signal.getsignal(signal.SIGTERM) is before
-    for code in (75, f"os.kill({os.getpid()}, 15) or time.sleep(60)"):  # one stops; this process is told to stop
-        mark.unlink(), Path(f"{mark}.on").unlink()
+
+    def two(rank: int, ends: str) -> None:
+        """Runs two processes; `rank` does `ends` once the other one waits."""
+        until = f"while not os.path.exists({str(ready)!r}): time.sleep(0.01)"
+        indented = "\n".join(f"    {line}" for line in (until + "\n" + ends).splitlines())
+        rest = "\n".join(f"    {line}" for line in waits.splitlines())
+        chain.run(python(f"\nif os.environ['RANK'] == '{rank}':\n{indented}\nelse:\n{rest}"), processes=2)
+
+    for rank in (0, 1):
+        with pytest.raises(SystemExit, match="ended with status 3"):
+            two(rank, "sys.exit(3)")
+        assert mark.exists() and signal.getsignal(signal.SIGTERM) is before
+        mark.unlink(), ready.unlink()
+    for ends in ("sys.exit(75)", f"os.kill({os.getpid()}, 15); time.sleep(60)"):  # it stops; this process is told to
         with pytest.raises(SystemExit) as stopped:
-            chain.run(python(ready + f"sys.exit({code})"), waits)
+            two(0, ends)
         assert stopped.value.code == 75 and mark.exists()
+        mark.unlink(), ready.unlink()
 
 
 def test_two_processes_of_a_command_find_each_other(tmp_path, monkeypatch):

@@ -68,12 +68,11 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
 
 
 def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, audio: Tensor, tokenizer: Tokenizer,
-                   gate: tuple[Tensor, Tensor], seed: int = 0, steps: int = 250, batch_size: int = 16,
-                   lr: float = 4e-3) -> None:
-    """Eq. 2 on `captions` (several per clip, sharing its prompt); the language model alone trains, in place."""
-    with torch.no_grad():  # nothing before the language model moves: its tokens are computed once
-        video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
-        audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
+                   seed: int = 0, steps: int = 250, batch_size: int = 16, lr: float = 4e-3) -> None:
+    """Eq. 2 on `captions` (several per clip, sharing its prompt); the language model alone trains, in place.
+
+    video, audio: the clips' tokens [clips, V, D], [clips, A, D].
+    """
     trainable(model, ("language_model",))
     learner = Replicated(model, compute=torch.float32)
     optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
@@ -106,19 +105,22 @@ def train_base(world: Path, seed: int = 0) -> None:
     written = read_training_json(world / "pretrain.json", world, "dfew")
     units = [list(unit) for _, unit in groupby(written, key=lambda e: e.video_id)]  # captions of a clip stand together
     units = units[rank::size]
-    video, audio = [], []
-    for x in clip_inputs([unit[0] for unit in units], model.config, None, num_frames=model.config.num_frames):
+    decoded = clip_inputs([unit[0] for unit in units], model.config, None, num_frames=model.config.num_frames)
+    for i, x in enumerate(decoded):
         if isinstance(x, ClipError):
             raise x
-        video.append(x.clip.video)
-        audio.append(x.clip.audio)
-    video, audio = torch.stack(video), torch.stack(audio)  # [clips, T, 3, S, S], [clips, mels, F]
+        if i == 0:  # [clips, T, 3, S, S], [clips, mels, F]; a list of clips, stacked, would hold them twice
+            video, audio = (one.new_empty(len(units), *one.shape) for one in (x.clip.video, x.clip.audio))
+        video[i], audio[i] = x.clip.video, x.clip.audio
     if rank == 0:
         print(f"base model: {len(written)} captions, their clips decoded in {time.time() - started:.1f} s", flush=True)
     gate = gate_tokenizer.encode_batch([gate_text()])
     train_towers(model, [params[unit[0].video_id] for unit in units], video, audio, gate, seed)
+    with torch.no_grad():  # nothing before the language model moves from here on: its tokens are computed once
+        video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
+        audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
     captions = [[sft_target(e.explanation, e.label) for e in unit] for unit in units]
-    train_captions(model, captions, video, audio, tokenizer, gate, seed)
+    train_captions(model, captions, video, audio, tokenizer, seed)
     if rank:
         return
     shutil.copytree(texts / "lm", out, dirs_exist_ok=True)

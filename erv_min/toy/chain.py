@@ -1,10 +1,10 @@
 """The toy's stages before GRPO and its table after it: the whole method from nothing, by commands a user could type.
 
-    world, rendered -> base model, SFT | verifier -> [GRPO without R_E] -> GRPO -> table 1 on held-out clips
+    world, rendered -> base model -> SFT -> verifier -> [GRPO without R_E] -> GRPO -> table 1 on held-out clips
 
 Each process of the toy computes on one thread: sums then run in one order, and a seed gives the same table to the last
-digit whatever else the machine does. What does not need each other runs side by side, and on a CPU each stage takes two
-processes.
+digit whatever else the machine does. On a CPU each stage takes two processes; stages run one after the other, since two
+at a time take twice the memory and, on two cores, the same time.
 """
 
 import copy
@@ -31,7 +31,7 @@ from erv_min.run.settings import Answers, GRPOSettings
 from erv_min.run.start import decoding
 from erv_min.toy.text import count_sentences
 
-SECONDS: list[tuple[str, float]] = []  # what `run` has taken for which stages
+SECONDS: list[tuple[str, float]] = []  # what `run` has taken for which stage
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
 
 
@@ -42,44 +42,42 @@ def one_thread(preset: str) -> None:
         torch.set_num_threads(1)
 
 
-def run(*commands: list[str], processes: int = 1) -> None:
-    """Runs `torchrun --nproc_per_node=PROCESSES COMMAND` for each, side by side, one thread per process; waits for all.
+def run(command: list[str], processes: int = 1) -> None:
+    """Runs `torchrun --nproc_per_node=PROCESSES COMMAND`, one thread per process, and waits for it.
 
     (Without torchrun itself, which is a process more, and would not hand on the status STOPPED.)
-    SIGTERM and Ctrl-C are handed on, and one that fails ends the others. Raises SystemExit: STOPPED after a signal and
-    where one of them stopped in order, else naming the command that failed.
+    SIGTERM and Ctrl-C are handed on, and a process that fails ends the others. Raises SystemExit: STOPPED after a
+    signal and where one of them stopped in order, else naming the command that failed.
     """
-    started, jobs, signals = time.time(), [], []  # jobs: (command, process)
+    started, jobs, signals = time.time(), [], []
 
     def hand_on(number: int, _) -> None:
         signals.append(number)
-        for _, process in jobs:
+        for process in jobs:
             process.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    for command in commands:
-        print("$ torchrun", *([f"--nproc_per_node={processes}"] if processes > 1 else []), *command, flush=True)
-        with socket.socket() as free:  # should another program take it meanwhile, the first process fails, and so all
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        for rank in map(str, range(processes)):
-            jobs.append((command, subprocess.Popen([sys.executable, *command], env=os.environ | {
-                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": "1"})))
-    while not any(status := [process.poll() for _, process in jobs]) and None in status:
+    print("$ torchrun", *([f"--nproc_per_node={processes}"] if processes > 1 else []), *command, flush=True)
+    with socket.socket() as free:  # should another program take it meanwhile, the first process fails, and so all
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for rank in map(str, range(processes)):
+        jobs.append(subprocess.Popen([sys.executable, *command], env=os.environ | {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": "1"}))
+    while not any(status := [process.poll() for process in jobs]) and None in status:
         time.sleep(0.1)
-    for _, process in jobs:
+    for process in jobs:
         process.terminate()  # does nothing to one that has ended
-    ended = [process.wait() for _, process in jobs]
+    ended = [process.wait() for process in jobs]
     for number, handler in before.items():
         signal.signal(number, handler)
-    for code, (command, _) in zip(status, jobs):
-        if code and code != STOPPED and not signals:
-            raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {code}: its message stands above")
+    failed = [code for code in status if code and code != STOPPED]
+    if failed and not signals:
+        raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {failed[0]}: its message stands above")
     if signals or any(ended):
         raise SystemExit(STOPPED)
-    SECONDS.append((" | ".join("world" if name == "-m" else Path(name).stem for name, *_ in commands),
-                    time.time() - started))
+    SECONDS.append(("world" if command[0] == "-m" else Path(command[0]).stem, time.time() - started))
 
 
 def world_folder(settings) -> Path:
@@ -112,7 +110,9 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     better than two threads on matrices as small as the toy's), and raises SystemExit at their end;
     `python scripts/grpo.py` stays alone, and so does a batch that does not halve.
     """
-    world, out, todo = prepare_world(settings, processes), Path(settings.out), []
+    out, todo = Path(settings.out), []
+    base = not (settings.model or settings.random_weights or (out / "sft" / WEIGHTS).exists())
+    world = prepare_world(settings, processes, base)
     if settings.random_weights:  # the world's text is all that is needed
         return
     same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--resume",
@@ -130,8 +130,8 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     if processes.main:
         command = [str(scripts / "grpo.py"), *sys.argv[1:]]
         several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
-        if todo:
-            run(*todo, processes=several)
+        for stage in todo:
+            run(stage, processes=several)
         if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
             own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
             run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")],
@@ -139,7 +139,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         if os.environ.get("WORLD_SIZE") == "1" and several > 1:
             LOCKS.pop(str(out)).close()  # the two take the folder
             run(command, processes=several)
-            print("seconds: " + ", ".join(f"{stages} {seconds:.0f}" for stages, seconds in SECONDS)
+            print("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in SECONDS)
                   + f"; {sum(seconds for _, seconds in SECONDS) / 60:.1f} minutes in all")
             raise SystemExit
     barrier()
