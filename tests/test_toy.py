@@ -1,7 +1,6 @@
 """The small world: real clips, annotations, noise as set, tokenizers, judges apart from the labeller."""
 
 import ast
-import contextlib
 import io
 import math
 import os
@@ -21,11 +20,10 @@ from tokenizers import Tokenizer
 
 from erv_min.run.errors import SettingsError
 from erv_min.run.files import read_json, read_jsonl, write_jsonl
-from erv_min.run.folder import LOCKS, open_folder
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.run.processes import Processes
 from erv_min.run.settings import PRESETS, GRPOSettings, parse
-from erv_min.toy import chain, lexicon, text, world
+from erv_min.toy import chain, launch, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS, ERV_NAMES
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
@@ -360,23 +358,38 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
 
 
 def test_a_process_alone_under_torchrun_gives_its_command_to_two(tmp_path, monkeypatch):
-    """On the CPU, where the prompts halve, and never else; the two can take the folder that it held."""
-    started, out = [], str(tmp_path)
-    monkeypatch.setattr(chain, "run", lambda command, processes: started.append((command, processes)))
+    """On the CPU, where the prompts halve, and never else."""
+    monkeypatch.setattr(chain, "become", lambda *given: started.append(given))
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--lr", "3e-4"])
     (tmp_path / "world").mkdir()
     (tmp_path / "world/world.json").touch()
-    open_folder(out, False, Processes(0, 1, torch.device("cpu")))
     for size, device, batch in ((None, "cpu", 32), ("2", "cpu", 32), ("1", "cuda", 32), ("1", "cpu", 31),
                                 ("1", "cpu", 32)):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
         if size:
             monkeypatch.setenv("WORLD_SIZE", size)
-        assert not started and out in LOCKS
-        settings = GRPOSettings(out=out, model="m", erv="e", batch_size=batch)
-        with pytest.raises(SystemExit) if (size, device, batch) == ("1", "cpu", 32) else contextlib.nullcontext():
-            chain.prepare(settings, Path("scripts"), Processes(0, 1, torch.device(device)))
-    assert started == [(["scripts/grpo.py", "--lr", "3e-4"], 2)] and out not in LOCKS
+        settings, started = GRPOSettings(out=str(tmp_path), model="m", erv="e", batch_size=batch), []
+        chain.prepare(settings, Path("scripts"), Processes(0, 1, torch.device(device)))
+        two = (["scripts/grpo.py", "--lr", "3e-4"], 2)
+        assert started == ([two] if (size, device, batch) == ("1", "cpu", 32) else [])
+
+
+def test_who_waits_for_the_two_holds_neither_the_folder_nor_pytorch(tmp_path):
+    """The two can take the folder that it had locked; it is the same process as before, small; its status is theirs,
+    and its last line says what each stage took."""
+    opens = (f"import torch; from erv_min.run.folder import open_folder; from erv_min.run.processes import Processes; "
+             f"open_folder({str(tmp_path)!r}, True, Processes(0, 1, torch.device('cpu')))")
+    for code in (0, 3, 75):
+        inner = (f"{opens}; maps = open(f'/proc/{{os.getppid()}}/maps').read() if os.path.exists('/proc') else ''; "
+                 f"print('parent', os.getppid(), 'libtorch' in maps, flush=True); sys.exit({code})")
+        outer = (f"import os; {opens}; from erv_min.toy import launch; launch.SECONDS.append(('world', 60)); "
+                 f"print('outer', os.getpid()); launch.become({python(inner)!r}, 1)")
+        done = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True)
+        assert done.returncode == (1 if code == 3 else code), done.stderr
+        (first,), (second, big) = (re.findall(rf"^{word} (.*)$", done.stdout, re.M)[0].split()
+                                   for word in ("outer", "parent"))
+        assert first == second and big == "False"
+        assert bool(re.search(r"^seconds: world 60, .*minutes in all$", done.stdout, re.M)) == (code == 0)
 
 
 def python(code: str) -> list[str]:
@@ -387,7 +400,7 @@ def test_a_stage_runs_by_itself(tmp_path, monkeypatch):
     """On one thread, and apart from this process's group."""
     for name, here in (("RANK", "1"), ("WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "2")):
         monkeypatch.setenv(name, here)
-    chain.run(python(f"e = os.environ; open({str(tmp_path / 'a')!r}, 'w').write("
+    launch.run(python(f"e = os.environ; open({str(tmp_path / 'a')!r}, 'w').write("
                      "e['RANK'] + e['WORLD_SIZE'] + e['OMP_NUM_THREADS'])"))
     assert (tmp_path / "a").read_text() == "011"
 
@@ -404,7 +417,7 @@ def test_a_process_that_fails_or_stops_ends_the_other(tmp_path):
         until = f"while not os.path.exists({str(ready)!r}): time.sleep(0.01)"
         indented = "\n".join(f"    {line}" for line in (until + "\n" + ends).splitlines())
         rest = "\n".join(f"    {line}" for line in waits.splitlines())
-        chain.run(python(f"\nif os.environ['RANK'] == '{rank}':\n{indented}\nelse:\n{rest}"), processes=2)
+        launch.run(python(f"\nif os.environ['RANK'] == '{rank}':\n{indented}\nelse:\n{rest}"), processes=2)
 
     for rank in (0, 1):
         with pytest.raises(SystemExit, match="ended with status 3"):
@@ -423,10 +436,10 @@ def test_two_processes_of_a_command_find_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     join = "from erv_min.run.processes import *; p = join_processes('cpu'); "
     write = f"open({str(tmp_path)!r} + f'/{{p.rank}}', 'w').write(str(all_gather_object(p.rank))); leave()"
-    chain.run(python(join + write), processes=2)
+    launch.run(python(join + write), processes=2)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0, 1]"] * 2
     with pytest.raises(SystemExit, match="ended with status 3"):
-        chain.run(python(f"os.environ['RANK'] == '1' and sys.exit(3); {join}"), processes=2)
+        launch.run(python(f"os.environ['RANK'] == '1' and sys.exit(3); {join}"), processes=2)
 
 
 # --------------------------------------------------------------------------------- of the grammar, and true of the clip

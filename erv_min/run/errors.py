@@ -1,5 +1,7 @@
 """The errors a user can meet. Each message names the file, the field and the way out."""
 
+STOPPED = 75  # exit status after SIGTERM or Ctrl-C: a state is written, start again with --resume (EX_TEMPFAIL)
+
 
 class ErvMinError(Exception):
     """Base of every error this package raises on bad input."""

@@ -24,13 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erv_min.run.errors import DiskError, NumbersError, SettingsError
+from erv_min.run.errors import STOPPED, DiskError, NumbersError, SettingsError
 from erv_min.run.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.run.options import option_name
 from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum, gather_lists
 from erv_min.run.state import load_state, save_state, saved_states
 
-STOPPED = 75  # exit code after SIGTERM or Ctrl-C: a state is written, start again with --resume (EX_TEMPFAIL)
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl", "epochs.jsonl")
 SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "held_out_EEA", "held_out_EPC", "kl",

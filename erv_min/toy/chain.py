@@ -9,11 +9,7 @@ at a time take twice the memory and, on two cores, the same time.
 
 import copy
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -25,13 +21,12 @@ from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
 from erv_min.run.files import write_json, write_jsonl
-from erv_min.run.folder import LOCKS, STOPPED
 from erv_min.run.processes import Processes, barrier
 from erv_min.run.settings import Answers, GRPOSettings
 from erv_min.run.start import decoding
+from erv_min.toy.launch import become, run
 from erv_min.toy.text import count_sentences
 
-SECONDS: list[tuple[str, float]] = []  # what `run` has taken for which stage
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
 
 
@@ -40,44 +35,6 @@ def one_thread(preset: str) -> None:
     if preset == "toy" and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-
-
-def run(command: list[str], processes: int = 1) -> None:
-    """Runs `torchrun --nproc_per_node=PROCESSES COMMAND`, one thread per process, and waits for it.
-
-    (Without torchrun itself, which is a process more, and would not hand on the status STOPPED.)
-    SIGTERM and Ctrl-C are handed on, and a process that fails ends the others. Raises SystemExit: STOPPED after a
-    signal and where one of them stopped in order, else naming the command that failed.
-    """
-    started, jobs, signals = time.time(), [], []
-
-    def hand_on(number: int, _) -> None:
-        signals.append(number)
-        for process in jobs:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    print("$ torchrun", *([f"--nproc_per_node={processes}"] if processes > 1 else []), *command, flush=True)
-    with socket.socket() as free:  # should another program take it meanwhile, the first process fails, and so all
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    for rank in map(str, range(processes)):
-        jobs.append(subprocess.Popen([sys.executable, *command], env=os.environ | {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False", "OMP_NUM_THREADS": "1"}))
-    while not any(status := [process.poll() for process in jobs]) and None in status:
-        time.sleep(0.1)
-    for process in jobs:
-        process.terminate()  # does nothing to one that has ended
-    ended = [process.wait() for process in jobs]
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    failed = [code for code in status if code and code != STOPPED]
-    if failed and not signals:
-        raise SystemExit(f"'torchrun {' '.join(command)}' ended with status {failed[0]}: its message stands above")
-    if signals or any(ended):
-        raise SystemExit(STOPPED)
-    SECONDS.append(("world" if command[0] == "-m" else Path(command[0]).stem, time.time() - started))
 
 
 def world_folder(settings) -> Path:
@@ -107,8 +64,8 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     in the folder `scripts`; names them in `settings`. The main process makes them, the others wait.
 
     A process that is alone under torchrun on a CPU gives its command to two, which share each step's prompts (that pays
-    better than two threads on matrices as small as the toy's), and raises SystemExit at their end;
-    `python scripts/grpo.py` stays alone, and so does a batch that does not halve.
+    better than two threads on matrices as small as the toy's), and does not return; `python scripts/grpo.py` stays
+    alone, and so does a batch that does not halve.
     """
     out, todo = Path(settings.out), []
     base = not (settings.model or settings.random_weights or (out / "sft" / WEIGHTS).exists())
@@ -137,11 +94,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
             run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")],
                 processes=several)
         if os.environ.get("WORLD_SIZE") == "1" and several > 1:
-            LOCKS.pop(str(out)).close()  # the two take the folder
-            run(command, processes=several)
-            print("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in SECONDS)
-                  + f"; {sum(seconds for _, seconds in SECONDS) / 60:.1f} minutes in all")
-            raise SystemExit
+            become(command, several)
     barrier()
 
 

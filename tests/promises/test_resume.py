@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,11 @@ import pytest
 import torch
 
 from erv_min.run.optimizer import update
-from erv_min.run.errors import CheckpointError, DiskError
+from erv_min.run.errors import STOPPED, CheckpointError, DiskError
 from erv_min.run.files import append_jsonl, atomic_write
 from erv_min.run.settings import SFTSettings
 from erv_min.run.state import load_state, save_state, saved_states
-from erv_min.run.folder import STOPPED, Run
+from erv_min.run.folder import Run
 from erv_min.run.optimizer import make_optimizer
 from erv_min.run.processes import Processes
 from erv_min.run.sharding import Replicated
@@ -38,7 +39,10 @@ def kill(folder: Path, *options: str) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kills")
+    """With the world that every test here runs on, whichever runs first."""
+    folder = tmp_path_factory.mktemp("kills")
+    runpy.run_path(str(ROOT / "tests/promises/kills.py"))["prepare"](folder / "world")
+    return folder
 
 
 @pytest.mark.slow
@@ -51,8 +55,7 @@ def test_a_killed_run_resumes_to_the_same_bits(folder, stage):
 @pytest.mark.slow
 def test_the_comparison_sees_a_sampling_state_that_was_left_out(folder):
     (folder / "broken").mkdir(exist_ok=True)
-    if (folder / "world").exists():  # the tests before made it; alone, this one makes its own
-        (folder / "broken/world").symlink_to(folder / "world")
+    (folder / "broken/world").symlink_to(folder / "world")
     report = kill(folder / "broken", "--stages", "grpo", "--kills", "1", "--broken")["grpo"]
     assert report["differences"] and all("metrics.jsonl" in found for found in report["differences"])
     assert all(any("state-" in line for line in found) for found in report["differences"])
