@@ -74,7 +74,7 @@ class DecodeStep:
 
     def __call__(self, last: Tensor, step: int) -> Tensor:
         """last [R] -> logits [R, V], the `step`-th (from 1 on)."""
-        cache, most = self.cache, self.cache.own[0][0].shape[2]
+        cache, most = self.cache, self.cache.own[0][0].shape[3]
         cache.window = min(most, WINDOW << ((step - 1) // WINDOW).bit_length() if last.is_cuda else step)
         if (len(last), cache.window) == self.shape:
             self.last.copy_(last)

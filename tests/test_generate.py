@@ -67,7 +67,7 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     captured, graphs, replayed = [], [], []
 
     def capture(function, device, before):
-        result = torch.empty(step.cache.own[0][0].shape[0], step.model.head_weight.shape[0])
+        result = torch.empty(len(step.last), step.model.head_weight.shape[0])
         captured.append(step.cache.window)
         assert before == (graphs[-1] if graphs else None)  # whose memory it takes over
         graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))

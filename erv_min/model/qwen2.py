@@ -69,7 +69,7 @@ class GroupCache:
         """Empty, for N = `max_new_tokens`. `prefix`: keys and values of a prefill, per layer k, v: [B, KV, P, d];
         prefix_mask [B, P] bool, False at padding, None where no row is padded."""
         batch, heads, _, width = prefix[0][0].shape
-        shape = (batch * group_size, heads, max_new_tokens, width)
+        shape = (batch, heads, group_size, max_new_tokens, width)
         self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # not empty: 0 * NaN is NaN
         self.prefix_mask = None if prefix_mask is None or bool(prefix_mask.all()) else prefix_mask
         self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
@@ -77,32 +77,36 @@ class GroupCache:
         self.window = max_new_tokens  # a step looks at so much of `own`, and masks what is not filled
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
-        """Goes on with these prompts [B'] and rows [B' * G'] alone."""
+        """Goes on with these prompts [B'] and rows [B' * G'] alone, as many rows of each prompt."""
         if len(prompts) < len(self.prefix[0][0]):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
             self.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[prompts]
-        self.own = [(k[rows], v[rows]) for k, v in self.own]
+        _, heads, group_size, _, _ = self.own[0][0].shape
+        columns = rows.view(len(prompts), 1, -1) % group_size
+        at = (prompts[:, None, None], torch.arange(heads, device=rows.device)[:, None], columns)  # [B', KV, G']
+        self.own = [(k[at], v[at]) for k, v in self.own]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts.
 
-        A key head serves H / KV query heads: q is [B, G, KV, H / KV, d] here, and a prompt's keys are read once.
+        A key head serves H / KV query heads, of all G rows where the prompt's keys are concerned, which are read once.
         """
+        batch, heads, group_size, _, width = self.own[layer][0].shape
+        q, k, v = (x.view(batch, group_size, heads, -1, width).transpose(1, 2) for x in (q, k, v))  # [B, KV, G, _, d]
         for store, new in zip(self.own[layer], (k, v)):
-            store.index_copy_(2, self.length, new)
-        prefix_k, prefix_v = self.prefix[layer]
-        batch, kv_heads, prefix_length, width = prefix_k.shape
-        own_k, own_v = (x[:, :, : self.window].unflatten(0, (batch, -1)) for x in self.own[layer])  # [B, G, KV, W, d]
-        grouped = (q * width**-0.5).view(*own_k.shape[:3], -1, width)
-        scores = torch.einsum("bgkhd,bkpd->bgkhp", grouped, prefix_k)
+            store.index_copy_(3, self.length, new)
+        prefix_k, prefix_v = self.prefix[layer]  # [B, KV, P, d]
+        own_k, own_v = (x[:, :, :, : self.window] for x in self.own[layer])  # [B, KV, G, W, d]
+
+        q = q * width**-0.5
+        on_prefix = (q.flatten(2, 3) @ prefix_k.mT).unflatten(2, q.shape[2:4])  # [B, KV, G, H / KV, P]
         if self.prefix_mask is not None:
-            scores = scores.masked_fill(~self.prefix_mask[:, None, None, None], float("-inf"))
-        own_scores = torch.einsum("bgkhd,bgkwd->bgkhw", grouped, own_k)
-        own_scores = own_scores.masked_fill(torch.arange(self.window, device=q.device) > self.length, float("-inf"))
-        weights = torch.cat([scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        on_prefix, on_own = weights.split([prefix_length, self.window], -1)
-        out = torch.einsum("bgkhp,bkpd->bgkhd", on_prefix, prefix_v) + torch.einsum("bgkhw,bgkwd->bgkhd", on_own, own_v)
-        return out.reshape(q.shape)
+            on_prefix = on_prefix.masked_fill(~self.prefix_mask[:, None, None, None], float("-inf"))
+        on_own = (q @ own_k.mT).masked_fill(torch.arange(self.window, device=q.device) > self.length, float("-inf"))
+        weights = torch.cat([on_prefix, on_own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        on_prefix, on_own = weights.split([prefix_k.shape[2], self.window], -1)
+        out = (on_prefix.flatten(2, 3) @ prefix_v).view_as(q) + on_own @ own_v
+        return out.transpose(1, 2).reshape(batch * group_size, -1, 1, width)
 
 
 @dataclass
