@@ -90,7 +90,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         for stage in todo:
             run(stage, processes=several)
         if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
-            own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
+            own = "--w-explanation 0 --care-bonus 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
             run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")],
                 processes=several)
         if os.environ.get("WORLD_SIZE") == "1" and several > 1:
