@@ -50,6 +50,7 @@ TABLES = tuple(ROWS)  # 1, 2 and 4
 # Row -> (name, verifiers, the words of grpo.py in which it differs from "ours").
 REMEDIES = {
     "minimum": ("two verifiers, minimum", "erv,erv-2", ""),
+    "variance": ("two verifiers, mean - variance", "erv,erv-2", "--variance-weight 1"),
     "hardened": ("hardened verifier", "erv-hard", ""),
     "floor": ("likelihood floor -1.5", "erv", "--likelihood-floor -1.5"),
     "calm": ("calm claims count", "erv", "--count-calm"),
