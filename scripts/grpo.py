@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         passes = [(x, o, A[rows]) for (x, o), (_, rows) in zip(passes, cuts)]
         loss, norm, sums = descend(policy, model, optimizer, passes, ref_logps, lr, run, settings, eos)
 
-        failed.check(all_reduce_sum({"failed": len(failed.errors)})["failed"])
+        failed.check()
         everyones, seconds = gather_lists(rewards), time.time() - started
         values = step_metrics(everyones, gather_lists(sums), G)
         run.log(step, {"loss": loss, **values, "lr": lr, "grad_norm": norm,

@@ -19,7 +19,10 @@ from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.loader import clip_loader
 from erv_min.data.readers import Example, read_annotated, read_ravdess, read_training_json
+from erv_min.run import start
 from erv_min.run.errors import ClipError, DataError
+from erv_min.run.files import read_jsonl
+from erv_min.run.settings import SFTSettings
 from erv_min.config import humanomni
 from erv_min import inputs
 from erv_min.inputs import Job, clip_inputs, load_job
@@ -350,6 +353,17 @@ def test_clips_that_do_not_decode_count_against_allow_missing():
         too_many(2, 100, 0.01, ClipError("a.mp4: cut off"))
     with pytest.raises(DataError, match="4 of 4 clips cannot be decoded"):  # nothing is left to train on or to score
         too_many(4, 4, 1.0)
+
+
+def test_a_clip_that_two_processes_met_counts_once(tmp_path, monkeypatch):
+    """As in two epochs on two processes: 1 broken clip of 10, with 10% allowed, ends no run."""
+    failed = start.FailedClips(SFTSettings(out=str(tmp_path), allow_missing=0.1), places_per_step=4, total=10)
+    monkeypatch.setattr(start, "gather_lists", lambda mine: [*mine, "cut.mp4: broken"])  # what the other one met
+    failed.add(2, ClipError("cut.mp4: broken")), failed.check(), failed.check()
+    failed.add(9, ClipError("other.mp4: broken"))
+    with pytest.raises(DataError, match=r"2 of 10 clips cannot be decoded \(20.0%\), the first: cut.mp4: broken"):
+        failed.check()
+    assert [row["step"] for row in read_jsonl(tmp_path / "failed_clips.jsonl")] == [0, 2]
 
 
 def test_train_and_test_do_not_share_clips(tmp_path):

@@ -132,14 +132,17 @@ class FailedClips:
     """Clips of a training run that could not be decoded: listed in OUT/failed_clips.jsonl, and counted."""
 
     def __init__(self, settings: Common, places_per_step: int, total: int):
-        self.settings, self.places_per_step, self.total, self.errors = settings, places_per_step, total, {}
+        self.settings, self.places_per_step, self.total = settings, places_per_step, total
+        self.errors: list[str] = []
 
     def add(self, place: int, error: ClipError) -> None:
         """`place` in the endless order of the clip that another one replaces."""
         append_jsonl(Path(self.settings.out) / "failed_clips.jsonl",
                      {"step": place // self.places_per_step, "error": str(error)})
-        self.errors[str(error)] = place
+        self.errors.append(str(error))
 
-    def check(self, count: float) -> None:
-        """Raises DataError where `count` of them, over all processes, are more than --allow-missing."""
-        too_many(round(count), self.total, self.settings.allow_missing, next(iter(self.errors), "on another process"))
+    def check(self) -> None:
+        """Raises DataError where more clips broke than --allow-missing, over all processes; one that two of them met in
+        different epochs counts once. Every process calls it after each step."""
+        self.errors = [*dict.fromkeys(gather_lists(self.errors))]
+        too_many(len(self.errors), self.total, self.settings.allow_missing, "".join(self.errors[:1]))
