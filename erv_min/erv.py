@@ -1,8 +1,8 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
-The verifier as the reward uses it (`Verifier`), its loss (`erv_loss`; the paper gives no equation), its quality on
-held-out descriptions (`verifier_report`; the paper has none), and what is watched of explanations while it pays for
-them. Its training data is in data/pairs.py, the loop in scripts/erv.py, ways to cheat it in scripts/tools/audit.py.
+The verifier as the reward uses it (`Verifier`), its loss (`erv_loss`; the paper gives no equation), and what is watched
+of explanations while it pays for them. Its training data is in data/pairs.py, the loop in scripts/erv.py, its quality on
+held-out descriptions in data/quality.py, ways to cheat it in scripts/tools/audit.py.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from erv_min import checkpoint, config
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.model.bert import RobertaClassifier
-from erv_min.rewards import Reward, select_labels
+from erv_min.rewards import Reward
 from erv_min.run.errors import CheckpointError
 from erv_min.run.files import read_json
 from erv_min.run.onednn import use_onednn
@@ -112,68 +112,6 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
 def erv_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:
     """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K], pos_weight [K]."""
     return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
-
-
-def selected(probs: Tensor, tau: float = 0.5, k: int = 2) -> Tensor:
-    """`rewards.select_labels` as a matrix: [S, K] -> bool [S, K], so that F1 is of what the reward reads."""
-    chosen = torch.zeros_like(probs, dtype=torch.bool)
-    for row, columns in zip(chosen, select_labels(probs, range(probs.shape[1]), tau, k)):
-        row[columns] = True
-    return chosen
-
-
-def f1_report(predicted: Tensor, truth: Tensor) -> dict:
-    """bool [S, 11] each -> micro F1, macro F1 (over classes with support), per class precision, recall, F1, support."""
-    hit, guessed, there = (x.sum(0).double() for x in (predicted & truth, predicted, truth))
-    columns = {"precision": hit / guessed.clamp(min=1), "recall": hit / there.clamp(min=1),
-               "f1": 2 * hit / (guessed + there).clamp(min=1), "support": there.long()}
-    present = there > 0
-    return {"micro_f1": (2 * hit.sum() / (guessed.sum() + there.sum()).clamp(min=1)).item(),
-            "macro_f1": columns["f1"][present].mean().item() if present.any() else 0.0,
-            "per_class": {label: {name: x[i].item() for name, x in columns.items()}
-                          for i, label in enumerate(ERV_LABELS[:len(there)])}}
-
-
-def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
-    """The threshold of 0.05, 0.10, ... 0.95 with the best macro F1 (the one nearest 0.5 of equals), and that F1."""
-    scores = {tau / 100: f1_report(selected(probs, tau / 100, k), truth)["macro_f1"] for tau in range(5, 100, 5)}
-    tau = max(scores, key=lambda t: (scores[t], -abs(t - 0.5)))
-    return tau, scores[tau]
-
-
-def calibration(probs: Tensor, truth: Tensor, bins: int = 10) -> tuple[float, list[dict]]:
-    """Probabilities and outcomes of one shape -> expected calibration error and the reliability table (equal bins).
-
-    ECE = sum over bins of (share of cases) * |mean probability - share of true cases| (Guo et al. 2017)."""
-    p, y = probs.flatten().double(), truth.flatten().double()
-    place = (p * bins).long().clamp(max=bins - 1)
-    table, error = [], 0.0
-    for b in range(bins):
-        inside = place == b
-        if inside.any():
-            mean, share = p[inside].mean().item(), y[inside].mean().item()
-            error += inside.double().mean().item() * abs(mean - share)
-            table.append({"from": b / bins, "to": (b + 1) / bins, "count": int(inside.sum()), "probability": mean,
-                          "true": share})
-    return error, table
-
-
-def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, seen: Tensor | None = None) -> dict:
-    """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
-
-    "at_tau" counts what the reward would select (at most k, at least one). "unseen": number and macro F1 (None without
-    any) of the texts not word for word in training; seen bool [S]: which are.
-    """
-    chosen = selected(probs, tau, k)
-    new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen
-    tau_best, f1_best = best_tau(probs, truth, k)
-    error, table = calibration(probs, truth)
-    return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth),
-            "unseen": {"sentences": int(new.sum()),
-                       "macro_f1": f1_report(chosen[new], truth[new])["macro_f1"] if new.any() else None},
-            "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
-            "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
-            "ece": error, "reliability": table}
 
 
 def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:

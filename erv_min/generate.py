@@ -6,7 +6,6 @@ repetition penalties.
 """
 
 import contextlib
-import functools
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from erv_min.logps import Completions
 from erv_min.model.humanomni import HumanOmni, Prompts
 from erv_min.model.qwen2 import GroupCache
 from erv_min.run.errors import SettingsError
+from erv_min.run.graphs import Replay
 from erv_min.run.onednn import linear
 
 WINDOW = 64  # steps after which a decode step's shapes change on CUDA for the first time
-WORTH = 8  # steps that must be left for a capture, which takes as long as two or three steps without it
 
 
 def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, length: int) -> Tensor:
@@ -57,15 +56,13 @@ def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int =
 class DecodeStep:
     """Last tokens of the rows that are left -> logits of the next: one call a step, with the cache growing by one.
 
-    On CUDA a step is replayed as a graph, its hundreds of kernels launched at once without Python between them. There
-    shapes are fixed while a step looks at the first WINDOW places of the cache, then twice as many, and so on. Where
-    they change (a longer window, fewer rows), one step runs as it stands, which warms up, and the next ones replay what
-    is captured after it. Elsewhere a step looks at what is filled alone.
+    A step looks at what is filled of the cache. On CUDA, where a step is replayed as a graph, it looks at the first
+    WINDOW places, then at twice as many, and so on, so that its shapes stay the same for long.
     """
 
     def __init__(self, model: HumanOmni, cache: GroupCache, lengths: Tensor):
         self.model, self.cache, self.lengths = model, cache, lengths  # [R, 1], tokens of each row's prompt
-        self.graph, self.shape = None, None
+        self.replay = Replay()
 
     def run(self, last: Tensor) -> Tensor:
         language, cache = self.model.model, self.cache
@@ -76,35 +73,12 @@ class DecodeStep:
         """last [R] -> logits [R, V], the `step`-th (from 1 on)."""
         cache, most = self.cache, self.cache.own[0][0].shape[3]
         cache.window = min(most, WINDOW << ((step - 1) // WINDOW).bit_length() if last.is_cuda else step)
-        if (len(last), cache.window) == self.shape:
-            self.last.copy_(last)
-            self.graph.replay()
-            return self.logits
-        logits, self.shape = self.run(last), None
-        if last.is_cuda and most - step > WORTH:
-            self.shape, self.last = (len(last), cache.window), last.clone()
-            self.graph, self.logits = capture(lambda: self.run(self.last), last.device, self.graph)
-        return logits
+        return self.replay(self.run, last, shape=(len(last), cache.window), left=most - step)
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
         """Goes on with these prompts and rows alone."""
         self.cache.keep(prompts, rows)
         self.lengths = self.lengths[rows]
-
-
-capture_stream = functools.cache(torch.cuda.Stream)  # one of a device: graphs share memory on the same stream alone
-
-
-def capture(function, device: torch.device, before=None):
-    """(graph, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet.
-
-    It takes over the memory of the graph `before`, which must not be replayed again. Only what runs on a stream of the
-    tensors' own `device` is recorded.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, before and before.pool(), capture_stream(device)):
-        result = function()
-    return graph, result
 
 
 def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:

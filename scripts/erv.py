@@ -26,8 +26,9 @@ from torch import Tensor
 from erv_min import checkpoint
 from erv_min.data.pairs import (Row, cheat, counts_table, positive_weights, read_rows, sampling_weights, split_rows,
                                 targets)
+from erv_min.data.quality import verifier_report
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
-from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch, verifier_report
+from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.model.bert import RobertaClassifier
 from erv_min.rewards import extract_explanation, select_labels, split_sentences
 from erv_min.run.errors import DataError, SettingsError

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from erv_min import remedies
+from erv_min.data.loader import training_inputs
 from erv_min.data.predictions import watched
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
 from erv_min.grpo import (TokenSums, decoupled_advantages, ended, group_advantages, grpo_loss, loss_length, over_batch,
                           step_metrics, token_sums)
-from erv_min.inputs import Batch, embed, training_inputs
+from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import Prompts, trainable
 from erv_min.rewards import Reward, score_completions

@@ -12,8 +12,9 @@ import time
 
 import torch
 
+from erv_min.data.loader import training_inputs
 from erv_min.data.readers import Example
-from erv_min.inputs import embed, training_inputs
+from erv_min.inputs import embed
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import pad_rows, trainable
 from erv_min.prompts import sft_target

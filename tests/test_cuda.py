@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import erv_min.generate as generation
 from erv_min.fsdp import Sharded
-from erv_min.generate import capture, prefill, rollout, sampling_noise
+from erv_min.generate import prefill, rollout, sampling_noise
 from erv_min.grpo import group_advantages
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import trainable
+from erv_min.run import graphs
 from erv_min.run.folder import provenance
 from erv_min.run.optimizer import make_optimizer
 from erv_min.run.errors import SettingsError
@@ -129,19 +130,20 @@ def test_tokens_with_graphs_and_without(monkeypatch):
     noise, sample = sampling_noise(5, 0, [4, 9, 2], 8, 40), generation.sample_token
     likely = 4.5 * torch.nn.functional.one_hot(torch.tensor(EOS, device="cuda"), model.config.text.vocab_size)
     monkeypatch.setattr(generation, "sample_token", lambda logits, *rest: sample(logits + likely, *rest))
-    monkeypatch.setattr(generation, "WORTH", 10**6)  # no capture
+    monkeypatch.setattr(graphs, "WORTH", 10**6)  # no capture
     plain = rollout(model, prompts, 8, 40, EOS, noise)
     monkeypatch.setattr(generation, "WINDOW", 4)
-    monkeypatch.setattr(generation, "WORTH", 1)
+    monkeypatch.setattr(graphs, "WORTH", 1)
     count = []
-    monkeypatch.setattr(generation, "capture", lambda *given: count.append(1) or capture(*given))
+    capture = graphs.capture
+    monkeypatch.setattr(graphs, "capture", lambda *given: count.append(1) or capture(*given))
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     for _ in range(3):
-        graphs = rollout(model, prompts, 8, 40, EOS, noise)
-        assert torch.equal(plain.ids, graphs.ids) and torch.equal(plain.mask, graphs.mask)
+        found = rollout(model, prompts, 8, 40, EOS, noise)
+        assert torch.equal(plain.ids, found.ids) and torch.equal(plain.mask, found.mask)
     assert len(count) >= 9  # several of each rollout
-    del graphs
+    del found
     gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == held
@@ -212,7 +214,7 @@ def test_collectives_and_a_capture_beside_the_watchdog(nccl):
     assert torch.equal(x, y) and parts == [{"rank": 0}]
     for _ in range(20):
         dist.all_reduce(y)
-        graph, result = capture(lambda: x * 2, x.device)
+        graph, result = graphs.capture(lambda: x * 2, x.device)
         graph.replay()
         assert torch.equal(result, 2 * x)
 

@@ -17,15 +17,14 @@ import torch
 
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
-from erv_min.data.loader import clip_loader
+from erv_min.data import loader
+from erv_min.data.loader import Job, clip_inputs, clip_loader, load_job
 from erv_min.data.readers import Example, read_annotated, read_ravdess, read_training_json
 from erv_min.run import start
 from erv_min.run.errors import ClipError, DataError
 from erv_min.run.files import read_jsonl
 from erv_min.run.settings import SFTSettings
 from erv_min.config import humanomni
-from erv_min import inputs
-from erv_min.inputs import Job, clip_inputs, load_job
 from erv_min.media import Clip, load_clip, load_frames
 from erv_min.model.humanomni import random_humanomni
 from erv_min.toy.render import encode
@@ -599,7 +598,7 @@ def test_frames_travel_as_bytes_and_arrive_the_same(tmp_path, monkeypatch):
     clip = load_clip(path, num_frames=4, image_size=48, n_mels=32, n_frames=100)
     values = Clip(path, (torch.arange(256.0).reshape(1, 1, 16, 16) / 255 - 0.5) / 0.5, None)
     for sent in (clip, values):
-        monkeypatch.setattr(inputs, "load_clip", lambda *_, **__: replace(sent))
+        monkeypatch.setattr(loader, "load_clip", lambda *_, **__: replace(sent))
         example = Example("a", path, "happy", "dfew")
         assert load_job(Job(example, False)).video.dtype == torch.uint8
         (x,) = clip_inputs([example], humanomni("toy"), None, workers=1)

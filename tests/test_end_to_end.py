@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.data.readers import Example
-from erv_min.inputs import training_inputs
+from erv_min.data.loader import training_inputs
 from erv_min.model.humanomni import random_humanomni
 from erv_min.run.errors import ClipError
 from erv_min.run.start import tower_key

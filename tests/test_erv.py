@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from erv_min import checkpoint, erv
-from erv_min.data import pairs
+from erv_min.data import pairs, quality
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.run.errors import CheckpointError, DataError, SettingsError
 from erv_min.run.files import read_json, read_jsonl
@@ -258,7 +258,7 @@ def test_max_tokens():
 def test_selected_is_the_rewards_selection():
     probs = torch.randint(0, 11, (400, 11), generator=torch.Generator().manual_seed(0)) / 10  # with many ties
     for tau, k in ((0.5, 2), (0.1, 2), (0.9, 1), (1.0, 3)):
-        chosen = erv.selected(probs, tau, k)
+        chosen = quality.selected(probs, tau, k)
         names = [{ERV_LABELS[j] for j in row.nonzero()[:, 0].tolist()} for row in chosen]
         assert names == [set(EL) for EL in select_labels(probs, ERV_LABELS, tau, k)]
 
@@ -269,13 +269,13 @@ def test_f1_by_hand():
     # class a: hit 1 of 2 guessed, 2 there: P 1/2, R 1/2, F1 1/2. b: 2 of 2, 2: 1, 1, 1. c: none there, none guessed.
     # micro: 2 * 3 / (4 + 4) = 3/4; macro over the classes there: (1/2 + 1) / 2 = 3/4.
     a, b, c = ERV_LABELS[:3]
-    report = erv.f1_report(guess, truth)
+    report = quality.f1_report(guess, truth)
     assert report["per_class"][a] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2}
     assert report["per_class"][b]["f1"] == 1 and report["per_class"][c]["support"] == 0
     assert report["micro_f1"] == pytest.approx(0.75) and report["macro_f1"] == pytest.approx(0.75)
     # Another guess of class b: micro 2 * 3 / 9, b: P 2/3, F1 4/5, macro (1/2 + 4/5) / 2 = 0.65.
     guess[0, 1] = True
-    report = erv.f1_report(guess, truth)
+    report = quality.f1_report(guess, truth)
     assert report["micro_f1"] == pytest.approx(6 / 9) and report["macro_f1"] == pytest.approx(0.65)
 
 
@@ -283,7 +283,7 @@ def test_best_tau_is_found():
     # Truth {a}, {a, b}: below 0.3 both rows get b, from 0.4 on none; between, as it should be. Nearest to 0.5: 0.35.
     probs = torch.tensor([[0.9, 0.3], [0.9, 0.4]])
     truth = torch.tensor([[True, False], [True, True]])
-    assert erv.best_tau(probs, truth) == (0.35, 1.0)
+    assert quality.best_tau(probs, truth) == (0.35, 1.0)
 
 
 def test_texts_of_training_are_told_apart(script, capsys):
@@ -293,18 +293,18 @@ def test_texts_of_training_are_told_apart(script, capsys):
     probs, truth = torch.full((3, 11), 0.1), torch.zeros(3, 11, dtype=torch.bool)
     probs[[0, 1, 2], [anger, sadness, anger]] = 0.9
     truth[[0, 1, 2], [anger, sadness, fear]] = True
-    report = erv.verifier_report(probs, truth, seen=torch.tensor([True, False, False]))
+    report = quality.verifier_report(probs, truth, seen=torch.tensor([True, False, False]))
     assert report["at_tau"]["macro_f1"] == pytest.approx(5 / 9)
     assert report["unseen"] == {"sentences": 2, "macro_f1": pytest.approx(1 / 2)}
     script.print_report(report)
     assert "2 of these texts are not in training: macro F1 0.500 on them" in capsys.readouterr().out
-    assert erv.verifier_report(probs, truth, seen=torch.ones(3).bool())["unseen"] == {"sentences": 0, "macro_f1": None}
+    assert quality.verifier_report(probs, truth, seen=torch.ones(3).bool())["unseen"] == {"sentences": 0, "macro_f1": None}
 
 
 def test_calibration_by_hand():
     # Bin 0.2..0.3: 0.25 twice, one true: |0.25 - 0.5| = 0.25. Bin 0.9..1: 1.0 and 0.94, both true: |0.97 - 1| = 0.03.
     # ECE = 2/4 * 0.25 + 2/4 * 0.03 = 0.14.
-    error, table = erv.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
+    error, table = quality.calibration(torch.tensor([0.25, 0.25, 1.0, 0.94]), torch.tensor([True, False, True, True]))
     assert error == pytest.approx(0.14)
     assert [(row["from"], row["count"], round(row["true"], 3)) for row in table] == [(0.2, 2, 0.5), (0.9, 2, 1.0)]
 

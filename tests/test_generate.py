@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import erv_min.generate as generation
+from erv_min.run import graphs as graphs_of_cuda
 from erv_min.run.errors import SettingsError
 from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
 from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
@@ -67,7 +68,7 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     captured, graphs, replayed = [], [], []
 
     def capture(function, device, before):
-        result = torch.empty(len(step.last), step.model.head_weight.shape[0])
+        result = torch.empty(len(step.replay.x), step.model.head_weight.shape[0])
         captured.append(step.cache.window)
         assert before == (graphs[-1] if graphs else None)  # whose memory it takes over
         graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))
@@ -80,11 +81,11 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
 
     step, plain_call = None, DecodeStep.__call__
     monkeypatch.setattr(generation, "WINDOW", 4)
-    monkeypatch.setattr(generation, "WORTH", 3)
+    monkeypatch.setattr(graphs_of_cuda, "WORTH", 3)
     model = tiny_model(3)
     noise = sampling_noise(5, 0, [4, 9], 8, length)
     plain = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
-    monkeypatch.setattr(generation, "capture", capture)
+    monkeypatch.setattr(graphs_of_cuda, "capture", capture)
     monkeypatch.setattr(DecodeStep, "__call__", call)
     again = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
     assert torch.equal(plain.ids, again.ids)
@@ -107,8 +108,8 @@ def test_a_capture_is_on_the_tensors_device(monkeypatch):
     first, graph = SimpleNamespace(pool=lambda: (0, 7)), SimpleNamespace()
     for name, value in {"CUDAGraph": lambda: graph, "device": within("device"), "graph": within("graph")}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(generation, "capture_stream", lambda device: ("stream of", device))
-    assert generation.capture(lambda: "result", device, first) == (graph, "result")
+    monkeypatch.setattr(graphs_of_cuda, "capture_stream", lambda device: ("stream of", device))
+    assert graphs_of_cuda.capture(lambda: "result", device, first) == (graph, "result")
     assert seen == [("device", device), ("graph", graph, (0, 7), ("stream of", device)), "end graph", "end device"]
 
 

@@ -1,4 +1,8 @@
-"""Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError."""
+"""Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError.
+
+    examples -> clip_inputs (workers, or the feature cache) -> Inputs
+    places of the order of training -> training_inputs -> Inputs, as many for every process, whatever breaks
+"""
 
 import logging
 import multiprocessing
@@ -8,14 +12,20 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 from itertools import islice
 
 import torch
 
+from erv_min.config import HumanOmniConfig
+from erv_min.data.cache import FeatureCache
+from erv_min.data.readers import Example
+from erv_min.inputs import Inputs
+from erv_min.media import Clip, load_clip
 from erv_min.run.errors import ClipError
 
 log = logging.getLogger("erv_min")
@@ -71,6 +81,74 @@ def counts_silent(stream: Callable) -> Callable:
             if len(silent) > 1:
                 log.warning("%d clips without sound were heard as 10 s of silence (--silence)", len(silent))
     return counted
+
+
+@dataclass
+class Job:
+    """A visit of an example, for the decoding workers: nothing to decode where its features are cached."""
+
+    example: Example
+    cached: bool
+
+    @property
+    def path(self):
+        return self.example.path
+
+
+def load_job(job: Job, **how) -> Clip | None:
+    """Decodes one clip, as media.load_clip; runs in the worker processes. Frames go through the pipe, which is slower
+    than decoding, as the 8-bit values that they are made of."""
+    clip = None if job.cached else load_clip(job.path, **how)
+    if clip and clip.video is not None:
+        clip.video = ((clip.video + 1) * 127.5).round().to(torch.uint8)
+    return clip
+
+
+@counts_silent
+def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None, workers: int = 2,
+                **how) -> Iterator[Inputs | ClipError]:
+    """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
+
+    A clip that cannot be decoded comes as its ClipError, never as another clip. `how`: media.load_clip's arguments that
+    are not the model's dimensions.
+    """
+    load = partial(load_job, image_size=config.vision.image_size, n_mels=config.audio.num_mel_bins,
+                   n_frames=2 * config.audio.max_source_positions, **how)
+    jobs = (Job(example, cache is not None and cache.has(example)) for example in order)
+    for job, clip in clip_loader(jobs, load, workers=workers):
+        if job.cached and (features := cache.get(job.example)) is not None:
+            yield Inputs(job.example, None, features[:2], features[2])
+            continue
+        if job.cached:  # damaged in the cache: made again
+            ((_, clip),) = clip_loader([Job(job.example, False)], load, workers=0)
+        if isinstance(clip, ClipError):
+            yield clip
+            continue
+        if clip.video is not None:
+            clip.video = (clip.video.float() / 255 - 0.5) / 0.5  # as media.pixel_values, to the last bit
+        yield Inputs(job.example, clip, silent=clip.silent)
+
+
+def training_inputs(places: Iterable[int], example_at: Callable[[int], Example], count: int,
+                    on_error: Callable[[int, ClipError], None], **how) -> Iterator[tuple[int, Inputs]]:
+    """(place, Inputs) for each of `places` in the order of training: every process has equal work, whatever breaks.
+
+    `example_at(place)` is the example at a place of the endless order. Where its clip cannot be decoded, `on_error` is
+    told, and the next of the order stands in its place: the place that comes out is the one whose example it is. Raises
+    ClipError where none of the `count` examples can be decoded. `how`: `clip_inputs`' other arguments.
+    """
+    places = list(places)
+    for place, x in zip(places, clip_inputs(map(example_at, places), **how)):
+        taken = place
+        while isinstance(x, ClipError):
+            on_error(place, x)
+            if (taken := taken + 1) - place == 2 * count:  # among so many places stands every example
+                raise ClipError(f"none of the {count} clips could be decoded, the last: {x}")
+            (x,) = clip_inputs([example_at(taken)], **{**how, "workers": 0})
+        yield taken, x
+
+
+# ---- in the worker processes ------------------------------------------------------------------------------------------
 
 
 def _load_twice(load: Callable, example):

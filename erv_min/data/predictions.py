@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from erv_min.data.loader import clip_inputs
 from erv_min.data.readers import Example
 from erv_min.generate import rollout, sampling_noise
-from erv_min.inputs import Collator, clip_inputs, embed
+from erv_min.inputs import Collator, embed
 from erv_min.judge import Judge, judge_rows
 from erv_min.metrics import score
 from erv_min.prompts import sft_target

@@ -124,7 +124,7 @@ def start_watch(settings: GRPOSettings, processes: Processes) -> tuple[list[Exam
 
 
 def decoding(settings: Policy) -> dict:
-    """How clips are decoded, as inputs.clip_inputs takes it."""
+    """How clips are decoded, as loader.clip_inputs takes it."""
     return {name: getattr(settings, name) for name in ("modality", "num_frames", "geometry", "workers", "silence")}
 
 

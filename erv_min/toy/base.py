@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
+from erv_min.data.loader import clip_inputs
 from erv_min.data.readers import read_training_json
-from erv_min.inputs import clip_inputs
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import HumanOmni, init_weights, pad_rows, trainable
 from erv_min.prompts import gate_text, render, sft_target

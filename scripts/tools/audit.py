@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from erv_min import metrics
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import CHEATS, cheat, targets
+from erv_min.data.quality import verifier_report
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
-from erv_min.erv import Verifier, erv_columns, explanation_statistics, verifier_report
+from erv_min.erv import Verifier, erv_columns, explanation_statistics
 from erv_min.judge import make_judge
 from erv_min.prompts import sft_target
 from erv_min.remedies import Remedies, apply

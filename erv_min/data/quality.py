@@ -1,0 +1,71 @@
+"""The verifier's quality on held-out descriptions, of which the paper says nothing: F1 of the labels that the reward would
+read, by threshold, on texts that were not in training, and calibration."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erv_min.emotions import ERV_LABELS
+from erv_min.rewards import select_labels
+
+
+def selected(probs: Tensor, tau: float = 0.5, k: int = 2) -> Tensor:
+    """`rewards.select_labels` as a matrix: [S, K] -> bool [S, K], so that F1 is of what the reward reads."""
+    chosen = torch.zeros_like(probs, dtype=torch.bool)
+    for row, columns in zip(chosen, select_labels(probs, range(probs.shape[1]), tau, k)):
+        row[columns] = True
+    return chosen
+
+
+def f1_report(predicted: Tensor, truth: Tensor) -> dict:
+    """bool [S, 11] each -> micro F1, macro F1 (over classes with support), per class precision, recall, F1, support."""
+    hit, guessed, there = (x.sum(0).double() for x in (predicted & truth, predicted, truth))
+    columns = {"precision": hit / guessed.clamp(min=1), "recall": hit / there.clamp(min=1),
+               "f1": 2 * hit / (guessed + there).clamp(min=1), "support": there.long()}
+    present = there > 0
+    return {"micro_f1": (2 * hit.sum() / (guessed.sum() + there.sum()).clamp(min=1)).item(),
+            "macro_f1": columns["f1"][present].mean().item() if present.any() else 0.0,
+            "per_class": {label: {name: x[i].item() for name, x in columns.items()}
+                          for i, label in enumerate(ERV_LABELS[:len(there)])}}
+
+
+def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
+    """The threshold of 0.05, 0.10, ... 0.95 with the best macro F1 (the one nearest 0.5 of equals), and that F1."""
+    scores = {tau / 100: f1_report(selected(probs, tau / 100, k), truth)["macro_f1"] for tau in range(5, 100, 5)}
+    tau = max(scores, key=lambda t: (scores[t], -abs(t - 0.5)))
+    return tau, scores[tau]
+
+
+def calibration(probs: Tensor, truth: Tensor, bins: int = 10) -> tuple[float, list[dict]]:
+    """Probabilities and outcomes of one shape -> expected calibration error and the reliability table (equal bins).
+
+    ECE = sum over bins of (share of cases) * |mean probability - share of true cases| (Guo et al. 2017)."""
+    p, y = probs.flatten().double(), truth.flatten().double()
+    place = (p * bins).long().clamp(max=bins - 1)
+    table, error = [], 0.0
+    for b in range(bins):
+        inside = place == b
+        if inside.any():
+            mean, share = p[inside].mean().item(), y[inside].mean().item()
+            error += inside.double().mean().item() * abs(mean - share)
+            table.append({"from": b / bins, "to": (b + 1) / bins, "count": int(inside.sum()), "probability": mean,
+                          "true": share})
+    return error, table
+
+
+def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, seen: Tensor | None = None) -> dict:
+    """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
+
+    "at_tau" counts what the reward would select (at most k, at least one). "unseen": number and macro F1 (None without
+    any) of the texts not word for word in training; seen bool [S]: which are.
+    """
+    chosen = selected(probs, tau, k)
+    new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen
+    tau_best, f1_best = best_tau(probs, truth, k)
+    error, table = calibration(probs, truth)
+    return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth),
+            "unseen": {"sentences": int(new.sum()),
+                       "macro_f1": f1_report(chosen[new], truth[new])["macro_f1"] if new.any() else None},
+            "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
+            "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
+            "ece": error, "reliability": table}
