@@ -54,7 +54,7 @@ def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int =
 
 
 class DecodeStep:
-    """Last tokens of the rows that are left -> logits of the next: one call a step, with the cache growing by one.
+    """Last tokens of the rows that are left -> logits of the next: one call per step, with the cache growing by one.
 
     A step looks at what is filled of the cache. On CUDA, where a step is replayed as a graph, it looks at the first
     WINDOW places, then at twice as many, and so on, so that its shapes stay the same for long.
