@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             batch = collate(list(inputs))
         targets = [[collate.tokenizer.encode(sft_target(y.explanation, y.label)) + collate.tokenizer.turn_end
                     for y in unit_at(place)] for place in places]
-        totals = all_reduce_sum({"tokens": sum(len(y) for unit in targets for y in unit),
-                                 "targets": sum(map(len, targets))})
+        lengths = [len(y) for unit in targets for y in unit]
+        totals = all_reduce_sum({"tokens": sum(lengths), "targets": len(lengths)})
         failed.check()
 
         # L_SFT = - sum_t log pi_theta(y_t | x, y_<t), over the label tokens of the whole batch (Eq. 2).

@@ -69,15 +69,15 @@ class GroupCache:
         """Empty, for N = `max_new_tokens`. `prefix`: keys and values of a prefill, per layer k, v: [B, KV, P, d];
         prefix_mask [B, P] bool, False at padding, None where no row is padded."""
         batch, heads, _, width = prefix[0][0].shape
-        shape = (batch, heads, group_size, max_new_tokens, width)
-        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # not empty: 0 * NaN is NaN
+        shape = (batch, heads, group_size, max_new_tokens, width)  # [B, KV, G, N, d]
+        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # zeros, since 0 * NaN is NaN
         self.prefix_mask = None if prefix_mask is None or bool(prefix_mask.all()) else prefix_mask
         self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
         self.length = torch.zeros(1, dtype=torch.long, device=prefix[0][0].device)  # `own` is filled so far
         self.window = max_new_tokens  # a step looks at so much of `own`, and masks what is not filled
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
-        """Goes on with these prompts [B'] and rows [B' * G'] alone, as many rows of each prompt."""
+        """Goes on with these prompts [B'] and rows [B' * G'] alone: G' rows of each, one prompt after the other."""
         if len(prompts) < len(self.prefix[0][0]):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
             self.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[prompts]
@@ -89,7 +89,8 @@ class GroupCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts.
 
-        A key head serves H / KV query heads, of all G rows where the prompt's keys are concerned, which are read once.
+        The H / KV query heads of a key head stand together; on the prompt's keys those of all G rows do, so that these
+        keys are read once.
         """
         batch, heads, group_size, _, width = self.own[layer][0].shape
         q, k, v = (x.view(batch, group_size, heads, -1, width).transpose(1, 2) for x in (q, k, v))  # [B, KV, G, _, d]

@@ -10,17 +10,18 @@ WORTH = 8  # calls that must be left for a capture, which takes as long as two o
 
 
 class Replay:
-    """Calls a function of one tensor again and again; on CUDA by replaying its graph.
+    """Calls a function of one tensor many times; on CUDA by replaying its graph.
 
-    Where `shape`, the shapes of all that it reads, changes, one call runs as it stands, which warms up, and the next
-    ones replay what is captured after it. The result is overwritten by the next call.
+    `shape` stands for the shapes of all that the function reads. Where it changes, the function is run once without a
+    graph, which warms up, and then captured; the next calls replay that. A result is overwritten by the next call.
     """
 
     def __init__(self):
         self.graph, self.shape = None, None
 
     def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor, shape: Hashable, left: int) -> Tensor:
-        """function(x); `left`: how many calls may follow. (Not kept: it may hold whoever holds this object.)"""
+        """function(x); `left`: how many calls may follow. `function` is not stored: a method of the object that owns
+        this one would make a cycle of references, and GPU memory would be freed late."""
         if shape == self.shape:
             self.x.copy_(x)
             self.graph.replay()
