@@ -1,10 +1,10 @@
 """Model folders and hub repositories -> models, and back in the released layout.
 
 A HumanOmni folder: config.json, towers.json (ours: the towers' sizes; a released folder has none and its towers' own
-repositories, or config.TOWERS, give them), weights (run/weights.py), tokenizer files,
+repositories, or config.TOWERS, give them), weights (base/weights.py), tokenizer files,
 text_gate/tokenizer.json. A verifier folder is Hugging Face's RobertaForSequenceClassification.
 
-Left out: quantised weights, saving in shards, training state (run/state.py).
+Left out: quantised weights, saving in shards, training state (train/state.py).
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
+from erv_min.base.errors import CheckpointError, SettingsError
+from erv_min.base.files import atomic_write, read_object, write_json
+from erv_min.base.onednn import use_onednn
+from erv_min.base.weights import LAYOUTS, WEIGHTS, fill, open_weights, write_safetensors
 from erv_min.config import (TOWERS, BertConfig, SiglipConfig, WhisperConfig, config_json, read_humanomni, read_part,
                             read_roberta, towers_json)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
-from erv_min.run.errors import CheckpointError, SettingsError
-from erv_min.run.files import atomic_write, read_object, write_json
-from erv_min.run.onednn import use_onednn
-from erv_min.run.weights import LAYOUTS, WEIGHTS, fill, open_weights, write_safetensors
 
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",

@@ -2,14 +2,14 @@
 
 Field names are those of the released files. A released config.json describes the language model and the projector; the
 towers' sizes come from towers.json where a folder has one, else from the tower's own repository, or, for the known
-towers, from TOWERS below. Left out: the settings of the training stages (run/settings.py), which tower a checkpoint
+towers, from TOWERS below. Left out: the settings of the training stages (train/settings.py), which tower a checkpoint
 means (checkpoint.py).
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Literal, get_args
 
-from erv_min.run.errors import CheckpointError, SettingsError
+from erv_min.base.errors import CheckpointError, SettingsError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ rule="released" do not depend on these tables.
 
 import re
 
-from erv_min.run.errors import DataError, SettingsError
+from erv_min.base.errors import DataError, SettingsError
 
 LABELS: dict[str, tuple[str, ...]] = {
     "dfew": ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"),  # label ids 1..7

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min import checkpoint, config
+from erv_min.base.errors import CheckpointError
+from erv_min.base.files import read_json
+from erv_min.base.onednn import use_onednn
 from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.model.bert import RobertaClassifier
 from erv_min.rewards import Reward
-from erv_min.run.errors import CheckpointError
-from erv_min.run.files import read_json
-from erv_min.run.onednn import use_onednn
 from erv_min.tokenizer import EncoderTokenizer
 
 

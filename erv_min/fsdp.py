@@ -29,7 +29,7 @@ them and holds their memory.
 
 compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order, in the
 same number of passes per step. A module is copied before it is sharded, not after. Left out: tensor and sequence
-parallelism, CPU offload; run/sharding.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
+parallelism, CPU offload; train/sharding.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from erv_min.base.processes import rank_and_size
 from erv_min.model.projector import VisualProjector
-from erv_min.run.processes import rank_and_size
 
 # torch 2.13 renamed these two and warns of the old names
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -262,7 +262,7 @@ class Sharded:
             self._prefetch_after(unit)
         return self.again[1].as_strided(shape, stride, offset)
 
-    # ---- the interface that run/sharding.py describes --------------------------------------------------------------
+    # ---- the interface that train/sharding.py describes --------------------------------------------------------------
 
     @contextlib.contextmanager
     def forward_pass(self):

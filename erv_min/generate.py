@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erv_min.base.errors import SettingsError
+from erv_min.base.graphs import Replay
+from erv_min.base.onednn import linear
 from erv_min.config import Qwen2Config
 from erv_min.logps import Completions
 from erv_min.model.humanomni import HumanOmni, Prompts
 from erv_min.model.qwen2 import GroupCache
-from erv_min.run.errors import SettingsError
-from erv_min.run.graphs import Replay
-from erv_min.run.onednn import linear
 
 WINDOW = 64  # steps after which a decode step's shapes change on CUDA for the first time
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from erv_min.base.errors import SettingsError
 from erv_min.logps import Completions
 from erv_min.rewards import Reward
-from erv_min.run.errors import SettingsError
 
 
 def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> Tensor:

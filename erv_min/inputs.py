@@ -6,16 +6,29 @@
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from erv_min.data.cache import FeatureCache
-from erv_min.data.readers import Example
 from erv_min.media import Clip
 from erv_min.model.humanomni import HumanOmni, Prompts, pad_rows
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, gate_text, question_with_subtitle, render
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled clip, or one of several explanations of it. `label` is in the list of `dataset`, lower case."""
+
+    video_id: str
+    path: Path
+    label: str
+    dataset: str
+    explanation: str = ""
+    subtitle: str = ""
+    split: str = ""
+    begun: str = ""  # how the policy's output begins, where it is to go on from there (answers.answers_after)
 
 
 @dataclass
@@ -62,7 +75,7 @@ class Collator:
     """Clips -> Batch: the question as ids, tokenised once per text, and the frozen towers, run once per clip."""
 
     def __init__(self, model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer,
-                 cache: FeatureCache | None = None, modality: str = "video_audio", stage: str = "inference",
+                 cache=None, modality: str = "video_audio", stage: str = "inference",
                  question: str = f"{QUESTION} {REASONING_SUFFIX}"):
         self.model, self.tokenizer, self.gate_tokenizer, self.cache = model, tokenizer, gate_tokenizer, cache
         self.modality, self.stage, self.question, self.texts = modality, stage, question, {}

@@ -1,8 +1,8 @@
 """Who reads the emotion out of an explanation: figure 3's judge (sections 4.2 and 5.4).
 
 `make_judge("openai:gpt-4.1-mini")`, "gemini:gemini-2.5-flash", "hf:ORG/MODEL", "erv:/folder" (a local verifier on whole
-explanations), "lexicon" or "paraphrases" (the embedded world's own two). Hosted models are asked at temperature 0 by
-run/chat.py. An answer outside the list and a failed call are states of their own, never an emotion (divergence 14).
+explanations), or one of READERS (the embedded world registers "lexicon" and "paraphrases"). Hosted models are asked at temperature 0
+by base/chat.py. An answer outside the list and a failed call are states of their own, never an emotion (divergence 14).
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from erv_min.base.chat import KEYS, ChatClient
+from erv_min.base.errors import JudgeError
 from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
 from erv_min.erv import Verifier, erv_columns
 from erv_min.prompts import judge_prompt
-from erv_min.run.chat import KEYS, ChatClient
-from erv_min.run.errors import JudgeError
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Judgement:
 
 
 NOTHING = Judgement(None, "outside", "")  # an empty explanation conveys no emotion; no judge is asked
+READERS: dict[str, type] = {}  # judges that need no model, by name; the embedded world registers two (toy/judges.py)
 Judge = Callable[[list[str], tuple[str, ...]], list[Judgement]]  # explanations, labels to choose from
 
 
@@ -75,10 +76,8 @@ def erv_judge(verifier) -> Judge:
     return judge
 
 
-def lexicon_judge(name: str) -> Judge:
-    """One of the embedded world's two judges (toy/lexicon.py): they read words, not language."""
-    from erv_min.toy.lexicon import LexiconJudge, ParaphraseJudge
-    reader = {"lexicon": LexiconJudge, "paraphrases": ParaphraseJudge}[name]()
+def reader_judge(reader) -> Judge:
+    """A judge from `reader.judge(explanations, labels)`, which gives one of the labels or None for each."""
     return lambda explanations, labels: [Judgement(emotion, "ok" if emotion else "outside", emotion or "")
                                          for emotion in reader.judge(explanations, labels)]
 
@@ -87,14 +86,14 @@ def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", 
     """The judge that `spec` names; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown name, no
     key)."""
     kind, _, rest = spec.partition(":")
-    if spec in ("lexicon", "paraphrases"):
-        return lexicon_judge(spec)
+    if spec in READERS:
+        return reader_judge(READERS[spec]())
     if kind == "erv" and rest:
         return erv_judge(Verifier.load(rest, device))
     if kind in KEYS and rest:
         return hosted_judge(ChatClient(spec, cache, **options))
-    raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, "
-                     "lexicon or paraphrases")
+    raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER"
+                     + "".join(f", {name}" for name in READERS))
 
 
 def explanation_of(output: str) -> str:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from erv_min.base.onednn import linear
 from erv_min.model.humanomni import HumanOmni, Prompts
 from erv_min.model.qwen2 import PackedGroups
-from erv_min.run.onednn import linear
 
 CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 # On CUDA so many times as many. By arithmetic, not measured: a chunk of 110 rows (0.5B) multiplies for 0.5 ms of an

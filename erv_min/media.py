@@ -1,7 +1,7 @@
 """A clip on disk -> frames and waveform -> pixel values and log-mel: what the released system feeds its two towers.
 
 The numbers are the release's (decord's frames, Pillow's resize, Whisper's log-mel), computed with torch alone. How a
-file is decoded, and what counts as damage, is told in data/decode.py.
+file is decoded, and what counts as damage, is told in base/decode.py.
 Left out: frames by time (indices count frames, also at a variable frame rate), pixel aspect ratio, interlacing.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from erv_min.data.decode import SAMPLE_RATE, decode
-from erv_min.run.errors import ClipError, SettingsError
+from erv_min.base.decode import SAMPLE_RATE, decode
+from erv_min.base.errors import ClipError, SettingsError
 
 N_FFT, HOP = 400, 160  # Whisper's window and step: 25 ms and 10 ms
 

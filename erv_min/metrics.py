@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from erv_min.base.errors import DataError
 from erv_min.emotions import labels, normalize
-from erv_min.run.errors import DataError
 
 COLUMNS = ("EEA", "FCR", "EPC", "WAR", "UAR")  # table 1's order
 METRICS = (*COLUMNS, "EEA_answered", "FCR/WAR")

@@ -6,7 +6,7 @@ The project renders the inference form in every stage (divergence 10); "sft" and
 
 import re
 
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 
 SYSTEM = "You are a helpful assistant."  # the default turn of Qwen2's template; Tokenizer.system reads a folder's own
 QUESTION = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters is the "

@@ -15,9 +15,9 @@ from statistics import fmean, variance
 
 import torch
 
+from erv_min.base.options import setting
 from erv_min.rewards import (Reward, RewardSettings, explanation_reward, extract_answer, extract_explanation,
                              select_labels, total_reward)
-from erv_min.run.options import setting
 
 
 @dataclass

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.options import check, setting
 from erv_min.emotions import canonical, normalize
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.options import check, setting
 from erv_min.sentences import split_sentences
 
 # ---- algorithm 1 and Eq. 4: R_E --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ release's regex counts the quotes ahead anew at every stop, which takes minutes 
 import re
 from collections.abc import Iterable, Iterator
 
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 
 ABBREVIATIONS = frozenset("mr mrs ms dr prof st sr jr vs etc fig approx inc ltd e.g i.e cf".split())
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

@@ -5,7 +5,7 @@
 
 from torch import Tensor
 
-from erv_min.data.readers import Example
+from erv_min.inputs import Example
 
 
 def sft_loss(logps: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:

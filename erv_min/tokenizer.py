@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
+from erv_min.base.errors import CheckpointError
+from erv_min.base.files import read_object
 from erv_min.config import AUDIO, VIDEO
 from erv_min.prompts import SYSTEM
-from erv_min.run.errors import CheckpointError
-from erv_min.run.files import read_object
 
 PLACEHOLDERS = {"<video>": VIDEO, "<audio>": AUDIO}
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -19,19 +19,19 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from erv_min.base.chat import ChatClient
+from erv_min.base.errors import DataError
+from erv_min.base.files import read_jsonl, write_jsonl
+from erv_min.base.processes import join_processes, run_script
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
-from erv_min.data.predictions import predict_to_file
-from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.data.pairs import counts_table, read_rows
+from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.judge import permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
-from erv_min.run.chat import ChatClient
-from erv_min.run.errors import DataError
-from erv_min.run.files import read_jsonl, write_jsonl
-from erv_min.run.processes import join_processes, run_script
-from erv_min.run.settings import PredictionSettings, add_options, checked, setting
-from erv_min.run.start import load_policy
+from erv_min.train.answers import predict_to_file
+from erv_min.train.settings import PredictionSettings, add_options, checked, setting
+from erv_min.train.start import load_policy
 
 
 def text_key(text: str) -> str:

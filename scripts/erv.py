@@ -24,6 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erv_min import checkpoint
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import append_jsonl, atomic_write, read_jsonl, write_json
+from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
+from erv_min.data.loader import batch_of_step
 from erv_min.data.pairs import (Row, cheat, counts_table, positive_weights, read_rows, sampling_weights, split_rows,
                                 targets)
 from erv_min.data.quality import verifier_report
@@ -31,15 +35,12 @@ from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.model.bert import RobertaClassifier
 from erv_min.rewards import extract_explanation, select_labels, split_sentences
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import append_jsonl, atomic_write, read_jsonl, write_json
-from erv_min.run.folder import Run, open_folder
-from erv_min.run.sharding import Replicated
-from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
-from erv_min.run.processes import Processes, all_reduce_sum, join_processes, run_script
-from erv_min.run.settings import Training, parse, setting
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.chain import prepare_world
+from erv_min.train.folder import Run, open_folder
+from erv_min.train.optimizer import learning_rate, make_optimizer, update
+from erv_min.train.settings import Training, parse, setting
+from erv_min.train.sharding import Replicated
 
 
 @dataclass

@@ -18,18 +18,19 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 
+import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import atomic_write, write_json, write_jsonl
+from erv_min.base.processes import join_processes, part, run_script
 from erv_min.data.examples import check_clips, load_examples, summary
-from erv_min.data.predictions import answers_after, predict_to_file
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, moved, next_with_another, read_prediction, score, table
 from erv_min.rewards import extract_explanation
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import atomic_write, write_json, write_jsonl
-from erv_min.run.processes import join_processes, part, run_script
-from erv_min.run.settings import PredictionSettings, checked, parser_for, setting
-from erv_min.run.start import load_policy
 from erv_min.toy.text import count_sentences
+from erv_min.train.answers import answers_after, predict_to_file
+from erv_min.train.settings import PredictionSettings, checked, parser_for, setting
+from erv_min.train.start import load_policy
 
 
 @dataclass

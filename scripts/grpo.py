@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from erv_min import remedies
-from erv_min.data.loader import training_inputs
-from erv_min.data.predictions import watched
+from erv_min.base.errors import SettingsError
+from erv_min.base.files import append_jsonl
+from erv_min.base.processes import all_reduce_sum, barrier, gather_lists, join_processes, run_script
+from erv_min.data.loader import item_at, training_inputs
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
@@ -27,16 +29,13 @@ from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import Prompts, trainable
 from erv_min.rewards import Reward, score_completions
-from erv_min.run.errors import SettingsError
-from erv_min.run.files import append_jsonl
-from erv_min.run.folder import Run, open_folder
-from erv_min.run.optimizer import item_at, learning_rate, make_optimizer, update
-from erv_min.run.processes import all_reduce_sum, barrier, gather_lists, join_processes, run_script
-from erv_min.run.settings import PRESETS, GRPOSettings, parse, reward_settings, trained_parts
-from erv_min.run.sharding import save_model, shard
-from erv_min.run.start import (FailedClips, decoding, start_model, start_verifiers, start_watch,
-                               training_examples)
 from erv_min.toy import chain
+from erv_min.train.answers import watched
+from erv_min.train.folder import Run, open_folder
+from erv_min.train.optimizer import learning_rate, make_optimizer, update
+from erv_min.train.settings import PRESETS, GRPOSettings, parse, reward_settings, trained_parts
+from erv_min.train.sharding import save_model, shard
+from erv_min.train.start import FailedClips, decoding, start_model, start_verifiers, start_watch, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from erv_min.data.predictions import answers
+from erv_min.base.errors import ClipError, DataError, SettingsError
+from erv_min.base.processes import join_processes, run_script
 from erv_min.data.readers import CLIP_SUFFIXES, read_text
 from erv_min.emotions import to_erv
 from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of
-from erv_min.run.errors import ClipError, DataError, SettingsError
-from erv_min.run.processes import join_processes, run_script
-from erv_min.run.settings import Answers, checked, parser_for, setting
-from erv_min.run.start import load_policy
+from erv_min.train.answers import answers
+from erv_min.train.settings import Answers, checked, parser_for, setting
+from erv_min.train.start import load_policy
 
 
 def find_clips(names: list[str]) -> list[Path]:

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import numpy as np
 
-from erv_min.run.errors import SettingsError
-from erv_min.run.files import atomic_write, read_json, read_jsonl, write_json
-from erv_min.run.processes import run_script
+from erv_min.base.errors import SettingsError
+from erv_min.base.files import atomic_write, read_json, read_jsonl, write_json
+from erv_min.base.processes import run_script
 from erv_min.metrics import COLUMNS
 from erv_min.toy.text import count_sentences
 

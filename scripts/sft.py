@@ -12,21 +12,20 @@ import time
 
 import torch
 
-from erv_min.data.loader import training_inputs
-from erv_min.data.readers import Example
-from erv_min.inputs import embed
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.processes import all_reduce_sum, join_processes, run_script
+from erv_min.data.loader import item_at, training_inputs
+from erv_min.inputs import Example, embed
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import pad_rows, trainable
 from erv_min.prompts import sft_target
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.folder import Run, open_folder
-from erv_min.run.optimizer import item_at, learning_rate, make_optimizer, update
-from erv_min.run.processes import all_reduce_sum, join_processes, run_script
-from erv_min.run.settings import PRESETS, SFTSettings, parse, trained_parts
-from erv_min.run.sharding import save_model, shard
-from erv_min.run.start import FailedClips, decoding, start_model, training_examples
 from erv_min.sft import group_targets, sft_loss
 from erv_min.toy.chain import prepare_world
+from erv_min.train.folder import Run, open_folder
+from erv_min.train.optimizer import learning_rate, make_optimizer, update
+from erv_min.train.settings import PRESETS, SFTSettings, parse, trained_parts
+from erv_min.train.sharding import save_model, shard
+from erv_min.train.start import FailedClips, decoding, start_model, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:

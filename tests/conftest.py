@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(autouse=True)
 def sigterm_ends_the_tests():
-    """run.folder.Run takes SIGTERM and SIGINT for itself; what a test leaves behind must not make pytest deaf to them."""
+    """train.folder.Run takes SIGTERM and SIGINT for itself; what a test leaves behind must not make pytest deaf to them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in before.items():

@@ -14,9 +14,9 @@ import survey_score  # noqa: E402, F401
 
 from erv_min.data.examples import load_examples  # noqa: F401
 from erv_min.metrics import score  # noqa: F401
-from erv_min.run.settings import GRPOSettings
+from erv_min.train.settings import GRPOSettings
 from erv_min.toy.world import WorldSettings, build_world  # noqa: F401
-from erv_min.run.folder import provenance  # noqa: F401
+from erv_min.train.folder import provenance  # noqa: F401
 
 EVIL = ("<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\"> She smiles."
         + "m" * 300)

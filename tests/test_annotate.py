@@ -21,7 +21,7 @@ from test_pages import browser, clean, look, no_overflow  # noqa: E402, F401
 from erv_min import erv, generate, grpo, metrics, rewards, sft  # noqa: E402
 from erv_min.emotions import ERV_LABELS  # noqa: E402
 from erv_min.metrics import COLUMNS  # noqa: E402
-from erv_min.run.errors import DataError  # noqa: E402
+from erv_min.base.errors import DataError  # noqa: E402
 
 OF_THE_PAPER = [*(f"Eq. {n}" for n in range(1, 6)), "Algorithm 1", *COLUMNS]
 

@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import augment  # noqa: E402
 from test_judge import bad, good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
-from erv_min.data.readers import Example
-from erv_min.run.errors import DataError
-from erv_min.run.files import read_jsonl, write_jsonl
-from erv_min.run.chat import ChatClient
+from erv_min.base.chat import ChatClient
+from erv_min.base.errors import DataError
+from erv_min.base.files import read_jsonl, write_jsonl
+from erv_min.inputs import Example
 
 MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
         "helplessness",

@@ -13,7 +13,7 @@ from benches.common import Options, Peak, language_flops, linear_weights, prompt
 from benches.erv import prepare, step_sentences, throughput  # noqa: E402
 from benches.step import naive_logps, prompts_of  # noqa: E402
 from erv_min.config import humanomni  # noqa: F401
-from erv_min.run.errors import SettingsError  # noqa: F401
+from erv_min.base.errors import SettingsError  # noqa: F401
 from erv_min.logps import Completions, completion_logps  # noqa: F401
 from tiny import tiny_model  # noqa: E402
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
-from erv_min.checkpoint import (load_erv, load_humanomni, resolve, save_erv, save_humanomni, text_gate_folder,
-                                tower_place, ALL_TOWERS)
+from erv_min.base.errors import CheckpointError
+from erv_min.checkpoint import (ALL_TOWERS, load_erv, load_humanomni, resolve, save_erv, save_humanomni,
+                                text_gate_folder, tower_place)
 from erv_min.config import TOWERS, humanomni, roberta
-from erv_min.run.errors import CheckpointError
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import random_humanomni
 

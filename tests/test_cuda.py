@@ -17,19 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 import erv_min.generate as generation
+from erv_min.base import graphs
+from erv_min.base.errors import SettingsError
+from erv_min.base.processes import Processes, deterministic_kernels, exact_float32, join_processes
 from erv_min.fsdp import Sharded
 from erv_min.generate import prefill, rollout, sampling_noise
 from erv_min.grpo import group_advantages
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import trainable
-from erv_min.run import graphs
-from erv_min.run.folder import provenance
-from erv_min.run.optimizer import make_optimizer
-from erv_min.run.errors import SettingsError
-from erv_min.run.processes import Processes, deterministic_kernels, exact_float32, join_processes
-from erv_min.run.settings import TRAINABLE, GRPOSettings, SFTSettings
-from erv_min.run.sharding import Replicated
+from erv_min.train.folder import provenance
+from erv_min.train.optimizer import make_optimizer
+from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings
+from erv_min.train.sharding import Replicated
 from tiny import tiny_model, tiny_prompts
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]

@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 import torch
 
+from erv_min.base.errors import ClipError, DataError
+from erv_min.base.files import read_jsonl
+from erv_min.config import humanomni
+from erv_min.data import loader
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
-from erv_min.data import loader
 from erv_min.data.loader import Job, clip_inputs, clip_loader, load_job
-from erv_min.data.readers import Example, read_annotated, read_ravdess, read_training_json
-from erv_min.run import start
-from erv_min.run.errors import ClipError, DataError
-from erv_min.run.files import read_jsonl
-from erv_min.run.settings import SFTSettings
-from erv_min.config import humanomni
+from erv_min.data.readers import read_annotated, read_ravdess, read_training_json
+from erv_min.inputs import Example
 from erv_min.media import Clip, load_clip, load_frames
 from erv_min.model.humanomni import random_humanomni
 from erv_min.toy.render import encode
+from erv_min.train import start
+from erv_min.train.settings import SFTSettings
 from test_media import write_clip
 
 

@@ -3,11 +3,11 @@
 import pytest
 
 from conftest import GOLDEN
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import read_json
 from erv_min.emotions import (ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, LABELS, SYNONYMS, canonical, labels,
                               normalize, to_erv)
 from erv_min.rewards import explanation_reward
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import read_json
 
 
 def test_label_ids_are_the_data_sets():

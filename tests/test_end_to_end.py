@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from erv_min.base.errors import ClipError
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.data.readers import Example
 from erv_min.data.loader import training_inputs
+from erv_min.inputs import Example
 from erv_min.model.humanomni import random_humanomni
-from erv_min.run.errors import ClipError
-from erv_min.run.start import tower_key
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
+from erv_min.train.start import tower_key
 from test_data import walk
 
 ROOT = Path(__file__).parent.parent

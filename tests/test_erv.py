@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 from erv_min import checkpoint, erv
+from erv_min.base.errors import CheckpointError, DataError, SettingsError
+from erv_min.base.files import read_json, read_jsonl
+from erv_min.base.processes import Processes
 from erv_min.data import pairs, quality
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
-from erv_min.run.errors import CheckpointError, DataError, SettingsError
-from erv_min.run.files import read_json, read_jsonl
-from erv_min.run.processes import Processes
-from erv_min.toy import chain
 from erv_min.rewards import Reward, explanation_reward, select_labels
 from erv_min.tokenizer import EncoderTokenizer
-from erv_min.toy.render import Look
+from erv_min.toy import chain
 from erv_min.toy.lexicon import LexiconJudge
+from erv_min.toy.render import Look
 from erv_min.toy.text import CUES, EMOTIONS, appearances, erv_row, fill
 from erv_min.toy.vocab import roberta_tokenizer
 

@@ -19,26 +19,25 @@ import infer  # noqa: E402
 from conftest import GOLDEN  # noqa: E402
 from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixture)
 
+from erv_min.base.errors import ClipError, DataError, JudgeError, SettingsError
+from erv_min.base.files import read_json, read_jsonl
+from erv_min.base.processes import Processes
 from erv_min.checkpoint import save_erv, save_humanomni
 from erv_min.config import humanomni
-from erv_min.data import predictions
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import load_examples
-from erv_min.data.readers import Example
+from erv_min.data.results import clip_key, read_predictions
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import scratch
-from erv_min.inputs import Collator, Inputs
+from erv_min.inputs import Collator, Example, Inputs
 from erv_min.judge import Judgement
-from erv_min.run.errors import ClipError, DataError, JudgeError, SettingsError
-from erv_min.run.files import read_json, read_jsonl
 from erv_min.model.humanomni import HumanOmni, init_weights
-from erv_min.data.results import clip_key, read_predictions
 from erv_min.rewards import RewardSettings
-from erv_min.run.processes import Processes
-from erv_min.run.settings import GRPOSettings
-from erv_min.run.start import start_watch
 from erv_min.toy.text import CUES
 from erv_min.toy.world import WorldSettings, build_world
+from erv_min.train import answers as predictions
+from erv_min.train.settings import GRPOSettings
+from erv_min.train.start import start_watch
 
 ROOT = Path(__file__).parent.parent
 
@@ -202,7 +201,7 @@ def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    monkeypatch.setattr("erv_min.run.chat.ChatClient.__init__.__defaults__", (None, 8, 60, 6, 0.01, 20, 0, print))
+    monkeypatch.setattr("erv_min.base.chat.ChatClient.__init__.__defaults__", (None, 8, 60, 6, 0.01, 20, 0, print))
     rows = [{"video_id": str(i), "output": f"<think>{i}</think><answer>sad</answer>", "ground_truth": "sad",
              "dataset": "dfew"} for i in range(3)]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

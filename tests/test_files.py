@@ -2,8 +2,8 @@
 
 import pytest
 
-from erv_min.run.errors import DataError
-from erv_min.run.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from erv_min.base.errors import DataError
+from erv_min.base.files import append_jsonl, atomic_write, read_json, read_jsonl, write_json, write_jsonl
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

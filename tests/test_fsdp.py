@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from erv_min.base.errors import CheckpointError, ClipError
+from erv_min.base.processes import join, leave, run_script
 from erv_min.config import humanomni
-from erv_min.run.errors import CheckpointError, ClipError
 from erv_min.fsdp import ALIGN, Sharded
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
-from erv_min.run.processes import join, leave, run_script
-from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.run.sharding import FullyShard, Replicated
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.run.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings, trained_parts
+from erv_min.model.humanomni import random_humanomni, trainable
 from erv_min.sft import sft_loss
-from erv_min.run.state import load_state, save_state
+from erv_min.train.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings, trained_parts
+from erv_min.train.sharding import FullyShard, Replicated
+from erv_min.train.state import load_state, save_state
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
 from plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies  # noqa: E402

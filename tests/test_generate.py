@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import erv_min.generate as generation
-from erv_min.run import graphs as graphs_of_cuda
-from erv_min.run.errors import SettingsError
+from erv_min.base import graphs as graphs_of_cuda
+from erv_min.base.errors import SettingsError
 from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
 from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
-from erv_min.run.settings import GRPOSettings
+from erv_min.train.settings import GRPOSettings
 from tiny import plain_rollout, tiny_model, tiny_prompts
 
 sys.path += [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]

@@ -12,12 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
+from erv_min.base.chat import ChatClient
+from erv_min.base.errors import DataError, DiskError, JudgeError
 from erv_min.emotions import ERV_LABELS
 from erv_min.judge import (Judgement, erv_judge, explanation_of, hosted_judge, judge_rows, make_judge, permuted,
                            read_answer)
 from erv_min.metrics import score
-from erv_min.run.chat import ChatClient
-from erv_min.run.errors import DataError, DiskError, JudgeError
 
 KEY = "sk-planted-0123456789"
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
@@ -304,7 +305,7 @@ def test_a_full_disk_is_told_and_nothing_is_paid_twice(serve, tmp_path, monkeypa
         raise DiskError("the disk is full")
 
     api = serve(lambda prompt, times: good("sad"))
-    monkeypatch.setattr("erv_min.run.chat.append_jsonl", full)
+    monkeypatch.setattr("erv_min.base.chat.append_jsonl", full)
     with pytest.raises(DiskError):
         ask(["x"], tmp_path / "cache.jsonl")
     assert api.explanation_counts() == {"x": 1}

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import erv_min.logps as policy
-from erv_min.model.qwen2 import PackedGroups
+from erv_min.inputs import Example
 from erv_min.logps import Completions, completion_logps, token_logps
+from erv_min.model.qwen2 import PackedGroups
 from erv_min.sft import group_targets
-from erv_min.data.readers import Example
 from tiny import tiny_model, tiny_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))

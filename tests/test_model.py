@@ -11,12 +11,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import GOLDEN
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.onednn import Linear, use_onednn
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.run.errors import DataError, SettingsError
 from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
 from erv_min.model.qwen2 import PackedGroups, attend_causal
-from erv_min.run.onednn import Linear, use_onednn
 from tiny import close
 
 
@@ -202,7 +202,7 @@ def test_products_of_many_shapes_leave_little_behind():
     grown = subprocess.run([sys.executable, "-c", """
 import re, torch
 from pathlib import Path
-from erv_min.run.onednn import linear
+from erv_min.base.onednn import linear
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 weight, before = torch.zeros(512, 128), None
 with torch.no_grad():

@@ -8,10 +8,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, processors
 
 from conftest import GOLDEN
-from erv_min.run.errors import CheckpointError, SettingsError
-from erv_min.run.files import read_json
-from erv_min.prompts import (QUESTION, REASONING_SUFFIX, complement_prompt, judge_prompt,
-                             label_prompt, question_with_subtitle, render, sft_target)
+from erv_min.base.errors import CheckpointError, SettingsError
+from erv_min.base.files import read_json
+from erv_min.prompts import (QUESTION, REASONING_SUFFIX, complement_prompt, judge_prompt, label_prompt,
+                             question_with_subtitle, render, sft_target)
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 
 CHAT = GOLDEN / "chat"

@@ -25,11 +25,11 @@ import report  # noqa: E402
 import reproduce  # noqa: E402
 import survey  # noqa: E402
 
-from erv_min.data import predictions
 from erv_min.erv import explanation_statistics
 from erv_min.grpo import TokenSums, step_metrics
 from erv_min.rewards import Reward
-from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, parse
+from erv_min.train import answers as predictions
+from erv_min.train.settings import PRESETS, GRPOSettings, SFTSettings, parse
 
 PAGES = [ROOT / "README.md", *sorted(path for folder in ("erv_min", "scripts", "tests")
                                      for path in (ROOT / folder).rglob("README.md") if "golden" not in path.parts)]
@@ -45,7 +45,7 @@ def begin(*_, **__):
 
 def parse_only(script: str, argv: list[str], patch) -> None:
     """Reads the command line as the script does, and exits with its usage error. The page's paths need not exist."""
-    patch.setattr("erv_min.run.options.missing_path", lambda text, kind: None)
+    patch.setattr("erv_min.base.options.missing_path", lambda text, kind: None)
     if script == "augment":
         augment.parser().parse_args(argv)
     elif script == "erv":

@@ -23,17 +23,17 @@ from test_checkpoint import SMALL, tensors, tower_folder  # noqa: E402
 from test_evaluate import world  # noqa: E402, F401  (a fixture)
 from test_judge import good, serve  # noqa: E402, F401  (a fixture)
 
-from erv_min.run import start as stages  # noqa: F401
+from erv_min.train import start as stages  # noqa: F401
 from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: F401
 from erv_min.config import TOWERS, read_part, roberta, towers_json  # noqa: F401
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
-from erv_min.run.errors import CheckpointError, DataError  # noqa: F401
+from erv_min.base.errors import CheckpointError, DataError  # noqa: F401
 from erv_min.erv import Verifier  # noqa: F401
-from erv_min.run.files import read_json, read_jsonl, write_json, write_jsonl  # noqa: F401
-from erv_min.run.chat import ChatClient
+from erv_min.base.files import read_json, read_jsonl, write_json, write_jsonl  # noqa: F401
+from erv_min.base.chat import ChatClient
 from erv_min.model.bert import RobertaClassifier  # noqa: F401
-from erv_min.run.settings import SFTSettings  # noqa: F401
-from erv_min.run.processes import Processes  # noqa: F401
+from erv_min.train.settings import SFTSettings  # noqa: F401
+from erv_min.base.processes import Processes  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("StarJiaxing/HumanOmni-0.5B", "StarJiaxing/HumanOmni-7B", "StarJiaxing/EMER-SFT-0.5B",

@@ -9,7 +9,7 @@ import torch
 from erv_min import remedies
 from erv_min.remedies import Remedies, apply
 from erv_min.rewards import Reward, RewardSettings, score_completions
-from erv_min.run.settings import GRPOSettings
+from erv_min.train.settings import GRPOSettings
 
 LABELS = ("sad", "happy", "neutral")  # a verifier of three, for numbers by hand
 

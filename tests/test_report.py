@@ -13,11 +13,11 @@ import pytest
 import torch
 from pages_material import ROOT, lines, make_run, prediction, run, truths, world  # noqa: F401
 
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import read_jsonl
 from erv_min.emotions import ERV_LABELS
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import read_jsonl
-from erv_min.run.settings import PRESETS
 from erv_min.metrics import bootstrap, score
+from erv_min.train.settings import PRESETS
 
 pytest.importorskip("matplotlib")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 from erv_min.metrics import score
 from erv_min.remedies import Remedies
-from erv_min.run.settings import PRESETS, GRPOSettings, SFTSettings, parse
 from erv_min.toy import render
 from erv_min.toy.text import CUES, appearances, fill
+from erv_min.train.settings import PRESETS, GRPOSettings, SFTSettings, parse
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -30,7 +30,7 @@ spec.loader.exec_module(reproduce)
 
 
 def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch):
-    monkeypatch.setattr("erv_min.run.options.missing_path", lambda text, kind: None)  # made by the commands before
+    monkeypatch.setattr("erv_min.base.options.missing_path", lambda text, kind: None)  # made by the commands before
     jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7, False)
     assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
     assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 from erv_min.rewards import (RewardSettings, answer_reward, format_reward, score_completions, select_labels,
                              split_sentences)
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from pages_material import key_of, prediction, studies, survey, survey_score, truths, world  # noqa: F401
 
-from erv_min.run.errors import DataError, SettingsError
+from erv_min.base.errors import DataError, SettingsError
 
 RELIABILITY = """1 2 3 3 2 1 4 1 2 . . .
 1 2 3 3 2 2 4 1 2 5 . 3

@@ -18,15 +18,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from erv_min.run.errors import SettingsError
-from erv_min.run.files import read_json, read_jsonl, write_jsonl
+from erv_min.base.errors import SettingsError
+from erv_min.base.files import read_json, read_jsonl, write_jsonl
+from erv_min.base.processes import Processes
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
-from erv_min.run.processes import Processes
-from erv_min.run.settings import PRESETS, GRPOSettings, parse
 from erv_min.toy import chain, launch, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS, ERV_NAMES
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
+from erv_min.train.settings import PRESETS, GRPOSettings, parse
 
 SMALL = WorldSettings(seed=3, train=24, test=8, tune=4, pretrain=30, sft_clips=12, erv_train=300, erv_valid=60)
 LOOKS = [Look(woman, "red", "dark", woman, True, "office", 1) for woman in (True, False)]
@@ -378,7 +378,7 @@ def test_a_process_alone_under_torchrun_gives_its_command_to_two(tmp_path, monke
 def test_who_waits_for_the_two_holds_neither_the_folder_nor_pytorch(tmp_path):
     """The two can take the folder that it had locked; it is the same process as before, small; its status is theirs,
     and its last line says what each stage took."""
-    opens = (f"import torch; from erv_min.run.folder import open_folder; from erv_min.run.processes import Processes; "
+    opens = (f"import torch; from erv_min.train.folder import open_folder; from erv_min.base.processes import Processes; "
              f"open_folder({str(tmp_path)!r}, True, Processes(0, 1, torch.device('cpu')))")
     for code in (0, 3, 75):
         inner = (f"{opens}; maps = open(f'/proc/{{os.getppid()}}/maps').read() if os.path.exists('/proc') else ''; "
@@ -435,7 +435,7 @@ def test_a_process_that_fails_or_stops_ends_the_other(tmp_path):
 def test_two_processes_of_a_command_find_each_other(tmp_path, monkeypatch):
     """Apart from the store of this process's torchrun; one that fails ends the other, which waits for it."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    join = "from erv_min.run.processes import *; p = join_processes('cpu'); "
+    join = "from erv_min.base.processes import *; p = join_processes('cpu'); "
     write = f"open({str(tmp_path)!r} + f'/{{p.rank}}', 'w').write(str(all_gather_object(p.rank))); leave()"
     launch.run(python(join + write), processes=2)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["[0, 1]"] * 2

@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from erv_min.base.errors import SettingsError
+from erv_min.base.processes import Processes, all_reduce_sum, gather_lists, join_processes, leave
+from erv_min.data.loader import batch_of_step
 from erv_min.rewards import RewardSettings
-from erv_min.run.errors import SettingsError
-from erv_min.run.processes import leave
-from erv_min.run.settings import (PRESETS, Answers, Clips, GRPOSettings, PredictionSettings, SFTSettings, check, parse,
-                                  reward_settings)
-from erv_min.run.folder import LOCKS, Run, open_folder
-from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
-from erv_min.run.processes import Processes, all_reduce_sum, gather_lists, join_processes
-from erv_min.run.sharding import Replicated, average_gradients
+from erv_min.train.folder import LOCKS, Run, open_folder
+from erv_min.train.optimizer import learning_rate, make_optimizer, update
+from erv_min.train.settings import (PRESETS, Answers, Clips, GRPOSettings, PredictionSettings, SFTSettings, check,
+                                    parse, reward_settings)
+from erv_min.train.sharding import Replicated, average_gradients
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -210,8 +210,8 @@ def test_a_resumed_run_keeps_what_changes_its_numbers(tmp_path, capsys):
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
-    code = ("import sys, torch\nfrom erv_min.run.folder import open_folder\n"
-            "from erv_min.run.processes import Processes\n"
+    code = ("import sys, torch\nfrom erv_min.train.folder import open_folder\n"
+            "from erv_min.base.processes import Processes\n"
             "open_folder(sys.argv[1], True, Processes(0, 1, torch.device('cpu'))); print('open', flush=True); input()")
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           text=True) as other:
@@ -238,7 +238,7 @@ def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, m
 
 def test_what_a_user_did_ends_in_one_line():
     """A folder that cannot be made, a closed pipe: no traceback."""
-    code = "from erv_min.run.processes import run_script; run_script(lambda: {})"
+    code = "from erv_min.base.processes import run_script; run_script(lambda: {})"
     for did, said in (("open('/dev/null/x', 'w')", "/dev/null/x: Not a directory\n"),
                       ("[print(i) for i in range(10**5)]", "")):
         with subprocess.Popen([sys.executable, "-c", code.format(did)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,

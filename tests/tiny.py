@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 
 import erv_min.generate as generation
+from erv_min.base.onednn import use_onednn
 from erv_min.config import humanomni
-from erv_min.model.humanomni import HumanOmni, Prompts, init_weights
 from erv_min.logps import Completions, shared_prefix_hidden
-from erv_min.run.onednn import use_onednn
+from erv_min.model.humanomni import HumanOmni, Prompts, init_weights
 
 
 def tiny_model(seed: int = 0, dtype=torch.float32, **text) -> HumanOmni:

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from erv_min.data.readers import Example
-from erv_min.run.files import atomic_write
+from erv_min.base.files import atomic_write
+from erv_min.inputs import Example
 
 log = logging.getLogger("erv_min")
 

@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from erv_min.data.readers import FORMATS, Example, read_annotated, read_ravdess, read_training_json
+from erv_min.base.errors import DataError
+from erv_min.base.files import atomic_write
+from erv_min.data.readers import FORMATS, read_annotated, read_ravdess, read_training_json
 from erv_min.emotions import labels
-from erv_min.run.errors import DataError
-from erv_min.run.files import atomic_write
+from erv_min.inputs import Example
 
 log = logging.getLogger("erv_min")
 PAPER_COUNTS = {("dfew", "train"): 9362, ("dfew", "test"): 2342, ("mafw", "train"): 7341, ("mafw", "test"): 1831,

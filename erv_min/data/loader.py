@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from itertools import islice
 
 import torch
 
+from erv_min.base.errors import ClipError
 from erv_min.config import HumanOmniConfig
 from erv_min.data.cache import FeatureCache
-from erv_min.data.readers import Example
-from erv_min.inputs import Inputs
+from erv_min.inputs import Example, Inputs
 from erv_min.media import Clip, load_clip
-from erv_min.run.errors import ClipError
 
 log = logging.getLogger("erv_min")
 
@@ -146,6 +145,25 @@ def training_inputs(places: Iterable[int], example_at: Callable[[int], Example],
                 raise ClipError(f"none of the {count} clips could be decoded, the last: {x}")
             (x,) = clip_inputs([example_at(taken)], **{**how, "workers": 0})
         yield taken, x
+
+
+# ---- the order of training -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def data_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The permutation of `count` items that epoch `epoch` reads: a function of its arguments alone."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def item_at(place: int, count: int, seed: int) -> int:
+    """Which of `count` items stands at a place of the endless order: epoch after epoch, each in an order of its own."""
+    return data_order(count, seed, place // count)[place % count]
+
+
+def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Items of step `step`'s global batch: places step * batch_size and on, so that no item is dropped."""
+    return [item_at(place, count, seed) for place in range(step * batch_size, (step + 1) * batch_size)]
 
 
 # ---- in the worker processes ------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import read_jsonl
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
 from erv_min.prompts import QUESTION
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import read_jsonl
 from erv_min.sentences import split_sentences
 
 

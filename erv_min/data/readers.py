@@ -15,30 +15,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from erv_min.base.errors import DataError
 from erv_min.emotions import LABELS, labels, normalize
-from erv_min.run.errors import DataError
+from erv_min.inputs import Example
 
 log = logging.getLogger("erv_min")
 CLIP_FOLDERS = ("clip", "clips", "data/clips", "video", "videos", "")  # searched in this order under a data root
 CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".wav", ".flac")
 RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad",
                     "05": "angry", "06": "fearful", "07": "disgust", "08": "surprised"}  # third field of a file name
-
-
-@dataclass(frozen=True)
-class Example:
-    """One labelled clip, or one of several explanations of it. `label` is in the list of `dataset`, lower case."""
-    video_id: str
-    path: Path
-    label: str
-    dataset: str
-    explanation: str = ""
-    subtitle: str = ""
-    split: str = ""
-    begun: str = ""  # how the policy's output begins, where it is to go on from there (predictions.answers_after)
 
 
 def read_text(path: str | Path, *other_encodings: str) -> str:

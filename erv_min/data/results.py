@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from erv_min.data.readers import Example, check_label, read_text
+from erv_min.base.errors import DataError
+from erv_min.base.files import read_jsonl
+from erv_min.data.readers import check_label, read_text
 from erv_min.emotions import labels
+from erv_min.inputs import Example
 from erv_min.judge import read_answer
-from erv_min.run.errors import DataError
-from erv_min.run.files import read_jsonl
 
 
 def clip_key(name: str) -> str:

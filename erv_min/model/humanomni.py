@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.onednn import use_onednn
 from erv_min.config import AUDIO, VIDEO, HumanOmniConfig
 from erv_min.model.bert import BertEncoder
 from erv_min.model.projector import VisualProjector, mlp
 from erv_min.model.qwen2 import Qwen2, RMSNorm
 from erv_min.model.siglip import SiglipVision
 from erv_min.model.whisper import WhisperEncoder, sinusoids
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.onednn import use_onednn
 
 IGNORE = -100  # label of a position that carries no loss
 

@@ -16,22 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from erv_min.base.errors import ClipError
+from erv_min.base.files import read_jsonl
+from erv_min.base.onednn import use_onednn
+from erv_min.base.processes import rank_and_size
 from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
-from erv_min.data.loader import clip_inputs
+from erv_min.data.loader import batch_of_step, clip_inputs
 from erv_min.data.readers import read_training_json
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import HumanOmni, init_weights, pad_rows, trainable
 from erv_min.prompts import gate_text, render, sft_target
-from erv_min.run.errors import ClipError
-from erv_min.run.files import read_jsonl
-from erv_min.run.onednn import use_onednn
-from erv_min.run.optimizer import batch_of_step, learning_rate, make_optimizer, update
-from erv_min.run.processes import rank_and_size
-from erv_min.run.sharding import Replicated
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
+from erv_min.train.optimizer import learning_rate, make_optimizer, update
+from erv_min.train.sharding import Replicated
 
 
 def look_targets(look: dict) -> list[float]:

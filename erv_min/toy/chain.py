@@ -14,18 +14,19 @@ from pathlib import Path
 
 import torch
 
+import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
+from erv_min.base.files import write_json, write_jsonl
+from erv_min.base.processes import Processes, barrier
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
-from erv_min.data.predictions import predict
 from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
-from erv_min.run.files import write_json, write_jsonl
-from erv_min.run.processes import Processes, barrier
-from erv_min.run.settings import Answers, GRPOSettings
-from erv_min.run.start import decoding
 from erv_min.toy.launch import become, run
 from erv_min.toy.text import count_sentences
+from erv_min.train.answers import predict
+from erv_min.train.settings import Answers, GRPOSettings
+from erv_min.train.start import decoding
 
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
 

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from erv_min.run.errors import STOPPED
+from erv_min.base.errors import STOPPED
 
 SECONDS: list[tuple[str, float]] = []  # what `run` has taken for which stage
 

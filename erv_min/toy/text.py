@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from erv_min.base.files import read_jsonl
 from erv_min.emotions import LABELS, to_erv
 from erv_min.rewards import extract_explanation, format_reward, split_sentences
-from erv_min.run.files import read_jsonl
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from erv_min.base.errors import SettingsError
+from erv_min.base.files import atomic_write, read_json, write_json, write_jsonl
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
-from erv_min.run.errors import SettingsError
-from erv_min.run.files import atomic_write, read_json, write_json, write_jsonl
 from erv_min.toy import text
 from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS

@@ -26,14 +26,14 @@ from report_runs import read_run
 from torch import Tensor
 
 from erv_min import erv, grpo, metrics, rewards
+from erv_min.base.errors import DataError
+from erv_min.base.files import atomic_write
+from erv_min.base.processes import run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.emotions import ERV_LABELS
 from erv_min.fsdp import Sharded
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.rewards import RewardSettings
-from erv_min.run.errors import DataError
-from erv_min.run.files import atomic_write
-from erv_min.run.processes import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = (TEMPLATES / "annotated_sections.html").read_text(encoding="utf-8").partition("-->")[2]  # behind its head

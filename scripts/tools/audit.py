@@ -13,7 +13,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
 from erv_min import metrics
+from erv_min.base.errors import SettingsError
+from erv_min.base.files import read_jsonl, write_json
+from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import CHEATS, cheat, targets
 from erv_min.data.quality import verifier_report
@@ -23,11 +27,8 @@ from erv_min.judge import make_judge
 from erv_min.prompts import sft_target
 from erv_min.remedies import Remedies, apply
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
-from erv_min.run.errors import SettingsError
-from erv_min.run.files import read_jsonl, write_json
-from erv_min.run.processes import run_script
-from erv_min.run.settings import parse, setting
 from erv_min.toy.lexicon import PARAPHRASES, sentences
+from erv_min.train.settings import parse, setting
 
 # ---- agreement with a judge ------------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ from dataclasses import asdict, fields
 import torch
 
 from benches.common import Options, ceilings, resident
-from erv_min.run.errors import ErvMinError, SettingsError
-from erv_min.run.processes import exact_float32
+from erv_min.base.errors import ErvMinError, SettingsError
+from erv_min.base.processes import exact_float32
 
 BENCHES = ("towers", "rollout", "step", "logps", "erv", "data", "fsdp")
 

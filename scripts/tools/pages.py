@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from erv_min.run.errors import ClipError, DataError
-from erv_min.run.files import read_jsonl
+from erv_min.base.errors import ClipError, DataError
+from erv_min.base.files import read_jsonl
 from erv_min.media import load_frames
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -22,15 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from erv_min.base.errors import SettingsError
+from erv_min.base.processes import run_script
 from erv_min.config import HumanOmniConfig, humanomni
-from erv_min.run.errors import SettingsError
-from erv_min.run.processes import run_script
 from erv_min.fsdp import Sharded
 from erv_min.generate import prompt_bytes, sample_token
+from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
 from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.model.qwen2 import GroupCache, PackedGroups
-from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
-from erv_min.run.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse, trained_parts
+from erv_min.train.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse, trained_parts
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
 RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation

@@ -19,12 +19,12 @@ import report_parts as parts
 from pages import ClipMedia, clip_media, fill, text
 from report_runs import RESAMPLES, Run, System, all_systems, read_run
 
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import atomic_write
+from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS, normalize
-from erv_min.run.errors import DataError, SettingsError
 from erv_min.erv import Verifier
-from erv_min.run.files import atomic_write
-from erv_min.run.processes import run_script
 from erv_min.metrics import paired, read_prediction
 from erv_min.rewards import RewardSettings, explanation_reward, extract_answer, select_labels, sentences_of
 from erv_min.run.settings import ABLATIONS

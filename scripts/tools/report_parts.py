@@ -9,8 +9,8 @@ import re
 import numpy as np
 from pages import ClipMedia, table, text
 
+from erv_min.base.errors import SettingsError
 from erv_min.emotions import ERV_LABELS, canonical
-from erv_min.run.errors import SettingsError
 from erv_min.metrics import COLUMNS
 from erv_min.rewards import explanation_reward, extract_answer
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pages import read_objects
 
-from erv_min.run.errors import DataError
-from erv_min.run.files import read_json
+from erv_min.base.errors import DataError
+from erv_min.base.files import read_json
 from erv_min.metrics import COLUMNS, bootstrap, score
 
 RESAMPLES = 1000  # of the bootstrap

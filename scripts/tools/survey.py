@@ -23,13 +23,13 @@ from pathlib import Path
 from pages import PLAYABLE, data_uri, fill, json_script, text
 from survey_score import report, score
 
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import atomic_write, write_json
+from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
-from erv_min.emotions import labels, normalize
-from erv_min.run.errors import DataError, SettingsError
-from erv_min.run.files import atomic_write, write_json
-from erv_min.run.processes import run_script
-from erv_min.metrics import read_prediction
 from erv_min.data.results import read_predictions
+from erv_min.emotions import labels, normalize
+from erv_min.metrics import read_prediction
 from erv_min.rewards import extract_explanation
 
 # ---- make ------------------------------------------------------------------------------------------------------------

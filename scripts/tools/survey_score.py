@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from erv_min.base.errors import DataError
+from erv_min.base.files import read_json
 from erv_min.emotions import normalize
-from erv_min.run.errors import DataError
-from erv_min.run.files import read_json
 
 PAPER = {"win rate": (53.6, 46.4), "mean": (3.52, 3.42), "sd": (0.41, 0.34), "top 1": 92.9, "top 2": 96.4}
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from erv_min.run.errors import SettingsError
-from erv_min.rewards import (explanation_reward, select_labels, split_sentences)
+from erv_min.base.errors import SettingsError
+from erv_min.rewards import explanation_reward, select_labels, split_sentences
 
 
 LABELS = ("sad", "happy", "neutral")  # a verifier of three, for numbers by hand

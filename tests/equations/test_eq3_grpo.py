@@ -3,7 +3,7 @@
 import math
 import pytest
 import torch
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 from erv_min.grpo import (clipped, decoupled_advantages, ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length,
                           masked_mean, over_batch)
 from erv_min.logps import Completions

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from erv_min.run.errors import DataError
-from erv_min.rewards import (RewardSettings, answer_reward, extract_answer, extract_explanation,
-                             score_completions)
+from erv_min.base.errors import DataError
+from erv_min.rewards import RewardSettings, answer_reward, extract_answer, extract_explanation, score_completions
 
 
 LABELS = ("sad", "happy", "neutral")  # a verifier of three, for numbers by hand

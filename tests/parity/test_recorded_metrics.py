@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import GOLDEN
-from erv_min.run.files import read_json
+from erv_min.base.files import read_json
 from erv_min.metrics import COLUMNS, score
 
 

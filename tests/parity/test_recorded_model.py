@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from conftest import GOLDEN
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.model.humanomni import HumanOmni
 from erv_min.generate import generate
+from erv_min.model.humanomni import HumanOmni
 from tiny import close, plain_rollout
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 from conftest import GOLDEN
-from erv_min.run.files import read_json
-from erv_min.prompts import (gate_text, human_question, render, user_turn)
+from erv_min.base.files import read_json
+from erv_min.prompts import gate_text, human_question, render, user_turn
 from erv_min.tokenizer import Tokenizer
 
 

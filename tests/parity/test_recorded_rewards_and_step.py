@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import GOLDEN
+from erv_min.base.files import read_json
 from erv_min.emotions import GOEMOTIONS
-from erv_min.run.files import read_json
-from erv_min.rewards import (RewardSettings, answer_reward, explanation_reward, format_reward, score_completions, select_labels)
+from erv_min.rewards import (RewardSettings, answer_reward, explanation_reward, format_reward, score_completions,
+                             select_labels)
 from safetensors.torch import load_file
 from erv_min.grpo import group_advantages, grpo_loss, kl_k3
 

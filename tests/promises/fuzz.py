@@ -218,9 +218,9 @@ class Checkpoints:
         from erv_min.emotions import ERV_LABELS
         from erv_min.model.bert import RobertaClassifier
         from erv_min.model.humanomni import random_humanomni
-        from erv_min.run.state import save_state
-        from erv_min.run.optimizer import make_optimizer
-        from erv_min.run.sharding import Replicated
+        from erv_min.train.state import save_state
+        from erv_min.train.optimizer import make_optimizer
+        from erv_min.train.sharding import Replicated
         config = replace(roberta("toy", len(ERV_LABELS)), vocab_size=50)
         torch.manual_seed(0)
         self.model = RobertaClassifier(config)
@@ -232,14 +232,14 @@ class Checkpoints:
         self.linear(torch.ones(1, 3)).sum().backward()
         optimizer.step()
         save_state(folder / "run", 1, self.held, optimizer)
-        self.places = {"erv": folder / "erv", "policy": folder / "policy", "run": folder / "run/state-000001"}
+        self.places = {"erv": folder / "erv", "policy": folder / "policy", "run": folder / "train/state-000001"}
 
     def run(self, rng, folder):
         import torch
         from safetensors.torch import load_file, save_file
         from erv_min.checkpoint import load_erv, load_humanomni
-        from erv_min.run.state import load_state
-        from erv_min.run.optimizer import make_optimizer
+        from erv_min.train.state import load_state
+        from erv_min.train.optimizer import make_optimizer
         kind = rng.choice(("erv",) * 8 + ("policy",) * 5 + ("run",) * 2)
         place = folder / "x" / self.places[kind].name
         shutil.rmtree(folder / "x", ignore_errors=True)
@@ -277,7 +277,7 @@ class Checkpoints:
 
 class Predictions:
     def __init__(self, folder: Path):
-        from erv_min.data.readers import Example
+        from erv_min.inputs import Example
         self.examples = [Example(str(i), Path(f"{dataset}/{i}.mp4"), label, dataset, split="test")
                          for dataset, label in (("dfew", "happy"), ("mafw", "happiness")) for i in range(5)]
         self.rows = [{"video_id": x.video_id, "output": "<think>She smiles.</think><answer>happy</answer>",
@@ -287,10 +287,11 @@ class Predictions:
 
     def run(self, rng, folder):
         from erv_min.emotions import labels
-        from erv_min.run.files import append_jsonl, write_json
+        from erv_min.base.files import append_jsonl, write_json
+        import erv_min.toy.judges  # noqa: F401
         from erv_min.judge import judge_rows, make_judge, read_answer
         from erv_min.metrics import score
-        from erv_min.run.chat import ChatClient
+        from erv_min.base.chat import ChatClient
         from erv_min.data.results import read_predictions
         for _ in range(3):
             said = mutate_text(rng.choice(("happy", "Answer: Happy.", "The emotion is sad", "neutral\n")), rng)
@@ -334,7 +335,7 @@ class Explanations:
         import torch
         from erv_min.emotions import ERV_LABELS
         from erv_min.erv import explanation_statistics
-        from erv_min.run.files import append_jsonl
+        from erv_min.base.files import append_jsonl
         from erv_min.remedies import Remedies, apply
         from erv_min.rewards import RewardSettings, extract_answer, score_completions
         tags = ("<think>", "</think>", "<answer>", "</answer>", '"', ". ", "!? ", "\n", "\0", "\x1b[31m", "\u202e", "happy", "。")
@@ -373,7 +374,7 @@ KINDS = {"clips": Clips, "annotations": Annotations, "checkpoints": Checkpoints,
 def worker(kind: str, count: int, seed: int, first: int, folder: Path) -> None:
     """Inputs first..count; a line of JSON each on stdout."""
     import torch
-    from erv_min.run.errors import ErvMinError
+    from erv_min.base.errors import ErvMinError
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -69,7 +69,8 @@ def prepare(folder: Path) -> None:
 
 def count_operations(out: Path, kill_at: int, writing_only: bool) -> None:
     """Counts operations on files of `out` and tensors written; SIGKILL at number `kill_at`; OUT.operations: all of them."""
-    from erv_min.run import folder, weights
+    from erv_min.base import weights
+    from erv_min.train import folder
     counts, inside = [0, 0], [False]  # all; while a state is written
 
     def operation(event: str, arguments: tuple) -> None:

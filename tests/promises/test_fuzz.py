@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from erv_min.base.chat import ChatClient
+from erv_min.base.errors import CheckpointError, DataError, JudgeError
+from erv_min.base.files import append_jsonl, read_jsonl, write_json
 from erv_min.config import read_roberta
 from erv_min.data.examples import load_examples
-from erv_min.run.errors import CheckpointError, DataError, JudgeError
-from erv_min.run.files import append_jsonl, read_jsonl, write_json
-from erv_min.judge import hosted_judge, judge_rows
-from erv_min.run.chat import ChatClient
 from erv_min.data.results import read_predictions
+from erv_min.judge import hosted_judge, judge_rows
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-planted-9f3a7c"
@@ -148,9 +148,9 @@ def test_a_planted_key_appears_nowhere(tmp_path, monkeypatch, capfd, caplog, sta
 
 def test_a_run_writes_down_no_environment(tmp_path, monkeypatch):
     import torch
-    from erv_min.run.settings import SFTSettings
-    from erv_min.run.folder import Run
-    from erv_min.run.processes import Processes
+    from erv_min.train.settings import SFTSettings
+    from erv_min.train.folder import Run
+    from erv_min.base.processes import Processes
     for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, KEY)
     Run(tmp_path, SFTSettings(), Processes(0, 1, torch.device("cpu")), 1).log(0, {"loss": 1.0})

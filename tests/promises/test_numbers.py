@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from erv_min.run.errors import NumbersError
+from erv_min.base.errors import NumbersError
+from erv_min.base.processes import Processes
 from erv_min.grpo import clipped, group_advantages, grpo_loss, kl_k3, masked_mean
 from erv_min.logps import Completions, completion_logps
 from erv_min.rewards import RewardSettings, score_completions
-from erv_min.run.settings import SFTSettings
 from erv_min.sft import sft_loss
-from erv_min.run.folder import Run
-from erv_min.run.optimizer import make_optimizer, update
-from erv_min.run.processes import Processes
-from erv_min.run.sharding import Replicated
+from erv_min.train.folder import Run
+from erv_min.train.optimizer import make_optimizer, update
+from erv_min.train.settings import SFTSettings
+from erv_min.train.sharding import Replicated
 from tiny import tiny_model, tiny_prompts
 
 ALONE = Processes(0, 1, torch.device("cpu"))

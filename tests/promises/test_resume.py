@@ -14,15 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from erv_min.run.optimizer import update
-from erv_min.run.errors import STOPPED, CheckpointError, DiskError
-from erv_min.run.files import append_jsonl, atomic_write
-from erv_min.run.settings import SFTSettings
-from erv_min.run.state import load_state, save_state, saved_states
-from erv_min.run.folder import Run
-from erv_min.run.optimizer import make_optimizer
-from erv_min.run.processes import Processes
-from erv_min.run.sharding import Replicated
+from erv_min.base.errors import STOPPED, CheckpointError, DiskError
+from erv_min.base.files import append_jsonl, atomic_write
+from erv_min.base.processes import Processes
+from erv_min.train.folder import Run
+from erv_min.train.optimizer import make_optimizer, update
+from erv_min.train.settings import SFTSettings
+from erv_min.train.sharding import Replicated
+from erv_min.train.state import load_state, save_state, saved_states
 
 ROOT = Path(__file__).parents[2]
 ALONE = Processes(0, 1, torch.device("cpu"))

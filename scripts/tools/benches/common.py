@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from erv_min.base.errors import SettingsError
+from erv_min.base.onednn import linear
 from erv_min.config import HumanOmniConfig, Qwen2Config, humanomni
-from erv_min.run.errors import SettingsError
-from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni, random_humanomni
-from erv_min.run.onednn import linear
 from erv_min.logps import Prompts
+from erv_min.model.humanomni import AUDIO, VIDEO, HumanOmni, random_humanomni
 
 TEXT_TOKENS = 58  # of a prompt beside its clip: with it a prompt has 950 tokens at 0.5B and 2,126 at 7B
 

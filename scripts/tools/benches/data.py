@@ -16,7 +16,7 @@ import torch
 from benches import step as grpo
 from benches.common import Options, Peak, build, ceilings, fraction, synchronize, tower_flops
 from erv_min.data.loader import clip_inputs
-from erv_min.data.readers import Example
+from erv_min.inputs import Example
 from erv_min.model.humanomni import trainable
 from erv_min.toy.render import RATE, encode
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benches.common import Options, Peak, ceilings, fraction
 from erv_min import checkpoint
+from erv_min.base.errors import SettingsError
 from erv_min.emotions import ERV_LABELS
-from erv_min.run.errors import SettingsError
 from erv_min.erv import Verifier, scratch
 from erv_min.toy.render import Look
 from erv_min.toy.text import EMOTIONS, explain

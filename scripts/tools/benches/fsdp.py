@@ -26,11 +26,11 @@ import torch.multiprocessing as mp
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[i]) for i in (3, 1)]
 
+from erv_min.base.processes import leave
 from erv_min.config import HumanOmniConfig, humanomni
-from erv_min.run.processes import leave
-from erv_min.model.humanomni import random_humanomni, trainable
-from erv_min.run.sharding import shard
 from erv_min.logps import Completions, Prompts, completion_logps
+from erv_min.model.humanomni import random_humanomni, trainable
+from erv_min.train.sharding import shard
 from plan import Live
 
 WAYS = ("hand", "torch")

@@ -16,9 +16,9 @@ from benches.common import (Options, Peak, build, ceilings, fraction, language_f
                             prompts_of, random_clip, ratios, synchronize, tower_flops)
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
-from erv_min.model.humanomni import HumanOmni, trainable
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.run.settings import TRAINABLE
+from erv_min.model.humanomni import HumanOmni, trainable
+from erv_min.train.settings import TRAINABLE
 
 
 def features(model: HumanOmni, options: Options, clips: int) -> tuple[Tensor, Tensor]:

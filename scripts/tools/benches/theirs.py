@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benches.common import Options
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 
 
 def qwen2(options: Options):

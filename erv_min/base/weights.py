@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from erv_min.run.errors import CheckpointError
-from erv_min.run.files import replacing
+from erv_min.base.errors import CheckpointError
+from erv_min.base.files import replacing
 
 WEIGHTS = "model.safetensors"
 # A layout: one file, or its shards. (openai/whisper-large-v3 also holds model.fp32-*.safetensors, twice the size.)

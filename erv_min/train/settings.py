@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from erv_min.remedies import Remedies
 from erv_min.rewards import RewardSettings
-from erv_min.run.options import add_options, check, checked, parse, parser_for, setting  # noqa: F401
+from erv_min.base.options import add_options, check, checked, parse, parser_for, setting  # noqa: F401
 
 
 @dataclass

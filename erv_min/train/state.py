@@ -3,7 +3,7 @@
 FOLDER/state-STEP/ holds RANK.safetensors (with --sharding hand each process's shards, which any number of processes can
 read; else one file with everything) and state.json with shapes, sizes and checksums. It is written as .state-STEP
 and renamed when all of it is on the disk; only then do older ones go. Several machines need FOLDER on a shared disk.
-`policy` is one of run/sharding.py's; every process must call these functions.
+`policy` is one of train/sharding.py's; every process must call these functions.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from erv_min.run.errors import CheckpointError, DataError, DiskError
-from erv_min.run.files import fsync_folder, read_json, write_json
-from erv_min.run.processes import all_gather_object, rank_and_size
-from erv_min.run.weights import write_safetensors
+from erv_min.base.errors import CheckpointError, DataError, DiskError
+from erv_min.base.files import fsync_folder, read_json, write_json
+from erv_min.base.processes import all_gather_object, rank_and_size
+from erv_min.base.weights import write_safetensors
 
 
 def saved_states(folder: str | Path) -> list[Path]:

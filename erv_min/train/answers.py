@@ -1,6 +1,6 @@
 """What a policy answers: for one clip (`answer`), for data sets (`predict`), kept in a folder (`predict_to_file`).
 
-    from erv_min.data.predictions import Answers, answer, load_policy_for
+    from erv_min.train.answers import Answers, answer, load_policy_for
     settings = Answers(model="runs/toy/sft")  # a folder or a hub repository; its other fields are infer.py's options
     policy = load_policy_for(settings)
     said = answer(policy, "clip.mp4", settings)
@@ -17,19 +17,18 @@ from pathlib import Path
 
 import torch
 
+from erv_min.base.errors import ClipError, SettingsError
+from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from erv_min.base.processes import Processes, gather_lists, join_processes
 from erv_min.data.loader import clip_inputs
-from erv_min.data.readers import Example
 from erv_min.generate import rollout, sampling_noise
-from erv_min.inputs import Collator, embed
+from erv_min.inputs import Collator, Example, embed
 from erv_min.judge import Judge, judge_rows
 from erv_min.metrics import score
 from erv_min.prompts import sft_target
 from erv_min.rewards import extract_answer, extract_explanation
-from erv_min.run.errors import ClipError, SettingsError
-from erv_min.run.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
-from erv_min.run.processes import Processes, gather_lists, join_processes
-from erv_min.run.settings import Answers, GRPOSettings, PredictionSettings, check
-from erv_min.run.start import decoding, load_policy
+from erv_min.train.settings import Answers, GRPOSettings, PredictionSettings, check
+from erv_min.train.start import decoding, load_policy
 
 ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from erv_min.run.errors import ClipError
+from erv_min.base.errors import ClipError
 
 SAMPLE_RATE = 16_000
 MAX_PIXELS = 2**26  # 8192 x 8192 per frame; a header that declares more is refused before anything is allocated

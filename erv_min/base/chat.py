@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from erv_min.run.errors import JudgeError
-from erv_min.run.files import append_jsonl, read_jsonl
+from erv_min.base.errors import JudgeError
+from erv_min.base.files import append_jsonl, read_jsonl
 
 BASE_URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta/openai"}
 KEYS = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY", "hf": "HF_TOKEN"}

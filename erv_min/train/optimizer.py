@@ -1,8 +1,7 @@
-"""AdamW, its learning rate, one update, and which items a step reads (table 8)."""
+"""AdamW, its learning rate, and one update (table 8)."""
 
 import math
 from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ def make_optimizer(params: Iterable[Tensor]) -> torch.optim.AdamW:
 def update(policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, loss: float = 0.0) -> float:
     """One optimizer step on gradients averaged over processes and clipped to a global norm; returns the norm before.
 
-    `policy` is one of run/sharding.py's. `loss` is the sum over processes, so that every process knows where one of
+    `policy` is one of train/sharding.py's. `loss` is the sum over processes, so that every process knows where one of
     theirs is not finite: then, or where the norm is not, the weights stay as they are, and NaN is returned. Gradients
     are cleared.
     """
@@ -43,19 +42,3 @@ def update(policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: f
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm if finite else math.nan
-
-
-@lru_cache(maxsize=4)
-def data_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The permutation of `count` items that epoch `epoch` reads: a function of its arguments alone."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-
-
-def item_at(place: int, count: int, seed: int) -> int:
-    """Which of `count` items stands at a place of the endless order: epoch after epoch, each in an order of its own."""
-    return data_order(count, seed, place // count)[place % count]
-
-
-def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Items of step `step`'s global batch: places step * batch_size and on, so that no item is dropped."""
-    return [item_at(place, count, seed) for place in range(step * batch_size, (step + 1) * batch_size)]

@@ -6,22 +6,21 @@ from pathlib import Path
 
 import torch
 
+from erv_min.base.errors import ClipError, SettingsError
+from erv_min.base.files import append_jsonl
+from erv_min.base.processes import Processes, gather_lists
 from erv_min.checkpoint import load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary, too_many
-from erv_min.data.readers import Example
 from erv_min.emotions import ERV_LABELS
-from erv_min.run.errors import ClipError, SettingsError
-from erv_min.run.files import append_jsonl
 from erv_min.erv import Verifier, scratch
-from erv_min.inputs import Collator
+from erv_min.inputs import Collator, Example
 from erv_min.judge import Judge, make_judge
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
-from erv_min.run.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.run.processes import Processes, gather_lists
+from erv_min.train.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
 
 
 def load_model(settings: Policy, name: str, dtype: torch.dtype, device, processes: Processes, show=print):

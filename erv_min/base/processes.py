@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from erv_min.run.errors import ErvMinError, SettingsError
+from erv_min.base.errors import ErvMinError, SettingsError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from erv_min.run.errors import CheckpointError, DataError, DiskError
+from erv_min.base.errors import CheckpointError, DataError, DiskError
 
 
 def gigabytes(size: float) -> str:

@@ -11,7 +11,7 @@ does not ask which it has:
                                        max_norm; returns the norm before
     policy.full_shapes()               released name -> an empty tensor of the parameter's shape and type
     policy.full_tensors()              (name, parameter) in that order, on process 0; all must run through it
-    policy.every_process_writes, state_shapes(), to_full(x), read(...)     for training states (run/state.py)
+    policy.every_process_writes, state_shapes(), to_full(x), read(...)     for training states (train/state.py)
 
 `Sharded` is erv_min/fsdp.py; `FullyShard` is the way out for clusters that outgrow it, and there to compare with. Left
 out: checkpoints of PyTorch's distributed format.
@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
+from erv_min.base.errors import SettingsError
+from erv_min.base.processes import rank_and_size
 from erv_min.checkpoint import save_humanomni
 from erv_min.fsdp import Sharded, unit_modules
-from erv_min.run.errors import SettingsError
-from erv_min.run.processes import rank_and_size
 
 
 def shard(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erv_min.run.errors import STOPPED, DiskError, NumbersError, SettingsError
-from erv_min.run.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
-from erv_min.run.options import option_name
-from erv_min.run.processes import Processes, all_gather_object, all_reduce_sum, gather_lists
-from erv_min.run.state import load_state, save_state, saved_states
+from erv_min.base.errors import STOPPED, DiskError, NumbersError, SettingsError
+from erv_min.base.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
+from erv_min.base.options import option_name
+from erv_min.base.processes import Processes, all_gather_object, all_reduce_sum, gather_lists
+from erv_min.train.state import load_state, save_state, saved_states
 
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl", "epochs.jsonl")

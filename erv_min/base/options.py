@@ -9,7 +9,7 @@ import math
 import re
 from pathlib import Path
 
-from erv_min.run.errors import SettingsError
+from erv_min.base.errors import SettingsError
 
 
 def setting(default, help: str, choices: tuple = (), *, least: float | None = None, over: float | None = None,

@@ -1,1 +1,0 @@
-"""What every training script needs and no equation does: settings, processes, run folder, states, files, errors."""
