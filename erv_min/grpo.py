@@ -3,7 +3,7 @@
 Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A step of it (`scripts/grpo.py`):
 1. sample G completions of each prompt from pi_theta (generate.rollout);
 2. log pi_ref of the completions, once (logps.completion_logps);
-3. score them: R = R_E + R_format + R_answer (Eq. 5, rewards.score_completions; remedies.py where asked);
+3. score them: R = R_E + R_format + R_answer (Eq. 5, rewards.score_completions);
 4. A_i = (R_i - mean) / (std + 1e-4) within each group (`group_advantages`);
 5. mu times: log pi_theta, descend `grpo_loss`, the clipped surrogate plus beta * k3.
 
@@ -36,17 +36,6 @@ def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> T
     if group_size == 1 or not divide:
         return centred.flatten()
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).flatten()
-
-
-def decoupled_advantages(parts: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """GDPO (arXiv 2601.05242): the sum over Eq. 5's parts of weight * (part - mean) / (std + 1e-4); [B * G, n], [n] ->
-    [B * G]. Under Eq. 5 the parts (1, 0, 1) and (1, 1, 0) have one advantage; here the rarer success weighs more."""
-    return sum(w * group_advantages(part, group_size) for w, part in zip(weights, parts.T))
-
-
-def over_batch(A: Tensor, everyones: Tensor) -> Tensor:
-    """GDPO's last step: (A - mean) / (std + 1e-4) over the batch, that is everyone's advantages."""
-    return (A - everyones.mean()) / (everyones.std() + 1e-4)
 
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -147,7 +136,7 @@ def step_metrics(rewards: list[Reward], sums: list[TokenSums], group_size: int) 
     lengths are over completions, of the others over tokens."""
     of, n = TokenSums(*zip(*sums)), len(rewards)  # columns
     tokens = sum(of.tokens)
-    names = {"reward": "total"} | {f"reward_{x}": x for x in ("format", "answer", "explanation", "bonus")}
+    names = {"reward": "total"} | {f"reward_{x}": x for x in ("format", "answer", "explanation")}
     parts = {name: [getattr(r, x) for r in rewards] for name, x in names.items()}
     groups = {name: torch.tensor(x, dtype=torch.float64).view(-1, group_size) for name, x in parts.items()}
     equal = groups["reward"].amax(1) == groups["reward"].amin(1)

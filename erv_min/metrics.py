@@ -198,7 +198,7 @@ def next_with_another(answers: list[str]) -> list[int | None]:
 
 
 def moved(own: list[str | None], changed: list[str | None], others: list[str] | None = None) -> dict:
-    """Answers after the own explanation and after a changed one -> {"n", "moved"[, "followed"]}, shares; None of none.
+    """AnswerSettings after the own explanation and after a changed one -> {"n", "moved"[, "followed"]}, shares; None of none.
 
     moved: they differ ("Measuring faithfulness in chain-of-thought reasoning", arXiv 2307.13702: the answer is asked
     for again after altered reasoning). followed: the new one is `others`', the answer whose explanation it was given.

@@ -4,7 +4,7 @@
     line 3: extract_explanation, split_sentences; 6: erv.py; 7-14: select_labels; 15-26: explanation_reward
 
 All text is read in one pass: no completion, however odd, takes more than linear time. `RewardSettings` holds the
-paper's parameters, its ablations (table 2) and the divergences; remedies against reward hacking: remedies.py.
+paper's parameters, its ablations (table 2) and the divergences.
 """
 
 import re
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from erv_min.base.errors import DataError, SettingsError
-from erv_min.base.options import check, setting
+from erv_min.base.options import check, option
 from erv_min.emotions import canonical, normalize
 from erv_min.sentences import split_sentences
 
@@ -49,13 +49,13 @@ def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int
 
 
 def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_rule: str = "only",
-                       neutral_filter: bool = True, weights: Sequence[float] | None = None) -> float:
+                       neutral_filter: bool = True) -> float:
     """R_E of one completion, algorithm 1 lines 15-26 (Eq. 4): c / (N - N_neu), or c / N where e_gt is neutral.
 
     label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
     labels. N: sentences. N_neu: those whose only label is neutral ("only"), or that have it among them ("any", as line
-    15 prints it: R_E can pass 1; divergence 2). neutral_filter=False divides by N (table 2). weights: what each
-    sentence adds to c, 1 where None. R_E is 0 where the denominator is (divergence 3).
+    15 prints it: R_E can pass 1; divergence 2). neutral_filter=False divides by N (table 2).
+    R_E is 0 if the denominator is (divergence 3).
     """
     if neutral_rule not in ("only", "any"):
         raise SettingsError(f"neutral rule {neutral_rule!r} is unknown; there are 'only' and 'any'")
@@ -63,7 +63,7 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     sets = [[canonical(label) for label in EL] for EL in label_sets]
     N = len(sets)
     N_neu = sum(EL == ["neutral"] if neutral_rule == "only" else "neutral" in EL for EL in sets)
-    c = sum(w for w, EL in zip(weights or [1.0] * N, sets) if e_gt in EL)
+    c = sum(e_gt in EL for EL in sets)
     denominator = N - N_neu if neutral_filter and e_gt != "neutral" else N
     return c / denominator if denominator > 0 else 0.0
 
@@ -104,17 +104,17 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
 class RewardSettings:
     """Parameters of algorithm 1 and Eq. 5, and table 2's rows. Raises SettingsError out of its ranges."""
 
-    tau: float = setting(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
-    k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
-    neutral_rule: str = setting("only", "a sentence is neutral where neutral is its only label, or any of its labels "
+    tau: float = option(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
+    k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)
+    neutral_rule: str = option("only", "a sentence is neutral where neutral is its only label, or any of its labels "
                                         "(divergence 2)", ("only", "any"))
-    neutral_filter: bool = setting(True, "table 2's W/o Neutral Filtering: --ablate", option=False)
-    sentence_level: bool = setting(True, "table 2's W/o Sentence-Level Verification: --ablate", option=False)
-    answer_rule: str = setting("paper", "how an answer is read (divergence 18)", ("paper", "released"))
-    sentence_rule: str = setting("released", "how an explanation is split (sentences.py)", ("released", "extended"))
-    w_format: float = setting(1.0, "weight of R_format (Eq. 5)")
-    w_answer: float = setting(1.0, "weight of R_answer (Eq. 5)")
-    w_explanation: float = setting(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
+    neutral_filter: bool = option(True, "table 2's W/o Neutral Filtering: --ablate", option=False)
+    sentence_level: bool = option(True, "table 2's W/o Sentence-Level Verification: --ablate", option=False)
+    answer_rule: str = option("paper", "how an answer is read (divergence 18)", ("paper", "released"))
+    sentence_rule: str = option("released", "how an explanation is split (sentences.py)", ("released", "extended"))
+    w_format: float = option(1.0, "weight of R_format (Eq. 5)")
+    w_answer: float = option(1.0, "weight of R_answer (Eq. 5)")
+    w_explanation: float = option(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
 
     def __post_init__(self):
         check(self)
@@ -127,7 +127,7 @@ class RewardSettings:
 
 @dataclass
 class Reward:
-    """One completion's rewards. Of remedies.py the phase-in is in `total` alone, and `bonus` is added there."""
+    """One completion's rewards, and what the verifier read in each of its sentences."""
 
     format: float
     answer: float
@@ -135,7 +135,6 @@ class Reward:
     total: float
     sentences: list[str]
     label_sets: list[list[str]]
-    bonus: float = 0.0
 
 
 def sentences_of(completion: str, settings: RewardSettings) -> list[str]:

@@ -30,8 +30,8 @@ from erv_min.judge import permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.train.answers import predict_to_file
-from erv_min.train.settings import PredictionSettings, add_options, checked, setting
-from erv_min.train.start import load_policy
+from erv_min.train.settings import PredictionSettings, add_options, checked, option
+from erv_min.train.start import load_collator
 
 
 def text_key(text: str) -> str:
@@ -138,32 +138,32 @@ def complemented(rows: list[dict], client: ChatClient, target: int, classes: tup
 
 @dataclass
 class Annotated:
-    data: str = setting("", "data sets, 'emer:/path,merr:/path'")
-    out: str = setting("", "JSONL file")
+    data: str = option("", "data sets, 'emer:/path,merr:/path'")
+    out: str = option("", "JSONL file")
 
 
 @dataclass
 class Label:
-    input: str = setting("", "JSONL files, separated by commas")
-    ask: str = setting("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for "
+    input: str = option("", "JSONL files, separated by commas")
+    ask: str = option("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for "
                            "complement)")
-    out: str = setting("", "JSONL file")
-    concurrency: int = setting(8, "requests at once", least=1)
-    reply_tokens: int = setting(0, "longest reply in tokens, a reasoning model's thoughts included; 0: 24 for label, "
+    out: str = option("", "JSONL file")
+    concurrency: int = option(8, "requests at once", least=1)
+    reply_tokens: int = option(0, "longest reply in tokens, a reasoning model's thoughts included; 0: 24 for label, "
                                    "400 for complement", least=0)
-    seed: int = setting(0, "seed of permutations and draws")
+    seed: int = option(0, "seed of permutations and draws")
 
 
 @dataclass
 class Complement(Label):
-    per_class: int = setting(1000, "descriptions per class in the end (section 3.2: about 1K)", least=0)
-    classes: str = setting("disgust,fear,contempt,disappointment,neutral,helplessness", "the rare ones (section 3.2)")
-    temperature: float = setting(1.0, "of the new descriptions (the paper does not say)", least=0)
+    per_class: int = option(1000, "descriptions per class in the end (section 3.2: about 1K)", least=0)
+    classes: str = option("disgust,fear,contempt,disappointment,neutral,helplessness", "the rare ones (section 3.2)")
+    temperature: float = option(1.0, "of the new descriptions (the paper does not say)", least=0)
 
 
 @dataclass
 class Stats:
-    input: str = setting("", "JSONL files, separated by commas")
+    input: str = option("", "JSONL files, separated by commas")
 
 
 STEPS = {"annotated": (Annotated, "EMER and MERR-fine as training rows"),
@@ -193,7 +193,7 @@ def describe(settings: PredictionSettings) -> None:
     examples = check_clips([replace(e, split="train") for e in examples], settings.allow_missing,
                            out / "missing_clips.txt" if processes.main else None)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
-    rows, failed = predict_to_file(load_policy(settings, processes), examples, processes, out, settings)
+    rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)
     if processes.main:
         good, empty = described(rows, settings.model, settings.seed)
         write_jsonl(out / "descriptions.jsonl", good)

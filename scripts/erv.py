@@ -4,18 +4,12 @@ Multi-label binary cross entropy on [CLS]. The paper's preset starts from RoBERT
 11-way head: `--preset paper --data emer.jsonl,merr.jsonl,pseudo.jsonl,complement.jsonl`. Rows are JSONL of {"text",
 "labels", "source"}, as scripts/augment.py writes them; `--sources emer,merr` is table 2's row without augmentation.
 Leaves in OUT: model.safetensors, config.json, tokenizer.json (a folder that --erv takes), metrics.jsonl, report.json.
-`scripts/erv.py harden --init DIR [--second DIR --predictions FILES] ...` trains a verifier for one more round, on the
-same rows and on ways to cheat it (`hardening_rows`), and prints its F1 on honest text before and after.
 Departures: the paper names neither schedule, dropout nor validation; ours are linear decay, RoBERTa's 0.1, 10% by clip.
 What the reward made from a verifier pays for: scripts/tools/audit.py.
 """
 
-import itertools
 import math
-import random
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,56 +18,50 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erv_min import checkpoint
-from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.errors import SettingsError
 from erv_min.base.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
 from erv_min.data.loader import batch_of_step
-from erv_min.data.pairs import (Row, cheat, counts_table, positive_weights, read_rows, sampling_weights, split_rows,
-                                targets)
+from erv_min.data.pairs import Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets
 from erv_min.data.quality import verifier_report
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.model.bert import RobertaClassifier
-from erv_min.rewards import extract_explanation, select_labels, split_sentences
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy.chain import prepare_world
 from erv_min.train.folder import Run, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
-from erv_min.train.settings import Training, parse, setting
+from erv_min.train.settings import Training, option, parse
 from erv_min.train.sharding import Replicated
 
 
 @dataclass
 class ERVSettings(Training):
-    preset: str = setting("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for "
+    preset: str = option("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for "
                                  "both sizes", ("toy", "paper", "paper-0.5b", "paper-7b"))
-    data: str = setting("", "JSONL files, separated by commas (default: the embedded world's erv_train.jsonl)",
+    data: str = option("", "JSONL files, separated by commas (default: the embedded world's erv_train.jsonl)",
                         path="files")
-    valid: str = setting("", "JSONL files to measure on (default: the world's erv_valid.jsonl, else --holdout)",
+    valid: str = option("", "JSONL files to measure on (default: the world's erv_valid.jsonl, else --holdout)",
                          path="files")
-    holdout: float = setting(0.1, "share of clips held out where --valid gives no file", least=0, most=1)
-    sources: str = setting("", "train on rows of these sources only, e.g. emer,merr (table 2: without augmentation)")
-    init: str = setting("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or scratch:toy, "
+    holdout: float = option(0.1, "share of clips held out where --valid gives no file", least=0, most=1)
+    sources: str = option("", "train on rows of these sources only, e.g. emer,merr (table 2: without augmentation)")
+    init: str = option("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or scratch:toy, "
                         "scratch:base for random ones (as --random-weights)", path="hub")
-    tokenizer: str = setting("", "folder of tokenizer.json, where --init is scratch (default: the world's)",
+    tokenizer: str = option("", "folder of tokenizer.json, where --init is scratch (default: the world's)",
                              path="files")
-    head: int = setting(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
-    dropout: float = setting(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99)
-    balance: str = setting("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
+    head: int = option(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
+    dropout: float = option(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99)
+    balance: str = option("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
                                    "or rows of rare classes drawn more often", ("none", "weight", "resample"))
-    patience: int = setting(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never",
+    patience: int = option(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never",
                             least=0)
-    tau: float = setting(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
-    k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
-    second: str = setting("", "harden: another verifier, trained on other data", path="hub")
-    predictions: str = setting("", "harden: what a policy wrote, JSONL files with 'output' (as evaluate.py leaves) or "
-                                   "'completion' (grpo.py)", path="files")
+    tau: float = option(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
+    k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)
 
 
 PAPER = dict(epochs=10, batch_size=64, lr=3e-5, warmup=0.0, schedule="linear", save_every=200)  # section 4.3; ours
 PRESETS = {"toy": dict(PAPER, init="scratch:toy", lr=3e-3, epochs=4, warmup=0.05, dropout=0.0, seed=0),
            "paper": PAPER, "paper-0.5b": PAPER, "paper-7b": PAPER}
-HARDEN = {name: preset | {"init": "", "epochs": 2} for name, preset in PRESETS.items()}
 
 
 def prepare_toy(settings: ERVSettings, processes: Processes) -> None:
@@ -119,75 +107,6 @@ def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
     return rows, valid
 
 
-# ---- harden ----------------------------------------------------------------------------------------------------------
-
-# Of the audit's ways to cheat those that a reader of single texts can tell; the others repeat or leave out honest ones.
-CHEATS = ("stuff label words", "name the emotion in each", "two emotions in each", "claim calm around one",
-          "copy the question", "another language")
-
-
-def labels_of(verifier: Verifier, texts: list[str], settings: ERVSettings) -> list[list[str]]:
-    """EL of each text, names of ERV_LABELS (of a 28-way head the other 17 are left out; neutral where none is left)."""
-    columns = erv_columns(verifier.labels)
-    return select_labels(verifier.probabilities(texts)[:, columns], ERV_LABELS, settings.tau, settings.k)
-
-
-def cheating(rows: list[Row], verifier: Verifier, settings: ERVSettings, rng: random.Random) -> Iterator[tuple]:
-    """(text, labels): a way to cheat with a training text's sentences, labelled with what it shows: neutral, or what
-    its sentence conveys without the emotion that is added to it."""
-    while True:
-        row, way = rng.choice(rows), rng.choice(CHEATS)
-        sentences = split_sentences(row.text)
-        read = labels_of(verifier, sentences, settings)
-        cheats = cheat(way, sentences, row.labels[0], [float(row.labels[0] in EL) for EL in read],
-                       [EL == ["neutral"] for EL in read])
-        at = rng.randrange(len(cheats))
-        if way == "claim calm around one":
-            yield " ".join(cheats), ["neutral"]
-        else:
-            yield cheats[at], read[at] if way.endswith("in each") else ["neutral"]
-
-
-def broken(sentences: list[str], rng: random.Random) -> Iterator[tuple]:
-    """(text, neutral): the beginning of one sentence and the end of another, each cut inside a word (a policy's scraps;
-    2507.08794 takes pieces of a model's outputs as negatives)."""
-    known = set(sentences)
-    for _ in range(100 * len(sentences)):  # a text of short words alone may give none
-        a, b = rng.choice(sentences), rng.choice(sentences)
-        cuts = [[i for i in range(1, len(s)) if s[i - 1:i + 1].isalpha()] for s in (a, b)]
-        text = a[:rng.choice(cuts[0])] + b[rng.choice(cuts[1]):] if all(cuts) else a
-        if text not in known:
-            yield text, ["neutral"]
-
-
-def read_differently(settings: ERVSettings, verifier: Verifier, known: set[str], device) -> list[tuple]:
-    """(text, labels): a policy's sentences, none of them a training sentence, of which two verifiers read different
-    emotions. labels: those that both read, else neutral: what one alone pays for is no example of it (Adv-RM,
-    2504.06141, takes such text as a negative)."""
-    outputs = [row.get("output", row.get("completion")) for path in settings.predictions.split(",")
-               for row in read_jsonl(path)]
-    if None in outputs:
-        raise DataError(f"--predictions {settings.predictions}: a row has neither 'output' nor 'completion'")
-    said = {s: None for o in outputs for s in split_sentences(extract_explanation(o)) if s not in known}
-    if not said:
-        return []
-    read = [labels_of(v, list(said), settings) for v in (verifier, Verifier.load(settings.second, device))]
-    return [(s, [x for x in a if x in b] or ["neutral"]) for s, a, b in zip(said, *read) if {*a} != {*b}]
-
-
-def hardening_rows(rows: list[Row], verifier: Verifier, settings: ERVSettings, device) -> list[Row]:
-    """A quarter as many rows again: cheats, broken sentences, and what two verifiers read differently, in equal parts
-    (of the last what there is). Their labels count as the truth; the draw is a function of --seed."""
-    rng, sentences = random.Random(settings.seed), [s for row in rows for s in split_sentences(row.text)]
-    found = {"cheat": cheating(rows, verifier, settings, rng), "broken": broken(sentences, rng)}
-    if settings.second:
-        apart = read_differently(settings, verifier, set(sentences), device)
-        rng.shuffle(apart)
-        found["read differently"] = iter(apart)
-    return [Row(text, tuple(labels), source, text, tuple(labels)) for source, pairs in found.items()
-            for text, labels in itertools.islice(pairs, len(rows) // 12)]
-
-
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
@@ -207,13 +126,8 @@ def batch_rows(settings: ERVSettings, weights: Tensor | None, count: int, step: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    harden = argv[:1] == ["harden"]
-    settings = parse(ERVSettings, HARDEN if harden else PRESETS, __doc__, argv[harden:])
-    settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv") + "-hardened" * harden
-    if harden and (not settings.init or bool(settings.second) != bool(settings.predictions)):
-        raise SettingsError("harden: --init names the verifier, a folder or hub repository; --second, another one, and "
-                            "--predictions, what a policy wrote, go together")
+    settings = parse(ERVSettings, PRESETS, __doc__, argv)
+    settings.out = settings.out or ("runs/toy/erv" if settings.preset == "toy" else "runs/erv")
     out, processes = Path(settings.out), join_processes(settings.device, settings.deterministic)
     settings.resume = open_folder(out, settings.resume, processes)
     if settings.random_weights:
@@ -233,8 +147,6 @@ def main(argv: list[str] | None = None) -> None:
     verifier = Verifier(model, tokenizer, labels, processes.device)
     texts = {row.text for row in rows}
     seen = torch.tensor([row.text in texts for row in valid])
-    before = evaluate(verifier, valid, seen, settings)["at_tau"]["macro_f1"] if harden else None
-    rows += hardening_rows(rows, verifier, settings, processes.device) if harden else []
     model.requires_grad_(True)
     ids, mask = tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
     wanted = targets([row.labels for row in rows], settings.head)  # [N, K]
@@ -266,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = [x[part].to(processes.device) for x in (ids[:, :length], mask[:, :length], wanted)]
         with policy.forward_pass():
             logits = model(batch[0], batch[1])
-        run.watch([rows[i].key[:80] for i in part], logits)
+        run.track_rows([rows[i].key[:80] for i in part], logits)
         loss = erv_loss(logits.float(), batch[2], pos_weight) * (len(part) / len(picked))  # this process's share
         (loss * processes.size).backward()  # the update averages over processes
         lr = learning_rate(step, steps, settings.lr, settings.warmup, settings.schedule)
@@ -297,7 +209,6 @@ def main(argv: list[str] | None = None) -> None:
     if settings.patience and (out / "best.safetensors").exists():
         model.load_state_dict(load_file(out / "best.safetensors"))
     report = evaluate(verifier, valid, seen, settings) | {"train_seconds": trained, "training_rows": len(rows)}
-    report |= {"macro_f1_before": before} if harden else {}
     write_json(out / "report.json", report)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -305,10 +216,6 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint.save_erv(model, out, labels)  # weights last but for config.json: where they are, the rest is
     run.finish()
     print_report(report)
-    if harden:
-        after = report["at_tau"]["macro_f1"]
-        print(f"macro F1 on honest text: {before:.3f} before, {after:.3f} after"
-              + (": more than a point less, try fewer --epochs or a smaller --lr" if after < before - 0.01 else ""))
     print(f"verifier in {out}, trained in {trained:.1f} s")
 
 

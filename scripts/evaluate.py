@@ -29,23 +29,23 @@ from erv_min.metrics import COLUMNS, agreement, bootstrap, moved, next_with_anot
 from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
-from erv_min.train.settings import PredictionSettings, checked, parser_for, setting
-from erv_min.train.start import load_policy
+from erv_min.train.settings import PredictionSettings, checked, option, parser_for
+from erv_min.train.start import load_collator
 
 
 @dataclass
 class EvaluateSettings(PredictionSettings):
-    predictions: str = setting("", "evaluate these predictions instead of a model's", path="files")
-    name: str = setting("", "the system's name in the table (default: the model's or file's)")
-    split: str = setting("test", "which split of --data", ("test", "train", "tune"))
-    think: str = setting("", "write the answers again, greedily, after an explanation that is cut, or exchanged for "
+    predictions: str = option("", "evaluate these predictions instead of a model's", path="files")
+    name: str = option("", "the system's name in the table (default: the model's or file's)")
+    split: str = option("test", "which split of --data", ("test", "train", "tune"))
+    think: str = option("", "write the answers again, greedily, after an explanation that is cut, or exchanged for "
                              "that of the next clip with another answer", ("", "cut", "exchange"))
-    rule: str = setting("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
+    rule: str = option("paper", "how answers are read and UAR is averaged (divergences 15, 16, 18)",
                         ("paper", "released"))
-    bootstrap: int = setting(1000, "resamples of the clips for the 95% intervals; 0: none", least=0)
-    judge_cache: str = setting("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
-    concurrency: int = setting(8, "requests to a hosted judge at once", least=1)
-    reply_tokens: int = setting(0, "longest reply of a hosted judge in tokens, a reasoning model's thoughts included; "
+    bootstrap: int = option(1000, "resamples of the clips for the 95% intervals; 0: none", least=0)
+    judge_cache: str = option("", "file of the judge's answers (default: OUT/judge-cache.jsonl)")
+    concurrency: int = option(8, "requests to a hosted judge at once", least=1)
+    reply_tokens: int = option(0, "longest reply of a hosted judge in tokens, a reasoning model's thoughts included; "
                                    "0: 16", least=0)
 
 
@@ -63,7 +63,7 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
         print(summary(examples), flush=True)
     out = Path(settings.out)
     found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if processes.main else None)
-    policy = load_policy(settings, processes)
+    policy = load_collator(settings, processes)
     rows, failed = predict_to_file(policy, found, processes, out, settings)
     there = {example.path for example in found}
     missing = [example.video_id for example in examples if example.path not in there]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from erv_min import remedies
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import append_jsonl
 from erv_min.base.processes import all_reduce_sum, barrier, gather_lists, join_processes, run_script
@@ -23,19 +22,18 @@ from erv_min.data.loader import item_at, training_inputs
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import explanation_statistics
 from erv_min.generate import prompts_at_once, rollout, sampling_noise
-from erv_min.grpo import (TokenSums, decoupled_advantages, ended, group_advantages, grpo_loss, loss_length, over_batch,
-                          step_metrics, token_sums)
+from erv_min.grpo import TokenSums, ended, group_advantages, grpo_loss, loss_length, step_metrics, token_sums
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, completion_logps
-from erv_min.model.humanomni import Prompts, trainable
+from erv_min.model.humanomni import Prompts, freeze_except
 from erv_min.rewards import Reward, score_completions
 from erv_min.toy import chain
-from erv_min.train.answers import watched
+from erv_min.train.answers import evaluate_held_out
 from erv_min.train.folder import Run, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import PRESETS, GRPOSettings, parse, reward_settings, trained_parts
 from erv_min.train.sharding import save_model, shard
-from erv_min.train.start import FailedClips, decoding, start_model, start_verifiers, start_watch, training_examples
+from erv_min.train.start import FailedClips, clip_options, load_held_out, load_start, load_verifier, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,15 +54,15 @@ def main(argv: list[str] | None = None) -> None:
                             "--w-explanation 0")
 
     # pi_theta; the frozen pi_ref, which shares the frozen towers' features; the verifier; the optimizer.
-    model, collate = start_model(settings, "grpo", processes)
+    model, collate = load_start(settings, "grpo", processes)
     towers = (model.model.vision_tower, model.model.audio_tower)
     ref_model = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False).eval()
     ref_model.model.vision_tower = ref_model.model.audio_tower = None
-    trainable(model, trained_parts("grpo", settings))
+    freeze_except(model, trained_parts("grpo", settings))
     policy = shard(model.eval(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     reference = shard(ref_model, settings.sharding, processes.device, getattr(torch, settings.dtype), frozen=True)
-    verifiers, rules = start_verifiers(settings, processes.device), reward_settings(settings)
-    held_out, judge = start_watch(settings, processes)
+    verifier, rules = load_verifier(settings, processes.device), reward_settings(settings)
+    held_out, judge = load_held_out(settings, processes)
     eos, decode = collate.tokenizer.eos_id, partial(collate.tokenizer.decode, skip_special=True)
     optimizer = make_optimizer(policy.named_parameters().values())
 
@@ -80,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     stream = training_inputs(
         (step * settings.batch_size + place for step in range(first, total) for place in own),
         lambda place: examples[item_at(place, len(examples), settings.seed)], len(examples), failed.add,
-        config=model.config, cache=collate.cache, **decoding(settings))
+        config=model.config, cache=collate.cache, **clip_options(settings))
     if processes.main:
         trained = sum(p.numel() for p in policy.named_parameters().values())
         print(f"GRPO: {len(examples)} clips, {total} steps of {settings.batch_size} prompts x {G} completions, "
@@ -90,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         seen = {}  # of the policy that also samples in this step
         if held_out and step % settings.watch_every == 0:
             with policy.unsharded():
-                seen = watched(collate, held_out, judge, processes, settings, len(own))
+                seen = evaluate_held_out(collate, held_out, judge, processes, settings, len(own))
         started = time.time()
 
         # 1. o_1 .. o_G ~ pi_theta(. | x) for each prompt x. The frozen towers run here, once per clip.
@@ -104,15 +102,12 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             ref_logps = [log_probs(reference, ref_model, x, o, settings.temperature)[0] for x, o in passes]
 
-        # 3. R = R_E + R_format + R_answer (Eq. 4, 5), and the remedies that are on.
-        tokens = [(ids[mask], logps[mask]) for (_, o), ref in zip(passes, ref_logps)
-                  for ids, mask, logps in zip(o.ids, o.mask, ref)]
-        texts = [decode(ids.tolist()) for ids, _ in tokens]
-        rewards = score(texts, batch, verifiers, rules, settings, step,
-                        lambda i, pieces: remedies.piece_logps(decode, *(x.tolist() for x in tokens[i]), pieces))
+        # 3. R = R_E + R_format + R_answer (Eq. 4, 5).
+        texts = [decode(ids[mask].tolist()) for _, o in passes for ids, mask in zip(o.ids, o.mask)]
+        rewards = score(texts, batch, verifier, rules, settings.group_size)
 
         # 4. A_i = (R_i - mean) / std in each group.
-        A = advantages(rewards, settings, step).to(processes.device)
+        A = advantages(rewards, settings).to(processes.device)
 
         # 5. mu updates: descend the clipped surrogate plus beta KL.
         lr = learning_rate(step, total, settings.lr, settings.warmup, settings.schedule)
@@ -149,27 +144,18 @@ def sample(model, prompts: Prompts, places: list[int], step: int, settings: GRPO
     return Completions.cat(parts, eos)
 
 
-def score(texts: list[str], batch: Batch, verifiers: list, rules, settings: GRPOSettings, step: int,
-          likelihood) -> list[Reward]:
-    """The rewards of all completions; each verifier reads every distinct sentence of them in one call. likelihood: see
-    `remedies.apply`."""
-    each = [x for x in batch.examples for _ in range(settings.group_size)]
+def score(texts: list[str], batch: Batch, verifier, rules, group_size: int) -> list[Reward]:
+    """The rewards of all completions; the verifier reads every distinct sentence of them in one call."""
+    each = [x for x in batch.examples for _ in range(group_size)]
     labels, datasets = [x.label for x in each], [x.dataset for x in each]
-    readings = [score_completions(texts, labels, datasets, v.probabilities, v.labels, rules) for v in verifiers]
-    readings = readings or [score_completions(texts, labels, datasets, None, ERV_LABELS, rules)]
-    return remedies.apply(readings, texts, labels, verifiers, settings.group_size, rules, settings, step, likelihood)
+    return score_completions(texts, labels, datasets, verifier and verifier.probabilities,
+                             verifier.labels if verifier else ERV_LABELS, rules)
 
 
-def advantages(rewards: list[Reward], settings: GRPOSettings, step: int) -> torch.Tensor:
-    """A [R], as --advantages says. Groups are whole on one process; GDPO's last step is over all of them."""
-    if settings.advantages != "gdpo":
-        R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32)
-        return group_advantages(R, settings.group_size, settings.advantages == "grpo")
-    parts = torch.tensor([[r.explanation, r.format, r.answer, r.bonus] for r in rewards])
-    w_explanation = settings.w_explanation * remedies.phase_in(step, settings.phase_in_steps)
-    weights = torch.tensor([w_explanation, settings.w_format, settings.w_answer, 1.0])
-    A = decoupled_advantages(parts, weights, settings.group_size)
-    return over_batch(A, torch.tensor(gather_lists(A.tolist())))
+def advantages(rewards: list[Reward], settings: GRPOSettings) -> torch.Tensor:
+    """A [R], as --advantages says. Groups are whole on one process."""
+    R = torch.tensor([reward.total for reward in rewards], dtype=torch.float32)
+    return group_advantages(R, settings.group_size, settings.advantages == "grpo")
 
 
 def log_probs(policy, model, batch: Batch, completions: Completions, temperature: float):
@@ -193,7 +179,7 @@ def descend(policy, model, optimizer, passes: list[tuple[Batch, Completions, tor
         loss, sums = 0.0, []
         for i, (x, o, A) in enumerate(passes):
             logps, entropy = log_probs(policy, model, x, o, settings.temperature)
-            run.watch([f"{e.video_id}, completion {k}" for e in x.examples for k in range(settings.group_size)], logps)
+            run.track_rows([f"{e.video_id}, completion {k}" for e in x.examples for k in range(settings.group_size)], logps)
             if iteration == 0:
                 old_logps.append(logps.detach())
             part_loss = grpo_loss(logps, old_logps[i], ref_logps[i], A, masks[i], settings.beta, settings.epsilon,

@@ -20,8 +20,8 @@ from erv_min.emotions import to_erv
 from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of
 from erv_min.train.answers import answers
-from erv_min.train.settings import Answers, checked, parser_for, setting
-from erv_min.train.start import load_policy
+from erv_min.train.settings import AnswerSettings, checked, option, parser_for
+from erv_min.train.start import load_collator
 
 
 def find_clips(names: list[str]) -> list[Path]:
@@ -70,12 +70,12 @@ def explain_reward(output: str, e_gt: str, verifier: Verifier, settings: RewardS
 
 
 @dataclass
-class InferSettings(Answers):
-    subtitle: str = setting("", "what is said in the clip, for the prompt")
-    json: bool = setting(False, "one JSON object per clip instead of text")
-    explain_reward: str = setting("", "show each sentence's emotions and R_E for this label (Eq. 4)")
-    erv: str = setting("", "the verifier for it: a folder or a hub repository", path="hub")
-    tau: float = setting(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
+class InferSettings(AnswerSettings):
+    subtitle: str = option("", "what is said in the clip, for the prompt")
+    json: bool = option(False, "one JSON object per clip instead of text")
+    explain_reward: str = option("", "show each sentence's emotions and R_E for this label (Eq. 4)")
+    erv: str = option("", "the verifier for it: a folder or a hub repository", path="hub")
+    tau: float = option(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
 
 
 def show_reward(reward: dict | None) -> None:
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.explain_reward:
         to_erv(settings.explain_reward)  # an unknown label is said before the model is loaded
     clips, processes = find_clips(names), join_processes(settings.device)
-    policy = load_policy(settings, processes, lambda line: print(line, file=sys.stderr))
+    policy = load_collator(settings, processes, lambda line: print(line, file=sys.stderr))
     verifier = Verifier.load(settings.erv, processes.device) if settings.erv else None
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer
     live, failed = not settings.json and sys.stdout.isatty(), 0

@@ -44,7 +44,7 @@ ROWS = {
     "no-augmentation": ("w/o data augmentation", (46.88, 42.62, 65.46, 56.78, 38.60)),
     "no-filtering": ("w/o neutral filtering", (46.28, 42.13, 64.70, 57.16, 38.67)),
     "no-sentences": ("w/o sentence-level", (47.54, 43.17, 68.36, 56.78, 38.66)),
-    "answers": ("Answers without explaining", (None,) * 5),
+    "answers": ("AnswerSettings without explaining", (None,) * 5),
 }
 TABLES = tuple(ROWS)  # 1, 2 and 4
 # Row -> (name, verifiers, the words of grpo.py in which it differs from "ours").

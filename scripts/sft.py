@@ -17,7 +17,7 @@ from erv_min.base.processes import all_reduce_sum, join_processes, run_script
 from erv_min.data.loader import item_at, training_inputs
 from erv_min.inputs import Example, embed
 from erv_min.logps import Completions, completion_logps
-from erv_min.model.humanomni import pad_rows, trainable
+from erv_min.model.humanomni import freeze_except, pad_rows
 from erv_min.prompts import sft_target
 from erv_min.sft import group_targets, sft_loss
 from erv_min.toy.chain import prepare_world
@@ -25,7 +25,7 @@ from erv_min.train.folder import Run, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import PRESETS, SFTSettings, parse, trained_parts
 from erv_min.train.sharding import save_model, shard
-from erv_min.train.start import FailedClips, decoding, start_model, training_examples
+from erv_min.train.start import FailedClips, clip_options, load_start, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         settings.model = str(world / "base") if base else settings.model
 
     # Model, optimizer, and targets y in units that share a clip and so its prompt x.
-    model, collate = start_model(settings, "sft", processes)
-    trainable(model, trained_parts("sft", settings))
+    model, collate = load_start(settings, "sft", processes)
+    freeze_except(model, trained_parts("sft", settings))
     policy = shard(model.train(), settings.sharding, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
     units = group_targets(explained(training_examples(settings, "sft", processes), settings), settings.targets_per_clip)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     stream = training_inputs((step * units_per_step + place for step in range(first, total) for place in own),
                              lambda place: unit_at(place)[0], len(units), failed.add, config=model.config,
-                             cache=collate.cache, **decoding(settings))
+                             cache=collate.cache, **clip_options(settings))
     if processes.main:
         trained = sum(p.numel() for p in policy.named_parameters().values())
         print(f"SFT: {len(units)} units of {settings.targets_per_clip} targets, {total} steps of {units_per_step} "
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                                            processes.device))
             with policy.forward_pass():
                 logps, _ = completion_logps(model, embed(model, batch[part]), labels)
-            run.watch([f"{x.video_id}, target {i}" for x, unit in zip(batch.examples[part], targets[part])
+            run.track_rows([f"{x.video_id}, target {i}" for x, unit in zip(batch.examples[part], targets[part])
                        for i in range(len(unit))], logps)
             loss = sft_loss(logps, labels.mask, denominator)
             (loss * processes.size).backward()  # `update` takes the mean over processes

@@ -25,7 +25,7 @@ from erv_min.generate import prefill, rollout, sampling_noise
 from erv_min.grpo import group_advantages
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import trainable
+from erv_min.model.humanomni import freeze_except
 from erv_min.train.folder import provenance
 from erv_min.train.optimizer import make_optimizer
 from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings
@@ -193,7 +193,7 @@ def test_sharded_is_replicated(nccl, recompute):
 def trained(recompute: bool):
     model = tiny_model(3)
     model.model.recompute = recompute
-    trainable(model, TRAINABLE["grpo"])
+    freeze_except(model, TRAINABLE["grpo"])
     return model
 
 
@@ -287,7 +287,7 @@ def grpo_step(put) -> dict[str, torch.Tensor]:
     """Forward pass, sampling, log-probs and an update of a model that lies where `put` puts tensors."""
     model, settings = tiny_model(3)._apply(put), GRPOSettings(group_size=3, max_new_tokens=12)
     model.tie_weights()
-    trainable(model, TRAINABLE["grpo"])
+    freeze_except(model, TRAINABLE["grpo"])
     policy = Replicated(model, "cpu", torch.float32)
     optimizer = make_optimizer(policy.named_parameters().values())
     given = {name: put(x) for name, x in a_clip().items()}

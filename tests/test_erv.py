@@ -358,21 +358,17 @@ def test_every_way_is_written():
 
 
 def test_audit_by_hand():
-    """Honest R_E: neutral, anger, fear against angry: 1 / (3 - 1) = 1/2, in 13 words (the length term's target)."""
+    """Honest R_E: neutral, anger, fear against angry: 1 / (3 - 1) = 1/2."""
     rows = {row.way: row for row in audit.audit(FakeVerifier(), [" ".join(HONEST), ""], ["angry", "sad"], "dfew", DFEW,
                                                 lambda texts: ["angry"] * len(texts))}
     assert list(rows) == ["honest", *audit.CHEATS]
     honest = rows["honest"].rewards
-    assert honest == pytest.approx({"paper": 0.5, "count_calm": 0.5, "gate_on_answer": 0.5, "length_target": 0.5,
-                                    "repeat_discount": 0.5, "no neutral filter": 1 / 3})
+    assert honest == pytest.approx({"paper": 0.5, "no neutral filter": 1 / 3})
     assert rows["repeat one sentence"].rewards["paper"] == 1.0
-    assert rows["one sentence only"].rewards == pytest.approx(honest | {
-        "paper": 1.0, "count_calm": 1.0, "gate_on_answer": 1.0, "length_target": 4 / 14, "repeat_discount": 1.0,
-        "no neutral filter": 1.0})
+    assert rows["one sentence only"].rewards == {"paper": 1.0, "no neutral filter": 1.0}
     calm = rows["claim calm around one"].rewards  # two calm sentences, left out by the filter: 1 / (3 - 2)
     assert calm["paper"] == 1.0 and calm["no neutral filter"] == pytest.approx(1 / 3)
-    assert calm["count_calm"] == 1.0  # this verifier reads anger in the whole; one that reads neutral: test_remedies.py
-    assert rows["wrong answer"].rewards["paper"] == 0.5 and rows["wrong answer"].rewards["gate_on_answer"] == 0.0
+    assert rows["wrong answer"].rewards["paper"] == 0.5
     assert rows["stuff label words"].statistics["distinct_sentence_rate"] == pytest.approx(1 / 3)
     assert rows["honest"].judged == 1.0 and "| one sentence only | 100.0 |" in audit.audit_table(list(rows.values()))
     with pytest.raises(SettingsError, match="at least one sentence"):
@@ -448,59 +444,6 @@ def test_weights_do_not_depend_on_the_number_of_processes(folder, tmp_path):
 
 def row(text, *labels):
     return pairs.Row(text, labels, "pseudo", text, labels)
-
-
-def test_hardening_rows_by_hand(script, tmp_path, monkeypatch):
-    """Cheats carry what they show: the added emotion is none of a sentence's own. Broken sentences are none that are
-    known. Of a policy's new sentences those count that two verifiers read differently, with what both read."""
-    settings, rng = script.ERVSettings(), random.Random(0)
-    rows = [row("A man is in the office. His voice shows anger.", "anger"), row("Her face shows fear.", "fear")]
-    drawn = dict(itertools.islice(script.cheating(rows, FakeVerifier(), settings, rng), 200))
-    assert drawn["Anger, anger, anger."] == drawn["Fear, fear, fear."] == ["neutral"]
-    assert drawn["A man is in the office, which shows anger."] == ["neutral"]
-    assert drawn["His voice shows anger, which shows anger or happiness."] == ["anger"]
-    assert drawn["The face is calm and neutral. His voice shows anger. The person is neutral."] == ["neutral"]
-    assert set(script.CHEATS) < set(audit.CHEATS)
-    known = ["His voice shows anger.", "Her face shows fear."]
-    scraps = list(itertools.islice(script.broken(known, rng), 100))
-    for text, labels in scraps:
-        assert labels == ["neutral"] and text not in known and any(text[0] == s[0] for s in known) and text[-1] == "."
-        assert any(text == a[:i] + b[j:] and a[i - 1:i + 1].isalpha() and b[j - 1:j + 1].isalpha()
-                   for a in known for b in known for i in range(1, len(a)) for j in range(1, len(b)))
-
-    class Second(FakeVerifier):
-        def probabilities(self, sentences):
-            return super().probabilities([s.replace("fear", "-").replace("glee", "happiness") for s in sentences])
-    written = [{"output": "<think>He shows fear. He shows anger and fear. Glad glee. Her face shows fear.</think>"},
-               {"completion": "<think>He shows anger. He shows fear.</think>"}]
-    settings.predictions = str(write(tmp_path / "said.jsonl", written))
-    monkeypatch.setattr(script.Verifier, "load", lambda *_: Second())
-    assert script.read_differently(settings, FakeVerifier(), set(known), "cpu") == [
-        ("He shows fear.", ["neutral"]), ("He shows anger and fear.", ["anger"]), ("Glad glee.", ["neutral"])]
-    settings.second = "another"
-    made = script.hardening_rows(rows * 12, FakeVerifier(), settings, "cpu")
-    assert [r.source for r in made] == ["cheat"] * 2 + ["broken"] * 2 + ["read differently"] * 2  # a twelfth each
-    assert made == script.hardening_rows(rows * 12, FakeVerifier(), settings, "cpu")
-    settings.predictions = str(write(tmp_path / "other.jsonl", [{"text": "x"}]))
-    with pytest.raises(DataError, match="neither 'output' nor 'completion'"):
-        script.read_differently(settings, FakeVerifier(), set(), "cpu")
-
-
-def test_harden_takes_the_reward_from_stuffing_and_keeps_f1(folder, script, trained, tmp_path, capsys):
-    script.main(["harden", *arguments(folder, tmp_path / "hard", "--init", str(trained), "--epochs", "1")])
-    before, after = erv.Verifier.load(trained), erv.Verifier.load(tmp_path / "hard")
-    stuffed = ["Sadness, sadness, sadness.", "Anger, anger, anger."]
-    honest = [SAYS["sad"][1], SAYS["disgust"][0]]
-    assert select_labels(after.probabilities(stuffed), ERV_LABELS) == [["neutral"]] * 2
-    assert select_labels(after.probabilities(honest), ERV_LABELS) == select_labels(
-        before.probabilities(honest), ERV_LABELS) == [["sadness"], ["disgust"]]
-    report = read_json(tmp_path / "hard" / "report.json")
-    assert report["macro_f1_before"] == read_json(trained / "report.json")["at_tau"]["macro_f1"]
-    assert report["at_tau"]["macro_f1"] > report["macro_f1_before"] - 0.02  # the issue's 0.01 is for a whole round
-    assert "macro F1 on honest text: " in capsys.readouterr().out
-    for wrong in (["harden"], ["harden", "--init", str(trained), "--second", str(trained)]):
-        with pytest.raises(SettingsError, match="harden: --init names the verifier"):
-            script.main(wrong)
 
 
 def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from erv_min.toy.text import CUES
 from erv_min.toy.world import WorldSettings, build_world
 from erv_min.train import answers as predictions
 from erv_min.train.settings import GRPOSettings
-from erv_min.train.start import start_watch
+from erv_min.train.start import load_held_out
 
 ROOT = Path(__file__).parent.parent
 
@@ -319,10 +319,10 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
 def test_the_same_clips_mute_or_black(world, tmp_path, monkeypatch):
     """One modality's features change, the other's stay; a cache of whole clips is neither read nor filled."""
     example, features, seen = load_examples(f"toy:{world}", "test")[0], Collator.features, []
-    policy = predictions.load_policy_for(predictions.Answers(model=str(world / "model"), device="cpu"))
+    policy = predictions.load_policy(predictions.AnswerSettings(model=str(world / "model"), device="cpu"))
     policy.cache = FeatureCache(None, "whole clips")
     monkeypatch.setattr(Collator, "features", lambda self, x: seen.append(features(self, x)) or seen[-1])
-    settings = predictions.Answers(max_new_tokens=1, workers=0)
+    settings = predictions.AnswerSettings(max_new_tokens=1, workers=0)
     for without in ("", "audio", "video", ""):
         assert len(list(predictions.outputs(policy, [example], [0], replace(settings, without=without)))) == 1
     assert [[torch.equal(*pair) for pair in zip(other, seen[0])] for other in seen[1:]] == [
@@ -373,7 +373,7 @@ def test_answers_after_a_changed_explanation(world, tmp_path, monkeypatch, capsy
 
 
 def test_an_answer_goes_on_after_its_beginning_whatever_the_batch(world):
-    policy = predictions.load_policy_for(predictions.Answers(model=str(world / "model"), device="cpu"))
+    policy = predictions.load_policy(predictions.AnswerSettings(model=str(world / "model"), device="cpu"))
     settings = predictions.PredictionSettings(batch_size=1, workers=0)
     examples = load_examples(f"toy:{world}", "test")[:3]
     texts = ["He smiles.", "", "A woman is in the garden. The voice is thin and shaky."]
@@ -449,15 +449,15 @@ def test_what_is_watched_by_hand(monkeypatch):
     monkeypatch.setattr(predictions, "predict", lambda *given: asked.append(given) or ([dict(x) for x in rows], []))
     settings = GRPOSettings(seed=3, eval_temperature=0.7, max_new_tokens=9)
     judge = lambda texts, labels: [Judgement(text, "ok", text) for text in texts]  # noqa: E731
-    assert predictions.watched(None, clips("sad"), judge, main, settings, 5) == {"held_out_EEA": 75, "held_out_EPC": 25}
-    assert predictions.watched(None, clips("sad"), judge, Processes(1, 2, main.device), settings, 5) == {}
+    assert predictions.evaluate_held_out(None, clips("sad"), judge, main, settings, 5) == {"held_out_EEA": 75, "held_out_EPC": 25}
+    assert predictions.evaluate_held_out(None, clips("sad"), judge, Processes(1, 2, main.device), settings, 5) == {}
     how = asked[0][3]
     assert (how.seed, how.temperature, how.max_new_tokens) == (3 + 2**32, 0.7, 9)  # no noise of the training's
 
 
 def test_which_clips_are_watched_and_who_judges(world, tmp_path, capsys):
     def start(**given):
-        return start_watch(GRPOSettings(world=str(world), **given), Processes(0, 1, torch.device("cpu")))
+        return load_held_out(GRPOSettings(world=str(world), **given), Processes(0, 1, torch.device("cpu")))
 
     (tmp_path / "clip").mkdir()
     (tmp_path / "single_testset_5.csv").write_text("video_name,label\n" + "".join(f"{i},1\n" for i in range(160)))
@@ -516,7 +516,7 @@ def test_one_clip_in_five_lines_of_python(world, tmp_path, capsys):
     with pytest.raises(ClipError, match="bad.mp4"):
         predictions.answer(found["policy"], tmp_path / "bad.mp4", found["settings"])
     with pytest.raises(SettingsError, match="--max-new-tokens"):
-        predictions.load_policy_for(predictions.Answers(model="x", max_new_tokens=0))
+        predictions.load_policy(predictions.AnswerSettings(model="x", max_new_tokens=0))
 
 
 def test_infer_into_a_closed_pipe(world):

@@ -25,7 +25,7 @@ from erv_min.fsdp import ALIGN, Sharded
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import random_humanomni, trainable
+from erv_min.model.humanomni import freeze_except, random_humanomni
 from erv_min.sft import sft_loss
 from erv_min.train.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings, trained_parts
 from erv_min.train.sharding import FullyShard, Replicated
@@ -104,7 +104,7 @@ def start(way: str, stage: str, compute: torch.dtype, recompute: bool = False):
     """(run, optimizer) of a tiny HumanOmni with tied embeddings, frozen towers and unused parameters."""
     model = random_humanomni(humanomni("toy"))
     model.model.recompute = recompute
-    trainable(model, TRAINABLE[stage])
+    freeze_except(model, TRAINABLE[stage])
     run = WAYS[way](model, compute=compute)
     # eps lies above rounding noise, which Adam would blow up where a gradient is zero by symmetry (k_proj.bias: softmax
     # does not see a shift of all keys).
@@ -400,7 +400,7 @@ def test_bytes_without_a_busy_thread(size):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_gradients_through_a_shared_prompt_are_those_of_separate_ones(runs, size):
     model = random_humanomni(humanomni("toy"))
-    trainable(model, TRAINABLE["grpo"])
+    freeze_except(model, TRAINABLE["grpo"])
     prefix_loss(model, [0, 1, 2, 3], False).backward()
     got = torch.load(runs / f"numbers-{size}", weights_only=True)["gradients"]
     largest = max(p.grad.norm() for p in model.parameters() if p.grad is not None)
@@ -565,7 +565,7 @@ def test_plan_counts_what_training_holds(recompute):
     planned = plan(SMALL, "sft", settings, 1)
     model = random_humanomni(SMALL)
     model.model.recompute = recompute
-    trainable(model, trained_parts("sft", settings))
+    freeze_except(model, trained_parts("sft", settings))
     run = Sharded(model, compute=F32)
     parameters = run.named_parameters().values()
     optimizer = torch.optim.AdamW(parameters, lr=LR)

@@ -15,7 +15,8 @@ from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.onednn import Linear, use_onednn
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.model.humanomni import AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, init_weights, random_humanomni, trainable
+from erv_min.model.humanomni import (AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, freeze_except, init_weights,
+                                     random_humanomni)
 from erv_min.model.qwen2 import PackedGroups, attend_causal
 from tiny import close
 
@@ -152,19 +153,19 @@ def test_unused_parameters_are_exactly_what_gets_no_gradient(toy):
 
 def test_trainable_parts():
     model = HumanOmni(humanomni("toy"))
-    chosen = trainable(model, ["language_model", "text_encoder"])
+    chosen = freeze_except(model, ["language_model", "text_encoder"])
     names = {name for name, _ in chosen}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
     prefixes = ("model.layers.", "model.embed_tokens.", "model.norm.", "model.bert_model.")
     assert all(n.startswith(prefixes) for n in names)
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names  # tied: listed once
     assert not any("pooler" in n for n in names) and any("bert_model.encoder" in n for n in names)
-    everything = {name for name, _ in trainable(model, PARTS)}
+    everything = {name for name, _ in freeze_except(model, PARTS)}
     frozen = {n for n, _ in model.named_parameters()} - everything
     assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | model.unused_parameters()
     assert any("vision_tower" in n for n in everything)
     with pytest.raises(SettingsError, match="audio_tower.*choose from language_model"):
-        trainable(model, ["audio_tower"])
+        freeze_except(model, ["audio_tower"])
 
 
 def test_random_weights_depend_on_the_seed_alone():

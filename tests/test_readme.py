@@ -49,7 +49,7 @@ def parse_only(script: str, argv: list[str], patch) -> None:
     if script == "augment":
         augment.parser().parse_args(argv)
     elif script == "erv":
-        parse(erv.ERVSettings, erv.PRESETS, "", argv[argv[:1] == ["harden"]:])
+        parse(erv.ERVSettings, erv.PRESETS, "", argv)
     elif script == "audit":
         parse(audit.AuditSettings, {}, "", argv[1:] if argv[:1] == ["score"] else argv)
     elif script in ("sft", "grpo"):

@@ -28,7 +28,7 @@ def test_token_sums_by_hand():
 def test_step_metrics_by_hand():
     """Two groups of two: R 3, 1 and 2, 2; tokens 4, 2, 10, 4, of which the third met no EOS."""
     rewards = [Reward(1, 1, 1.0, 3.0, [], []), Reward(1, 0, 0.0, 1.0, [], []),
-               Reward(1, 1, 0.0, 2.0, [], []), Reward(1, 0, 1.0, 2.0, [], [], 0.5)]
+               Reward(1, 1, 0.0, 2.0, [], []), Reward(1, 0, 1.0, 2.0, [], [])]
     sums = [TokenSums(4, 1, 2.0, 8.0, 1, 0, 0.1, 0.1), TokenSums(2, 1, 0.0, 2.0, 0, 1, 0.3, 0.2),
             TokenSums(10, 0, 2.0, 5.0, 1, 0, 0.0, 0.0), TokenSums(4, 1, 0.0, 5.0, 0, 0, 0.0, 0.0)]
     found = step_metrics(rewards, sums, 2)
@@ -36,7 +36,7 @@ def test_step_metrics_by_hand():
         "reward": 2, "reward_format": 1, "reward_answer": 0.5, "reward_explanation": 0.5,
         # standard deviations of 3, 1: sqrt 2; of 1, 0: sqrt(1/2), in one of the two groups or in both
         "reward_std": math.sqrt(2) / 2, "reward_format_std": 0, "reward_answer_std": math.sqrt(0.5),
-        "reward_explanation_std": math.sqrt(0.5), "reward_bonus": 0.125, "reward_bonus_std": math.sqrt(0.125) / 2,
+        "reward_explanation_std": math.sqrt(0.5),
         "frac_zero_std": 0.5,
         "kl": 4 / 20, "entropy": 20 / 20, "clip_fraction_low": 2 / 20, "clip_fraction_high": 1 / 20,
         "sampler_gap": 0.4 / 20, "sampler_gap_max": 0.2, "completion_length": 5, "completion_length_min": 2,

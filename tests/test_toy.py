@@ -334,8 +334,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(chain, "run", lambda command, processes: commands.append(command))
     given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
-             "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7",
-             "--care-bonus", "0.5"]
+             "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *given])
     settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
     chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cuda", 0)))
@@ -349,7 +348,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", baseline=False, eval_clips=-1,
-                           resume=True, w_explanation=0.0, care_bonus=0.0)  # it alone would reward explanations
+                           resume=True, w_explanation=0.0)
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -21,8 +21,8 @@ from erv_min.data.loader import batch_of_step
 from erv_min.rewards import RewardSettings
 from erv_min.train.folder import LOCKS, Run, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
-from erv_min.train.settings import (PRESETS, Answers, Clips, GRPOSettings, PredictionSettings, SFTSettings, check,
-                                    parse, reward_settings)
+from erv_min.train.settings import (PRESETS, AnswerSettings, Clips, GRPOSettings, PredictionSettings, SFTSettings,
+                                    check, parse, reward_settings)
 from erv_min.train.sharding import Replicated, average_gradients
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -78,7 +78,7 @@ def test_every_reward_setting_has_an_option():
 REFUSED = {GRPOSettings: ["--group-size 1", "--group-size 0", "--workers -1", "--sample-every 0", "--batch-size 0",
                           "--micro-batch 0", "--max-new-tokens 0", "--steps -5", "--tau 1.5", "--tau -0.1", "--tau nan",
                           "--k 0", "--temperature 0", "--beta -1", "--warmup 1.5", "--lr inf", "--eval-clips -2",
-                          "--repeat-discount 2", "--phase-in-steps -1", "--keep 0", "--top-k -1", "--allow-missing 2"],
+                          "--keep 0", "--top-k -1", "--allow-missing 2"],
            SFTSettings: ["--targets-per-clip 0", "--num-frames 0", "--epochs 0", "--max-grad-norm 0"],
            PredictionSettings: ["--limit -3", "--batch-size 0", "--top-p 0", "--top-p 1.1", "--temperature -1"]}
 
@@ -130,12 +130,12 @@ def test_paths_that_are_not_there_are_named_at_once(tmp_path, monkeypatch):
     (tmp_path / "a,b").mkdir()
     monkeypatch.chdir(tmp_path)
     for model in ("StarJiaxing/EMER-SFT-0.5B", "there", str(there), str(tmp_path / "a,b"), ""):
-        check(Answers(model=model))
+        check(AnswerSettings(model=model))
     for data in (f"dfew:{there},mafw:there", f"dfew:{tmp_path / 'a,b'}", f"json:emer:{there}@{there}", f"json:{there}"):
         check(Clips(data=data))
     for model in (str(monkey), "./gone", "there/gone"):
         with pytest.raises(SettingsError, match="--model .*gone: there is no file or folder"):
-            check(Answers(model=model))
+            check(AnswerSettings(model=model))
     for data in (f"dfew:{there},mafw:{monkey}", "dfew:gone", f"json:emer:{monkey}@{there}", f"json:{there}@gone"):
         with pytest.raises(SettingsError, match="--data .*no file or folder .*gone$"):
             check(Clips(data=data))

@@ -1,4 +1,4 @@
-"""Settings as dataclasses: `setting` declares an option once; its range, its help and its check come from there.
+"""Settings as dataclasses: `option` declares an option once; its range, its help and its check come from there.
 
 Every script reads its settings by `parse`, which checks all of them before anything is loaded.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from erv_min.base.errors import SettingsError
 
 
-def setting(default, help: str, choices: tuple = (), *, least: float | None = None, over: float | None = None,
+def option(default, help: str, choices: tuple = (), *, least: float | None = None, over: float | None = None,
             most: float | None = None, why: str = "", path: str = "", option: bool = True):
     """A field with its help text and what is allowed: one of `choices`; >= `least`; > `over`; <= `most`.
 

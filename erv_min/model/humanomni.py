@@ -313,7 +313,7 @@ def random_humanomni(config: HumanOmniConfig, seed: int = 0, dtype: torch.dtype 
     return use_onednn(model).eval()
 
 
-def trainable(model: HumanOmni, names) -> list[tuple[str, nn.Parameter]]:
+def freeze_except(model: HumanOmni, names) -> list[tuple[str, nn.Parameter]]:
     """Makes exactly the parts `names` of table 8 trainable, without their unused parameters; returns their (name,
     parameter) pairs. Raises SettingsError on a name that is not in PARTS."""
     names = [names] if isinstance(names, str) else list(names)

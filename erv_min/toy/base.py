@@ -25,7 +25,7 @@ from erv_min.config import humanomni
 from erv_min.data.loader import batch_of_step, clip_inputs
 from erv_min.data.readers import read_training_json
 from erv_min.logps import Completions, completion_logps
-from erv_min.model.humanomni import HumanOmni, init_weights, pad_rows, trainable
+from erv_min.model.humanomni import HumanOmni, freeze_except, init_weights, pad_rows
 from erv_min.prompts import gate_text, render, sft_target
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
@@ -51,7 +51,7 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     width = model.config.text.hidden_size
     torch.manual_seed(seed)  # torch's own start seed differs from process to process (2.13)
     see, hear = nn.Linear(width, seen.shape[1]), nn.Linear(width, heard.shape[1])
-    trainable(model, ("vision_tower", "visual_projector", "audio_projector"))
+    freeze_except(model, ("vision_tower", "visual_projector", "audio_projector"))
     model.model.audio_tower.requires_grad_()
     learner = Replicated(nn.ModuleList([model, see, hear]), compute=torch.float32)
     optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
@@ -73,7 +73,7 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
 
     video, audio: the clips' tokens [clips, V, D], [clips, A, D].
     """
-    trainable(model, ("language_model",))
+    freeze_except(model, ("language_model",))
     learner = Replicated(model, compute=torch.float32)
     optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
     ids = torch.tensor([tokenizer.encode(render())])

@@ -25,8 +25,8 @@ from erv_min.metrics import COLUMNS, score, table
 from erv_min.toy.launch import become, run
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import predict
-from erv_min.train.settings import Answers, GRPOSettings
-from erv_min.train.start import decoding
+from erv_min.train.settings import AnswerSettings, GRPOSettings
+from erv_min.train.start import clip_options
 
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
 
@@ -91,7 +91,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         for stage in todo:
             run(stage, processes=several)
         if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
-            own = "--w-explanation 0 --care-bonus 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
+            own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
             run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")],
                 processes=several)
         if os.environ.get("WORLD_SIZE") == "1" and several > 1:
@@ -106,8 +106,8 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
     judge, scores, counted, own = make_judge("lexicon"), {}, {}, copy.copy(collate)
-    how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
-                  **decoding(settings))
+    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
+                  **clip_options(settings))
     for system, folder in systems.items():
         own.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
         rows, _ = predict(own, examples, processes, how, batch_size=64)

@@ -1,8 +1,8 @@
 """What a policy answers: for one clip (`answer`), for data sets (`predict`), kept in a folder (`predict_to_file`).
 
-    from erv_min.train.answers import Answers, answer, load_policy_for
-    settings = Answers(model="runs/toy/sft")  # a folder or a hub repository; its other fields are infer.py's options
-    policy = load_policy_for(settings)
+    from erv_min.train.answers import AnswerSettings, answer, load_policy
+    settings = AnswerSettings(model="runs/toy/sft")  # a folder or a hub repository; its other fields are infer.py's options
+    policy = load_policy(settings)
     said = answer(policy, "clip.mp4", settings)
     print(said.emotion, said.explanation)
 """
@@ -27,21 +27,21 @@ from erv_min.judge import Judge, judge_rows
 from erv_min.metrics import score
 from erv_min.prompts import sft_target
 from erv_min.rewards import extract_answer, extract_explanation
-from erv_min.train.settings import Answers, GRPOSettings, PredictionSettings, check
-from erv_min.train.start import decoding, load_policy
+from erv_min.train.settings import AnswerSettings, GRPOSettings, PredictionSettings, check
+from erv_min.train.start import clip_options, load_collator
 
 ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 
 
 @torch.no_grad()
-def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: Answers, batch_size: int = 1,
+def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: AnswerSettings, batch_size: int = 1,
             on_token=None) -> Iterator[str | ClipError]:
     """The policy's output for each example, in order; the ClipError of one that cannot be decoded.
 
     An output depends on the clip, the settings and its number (which keys the sampling noise with settings.seed), not
     on the batch. `on_token(ids [B])` is called after each token."""
     model = collate.model.eval()
-    how = decoding(settings) | {"num_frames": settings.num_frames or model.config.num_frames,
+    how = clip_options(settings) | {"num_frames": settings.num_frames or model.config.num_frames,
                                 "without": settings.without}
     if settings.without:
         if settings.without not in settings.modality:
@@ -72,13 +72,13 @@ class Answer:
     text: str  # the whole output
 
 
-def load_policy_for(settings: Answers) -> Collator:
+def load_policy(settings: AnswerSettings) -> Collator:
     """The policy that `settings.model` names, a folder or a hub repository, ready for `answer`."""
     check(settings)
-    return load_policy(settings, join_processes(settings.device))
+    return load_collator(settings, join_processes(settings.device))
 
 
-def answer(policy: Collator, clip: str | Path, settings: Answers = Answers(), subtitle: str = "") -> Answer:
+def answer(policy: Collator, clip: str | Path, settings: AnswerSettings = AnswerSettings(), subtitle: str = "") -> Answer:
     """One clip's Answer. Raises ClipError where it cannot be decoded."""
     said = next(answers(policy, [clip], settings, subtitle))
     if isinstance(said, ClipError):
@@ -86,7 +86,7 @@ def answer(policy: Collator, clip: str | Path, settings: Answers = Answers(), su
     return said
 
 
-def answers(policy: Collator, clips: list, settings: Answers = Answers(), subtitle: str = "",
+def answers(policy: Collator, clips: list, settings: AnswerSettings = AnswerSettings(), subtitle: str = "",
             on_token=None) -> Iterator[Answer | ClipError]:
     """An Answer for each clip, or its ClipError, one after the other; none depends on the others."""
     examples = [Example(Path(clip).stem, Path(clip), "", "", subtitle=subtitle) for clip in clips]
@@ -95,7 +95,7 @@ def answers(policy: Collator, clips: list, settings: Answers = Answers(), subtit
         yield said if isinstance(said, ClipError) else Answer(extract_explanation(said), extract_answer(said), said)
 
 
-def predict(collate: Collator, examples: list[Example], processes: Processes, settings: Answers,
+def predict(collate: Collator, examples: list[Example], processes: Processes, settings: AnswerSettings,
             batch_size: int = 8, progress: str = "") -> tuple[list[dict], list[ClipError]]:
     """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
 
@@ -115,13 +115,13 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
     return rows, [x for x in said if isinstance(x, ClipError)]
 
 
-def watched(collate: Collator, examples: list[Example], judge: Judge, processes: Processes, settings: GRPOSettings,
+def evaluate_held_out(collate: Collator, examples: list[Example], judge: Judge, processes: Processes, settings: GRPOSettings,
             batch_size: int) -> dict[str, float]:
     """EEA and EPC of the policy as it stands, percent over all `examples`, as a row of metrics.jsonl holds them; {} on
     another process than the main one. The noise is not the training's, and each call's is the same: calls differ by the
     policy alone."""
-    how = Answers(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
-                  seed=settings.seed + 2**32, **decoding(settings) | {"workers": 0})
+    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
+                  seed=settings.seed + 2**32, **clip_options(settings) | {"workers": 0})
     rows, _ = predict(collate, examples, processes, how, batch_size)
     if not processes.main or not rows:
         return {}

@@ -97,7 +97,7 @@ class Run:
         self.metrics, self.config = self.out / "metrics.jsonl", self.out / "config.json"
         self.about = provenance(settings) | ({"towers": towers} if towers else {})
         self.started, self.first_step, self.interrupted = time.time(), 0, 0.0
-        self.stop, self.watched, self.skipped, self.in_a_row = "", [], 0, 0
+        self.stop, self.tracked, self.skipped, self.in_a_row = "", [], 0, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         kept = read_json(self.config) if self.config.exists() else {}
@@ -156,14 +156,14 @@ class Run:
             elif re.fullmatch(r"\..+\.[a-z0-9_]{8}", path.name) and path.is_file():
                 path.unlink()
 
-    def watch(self, names: list[str], values: Tensor) -> None:
+    def track_rows(self, names: list[str], values: Tensor) -> None:
         """Remembers a pass's rows [R, ...] and their gradients until `log`, which names those that are not finite."""
-        self.watched.append((names, values.detach()))
-        values.register_hook(lambda grad: self.watched.append((names, grad)))
+        self.tracked.append((names, values.detach()))
+        values.register_hook(lambda grad: self.tracked.append((names, grad)))
 
     def _why_skipped(self) -> str:
         """Which watched rows, of all processes, are not finite; without one, what was in the batch."""
-        rows = [row for names, x in self.watched for row in zip(names, x.flatten(1).isfinite().all(1).tolist())]
+        rows = [row for names, x in self.tracked for row in zip(names, x.flatten(1).isfinite().all(1).tolist())]
         rows = gather_lists(rows)
         bad, names = list(dict.fromkeys(x for x, ok in rows if not ok)), list(dict.fromkeys(x for x, _ in rows))
         if bad:
@@ -180,7 +180,7 @@ class Run:
         values = {**values, "skipped": self.skipped}
         if skip:
             values["skipped_because"] = self._why_skipped()
-        self.watched.clear()
+        self.tracked.clear()
         if self.processes.main:
             append_jsonl(self.metrics, {"step": step} | {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})

@@ -20,10 +20,10 @@ from erv_min.judge import Judge, make_judge
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.train.settings import DIMENSIONS, STARTS, Answers, Common, GRPOSettings, Policy
+from erv_min.train.settings import DIMENSIONS, STARTS, AnswerSettings, Common, GRPOSettings, ModelSettings
 
 
-def load_model(settings: Policy, name: str, dtype: torch.dtype, device, processes: Processes, show=print):
+def load_model(settings: ModelSettings, name: str, dtype: torch.dtype, device, processes: Processes, show=print):
     """(model, tokenizer, gate tokenizer) of a folder or hub repository with the settings' revision and towers.
 
     `show` gets a line that says which towers it runs with (divergence 12), on the main process.
@@ -37,7 +37,7 @@ def load_model(settings: Policy, name: str, dtype: torch.dtype, device, processe
     return model, Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
 
 
-def load_policy(settings: Answers, processes: Processes, show=print) -> Collator:
+def load_collator(settings: AnswerSettings, processes: Processes, show=print) -> Collator:
     """The checkpoint that --model names, in eval mode, ready to be asked; its `.model` is it."""
     model, tokenizer, gate = load_model(settings, settings.model, getattr(torch, settings.dtype), processes.device,
                                         processes, show)
@@ -45,7 +45,7 @@ def load_policy(settings: Answers, processes: Processes, show=print) -> Collator
                     settings.question or f"{QUESTION} {REASONING_SUFFIX}")
 
 
-def start_model(settings: Common, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
+def load_start(settings: Common, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
     """The model that a stage begins with, in float32, and the collator of its inputs.
 
     It lies on the device, or, where it will be sharded, on the CPU: with --sharding hand on the first process's alone.
@@ -93,17 +93,17 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
     return check_clips(examples, settings.allow_missing, missing)
 
 
-def start_verifiers(settings: GRPOSettings, device: torch.device) -> list[Verifier]:
-    """The verifiers that R_E asks: those of --erv; a random one with --random-weights; none where R_E is off."""
+def load_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
+    """The verifier that R_E asks: --erv; a random one with --random-weights; None if R_E is off."""
     if not settings.w_explanation:
-        return []
+        return None
     if settings.erv:
-        return [Verifier.load(name.strip(), device) for name in settings.erv.split(",")]
+        return Verifier.load(settings.erv, device)
     tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
-    return [Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)]
+    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
 
 
-def start_watch(settings: GRPOSettings, processes: Processes) -> tuple[list[Example], Judge | None]:
+def load_held_out(settings: GRPOSettings, processes: Processes) -> tuple[list[Example], Judge | None]:
     """Up to 64 held-out clips, evenly spaced, and who judges what is said of them: --watch-erv, in the embedded world
     the lexicon. Nothing where --watch-every is 0, and where the toy's preset has other data and no --watch-erv."""
     data = settings.data or f"toy:{settings.world}"
@@ -122,7 +122,7 @@ def start_watch(settings: GRPOSettings, processes: Processes) -> tuple[list[Exam
             make_judge(f"erv:{settings.watch_erv}" if settings.watch_erv else "lexicon", device=processes.device))
 
 
-def decoding(settings: Policy) -> dict:
+def clip_options(settings: ModelSettings) -> dict:
     """How clips are decoded, as loader.clip_inputs takes it."""
     return {name: getattr(settings, name) for name in ("modality", "num_frames", "geometry", "workers", "silence")}
 

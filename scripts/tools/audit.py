@@ -1,11 +1,10 @@
-"""What does the reward pay for? Ways to cheat R_E, the remedies, and the verifier's agreement with a judge:
+"""What does the reward pay for? Ways to cheat R_E, and the verifier's agreement with a judge:
 
   python scripts/tools/audit.py --erv DIR --data toy:/world --judge lexicon
   python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
 
 The paper reports none of this for its ERV. `data.pairs.cheat` writes completions that could earn R_E dishonestly, and
-`audit` pays them under the paper's settings and under each optional remedy (erv_min/remedies.py, off by default).
-Left out: what a policy does with the remedies over a training run (scripts/grpo.py has them as options).
+`audit` pays them.
 """
 
 import dataclasses
@@ -25,10 +24,9 @@ from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns, explanation_statistics
 from erv_min.judge import make_judge
 from erv_min.prompts import sft_target
-from erv_min.remedies import Remedies, apply
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.toy.lexicon import PARAPHRASES, sentences
-from erv_min.train.settings import parse, setting
+from erv_min.train.settings import option, parse
 
 # ---- agreement with a judge ------------------------------------------------------------------------------------------
 
@@ -56,21 +54,14 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
     return [labels[i] for i in probs.argmax(1).tolist()]
 
 
-# ---- what the reward pays for ways to cheat, with and without remedies -----------------------------------------------
+# ---- what the reward pays for ways to cheat --------------------------------------------------------------------------
 
-def remedies(honest_words: int) -> dict[str, tuple[dict, dict]]:
-    """Name -> (changes of RewardSettings, of Remedies): the paper's settings, then each remedy alone that shows in a
-    text: calm claims count; R_E only where format and answer are right; as many words as an honest explanation;
-    repeated sentences do not count; and table 2's row without neutral filtering, where any calm sentence lowers R_E.
-    Left out: the phase-in, which pays everything alike, and what needs a policy's reference."""
-    return {"paper": ({}, {}), "count_calm": ({}, {"count_calm": True}),
-            "gate_on_answer": ({}, {"gate_on_answer": True}), "length_target": ({}, {"length_target": honest_words}), "repeat_discount": ({}, {"repeat_discount": 1.0}),
-            "no neutral filter": ({"neutral_filter": False}, {})}
+RULES = {"paper": {}, "no neutral filter": {"neutral_filter": False}}  # changes of RewardSettings; the second: table 2
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """A way to cheat: what R_E pays (mean) under each remedy, share judged as e_gt, and what the logs would show."""
+    """A way to cheat: what R_E pays (mean) under each of RULES, share judged as e_gt, and what the logs would show."""
 
     way: str
     rewards: dict[str, float]
@@ -98,15 +89,13 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
             sentences = split[i] if way == "honest" else cheat(way, split[i], e_gt[i], p_gt, neutral)
             answer = next(x for x in labels if x != e_gt[i]) if way == "wrong answer" else e_gt[i]
             texts.append(sft_target(" ".join(sentences), answer))
-    words = round(sum(len(s.split()) for i in kept for s in split[i]) / len(kept))
     rows = []
     for way, texts in ways.items():
         means = {}
-        for name, (changes, on) in remedies(words).items():
+        for name, changes in RULES.items():
             rules = replace(settings, **changes)
             scored = score_completions(texts, truths, dataset, verifier.probabilities, verifier.labels, rules)
             statistics = explanation_statistics(scored)  # the same under each
-            scored = apply([scored], texts, truths, [verifier], 1, rules, Remedies(**on))
             means[name] = sum(r.explanation for r in scored) / len(scored)
         said = judge([extract_explanation(text) for text in texts]) if judge else None
         judged = sum(j == e for j, e in zip(said, truths)) / len(said) if said else None
@@ -138,16 +127,16 @@ def audit_table(rows: list[AuditRow]) -> str:
 class AuditSettings:
     """What `audit` and `score` take."""
 
-    erv: str = setting("", "the verifier: a folder or a hub repository; score: or several, A,B", path="hubs")
-    data: str = setting("", "explanations with labels: toy:/world, json:dfew:/file.json", path="data")
-    predictions: str = setting("", "or JSONL rows of video_id, output, ground_truth, dataset", path="files")
-    text: str = setting("", "score: one explanation")
-    judge: str = setting("", "audit: lexicon, openai:gpt-4.1-mini, erv:/folder, ...")
-    limit: int = setting(200, "explanations at most; 0: all", least=0)
-    tau: float = setting(0.5, "threshold of algorithm 1", least=0, most=1)
-    k: int = setting(2, "labels per sentence at most (algorithm 1)", least=1)
-    out: str = setting("", "JSON file of the result")
-    device: str = setting("cpu", "cpu, cuda, cuda:1")
+    erv: str = option("", "the verifier: a folder or a hub repository; score: or several, A,B", path="hubs")
+    data: str = option("", "explanations with labels: toy:/world, json:dfew:/file.json", path="data")
+    predictions: str = option("", "or JSONL rows of video_id, output, ground_truth, dataset", path="files")
+    text: str = option("", "score: one explanation")
+    judge: str = option("", "audit: lexicon, openai:gpt-4.1-mini, erv:/folder, ...")
+    limit: int = option(200, "explanations at most; 0: all", least=0)
+    tau: float = option(0.5, "threshold of algorithm 1", least=0, most=1)
+    k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)
+    out: str = option("", "JSON file of the result")
+    device: str = option("cpu", "cpu, cuda, cuda:1")
 
 
 def options(argv: list[str]) -> AuditSettings:

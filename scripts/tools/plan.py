@@ -28,7 +28,7 @@ from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
 from erv_min.generate import prompt_bytes, sample_token
 from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
-from erv_min.model.humanomni import HumanOmni, trainable
+from erv_min.model.humanomni import HumanOmni, freeze_except
 from erv_min.model.qwen2 import GroupCache, PackedGroups
 from erv_min.train.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse, trained_parts
 
@@ -134,7 +134,7 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
     compute = getattr(torch, settings.dtype)
     model = HumanOmni(config)
     model.model.recompute = settings.recompute
-    trainable(model, trained_parts(stage, settings))
+    freeze_except(model, trained_parts(stage, settings))
     towers_too = ("model.vision_tower.", "model.audio_tower.")  # which the reference does without
     language = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(towers_too))
     run = Sharded(model, compute=compute)

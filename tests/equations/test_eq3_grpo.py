@@ -4,8 +4,7 @@ import math
 import pytest
 import torch
 from erv_min.base.errors import SettingsError
-from erv_min.grpo import (clipped, decoupled_advantages, ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length,
-                          masked_mean, over_batch)
+from erv_min.grpo import clipped, ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length, masked_mean
 from erv_min.logps import Completions
 
 
@@ -34,22 +33,6 @@ def test_advantages_without_division_by_hand():
     rewards = torch.tensor([1.0, 3.0, 2.4, 2.6])
     torch.testing.assert_close(group_advantages(rewards, 2, divide=False), torch.tensor([-1.0, 1.0, -0.1, 0.1]))
     assert group_advantages(torch.full((8,), 8 / 3), 8, divide=False).eq(0).all()
-
-
-def test_decoupled_advantages_by_hand():
-    # GDPO: parts (R_E, R_format, R_answer) of one group of 4. Under Eq. 5 the first two have R = 2, one advantage.
-    parts = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-    summed = group_advantages(parts.sum(1), 4)
-    assert summed[0] == summed[1]
-    # R_E: 1, 1, 0, 0: mean 1/2, std sqrt(4/4 / 3) = sqrt(1/3). R_format 0, 1, 1, 1 and R_answer 1, 0, 0, 0: std 1/2.
-    e, h = math.sqrt(1 / 3) + 1e-4, 0.5 + 1e-4
-    by_hand = torch.tensor([0.5 / e - 0.75 / h + 0.75 / h, 0.5 / e + 0.25 / h - 0.25 / h, -0.5 / e, -0.5 / e])
-    torch.testing.assert_close(decoupled_advantages(parts, torch.ones(3), 4), by_hand)
-    answers = decoupled_advantages(parts, torch.tensor([1.0, 1.0, 2.0]), 4)  # the rarer success counts for more
-    assert answers[0] - answers[1] == pytest.approx(1 / h, abs=1e-5)
-    # Over a batch of 1, -1, 3, -3: mean 0, std sqrt(20 / 3); an own half of it is scaled by the same numbers.
-    batch = torch.tensor([1.0, -1.0, 3.0, -3.0])
-    torch.testing.assert_close(over_batch(batch[:2], batch), torch.tensor([1.0, -1.0]) / (math.sqrt(20 / 3) + 1e-4))
 
 
 def test_kl_k2_by_hand():

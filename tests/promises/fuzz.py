@@ -336,7 +336,6 @@ class Explanations:
         from erv_min.emotions import ERV_LABELS
         from erv_min.erv import explanation_statistics
         from erv_min.base.files import append_jsonl
-        from erv_min.remedies import Remedies, apply
         from erv_min.rewards import RewardSettings, extract_answer, score_completions
         tags = ("<think>", "</think>", "<answer>", "</answer>", '"', ". ", "!? ", "\n", "\0", "\x1b[31m", "\u202e", "happy", "。")
         kind = rng.random()
@@ -358,7 +357,6 @@ class Explanations:
         settings = RewardSettings(sentence_rule=rng.choice(("released", "extended")),
                                   answer_rule=rng.choice(("paper", "released")))
         rewards = score_completions([text], ["happy"], "dfew", verifier, ERV_LABELS, settings)
-        rewards = apply([rewards], [text], ["happy"], [], 1, settings, Remedies(repeat_discount=0.5, length_target=20))
         extract_answer(text, "released")
         statistics = explanation_statistics(rewards)
         assert 0 <= rewards[0].total <= 3

@@ -126,7 +126,7 @@ def a_run(out, steps, resume=False, total=20, save_every=100):
     seen = []
     for step in range(first, len(steps)):
         logps = p * 1.0
-        run.watch([f"clip7, completion {i}" for i in range(2)], logps)
+        run.track_rows([f"clip7, completion {i}" for i in range(2)], logps)
         ref = torch.full((2, 3), -0.1)
         ref[1, 2] = steps[step]
         loss = grpo_loss(logps, logps.detach(), ref, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
@@ -169,7 +169,7 @@ def test_a_gradient_lost_inside_the_model_names_the_batch(tmp_path):
     optimizer = make_optimizer([p])
     run = Run(tmp_path, SFTSettings(), ALONE, 5)
     logps = (p * 0).sqrt() * 0 + p  # finite, and the square root's gradient at 0 is inf: 0 * inf
-    run.watch(["clip9, target 0"], logps[None])
+    run.track_rows(["clip9, target 0"], logps[None])
     logps.sum().backward()
     run.log(0, {"grad_norm": update(of(p), optimizer, 0.1, 1.0)})
     assert "inside the model" in (why := json.loads(run.metrics.read_text())["skipped_because"]) and "clip9" in why

@@ -17,7 +17,7 @@ from benches import step as grpo
 from benches.common import Options, Peak, build, ceilings, fraction, synchronize, tower_flops
 from erv_min.data.loader import clip_inputs
 from erv_min.inputs import Example
-from erv_min.model.humanomni import trainable
+from erv_min.model.humanomni import freeze_except
 from erv_min.toy.render import RATE, encode
 
 WARM = 2  # clips before the clock starts: the workers' own start
@@ -40,7 +40,7 @@ def render(folder: Path, count: int, small: bool) -> list[Example]:
 def measure(options: Options) -> Iterator[dict]:
     ceiling, small = ceilings(options), options.size == "toy"
     model = build(options)
-    trainable(model, "language_model")
+    freeze_except(model, "language_model")
 
     def consume(x) -> None:
         if small:

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from erv_min.base.processes import leave
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import random_humanomni, trainable
+from erv_min.model.humanomni import freeze_except, random_humanomni
 from erv_min.train.sharding import shard
 from plan import Live
 
@@ -84,7 +84,7 @@ def _process(rank: int, folder: str, given: dict, recompute: bool) -> None:
     def build(way: str):
         model = random_humanomni(config, device="cpu")
         model.model.recompute = recompute
-        trainable(model, "language_model")
+        freeze_except(model, "language_model")
         run = shard(model, way, device, dtype)
         return run, torch.optim.AdamW(run.named_parameters().values(), lr=1e-4)
 

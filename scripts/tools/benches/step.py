@@ -17,7 +17,7 @@ from benches.common import (Options, Peak, build, ceilings, fraction, language_f
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import HumanOmni, trainable
+from erv_min.model.humanomni import HumanOmni, freeze_except
 from erv_min.train.settings import TRAINABLE
 
 
@@ -85,7 +85,7 @@ def measure(options: Options) -> Iterator[dict]:
     model = build(options)
     towers = (model.model.vision_tower, model.model.audio_tower)
     ref = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False)
-    trained = trainable(model, TRAINABLE["grpo"])
+    trained = freeze_except(model, TRAINABLE["grpo"])
     gradients = sum(p.nbytes for _, p in trained)
     weights = sum(p.nbytes for p in {*model.parameters(), *ref.parameters()})  # the towers are one for both
     head = 2.0 * c.vocab_size * c.hidden_size
