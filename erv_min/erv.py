@@ -5,7 +5,6 @@ of explanations while it pays for them. Its training data is in data/pairs.py, t
 held-out descriptions in data/quality.py, ways to cheat it in scripts/tools/audit.py.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,8 @@ from erv_min import checkpoint, config
 from erv_min.base.errors import CheckpointError
 from erv_min.base.files import read_json
 from erv_min.base.onednn import use_onednn
-from erv_min.emotions import ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
+from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX
 from erv_min.model.bert import RobertaClassifier
-from erv_min.rewards import Reward
 from erv_min.tokenizer import EncoderTokenizer
 
 
@@ -112,22 +110,3 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
 def erv_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:
     """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K], pos_weight [K]."""
     return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
-
-
-def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
-    """What a policy that cheats R_E would move, as means over a step's completions (scripts/README.md says how to read
-    them in metrics.jsonl). None: no sentence was read."""
-    split = [r.sentences for r in rewards]
-    judged = [label_set for r in rewards for label_set in r.label_sets]
-    sentences, n = [s for S in split for s in S], max(1, len(rewards))
-    distinct = [len(set(S)) / len(S) for S in split if S]
-    return {"sentences": len(sentences) / n,
-            "neutral_share": sum(EL == ["neutral"] for EL in judged) / len(judged) if judged else None,
-            "label_word_rate": sum(bool(label_words(s)) for s in sentences) / max(1, len(sentences)),
-            "distinct_sentence_rate": sum(distinct) / len(distinct) if distinct else None,
-            "explanation_words": sum(len(s.split()) for s in sentences) / n}
-
-
-def label_words(sentence: str) -> list[str]:
-    """The emotion names (labels and their aliases) that stand in a sentence as whole words."""
-    return [word for word in re.findall(r"[a-z]+", sentence.lower()) if word in ALIASES]

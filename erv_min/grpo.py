@@ -1,4 +1,4 @@
-"""GRPO (Eq. 3; arXiv 2402.03300), as plain functions: advantages, KL, the clipped objective, and what is watched.
+"""GRPO (Eq. 3; arXiv 2402.03300), as plain functions: advantages, KL, the clipped objective.
 
 Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A step of it (`scripts/grpo.py`):
 1. sample G completions of each prompt from pi_theta (generate.rollout);
@@ -11,14 +11,14 @@ With mu = 1 the ratio is 1 and nothing is clipped: the gradient is then exactly 
 The defaults are the paper's and the release's; named variants (README.md beside this file) are a line or three each.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from erv_min.base.errors import SettingsError
+from erv_min.base.processes import all_reduce_sum
+from erv_min.inputs import Batch
 from erv_min.logps import Completions
-from erv_min.rewards import Reward
 
 
 def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> Tensor:
@@ -75,6 +75,9 @@ def ended(completions: Completions, eos_token_id: int) -> Tensor:
     return (completions.ids.masked_fill(~completions.mask, -1) == eos_token_id).any(1)
 
 
+MAX_LOG_RATIO = 80.0  # exp of it is a float32; a token so far up is clipped anyway, and exp's gradient would be 0 * inf
+
+
 def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, mask: Tensor,
               beta: float = 0.04, epsilon: float = 0.2, kl_term: str = "k3", length: float | None = None) -> Tensor:
     """The objective of Eq. 3, negated, for one batch of R = B * G completions; a scalar to descend.
@@ -87,64 +90,51 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
     """
     inside = mask.bool()
     logps, old_logps, ref_logps = (x.masked_fill(~inside, 0.0) for x in (logps, old_logps, ref_logps))
-    log_ratio, gain = logps - old_logps.detach(), advantages[:, None]
-    ratio = log_ratio.masked_fill((log_ratio > 80) & (gain > 0), 80.0).exp()  # clipped anyway; exp's gradient: 0 * inf
-    surrogate = (ratio * gain).minimum(ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
+    log_ratio, A = logps - old_logps.detach(), advantages[:, None]
+    ratio = log_ratio.masked_fill((log_ratio > MAX_LOG_RATIO) & (A >= 0), MAX_LOG_RATIO).exp()
+    surrogate = (ratio * A).minimum(ratio.clamp(1 - epsilon, 1 + epsilon) * A)
     ref_logps = ref_logps.detach()
     kl = beta * (kl_k2(logps, ref_logps) if kl_term == "k2" else kl_k3(logps, ref_logps)) if beta else 0
     return masked_mean(kl - surrogate, inside, length)
 
 
-# ---- what is watched -------------------------------------------------------------------------------------------------
+@dataclass
+class MiniBatch:
+    """Some prompts x of a step with the G completions o of each (R = prompts * G rows), filled in step by step."""
+
+    prompts: Batch
+    completions: Completions
+    loss_mask: Tensor  # [R, T] bool: the tokens that the loss counts
+    share: float  # of this process's prompts in the step
+    ref_logps: Tensor | None = None  # [R, T]
+    advantages: Tensor | None = None  # [R]
+    old_logps: Tensor | None = None  # [R, T], of the first of the mu updates
+
+    @property
+    def names(self) -> list[str]:
+        """What each row is, for messages."""
+        group_size = len(self.completions.ids) // len(self.prompts)
+        return [f"{x.video_id}, completion {i}" for x in self.prompts.examples for i in range(group_size)]
 
 
-def clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
-            epsilon: float = 0.2) -> tuple[Tensor, Tensor]:
-    """Tokens whose update the clip holds back (none while mu = 1): ratio under 1 - epsilon with A < 0, and ratio over
-    1 + epsilon with A > 0. [R, T] each, advantages [R] -> bool [R, T] twice."""
-    ratio, inside = (logps - old_logps).exp(), mask.bool()
-    low = (ratio < 1 - epsilon) & (advantages[:, None] < 0) & inside
-    return low, (ratio > 1 + epsilon) & (advantages[:, None] > 0) & inside
+def split_batch(prompts: Batch, completions: Completions, size: int, eos_token_id: int,
+                mask_truncated: bool = False) -> list[MiniBatch]:
+    """A step's prompts and completions in mini-batches of `size` prompts, whose gradients add up to the step's.
+
+    mask_truncated: the loss leaves out completions that did not meet EOS (DAPO's filtering)."""
+    minibatches, group_size = [], len(completions.ids) // len(prompts)
+    for start in range(0, len(prompts), size):
+        part = completions[start * group_size : (start + size) * group_size]
+        loss_mask = part.mask & ended(part, eos_token_id)[:, None] if mask_truncated else part.mask
+        some = prompts[start : start + size]
+        minibatches.append(MiniBatch(some, part, loss_mask, len(some) / len(prompts)))
+    return minibatches
 
 
-class TokenSums(NamedTuple):
-    """Of one completion, summed over its tokens: what the last update tells."""
-
-    tokens: float
-    ended: float  # 1 where EOS was met before the limit
-    kl: float
-    entropy: float
-    clip_low: float
-    clip_high: float
-    sampler_gap: float  # |log-prob of the sampler - of the trainer|
-    sampler_gap_max: float  # the largest of them, no sum
-
-
-def token_sums(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, entropy: Tensor, completions: Completions,
-               advantages: Tensor, eos_token_id: int, epsilon: float) -> list[TokenSums]:
-    """One for each completion of a pass. All [R, T], advantages [R]; `completions` with the sampler's log-probs."""
-    mask = completions.mask
-    low, high = clipped(logps, old_logps, advantages, mask, epsilon)
-    gap = (completions.logps - old_logps).abs() * mask
-    sums = [mask.sum(1), ended(completions, eos_token_id), (kl_k3(logps, ref_logps) * mask).sum(1),
-            (entropy * mask).sum(1), low.sum(1), high.sum(1), gap.sum(1), gap.amax(1)]
-    return [TokenSums(*row) for row in torch.stack([x.float() for x in sums], 1).tolist()]
-
-
-def step_metrics(rewards: list[Reward], sums: list[TokenSums], group_size: int) -> dict[str, float]:
-    """What metrics.jsonl holds of a step, over the completions of all processes, in groups of G. Means of "reward*" and
-    lengths are over completions, of the others over tokens."""
-    of, n = TokenSums(*zip(*sums)), len(rewards)  # columns
-    tokens = sum(of.tokens)
-    names = {"reward": "total"} | {f"reward_{x}": x for x in ("format", "answer", "explanation")}
-    parts = {name: [getattr(r, x) for r in rewards] for name, x in names.items()}
-    groups = {name: torch.tensor(x, dtype=torch.float64).view(-1, group_size) for name, x in parts.items()}
-    equal = groups["reward"].amax(1) == groups["reward"].amin(1)
-    return {name: sum(x) / n for name, x in parts.items()} | {
-        name + "_std": x.std(1).mean().item() for name, x in groups.items()} | {
-        "frac_zero_std": equal.double().mean().item(),
-        "kl": sum(of.kl) / tokens, "entropy": sum(of.entropy) / tokens,
-        "clip_fraction_low": sum(of.clip_low) / tokens, "clip_fraction_high": sum(of.clip_high) / tokens,
-        "sampler_gap": sum(of.sampler_gap) / tokens, "sampler_gap_max": max(of.sampler_gap_max),
-        "completion_length": tokens / n, "completion_length_min": min(of.tokens),
-        "completion_length_max": max(of.tokens), "truncated": 1 - sum(of.ended) / n}
+def normaliser(minibatches: list[MiniBatch], loss_type: str, max_new_tokens: int) -> float | None:
+    """`loss_length` of a step's batch: DAPO's is over all mini-batches of all processes, which must all call it."""
+    tokens = sum(int(part.loss_mask.sum()) for part in minibatches)
+    batch = {"tokens": tokens, "completions": sum(len(part.loss_mask) for part in minibatches)}
+    if loss_type == "dapo":
+        batch = all_reduce_sum(batch)
+    return loss_length(loss_type, batch["tokens"], batch["completions"], max_new_tokens)

@@ -10,6 +10,7 @@ paper's parameters, its ablations (table 2) and the divergences.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,21 +101,25 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
     return float(answer is not None and normalize(answer, dataset) == target)
 
 
+reward_option = partial(option, group="reward")
+
+
 @dataclass
 class RewardSettings:
     """Parameters of algorithm 1 and Eq. 5, and table 2's rows. Raises SettingsError out of its ranges."""
 
-    tau: float = option(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
-    k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)
-    neutral_rule: str = option("only", "a sentence is neutral where neutral is its only label, or any of its labels "
-                                        "(divergence 2)", ("only", "any"))
-    neutral_filter: bool = option(True, "table 2's W/o Neutral Filtering: --ablate", option=False)
-    sentence_level: bool = option(True, "table 2's W/o Sentence-Level Verification: --ablate", option=False)
-    answer_rule: str = option("paper", "how an answer is read (divergence 18)", ("paper", "released"))
-    sentence_rule: str = option("released", "how an explanation is split (sentences.py)", ("released", "extended"))
-    w_format: float = option(1.0, "weight of R_format (Eq. 5)")
-    w_answer: float = option(1.0, "weight of R_answer (Eq. 5)")
-    w_explanation: float = option(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
+    tau: float = reward_option(0.5, "threshold of algorithm 1 (release: 0.1; divergence 1)", least=0, most=1)
+    k: int = reward_option(2, "labels per sentence at most (algorithm 1)", least=1)
+    neutral_rule: str = reward_option("only", "a sentence is neutral if neutral is its only label, or one of its "
+                                              "labels (divergence 2)", ("only", "any"))
+    ablate: str = reward_option("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
+                                ("", "neutral-filtering", "sentence-level", "augmentation"))
+    answer_rule: str = reward_option("paper", "how an answer is read (divergence 18)", ("paper", "released"))
+    sentence_rule: str = reward_option("released", "how an explanation is split (sentences.py)",
+                                       ("released", "extended"))
+    w_format: float = reward_option(1.0, "weight of R_format (Eq. 5)")
+    w_answer: float = reward_option(1.0, "weight of R_answer (Eq. 5)")
+    w_explanation: float = reward_option(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")
 
     def __post_init__(self):
         check(self)
@@ -138,14 +143,11 @@ class Reward:
 
 
 def sentences_of(completion: str, settings: RewardSettings) -> list[str]:
-    """S_i of a completion, or the whole explanation as one where `sentence_level` is off."""
+    """S_i of a completion; with --ablate sentence-level the whole explanation as one sentence (table 2)."""
     E = extract_explanation(completion)
-    return split_sentences(E, settings.sentence_rule) if settings.sentence_level else [E] * bool(E)
-
-
-def total_reward(R_E: float, R_format: float, R_answer: float, settings: RewardSettings) -> float:
-    """Eq. 5: R = R_E + R_format + R_answer, weighted by the settings."""
-    return settings.w_explanation * R_E + settings.w_format * R_format + settings.w_answer * R_answer
+    if settings.ablate == "sentence-level":
+        return [E] if E else []
+    return split_sentences(E, settings.sentence_rule)
 
 
 def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: str | Sequence[str],
@@ -154,24 +156,24 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
     """R = R_E + R_format + R_answer of each completion (Eq. 5), weighted by the settings.
 
     e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
-    the verifier, sentences -> [S, K] in the order of `labels`, called once with every sentence, and not at all where
-    there is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). Raises SettingsError, DataError.
+    the verifier, sentences -> [S, K] in the order of `labels`, called once with every sentence, and not at all if there
+    is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). Raises SettingsError, DataError.
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
     if not len(completions) == len(e_gt) == len(datasets):
         raise SettingsError(f"{len(completions)} completions, {len(e_gt)} labels and {len(datasets)} data sets")
     split = [sentences_of(o, settings) if probabilities else [] for o in completions]
-    sentences = [s for S in split for s in S]
-    chosen = select_labels(probabilities(sentences), labels, settings.tau, settings.k) if sentences else []
-    if len(chosen) != len(sentences):
-        raise SettingsError(f"the verifier gave {len(chosen)} rows for {len(sentences)} sentences")
-    label_sets = iter(chosen)
-    rewards = []
+    sentences = [sentence for S in split for sentence in S]
+    label_sets = select_labels(probabilities(sentences), labels, settings.tau, settings.k) if sentences else []
+    if len(label_sets) != len(sentences):
+        raise SettingsError(f"the verifier gave {len(label_sets)} rows for {len(sentences)} sentences")
+    rewards, start = [], 0
     for o, label, name, S in zip(completions, e_gt, datasets, split):
+        EL = label_sets[start : start + len(S)]
+        start += len(S)
+        R_E = explanation_reward(EL, label, settings.neutral_rule, settings.ablate != "neutral-filtering")
         R_format = format_reward(o)
         R_answer = answer_reward(o, label, name, settings.answer_rule)
-        EL = [next(label_sets) for _ in S]
-        R_E = explanation_reward(EL, label, settings.neutral_rule, settings.neutral_filter)
-        R = total_reward(R_E, R_format, R_answer, settings)
+        R = settings.w_explanation * R_E + settings.w_format * R_format + settings.w_answer * R_answer
         rewards.append(Reward(R_format, R_answer, R_E, R, S, EL))
     return rewards

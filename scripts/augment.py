@@ -22,6 +22,7 @@ from pathlib import Path
 from erv_min.base.chat import ChatClient
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl, write_jsonl
+from erv_min.base.options import add_options, checked, option
 from erv_min.base.processes import join_processes, run_script
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
 from erv_min.data.pairs import counts_table, read_rows
@@ -30,7 +31,7 @@ from erv_min.judge import permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.train.answers import predict_to_file
-from erv_min.train.settings import PredictionSettings, add_options, checked, option
+from erv_min.train.settings import PredictionSettings
 from erv_min.train.start import load_collator
 
 

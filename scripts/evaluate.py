@@ -21,6 +21,7 @@ from pathlib import Path
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import atomic_write, write_json, write_jsonl
+from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, part, run_script
 from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.data.results import read_predictions
@@ -29,7 +30,7 @@ from erv_min.metrics import COLUMNS, agreement, bootstrap, moved, next_with_anot
 from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
-from erv_min.train.settings import PredictionSettings, checked, option, parser_for
+from erv_min.train.settings import PredictionSettings
 from erv_min.train.start import load_collator
 
 

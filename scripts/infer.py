@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from erv_min.base.errors import ClipError, DataError, SettingsError
+from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
 from erv_min.data.readers import CLIP_SUFFIXES, read_text
 from erv_min.emotions import to_erv
 from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of
 from erv_min.train.answers import answers
-from erv_min.train.settings import AnswerSettings, checked, option, parser_for
+from erv_min.train.settings import AnswerSettings
 from erv_min.train.start import load_collator
 
 
@@ -64,7 +65,7 @@ def explain_reward(output: str, e_gt: str, verifier: Verifier, settings: RewardS
     probs = verifier.probabilities(sentences)
     chosen = select_labels(probs, verifier.labels, settings.tau, settings.k)
     column = {label: i for i, label in enumerate(verifier.labels)}
-    return {"R_E": explanation_reward(chosen, e_gt, settings.neutral_rule, settings.neutral_filter), "label": e_gt,
+    return {"R_E": explanation_reward(chosen, e_gt, settings.neutral_rule), "label": e_gt,
             "sentences": [{"text": text, "labels": {label: round(float(row[column[label]]), 3) for label in EL}}
                           for text, row, EL in zip(sentences, probs, chosen)]}
 

@@ -17,6 +17,7 @@ import torch
 
 from erv_min.base.errors import ClipError, DataError
 from erv_min.base.files import read_jsonl
+from erv_min.base.processes import Processes
 from erv_min.config import humanomni
 from erv_min.data import loader
 from erv_min.data.cache import FeatureCache
@@ -27,7 +28,7 @@ from erv_min.inputs import Example
 from erv_min.media import Clip, load_clip, load_frames
 from erv_min.model.humanomni import random_humanomni
 from erv_min.toy.render import encode
-from erv_min.train import start
+from erv_min.train import hooks
 from erv_min.train.settings import SFTSettings
 from test_media import write_clip
 
@@ -357,12 +358,13 @@ def test_clips_that_do_not_decode_count_against_allow_missing():
 
 def test_a_clip_that_two_processes_met_counts_once(tmp_path, monkeypatch):
     """As in two epochs on two processes: 1 broken clip of 10, with 10% allowed, ends no run."""
-    failed = start.FailedClips(SFTSettings(out=str(tmp_path), allow_missing=0.1), places_per_step=4, total=10)
-    monkeypatch.setattr(start, "gather_lists", lambda mine: [*mine, "cut.mp4: broken"])  # what the other one met
-    failed.add(2, ClipError("cut.mp4: broken")), failed.check(), failed.check()
-    failed.add(9, ClipError("other.mp4: broken"))
+    settings = SFTSettings(out=str(tmp_path), allow_missing=0.1)
+    clips = hooks.TrainingClips(settings, None, Processes(0, 1, torch.device("cpu")), [[]] * 10, 4)
+    monkeypatch.setattr(hooks, "gather_lists", lambda mine: [*mine, "cut.mp4: broken"])  # what the other one met
+    clips._failed(2, ClipError("cut.mp4: broken")), clips.check_failed(), clips.check_failed()
+    clips._failed(9, ClipError("other.mp4: broken"))
     with pytest.raises(DataError, match=r"2 of 10 clips cannot be decoded \(20.0%\), the first: cut.mp4: broken"):
-        failed.check()
+        clips.check_failed()
     assert [row["step"] for row in read_jsonl(tmp_path / "failed_clips.jsonl")] == [0, 2]
 
 

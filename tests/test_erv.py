@@ -1,9 +1,7 @@
 """erv.py and data/pairs.py, scripts/erv.py end to end, and scripts/tools/audit.py: ways to cheat."""
 
 import importlib.util
-import itertools
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from erv_min.toy.lexicon import LexiconJudge
 from erv_min.toy.render import Look
 from erv_min.toy.text import CUES, EMOTIONS, appearances, erv_row, fill
 from erv_min.toy.vocab import roberta_tokenizer
+from erv_min.train import log
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
 import audit  # noqa: E402
@@ -327,12 +326,12 @@ def test_explanation_statistics_by_hand():
     sentences, label_sets = ["He is here.", "He is angry.", "He is angry."], [["neutral"], ["anger"], ["anger"]]
     rewards = [Reward(1, 1, 0.5, 2.5, sentences, label_sets), Reward(1, 0, 0.0, 1.0, [], [])]
     # 3 sentences over 2 completions; 1 neutral of 3; 2 of 3 name an emotion; 2 distinct of 3; 3 + 3 + 3 words over 2.
-    assert erv.explanation_statistics(rewards) == pytest.approx(
+    assert log.explanation_statistics(rewards) == pytest.approx(
         {"sentences": 1.5, "neutral_share": 1 / 3, "label_word_rate": 2 / 3, "distinct_sentence_rate": 2 / 3,
          "explanation_words": 4.5})
-    assert erv.explanation_statistics([Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
-    assert erv.explanation_statistics([])["sentences"] == 0
-    assert erv.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
+    assert log.explanation_statistics([Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
+    assert log.explanation_statistics([])["sentences"] == 0
+    assert log.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
 
 
 HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows fear."]
@@ -453,7 +452,7 @@ def test_only_one_process_makes_the_world(script, tmp_path, monkeypatch):
     monkeypatch.setattr(chain, "barrier", lambda: order.append(len(made)))
     for rank in (0, 1):
         settings = script.ERVSettings(out=str(tmp_path / "erv"), init="scratch:toy")
-        script.prepare_toy(settings, Processes(rank, 2, torch.device("cpu")))
+        chain.prepare_erv(settings, Processes(rank, 2, torch.device("cpu")))
         assert settings.data.endswith("erv_train.jsonl") and settings.tokenizer
     assert made == [1] and order == [1, 1]
 
@@ -514,9 +513,12 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
 
 
-def test_patience_and_resampling_by_hand(script):
-    epochs = [{"macro_f1": x} for x in (0.5, 0.7, 0.7, 0.6)]
-    assert [script.waited(epochs[:n]) for n in (1, 2, 3, 4)] == [0, 0, 1, 2]  # an equal score is not a better one
+def test_patience_and_resampling_by_hand(script, tmp_path):
+    epochs, waited = script.Epochs(tmp_path, 2, None, None), []
+    for score in (0.5, 0.7, 0.7, 0.6):
+        epochs.lines.append({"macro_f1": score})
+        waited.append((epochs.waited(), epochs.out_of_patience()))
+    assert waited == [(0, False), (0, False), (1, False), (2, True)]  # an equal score is not a better one
     settings = script.ERVSettings(batch_size=400, seed=3)
     drawn = script.batch_rows(settings, torch.tensor([0.0, 1.0, 3.0]), 3, step=0)
     assert drawn.count(0) == 0 and 60 < drawn.count(1) < 140  # 100 expected, deviation 8.7

@@ -1,5 +1,6 @@
 """Predictions in every form -> judge -> metrics.json; one clip in, explanation out (section 4.2, tables 1 and 4)."""
 
+import contextlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,8 +38,8 @@ from erv_min.rewards import RewardSettings
 from erv_min.toy.text import CUES
 from erv_min.toy.world import WorldSettings, build_world
 from erv_min.train import answers as predictions
+from erv_min.train import hooks
 from erv_min.train.settings import GRPOSettings
-from erv_min.train.start import load_held_out
 
 ROOT = Path(__file__).parent.parent
 
@@ -440,37 +442,40 @@ def test_augment_describes_training_clips(world, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------- held-out clips while training
 
-def test_what_is_watched_by_hand(monkeypatch):
+def test_what_is_watched_by_hand(world, monkeypatch):
     """Of 3 and 1 clips of two data sets EEA holds in 2 and 1, EPC in 1 and 0: 75% and 25% of the four."""
     rows = [{"video_id": f"{i}", "output": f"<think>{said}</think><answer>{answer}</answer>", "ground_truth": "sad",
              "dataset": dataset} for i, (said, answer, dataset) in enumerate([
                  ("sad", "sad", "dfew"), ("sad", "happy", "dfew"), ("fear", "sad", "dfew"), ("sad", "fear", "mafw")])]
-    asked, main = [], Processes(0, 2, torch.device("cpu"))
-    monkeypatch.setattr(predictions, "predict", lambda *given: asked.append(given) or ([dict(x) for x in rows], []))
-    settings = GRPOSettings(seed=3, eval_temperature=0.7, max_new_tokens=9)
-    judge = lambda texts, labels: [Judgement(text, "ok", text) for text in texts]  # noqa: E731
-    assert predictions.evaluate_held_out(None, clips("sad"), judge, main, settings, 5) == {"held_out_EEA": 75, "held_out_EPC": 25}
-    assert predictions.evaluate_held_out(None, clips("sad"), judge, Processes(1, 2, main.device), settings, 5) == {}
-    how = asked[0][3]
+    asked, policy = [], SimpleNamespace(unsharded=contextlib.nullcontext)
+    monkeypatch.setattr(hooks, "predict", lambda *given: asked.append(given) or ([dict(x) for x in rows], []))
+    settings = GRPOSettings(seed=3, eval_temperature=0.7, max_new_tokens=9, batch_size=10, watch_every=2, world=str(world))
+    for rank, expected in ((0, {"held_out_EEA": 75, "held_out_EPC": 25}), (1, {})):
+        held_out = hooks.HeldOut(settings, None, Processes(rank, 2, torch.device("cpu")))
+        held_out.judge = lambda texts, labels: [Judgement(text, "ok", text) for text in texts]
+        assert held_out(policy, 4) == expected and held_out(policy, 5) == {}
+    how, batch_size = asked[0][3:]
+    assert len(asked) == 2 and batch_size == 5
     assert (how.seed, how.temperature, how.max_new_tokens) == (3 + 2**32, 0.7, 9)  # no noise of the training's
 
 
 def test_which_clips_are_watched_and_who_judges(world, tmp_path, capsys):
     def start(**given):
-        return load_held_out(GRPOSettings(world=str(world), **given), Processes(0, 1, torch.device("cpu")))
+        return hooks.HeldOut(GRPOSettings(world=str(world), **given), None, Processes(0, 1, torch.device("cpu")))
 
     (tmp_path / "clip").mkdir()
     (tmp_path / "single_testset_5.csv").write_text("video_name,label\n" + "".join(f"{i},1\n" for i in range(160)))
     for i in range(160):
         (tmp_path / "clip" / f"{i}.mp4").touch()
-    assert len(start(watch_every=5)[0]) == 6 and start(watch_every=5)[1](["She weeps."], ("sad",))[0].emotion == "sad"
-    assert start(watch_every=0) == start(watch_every=5, data=f"dfew:{tmp_path}") == ([], None)
+    assert len(start(watch_every=5).examples) == 6
+    assert start(watch_every=5).judge(["She weeps."], ("sad",))[0].emotion == "sad"
+    assert start(watch_every=0).examples == start(watch_every=5, data=f"dfew:{tmp_path}").examples == []
     assert capsys.readouterr().out.count("not watched") == 1  # by the second, which asked for it
     shutil.copytree(world / "tokenizers" / "erv", tmp_path / "erv")
     save_erv(scratch("toy", 512, 11), tmp_path / "erv", ERV_LABELS)
-    held_out, judge = start(watch_every=5, data=f"dfew:{tmp_path}", watch_erv=str(tmp_path / "erv"), preset="paper-0.5b")
-    assert [x.video_id for x in held_out[:5]] == ["0", "2", "5", "7", "10"] and len(held_out) == 64  # i * 160 // 64
-    assert judge(["She weeps."], ("sad",))[0].emotion == "sad"  # the best of one label
+    found = start(watch_every=5, data=f"dfew:{tmp_path}", watch_erv=str(tmp_path / "erv"), preset="paper-0.5b")
+    assert [x.video_id for x in found.examples[:5]] == ["0", "2", "5", "7", "10"] and len(found.examples) == 64
+    assert found.judge(["She weeps."], ("sad",))[0].emotion == "sad"  # the best of one label
     with pytest.raises(SettingsError, match="--watch-every 5: name a judge, --watch-erv"):
         start(watch_every=5, data=f"dfew:{tmp_path}", preset="paper-0.5b")
 

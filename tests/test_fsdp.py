@@ -19,6 +19,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from erv_min.base.errors import CheckpointError, ClipError
+from erv_min.base.options import preset_values
 from erv_min.base.processes import join, leave, run_script
 from erv_min.config import humanomni
 from erv_min.fsdp import ALIGN, Sharded
@@ -27,7 +28,7 @@ from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.humanomni import freeze_except, random_humanomni
 from erv_min.sft import sft_loss
-from erv_min.train.settings import PRESETS, TRAINABLE, GRPOSettings, SFTSettings, trained_parts
+from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings, trained_parts
 from erv_min.train.sharding import FullyShard, Replicated
 from erv_min.train.state import load_state, save_state
 
@@ -561,7 +562,7 @@ SMALL = replace(humanomni("toy"), text=replace(humanomni("toy").text, vocab_size
 @pytest.mark.parametrize("recompute", [True, False])
 def test_plan_counts_what_training_holds(recompute):
     """The plan on fake tensors, against the same pass on real ones."""
-    settings = SFTSettings(**{**PRESETS["sft"]["toy"], "micro_batch": 2, "targets_per_clip": 2, "recompute": recompute})
+    settings = SFTSettings(**{**preset_values(SFTSettings, "toy"), "micro_batch": 2, "targets_per_clip": 2, "recompute": recompute})
     planned = plan(SMALL, "sft", settings, 1)
     model = random_humanomni(SMALL)
     model.model.recompute = recompute
@@ -587,7 +588,7 @@ def test_plan_counts_what_training_holds(recompute):
 
 
 def test_plan_counts_what_sampling_holds():
-    settings = GRPOSettings(**{**PRESETS["grpo"]["toy"], "group_size": 3, "max_new_tokens": 40, "micro_batch": 2,
+    settings = GRPOSettings(**{**preset_values(GRPOSettings, "toy"), "group_size": 3, "max_new_tokens": 40, "micro_batch": 2,
                                   "rollout_batch": 2})
     planned = plan(SMALL, "grpo", settings, 1)
     run = Sharded(random_humanomni(SMALL), compute=F32)
@@ -612,7 +613,7 @@ def padded(model, clips: list[int], features) -> Prompts:
 
 def test_plan_says_what_helps():
     config = replace(humanomni("toy"), text=replace(humanomni("0.5b").text, num_hidden_layers=2))
-    settings = GRPOSettings(**{**PRESETS["grpo"]["toy"], "group_size": 2, "max_new_tokens": 64, "micro_batch": 4})
+    settings = GRPOSettings(**{**preset_values(GRPOSettings, "toy"), "group_size": 2, "max_new_tokens": 64, "micro_batch": 4})
     one = plan(config, "grpo", settings, 1)
     needed = one.peak / (1 - RESERVE[1]) + RESERVE[0]
     assert one.fits(needed + 10) and not one.fits(needed - 10)

@@ -15,8 +15,8 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from erv_min import media
+from erv_min.base import decode
 from erv_min.base.errors import ClipError, SettingsError
-from erv_min.data import decode
 from erv_min.media import load_clip, load_frames, load_waveform, log_mel, pixel_values, sample_frame_indices
 
 MEDIA = GOLDEN / "media"

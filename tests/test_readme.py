@@ -25,11 +25,11 @@ import report  # noqa: E402
 import reproduce  # noqa: E402
 import survey  # noqa: E402
 
-from erv_min.erv import explanation_statistics
-from erv_min.grpo import TokenSums, step_metrics
+from erv_min.base.options import parse
 from erv_min.rewards import Reward
 from erv_min.train import answers as predictions
-from erv_min.train.settings import PRESETS, GRPOSettings, SFTSettings, parse
+from erv_min.train.log import TokenSums, explanation_statistics, step_metrics
+from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
 PAGES = [ROOT / "README.md", *sorted(path for folder in ("erv_min", "scripts", "tests")
                                      for path in (ROOT / folder).rglob("README.md") if "golden" not in path.parts)]
@@ -49,11 +49,11 @@ def parse_only(script: str, argv: list[str], patch) -> None:
     if script == "augment":
         augment.parser().parse_args(argv)
     elif script == "erv":
-        parse(erv.ERVSettings, erv.PRESETS, "", argv)
+        parse(ERVSettings, "", argv)
     elif script == "audit":
-        parse(audit.AuditSettings, {}, "", argv[1:] if argv[:1] == ["score"] else argv)
+        parse(audit.AuditSettings, "", argv[1:] if argv[:1] == ["score"] else argv)
     elif script in ("sft", "grpo"):
-        parse({"sft": SFTSettings, "grpo": GRPOSettings}[script], PRESETS[script], "", argv)
+        parse({"sft": SFTSettings, "grpo": GRPOSettings}[script], "", argv)
     elif script in ("evaluate", "infer", "plan"):
         module, name = {"evaluate": (evaluate, "join_processes"), "infer": (infer, "find_clips"),
                         "plan": (plan, "plan")}[script]
@@ -202,7 +202,7 @@ def test_the_table_of_metrics_holds_what_a_step_logs():
     explained = {key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split(" | ")[0])}
     reward = Reward(1.0, 1.0, 1.0, 3.0, [], [])
     logged = {*step_metrics([reward, reward], [TokenSums(*[1.0] * 8)] * 2, 2), *explanation_statistics([])}
-    loop = ast.parse((ROOT / "scripts" / "grpo.py").read_text(encoding="utf-8"))
-    (call,) = [node for node in ast.walk(loop) if isinstance(node, ast.Call) and ast.unparse(node.func) == "run.log"]
+    log = ast.parse((ROOT / "erv_min" / "train" / "log.py").read_text(encoding="utf-8"))
+    (call,) = [node for node in ast.walk(log) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.run.log"]
     logged |= {key.value for key in call.args[1].keys if key is not None}
     assert explained == logged | {"held_out_EEA", "held_out_EPC", "skipped", "skipped_because"}  # watched; Run.log

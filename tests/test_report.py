@@ -17,7 +17,8 @@ from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_jsonl
 from erv_min.emotions import ERV_LABELS
 from erv_min.metrics import bootstrap, score
-from erv_min.train.settings import PRESETS
+from erv_min.base.options import preset_values
+from erv_min.train.settings import GRPOSettings
 
 pytest.importorskip("matplotlib")
 
@@ -59,9 +60,9 @@ def test_a_report_holds_every_part_and_runs_no_text(run):
 def test_the_shipped_curve_is_the_main_commands_and_lies_under_a_run(run):
     folder = ROOT / "erv_min" / "toy" / "reference"
     rows = read_jsonl(folder / "metrics.jsonl")
-    steps = PRESETS["grpo"]["toy"]["steps"]  # other settings need another recording
+    steps = preset_values(GRPOSettings, "toy")["steps"]  # other settings need another recording
     assert [row["step"] for row in rows] == list(range(steps)) and math.isclose(
-        max(row["lr"] for row in rows), PRESETS["grpo"]["toy"]["lr"], rel_tol=0.05)
+        max(row["lr"] for row in rows), preset_values(GRPOSettings, "toy")["lr"], rel_tol=0.05)
     assert "reference" in page_of([run, folder])
 
 

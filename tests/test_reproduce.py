@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from erv_min.base.errors import SettingsError
+from erv_min.base.options import parse
 from erv_min.metrics import score
 from erv_min.remedies import Remedies
 from erv_min.toy import render
 from erv_min.toy.text import CUES, appearances, fill
-from erv_min.train.settings import PRESETS, GRPOSettings, SFTSettings, parse
+from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -41,13 +42,13 @@ def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch
     for name, (before, product, words) in jobs.items():
         assert set(before) <= set(jobs) and str(product).startswith(str(tmp_path))
         if words[0].endswith("grpo.py"):
-            seen.append(parse(GRPOSettings, PRESETS["grpo"], "", words[1:]))
+            seen.append(parse(GRPOSettings, "", words[1:]))
             assert (seen[-1].seed, seen[-1].steps, seen[-1].eval_clips) == (3, 7, -1)
         if words[0].endswith("sft.py"):
-            assert parse(SFTSettings, PRESETS["sft"], "", words[1:]).answers_only == (name == "sft-answers")
+            assert parse(SFTSettings, "", words[1:]).answers_only == (name == "sft-answers")
         if words[0].endswith("/erv.py"):
             harden = name == "erv-hard"
-            verifier = parse(erv.ERVSettings, erv.PRESETS, "", words[1 + harden:])
+            verifier = parse(ERVSettings, "", words[1 + harden:])
             assert (words[1] == "harden") == harden and verifier.seed == (1003 if name == "erv-2" else 3)
     # What separates the rows of tables 1 and 2, and nothing else.
     rows, variants = seen[:6], {Path(s.out).name: s for s in seen[6:]}

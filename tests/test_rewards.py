@@ -54,7 +54,7 @@ def test_score_completions_refuses_what_does_not_fit():
 
 def test_defaults_are_the_papers():
     s = RewardSettings()
-    assert (s.tau, s.k, s.neutral_rule, s.neutral_filter, s.sentence_level) == (0.5, 2, "only", True, True)
+    assert (s.tau, s.k, s.neutral_rule, s.ablate) == (0.5, 2, "only", "")
     assert RewardSettings.released(k=3) == RewardSettings(tau=0.1, answer_rule="released", k=3)
 
 

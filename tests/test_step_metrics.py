@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from erv_min.grpo import TokenSums, step_metrics, token_sums
+from erv_min.grpo import MiniBatch
 from erv_min.logps import Completions
 from erv_min.rewards import Reward
+from erv_min.train.log import TokenSums, step_metrics, token_sums
 
 
 def test_token_sums_by_hand():
@@ -20,7 +21,8 @@ def test_token_sums_by_hand():
     logps = old + ratio.log()
     ref = logps + math.log(2) * torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # k3 of d = ln 2: 2 - ln 2 - 1
     k3, entropy = 1 - math.log(2), torch.tensor([[1.0, 0.5], [0.25, 9.0]])
-    first, second = token_sums(logps, old, ref, entropy, sampled, torch.tensor([1.0, -1.0]), 9, 0.2)
+    part = MiniBatch(None, sampled, mask, 1.0, ref, torch.tensor([1.0, -1.0]), old)
+    first, second = token_sums(part, logps, entropy, 9, 0.2)
     assert first == pytest.approx(TokenSums(2, 1, k3, 1.5, 0, 1, 0.6, 0.5))
     assert second == pytest.approx(TokenSums(1, 0, k3, 0.25, 1, 0, 0.2, 0.2))  # the 9 behind it is padding
 

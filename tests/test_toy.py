@@ -20,13 +20,14 @@ from tokenizers import Tokenizer
 
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_json, read_jsonl, write_jsonl
+from erv_min.base.options import parse
 from erv_min.base.processes import Processes
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.toy import chain, launch, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS, ERV_NAMES
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
-from erv_min.train.settings import PRESETS, GRPOSettings, parse
+from erv_min.train.settings import GRPOSettings
 
 SMALL = WorldSettings(seed=3, train=24, test=8, tune=4, pretrain=30, sft_clips=12, erv_train=300, erv_valid=60)
 LOOKS = [Look(woman, "red", "dark", woman, True, "office", 1) for woman in (True, False)]
@@ -336,7 +337,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     given = ["--out", str(tmp_path), "--baseline", "--lr", "3e-4", "--group-size", "4", "--beta", "0.1", "--mu", "2",
              "--modality", "video", "--no-subtitles", "--seed", "5", "--ablate", "augmentation", "--eval-clips", "7"]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *given])
-    settings = parse(GRPOSettings, PRESETS["grpo"], "", given)
+    settings = parse(GRPOSettings, "", given)
     chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cuda", 0)))
     assert all(c[c.index("--device") + 1] == "cuda" for c in commands[1:3])  # where GRPO itself runs
     assert [Path(c[0]).name for c in commands] == ["-m", "sft.py", "erv.py", "grpo.py"]
@@ -345,7 +346,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     assert scripts == [str(tmp_path / "scripts" / f"{name}.py") for name in ("sft", "erv", "grpo")]  # not the package's
     for folder in (tmp_path / "sft", tmp_path / "world"):  # which the command's own check looks for
         folder.mkdir()
-    made = parse(GRPOSettings, PRESETS["grpo"], "", commands[-1][1:])
+    made = parse(GRPOSettings, "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", baseline=False, eval_clips=-1,
                            resume=True, w_explanation=0.0)

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,13 +17,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from erv_min.base.errors import SettingsError
+from erv_min.base.options import check, parse, preset_values
 from erv_min.base.processes import Processes, all_reduce_sum, gather_lists, join_processes, leave
 from erv_min.data.loader import batch_of_step
 from erv_min.rewards import RewardSettings
 from erv_min.train.folder import LOCKS, Run, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
-from erv_min.train.settings import (PRESETS, AnswerSettings, Clips, GRPOSettings, PredictionSettings, SFTSettings,
-                                    check, parse, reward_settings)
+from erv_min.train.settings import AnswerSettings, ERVSettings, GRPOSettings, PredictionSettings, SFTSettings
 from erv_min.train.sharding import Replicated, average_gradients
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -46,47 +47,49 @@ def test_every_epoch_visits_every_item_once_and_a_step_knows_its_batch():
 
 
 def test_presets_hold_table_8():
-    small, large = (parse(SFTSettings, PRESETS["sft"], "", ["--preset", p]) for p in ("paper-0.5b", "paper-7b"))
+    small, large = (parse(SFTSettings, "", ["--preset", p, "--out", "x"]) for p in ("paper-0.5b", "paper-7b"))
     assert (small.lr, small.epochs, small.batch_size, small.warmup, small.schedule) == (2e-5, 5, 32, 0.03, "cosine")
     assert large.epochs == 10 and large.num_frames == 8
-    grpo = parse(GRPOSettings, PRESETS["grpo"], "", ["--preset", "paper-0.5b"])
+    grpo = parse(GRPOSettings, "", ["--preset", "paper-0.5b", "--out", "x"])
     assert (grpo.lr, grpo.epochs, grpo.batch_size, grpo.group_size, grpo.beta) == (1e-6, 2, 16, 16, 0.04)
     assert (grpo.max_new_tokens, grpo.temperature, grpo.eval_temperature) == (512, 1.0, 0.3)
-    assert reward_settings(grpo) == RewardSettings()
+    assert all(getattr(grpo, f.name) == f.default for f in dataclasses.fields(RewardSettings))
 
 
 def test_command_line_overrides_the_preset():
-    settings = parse(GRPOSettings, PRESETS["grpo"], "", ["--group-size", "4", "--recompute", "--w-explanation", "0"])
+    settings = parse(GRPOSettings, "", ["--group-size", "4", "--recompute", "--w-explanation", "0"])
     assert settings.group_size == 4 and settings.recompute and settings.preset == "toy"
-    assert reward_settings(settings) == RewardSettings(w_explanation=0)
+    assert settings.w_explanation == 0 and settings.tau == 0.5
 
 
-def test_every_reward_setting_has_an_option():
-    """RewardSettings declares the options of R once; table 2's two rows of R_E are given by --ablate alone."""
-    other = dict(tau=0.1, k=3, neutral_rule="any", answer_rule="released", sentence_rule="extended", w_format=2.0,
-                 w_answer=3.0, w_explanation=4.0)
-    assert set(other) | {"neutral_filter", "sentence_level"} == {f.name for f in dataclasses.fields(RewardSettings)}
-    given = [x for name, value in other.items()
-             for x in ["--" + name.replace("_", "-"), str(value)][: 1 if value is True else 2]]
-    assert reward_settings(parse(GRPOSettings, PRESETS["grpo"], "", given)) == RewardSettings(**other)
-    assert reward_settings(GRPOSettings()) == reward_settings(GRPOSettings(ablate="augmentation")) == RewardSettings()
-    for ablate, name in (("neutral-filtering", "neutral_filter"), ("sentence-level", "sentence_level")):
-        both = parse(GRPOSettings, PRESETS["grpo"], "", ["--ablate", ablate, "--tau", "0.1"])
-        assert reward_settings(both) == RewardSettings(tau=0.1, **{name: False})
+def test_a_setting_stands_in_one_place():
+    """Default and presets are on the option's own line; the flag, its help and its check come from there."""
+    assert preset_values(GRPOSettings, "toy")["beta"] == 0.07 and preset_values(GRPOSettings, "paper-7b")["beta"] == 0.04
+    assert [preset_values(SFTSettings, p)["epochs"] for p in ("toy", "paper-0.5b", "paper-7b")] == [1, 5, 10]
+    assert [preset_values(SFTSettings, p)["micro_batch"] for p in ("toy", "paper-0.5b", "paper-7b")] == [24, 4, 1]
+    assert preset_values(ERVSettings, "paper") == preset_values(ERVSettings, "paper-7b")
+
+
+def test_a_paper_preset_names_its_folder(capsys):
+    for cls in (SFTSettings, GRPOSettings, ERVSettings):
+        assert parse(cls, "", []).out.startswith("runs/toy")
+        with pytest.raises(SystemExit):
+            parse(cls, "", ["--preset", "paper-0.5b"])
+        assert "--out is needed" in capsys.readouterr().err
 
 
 REFUSED = {GRPOSettings: ["--group-size 1", "--group-size 0", "--workers -1", "--sample-every 0", "--batch-size 0",
                           "--micro-batch 0", "--max-new-tokens 0", "--steps -5", "--tau 1.5", "--tau -0.1", "--tau nan",
                           "--k 0", "--temperature 0", "--beta -1", "--warmup 1.5", "--lr inf", "--eval-clips -2",
                           "--keep 0", "--top-k -1", "--allow-missing 2"],
-           SFTSettings: ["--targets-per-clip 0", "--num-frames 0", "--epochs 0", "--max-grad-norm 0"],
+           SFTSettings: ["--targets-per-clip 0", "--num-frames -1", "--epochs 0", "--max-grad-norm 0"],
            PredictionSettings: ["--limit -3", "--batch-size 0", "--top-p 0", "--top-p 1.1", "--temperature -1"]}
 
 
 @pytest.mark.parametrize("cls, given", [(cls, given) for cls, all_given in REFUSED.items() for given in all_given])
 def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsys):
     with pytest.raises(SystemExit) as error:
-        parse(cls, {}, "", given.split())
+        parse(cls, "", given.split())
     line = capsys.readouterr().err
     assert error.value.code == 2 and line.count("\n") == 1 and given.split()[0] in line and "must be" in line
 
@@ -114,13 +117,13 @@ def test_check_of_settings_made_in_python():
 
 
 def test_special_values_pass():
-    parse(GRPOSettings, PRESETS["grpo"], "", "--eval-clips -1 --steps 0 --workers 0 --top-k 0 --lr 0 --tau 1".split())
-    parse(PredictionSettings, {}, "", "--limit 0 --temperature 0 --num-frames 0".split())
+    parse(GRPOSettings, "", "--eval-clips -1 --steps 0 --workers 0 --top-k 0 --lr 0 --tau 1".split())
+    parse(PredictionSettings, "", "--limit 0 --temperature 0 --num-frames 0".split())
 
 
 def test_options_are_not_abbreviated(capsys):
     with pytest.raises(SystemExit) as error:
-        parse(SFTSettings, PRESETS["sft"], "", ["--step", "5"])
+        parse(SFTSettings, "", ["--step", "5"])
     assert error.value.code == 2 and "--step 5" in capsys.readouterr().err
 
 
@@ -132,23 +135,31 @@ def test_paths_that_are_not_there_are_named_at_once(tmp_path, monkeypatch):
     for model in ("StarJiaxing/EMER-SFT-0.5B", "there", str(there), str(tmp_path / "a,b"), ""):
         check(AnswerSettings(model=model))
     for data in (f"dfew:{there},mafw:there", f"dfew:{tmp_path / 'a,b'}", f"json:emer:{there}@{there}", f"json:{there}"):
-        check(Clips(data=data))
+        check(PredictionSettings(data=data))
     for model in (str(monkey), "./gone", "there/gone"):
         with pytest.raises(SettingsError, match="--model .*gone: there is no file or folder"):
             check(AnswerSettings(model=model))
     for data in (f"dfew:{there},mafw:{monkey}", "dfew:gone", f"json:emer:{monkey}@{there}", f"json:{there}@gone"):
         with pytest.raises(SettingsError, match="--data .*no file or folder .*gone$"):
-            check(Clips(data=data))
+            check(PredictionSettings(data=data))
 
 
-def test_help_shows_defaults_and_each_presets_value(capsys):
+def help_of(cls, *words, capsys) -> str:
     with pytest.raises(SystemExit):
-        parse(GRPOSettings, PRESETS["grpo"], "", ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "(table 8) [toy: 0.0005, paper-0.5b: 1e-06, paper-7b: 1e-06]" in text  # --lr
-    assert "threshold of algorithm 1 (release: 0.1; divergence 1) [0.5]" in text
-    assert "--resume, --no-resume go on from the last checkpoint in OUT [off]" in text
-    assert "0: all, -1: no table [0]" in text
+        parse(cls, "what it does", ["--help", *words])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_what_belongs_to_the_paper_and_help_all_the_rest(capsys):
+    short, whole = help_of(GRPOSettings, capsys=capsys), help_of(GRPOSettings, "all", capsys=capsys)
+    options = [set(re.findall(r"(?<!no)--([a-z]+(?:-[a-z]+)*)", text.partition("what it does")[2])) for text in (short, whole)]
+    assert len(options[0]) <= 30 and {"beta", "tau", "group-size", "lr", "erv", "data"} <= options[0]
+    every = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(GRPOSettings)}
+    assert {f"--{name}" for name in options[1]} >= every and "--help all lists every option" in short
+    assert "(table 8) [toy: 0.0005, paper-0.5b: 1e-06, paper-7b: 1e-06]" in whole  # --lr
+    assert "threshold of algorithm 1 (release: 0.1; divergence 1) [0.5]" in short
+    assert "--resume, --no-resume go on from the last checkpoint in OUT [off]" in short
+    assert "0: all, -1: no table [0]" in whole and "0: all, -1: no table [0]" not in short
 
 
 def small_run(out, steps=6, total=6, first_run=True):

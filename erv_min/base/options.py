@@ -1,4 +1,6 @@
-"""Settings as dataclasses: `option` declares an option once; its range, its help and its check come from there.
+"""Settings as dataclasses: `option` declares one in one place, with its presets, its range, its help and its group.
+
+    beta: float = option(0.04, "weight of the KL term (Eq. 3)", toy=0.07, least=0)
 
 Every script reads its settings by `parse`, which checks all of them before anything is loaded.
 """
@@ -11,19 +13,39 @@ from pathlib import Path
 
 from erv_min.base.errors import SettingsError
 
+# Group of options -> its title. --help lists those of LISTED, --help all every one.
+GROUPS = {"method": "the method", "reward": "the reward", "variant": "named variants of the objective, divergences",
+          "data": "data and what the model is shown", "machine": "machine, memory, checkpoints",
+          "toy": "the embedded world, and what is watched"}
+LISTED = ("method", "reward")
+PRESETS = ("toy", "paper-0.5b", "paper-7b")
 
-def option(default, help: str, choices: tuple = (), *, least: float | None = None, over: float | None = None,
-            most: float | None = None, why: str = "", path: str = "", option: bool = True):
+
+def option(default, help: str, choices: tuple = (), *, group: str = "method", path: str = "", needed: bool = False,
+           least: float | None = None, over: float | None = None, most: float | None = None, why: str = "", **presets):
     """A field with its help text and what is allowed: one of `choices`; >= `least`; > `over`; <= `most`.
 
-    why: ends the message of a refusal. path: what the text names, see PATHS. option=False: not on the command line.
+    path: what the text names, see PATHS. needed: a command line must name it. why: ends the message of a refusal.
+    presets: the values of presets that differ from the default: toy=, paper= (both sizes), paper_7b=.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, least=least, over=over, most=most, why=why, path=path, option=option))
+        help=help, choices=choices, group=group, path=path, needed=needed, least=least, over=over, most=most, why=why,
+        presets=presets))
 
 
 def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def preset_value(f: dataclasses.Field, preset: str):
+    """The value of a field in a preset: "toy", "paper-0.5b", "paper-7b", or "paper" for both sizes."""
+    names = {"paper-7b": ("paper_7b", "paper"), "toy": ("toy",)}.get(preset, ("paper",))
+    return next((f.metadata["presets"][name] for name in names if name in f.metadata["presets"]), f.default)
+
+
+def preset_values(cls: type, preset: str) -> dict:
+    """Every field of the settings dataclass `cls` -> its value in a preset."""
+    return {f.name: preset_value(f, preset) for f in dataclasses.fields(cls)}
 
 
 # ---- one check of everything -----------------------------------------------------------------------------------------
@@ -56,8 +78,8 @@ def check(settings) -> None:
 
 
 def missing_path(text: str, kind: str) -> str | None:
-    """The first path in an option's text that does not exist. What may be a hub repository counts as a path where it
-    is absolute, begins with a dot, or lies in a folder that exists."""
+    """The first path in an option's text that does not exist. What may be a hub repository counts as a path if it is
+    absolute, begins with a dot, or lies in a folder that exists."""
     for part in filter(None, map(str.strip, PATHS[kind](text))):
         path = Path(part)
         local = not kind.startswith("hub") or part.startswith(("/", ".")) or ("/" in part and path.parent.is_dir())
@@ -70,55 +92,78 @@ def missing_path(text: str, kind: str) -> str | None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Exits with one line and status 2 where a command line is wrong: the usage of sixty options would hide it."""
+    """Exits with one line and status 2 if a command line is wrong: the usage of sixty options would hide it."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def parser_for(cls: type, description: str, presets: dict[str, dict] = {}) -> argparse.ArgumentParser:
+class Help(argparse.Action):
+    """--help: the options of LISTED; --help all: every option."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        for action in parser._actions:
+            if value != "all" and action.container.title in [GROUPS[x] for x in GROUPS if x not in LISTED]:
+                action.help = argparse.SUPPRESS
+        for group in parser._action_groups:  # an empty group shows no title, its description would stay
+            if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+                group.description = None
+        parser.print_help()
+        if value != "all" and any(action.help == argparse.SUPPRESS for action in parser._actions):
+            print("\n--help all lists every option")
+        parser.exit()
+
+
+def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
     """A parser with one option per field of the settings dataclass `cls`. Options are not to be abbreviated."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False)
-    add_options(parser, cls, presets)
+                           allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action=Help, nargs="?", choices=("all",), default=argparse.SUPPRESS,
+                        help="show this, or all options")
+    add_options(parser, cls)
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, presets: dict[str, dict] = {}) -> None:
-    """One option per field of `cls`. What is not given is not in the parsed arguments."""
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One option per field of `cls`, under the title of its group. What is not given is not in the parsed arguments."""
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    presets = PRESETS if "preset" in [f.name for f in dataclasses.fields(cls)] else ("",)
     for f in dataclasses.fields(cls):
         how = dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         elif f.metadata["choices"]:
             how = dict(type=type(f.default), choices=f.metadata["choices"])
-        if f.metadata["option"]:
-            parser.add_argument(option_name(f.name), dest=f.name, default=argparse.SUPPRESS,
-                                help=(f.metadata["help"] + shown_default(f, presets)).replace("%", "%%"), **how)
+        groups[f.metadata["group"]].add_argument(
+            option_name(f.name), dest=f.name, default=argparse.SUPPRESS,
+            help=(f.metadata["help"] + shown_default(f, presets)).replace("%", "%%"), **how)
 
 
-def shown_default(f: dataclasses.Field, presets: dict[str, dict]) -> str:
-    """What the help text ends with: the default in brackets, where presets differ each one's value."""
-    values = {preset: given.get(f.name, f.default) for preset, given in presets.items()} or {"": f.default}
-    texts = {preset: {True: "on", False: "off"}[x] if isinstance(x, bool) else str(x) for preset, x in values.items()}
+def shown_default(f: dataclasses.Field, presets: tuple[str, ...]) -> str:
+    """What the help text ends with: the default in brackets; if presets differ, each one's value."""
+    values = {preset: preset_value(f, preset) if preset else f.default for preset in presets}
+    texts = {preset: {True: "on", False: "off"}.get(x, x) if isinstance(x, bool) else x for preset, x in values.items()}
     if len(set(texts.values())) > 1:
-        return " [" + ", ".join(preset + ": " + (text or "none") for preset, text in texts.items()) + "]"
+        return " [" + ", ".join(f"{preset}: {'none' if text == '' else text}" for preset, text in texts.items()) + "]"
     text = next(iter(texts.values()))
-    return f" [{text}]" if text else ""
+    return "" if text == "" else f" [{text}]"
 
 
 def checked(parser: argparse.ArgumentParser, cls: type, values: dict):
-    """Checked settings from parsed values; exits with a usage error where one is refused."""
+    """Checked settings from parsed values; exits with a usage error if one is refused, or missing."""
     try:
         settings = cls(**values)
         check(settings)
+        for f in dataclasses.fields(cls):
+            if f.metadata["needed"] and not getattr(settings, f.name):
+                raise SettingsError(f"{option_name(f.name)} is needed: {f.metadata['help']}")
     except SettingsError as error:
         parser.error(str(error))
     return settings
 
 
-def parse(cls: type, presets: dict[str, dict], description: str, argv: list[str] | None = None):
+def parse(cls: type, description: str, argv: list[str] | None = None):
     """Settings from the command line: the preset's values, overridden by what is given. Exits with a usage error."""
-    parser = parser_for(cls, description, presets)
+    parser = parser_for(cls, description)
     given = vars(parser.parse_args(argv))
-    return checked(parser, cls, presets.get(given.get("preset", "toy"), {}) | given)
+    return checked(parser, cls, preset_values(cls, given.get("preset", "toy")) | given)

@@ -69,3 +69,17 @@ def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, 
             "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
             "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
             "ece": error, "reliability": table}
+
+
+def print_report(report: dict) -> None:
+    """`verifier_report` for people; a class that the data does not have is left out."""
+    at_tau, unseen = report["at_tau"], report["unseen"]
+    print(f"{'':>14}  precision  recall     F1  support   (tau {report['tau']}, at most {report['k']} labels)")
+    for name, x in at_tau["per_class"].items():
+        if x["support"] or x["precision"]:
+            print(f"{name:>14}  {x['precision']:9.3f}  {x['recall']:6.3f}  {x['f1']:5.3f}  {x['support']:7d}")
+    print(f"macro F1 {at_tau['macro_f1']:.3f}, micro F1 {at_tau['micro_f1']:.3f}; best tau {report['best_tau']} "
+          f"(macro F1 {report['macro_f1_at_best_tau']:.3f}); ECE {report['ece']:.3f} over all pairs; "
+          f"{report['sentences']} held-out rows")
+    print(f"{unseen['sentences']} of these texts are not in training"
+          + (f": macro F1 {unseen['macro_f1']:.3f} on them" if unseen["sentences"] else ""))

@@ -25,7 +25,7 @@ from erv_min.metrics import COLUMNS, score, table
 from erv_min.toy.launch import become, run
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import predict
-from erv_min.train.settings import AnswerSettings, GRPOSettings
+from erv_min.train.settings import AnswerSettings, ERVSettings, GRPOSettings, SFTSettings
 from erv_min.train.start import clip_options
 
 WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
@@ -60,14 +60,41 @@ def prepare_world(settings, processes: Processes, base: bool = False) -> Path:
     return world
 
 
+def prepare_sft(settings: SFTSettings, processes: Processes) -> None:
+    """Makes what SFT starts from, the world and its base model, if they are not there yet; names them in `settings`.
+    Nothing for other presets."""
+    if settings.preset == "toy" or settings.random_weights:
+        base = not (settings.model or settings.random_weights)
+        world = prepare_world(settings, processes, base)
+        settings.model = str(world / "base") if base else settings.model
+
+
+def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
+    """Fills in the world's files that the command does not name, and makes the world if it is not there yet. Nothing
+    for other presets."""
+    from_scratch = settings.init.startswith("scratch:")
+    if settings.preset != "toy" and not settings.random_weights:
+        return
+    if settings.data and (settings.tokenizer or not from_scratch):
+        return
+    world = prepare_world(settings, processes)
+    if not settings.data:
+        settings.data, settings.valid = str(world / "erv_train.jsonl"), settings.valid or str(world / "erv_valid.jsonl")
+    if from_scratch:
+        settings.tokenizer = settings.tokenizer or str(world / "tokenizers" / "erv")
+
+
 def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
-    """Makes world, SFT, verifier and, where asked, the Baseline, each where it is not there yet, by the stages' scripts
-    in the folder `scripts`; names them in `settings`. The main process makes them, the others wait.
+    """Makes world, SFT, verifier and, if asked, the Baseline, each if it is not there yet, by the stages' scripts in
+    the folder `scripts`; names them in `settings`. The main process makes them, the others wait. Nothing for other
+    presets.
 
     A process that is alone under torchrun on a CPU gives its command to two, which share each step's prompts (that pays
     better than two threads on matrices as small as the toy's), and does not return; `python scripts/grpo.py` stays
     alone, and so does a batch that does not halve.
     """
+    if settings.preset != "toy" and not settings.random_weights:
+        return
     out, todo = Path(settings.out), []
     base = not (settings.model or settings.random_weights or (out / "sft" / WEIGHTS).exists())
     world = prepare_world(settings, processes, base)
@@ -100,14 +127,17 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
-    """Held-out clips through SFT, the baseline where asked, and this run: a table like table 1, and evaluation.json."""
+    """Held-out clips through SFT, the baseline if asked, and this run: a table like table 1, and evaluation.json. Only
+    for the embedded world (other data: scripts/evaluate.py on its own test split), and if --eval-clips is not -1."""
+    if settings.preset != "toy" or settings.random_weights or settings.data or settings.eval_clips < 0:
+        return
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
     judge, scores, counted, own = make_judge("lexicon"), {}, {}, copy.copy(collate)
-    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=settings.seed,
-                  **clip_options(settings))
+    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
+                         seed=settings.seed, **clip_options(settings))
     for system, folder in systems.items():
         own.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
         rows, _ = predict(own, examples, processes, how, batch_size=64)

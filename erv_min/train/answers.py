@@ -1,7 +1,7 @@
 """What a policy answers: for one clip (`answer`), for data sets (`predict`), kept in a folder (`predict_to_file`).
 
     from erv_min.train.answers import AnswerSettings, answer, load_policy
-    settings = AnswerSettings(model="runs/toy/sft")  # a folder or a hub repository; its other fields are infer.py's options
+    settings = AnswerSettings(model="runs/toy/sft")  # a folder or a hub repository; the rest: infer.py's options
     policy = load_policy(settings)
     said = answer(policy, "clip.mp4", settings)
     print(said.emotion, said.explanation)
@@ -19,23 +19,22 @@ import torch
 
 from erv_min.base.errors import ClipError, SettingsError
 from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from erv_min.base.options import check
 from erv_min.base.processes import Processes, gather_lists, join_processes
 from erv_min.data.loader import clip_inputs
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Collator, Example, embed
-from erv_min.judge import Judge, judge_rows
-from erv_min.metrics import score
 from erv_min.prompts import sft_target
 from erv_min.rewards import extract_answer, extract_explanation
-from erv_min.train.settings import AnswerSettings, GRPOSettings, PredictionSettings, check
+from erv_min.train.settings import AnswerSettings, PredictionSettings
 from erv_min.train.start import clip_options, load_collator
 
 ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 
 
 @torch.no_grad()
-def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: AnswerSettings, batch_size: int = 1,
-            on_token=None) -> Iterator[str | ClipError]:
+def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: AnswerSettings,
+            batch_size: int = 1, on_token=None) -> Iterator[str | ClipError]:
     """The policy's output for each example, in order; the ClipError of one that cannot be decoded.
 
     An output depends on the clip, the settings and its number (which keys the sampling noise with settings.seed), not
@@ -78,7 +77,8 @@ def load_policy(settings: AnswerSettings) -> Collator:
     return load_collator(settings, join_processes(settings.device))
 
 
-def answer(policy: Collator, clip: str | Path, settings: AnswerSettings = AnswerSettings(), subtitle: str = "") -> Answer:
+def answer(policy: Collator, clip: str | Path, settings: AnswerSettings = AnswerSettings(),
+           subtitle: str = "") -> Answer:
     """One clip's Answer. Raises ClipError where it cannot be decoded."""
     said = next(answers(policy, [clip], settings, subtitle))
     if isinstance(said, ClipError):
@@ -113,22 +113,6 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
     rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
             for e, x in zip(examples, said) if isinstance(x, str)]
     return rows, [x for x in said if isinstance(x, ClipError)]
-
-
-def evaluate_held_out(collate: Collator, examples: list[Example], judge: Judge, processes: Processes, settings: GRPOSettings,
-            batch_size: int) -> dict[str, float]:
-    """EEA and EPC of the policy as it stands, percent over all `examples`, as a row of metrics.jsonl holds them; {} on
-    another process than the main one. The noise is not the training's, and each call's is the same: calls differ by the
-    policy alone."""
-    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
-                  seed=settings.seed + 2**32, **clip_options(settings) | {"workers": 0})
-    rows, _ = predict(collate, examples, processes, how, batch_size)
-    if not processes.main or not rows:
-        return {}
-    judge_rows(rows, judge)
-    scores = [score([row for row in rows if row["dataset"] == dataset], dataset)
-              for dataset in dict.fromkeys(row["dataset"] for row in rows)]
-    return {f"held_out_{name}": sum(x[name] * x["n"] for x in scores) / len(rows) for name in ("EEA", "EPC")}
 
 
 def answers_after(collate: Collator, examples: list[Example], explanations: list[str], processes: Processes,

@@ -27,7 +27,7 @@ from torch import Tensor
 from erv_min.base.errors import STOPPED, DiskError, NumbersError, SettingsError
 from erv_min.base.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import option_name
-from erv_min.base.processes import Processes, all_gather_object, all_reduce_sum, gather_lists
+from erv_min.base.processes import Processes, all_gather_object, all_reduce_sum, barrier, gather_lists
 from erv_min.train.state import load_state, save_state, saved_states
 
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
@@ -141,6 +141,10 @@ class Run:
                 print(f"resume: {self.out} holds a state after step {self.first_step} of {self.total_steps}"
                       if self.first_step else f"resume: {self.out} holds no state; starting at step 1", flush=True)
             self.skipped, self.in_a_row = all_gather_object((self.skipped, self.in_a_row))[0]  # nobody logs before
+        if self.processes.main:
+            count = sum(p.numel() for p in policy.named_parameters().values())
+            print(f"{self.out}: {self.total_steps} steps, {count / 1e6:.2f} M trainable parameters on this process",
+                  flush=True)
         return self.first_step
 
     def _cut_logs(self) -> None:
@@ -217,3 +221,5 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.processes.main:
             write_json(self.config, {**read_json(self.config), "erv_min": self.about})
+            print(f"{self.out}/model.safetensors is written", flush=True)
+        barrier()

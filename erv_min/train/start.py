@@ -1,26 +1,27 @@
 """What a stage starts from: model and tokenizers, clips, verifier. (The toy's stages before it: toy/chain.py.)"""
 
+import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from erv_min.base.errors import ClipError, SettingsError
-from erv_min.base.files import append_jsonl
+from erv_min.base.errors import SettingsError
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.checkpoint import load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
-from erv_min.data.examples import check_clips, load_examples, summary, too_many
+from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier, scratch
 from erv_min.inputs import Collator, Example
-from erv_min.judge import Judge, make_judge
-from erv_min.model.humanomni import HumanOmni, random_humanomni
+from erv_min.model.humanomni import HumanOmni, freeze_except, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
-from erv_min.train.settings import DIMENSIONS, STARTS, AnswerSettings, Common, GRPOSettings, ModelSettings
+from erv_min.train.settings import (DIMENSIONS, STARTS, AnswerSettings, GRPOSettings, ModelSettings, PolicySettings,
+                                    trained_parts)
+from erv_min.train.sharding import shard
 
 
 def load_model(settings: ModelSettings, name: str, dtype: torch.dtype, device, processes: Processes, show=print):
@@ -45,10 +46,10 @@ def load_collator(settings: AnswerSettings, processes: Processes, show=print) ->
                     settings.question or f"{QUESTION} {REASONING_SUFFIX}")
 
 
-def load_start(settings: Common, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
+def load_start(settings: PolicySettings, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
     """The model that a stage begins with, in float32, and the collator of its inputs.
 
-    It lies on the device, or, where it will be sharded, on the CPU: with --sharding hand on the first process's alone.
+    It lies on the device, or, if it will be sharded, on the CPU: with --sharding hand on the first process's alone.
     --model names a folder or hub repository; without it the preset's own start (section 4.3). With --random-weights
     the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
     """
@@ -64,6 +65,7 @@ def load_start(settings: Common, stage: str, processes: Processes) -> tuple[Huma
                                 "(a folder or hub repository), or try the machine with --random-weights")
         model, tokenizer, gate = load_model(settings, name, torch.float32, device, processes)
     model.model.recompute = settings.recompute
+    settings.num_frames = settings.num_frames or model.config.num_frames
     cache = None
     if settings.cache_features:
         folder = None if settings.cache_features == "memory" else settings.cache_features
@@ -71,6 +73,27 @@ def load_start(settings: Common, stage: str, processes: Processes) -> tuple[Huma
         about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
         cache = FeatureCache(folder, ":".join(map(str, (towers, *about))))
     return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
+
+
+def load_sharded_policy(settings: PolicySettings, stage: str, processes: Processes):
+    """(policy, collator): pi_theta with table 8's parts trainable, as it lies on the processes.
+
+    It is in eval mode, in training too: HumanOmni has no dropout, and nothing else in it asks."""
+    model, collate = load_start(settings, stage, processes)
+    freeze_except(model, trained_parts(stage, settings))
+    return shard(model, settings.sharding, processes.device, getattr(torch, settings.dtype)), collate
+
+
+def load_policy_and_reference(settings: GRPOSettings, processes: Processes):
+    """(policy, reference, collator): pi_theta, and the frozen pi_ref, which shares the frozen towers' features."""
+    model, collate = load_start(settings, "grpo", processes)
+    towers = (model.model.vision_tower, model.model.audio_tower)
+    frozen = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False)
+    frozen.model.vision_tower = frozen.model.audio_tower = None
+    freeze_except(model, trained_parts("grpo", settings))
+    compute = getattr(torch, settings.dtype)
+    policy = shard(model, settings.sharding, processes.device, compute)
+    return policy, shard(frozen, settings.sharding, processes.device, compute, frozen=True), collate
 
 
 def tower_key(model: HumanOmni) -> str:
@@ -83,7 +106,7 @@ def tower_key(model: HumanOmni) -> str:
     return digest.hexdigest()
 
 
-def training_examples(settings: Common, split: str, processes: Processes) -> list[Example]:
+def training_examples(settings: PolicySettings, split: str, processes: Processes) -> list[Example]:
     """The clips to train on, counted and checked; the list of missing ones is OUT/missing_clips.txt."""
     examples = load_examples(settings.data or f"toy:{settings.world}", split)
     if processes.main:
@@ -94,54 +117,22 @@ def training_examples(settings: Common, split: str, processes: Processes) -> lis
 
 
 def load_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
-    """The verifier that R_E asks: --erv; a random one with --random-weights; None if R_E is off."""
+    """The verifier that R_E asks: --erv; a random one with --random-weights; None if R_E is off. Raises SettingsError
+    if none is named, or if --ablate asks for one of its own."""
     if not settings.w_explanation:
         return None
     if settings.erv:
         return Verifier.load(settings.erv, device)
-    tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
-    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
-
-
-def load_held_out(settings: GRPOSettings, processes: Processes) -> tuple[list[Example], Judge | None]:
-    """Up to 64 held-out clips, evenly spaced, and who judges what is said of them: --watch-erv, in the embedded world
-    the lexicon. Nothing where --watch-every is 0, and where the toy's preset has other data and no --watch-erv."""
-    data = settings.data or f"toy:{settings.world}"
-    known = settings.watch_erv or data.startswith("toy:")
-    if settings.watch_every and not known:
-        if settings.preset != "toy":
-            raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO (another "
-                                "verifier than --erv), or --watch-every 0")
-        if processes.main:
-            print("held-out clips are not watched: nobody judges them without --watch-erv", flush=True)
-    if not settings.watch_every or not known:
-        return [], None
-    examples = check_clips(load_examples(data, "test"), settings.allow_missing)
-    count = min(64, len(examples))
-    return ([examples[i * len(examples) // count] for i in range(count)],
-            make_judge(f"erv:{settings.watch_erv}" if settings.watch_erv else "lexicon", device=processes.device))
+    if settings.random_weights:
+        tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
+        return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
+    if settings.ablate == "augmentation":
+        raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
+                            "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
+    raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or "
+                        "--w-explanation 0")
 
 
 def clip_options(settings: ModelSettings) -> dict:
     """How clips are decoded, as loader.clip_inputs takes it."""
     return {name: getattr(settings, name) for name in ("modality", "num_frames", "geometry", "workers", "silence")}
-
-
-class FailedClips:
-    """Clips of a training run that could not be decoded: listed in OUT/failed_clips.jsonl, and counted."""
-
-    def __init__(self, settings: Common, places_per_step: int, total: int):
-        self.settings, self.places_per_step, self.total = settings, places_per_step, total
-        self.errors: list[str] = []
-
-    def add(self, place: int, error: ClipError) -> None:
-        """`place` in the endless order of the clip that another one replaces."""
-        append_jsonl(Path(self.settings.out) / "failed_clips.jsonl",
-                     {"step": place // self.places_per_step, "error": str(error)})
-        self.errors.append(str(error))
-
-    def check(self) -> None:
-        """Raises DataError where more clips broke than --allow-missing, over all processes; one that two of them met in
-        different epochs counts once. Every process calls it after each step."""
-        self.errors = [*dict.fromkeys(gather_lists(self.errors))]
-        too_many(len(self.errors), self.total, self.settings.allow_missing, "".join(self.errors[:1]))

@@ -16,17 +16,18 @@ import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
 from erv_min import metrics
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_jsonl, write_json
+from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import CHEATS, cheat, targets
 from erv_min.data.quality import verifier_report
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
-from erv_min.erv import Verifier, erv_columns, explanation_statistics
+from erv_min.erv import Verifier, erv_columns
 from erv_min.judge import make_judge
 from erv_min.prompts import sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.toy.lexicon import PARAPHRASES, sentences
-from erv_min.train.settings import option, parse
+from erv_min.train.log import explanation_statistics
 
 # ---- agreement with a judge ------------------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
 
 # ---- what the reward pays for ways to cheat --------------------------------------------------------------------------
 
-RULES = {"paper": {}, "no neutral filter": {"neutral_filter": False}}  # changes of RewardSettings; the second: table 2
+RULES = {"paper": {}, "no neutral filter": {"ablate": "neutral-filtering"}}  # of RewardSettings; the second: table 2
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class AuditSettings:
 
 
 def options(argv: list[str]) -> AuditSettings:
-    args = parse(AuditSettings, {}, __doc__, argv)
+    args = parse(AuditSettings, __doc__, argv)
     if not args.erv:
         raise SettingsError("--erv: name a verifier, a folder or a hub repository")
     return args

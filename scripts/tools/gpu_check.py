@@ -120,7 +120,7 @@ def grpo(on: Machine) -> tuple[str, bool]:
     _, peak = on.train("grpo.py", "grpo", preset, "--steps", 3, "--save-every", 3, *size)
     rows, _ = on.train("grpo.py", "grpo", preset, "--steps", 4, "--resume", *size)
     code = ("import sys, json; sys.path.insert(0, sys.argv[1]); import plan as p; "
-            "s = p.parse(p.GRPOSettings, p.PRESETS['grpo'], None, ['--preset', *sys.argv[2:]]); "
+            "from erv_min.base.options import parse; s = parse(p.GRPOSettings, None, ['--preset', *sys.argv[2:]]); "
             "print(p.plan(p.humanomni(p.DIMENSIONS[s.preset]), 'grpo', s, 1).peak)")
     planned = float(on.python("-c", code, TOOLS, preset, *size))
     return (f"{peak / 2**30:.2f} GiB of {planned / 2**30:.2f} planned, then step {len(rows)}",

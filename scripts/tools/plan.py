@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from erv_min.base.errors import SettingsError
+from erv_min.base.options import parse
 from erv_min.base.processes import run_script
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
@@ -30,7 +31,7 @@ from erv_min.generate import prompt_bytes, sample_token
 from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
 from erv_min.model.humanomni import HumanOmni, freeze_except
 from erv_min.model.qwen2 import GroupCache, PackedGroups
-from erv_min.train.settings import DIMENSIONS, PRESETS, GRPOSettings, SFTSettings, parse, trained_parts
+from erv_min.train.settings import DIMENSIONS, GRPOSettings, SFTSettings, trained_parts
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
 RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         rest += ["--preset", "paper-7b"]
     if own.gpus < 1:
         parser.error(f"--gpus must be at least 1, not {own.gpus}")
-    settings = parse(KINDS[own.stage], PRESETS[own.stage], __doc__, rest)
+    settings = parse(KINDS[own.stage], __doc__, rest)
     config = humanomni(DIMENSIONS[settings.preset])
     grpo = own.stage == "grpo"
     rows = f"G {settings.group_size} of {settings.max_new_tokens}" if grpo else f"targets of {TARGET_TOKENS}"

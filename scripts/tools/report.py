@@ -27,7 +27,6 @@ from erv_min.emotions import ERV_LABELS, normalize
 from erv_min.erv import Verifier
 from erv_min.metrics import paired, read_prediction
 from erv_min.rewards import RewardSettings, explanation_reward, extract_answer, select_labels, sentences_of
-from erv_min.run.settings import ABLATIONS
 
 RUNS, STEPS, COMPLETIONS, CLIPS = 8, 12, 2, 6
 
@@ -73,8 +72,7 @@ def find_verifier(runs: list[Run], given: str) -> tuple[Verifier | None, RewardS
     """The verifier that a run was trained with (a local folder), its settings, and a note where there is none."""
     names = {f.name for f in fields(RewardSettings)}
     for run in [run for run in runs if run.settings.get("erv") or given] or runs[:1]:
-        rules = RewardSettings(**{k: v for k, v in run.settings.items() if k in names}
-                               | ABLATIONS.get(run.settings.get("ablate"), {}))
+        rules = RewardSettings(**{k: v for k, v in run.settings.items() if k in names})
         folder = given or (run.settings.get("erv") or "").split(",")[0]
         if given or (folder and Path(folder, "config.json").exists()):
             return Verifier.load(folder), rules, ""

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 from erv_min.base.errors import SettingsError
-from erv_min.grpo import clipped, ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length, masked_mean
+from erv_min.grpo import ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length, masked_mean
 from erv_min.logps import Completions
+from erv_min.train.log import clipped
 
 
 def test_group_advantages_by_hand():

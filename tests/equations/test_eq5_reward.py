@@ -73,10 +73,10 @@ MIXED = "<think>A neutral coat. So sad. So sad! He is happy.</think><answer>sad<
 def test_eq5_weights_and_ablations():
     assert reward(MIXED).total == pytest.approx(1 + 1 + 2 / 3)
     assert reward(MIXED, w_format=2, w_answer=0.5, w_explanation=3).total == pytest.approx(2 + 0.5 + 2)
-    assert reward(MIXED, neutral_filter=False).explanation == 2 / 4
-    whole = reward(MIXED, sentence_level=False)  # one "sentence" with all three over tau: the two best hold sad or not
+    assert reward(MIXED, ablate="neutral-filtering").explanation == 2 / 4
+    whole = reward(MIXED, ablate="sentence-level")  # one "sentence" with all three over tau: the two best hold sad or not
     assert whole.sentences == ["A neutral coat. So sad. So sad! He is happy."] and len(whole.label_sets[0]) == 2
-    assert reward("<think>So sad. A hat.</think>", sentence_level=False).explanation == 1
-    assert reward("<think> </think>", sentence_level=False).sentences == []
+    assert reward("<think>So sad. A hat.</think>", ablate="sentence-level").explanation == 1
+    assert reward("<think> </think>", ablate="sentence-level").sentences == []
     without = score_completions([MIXED], ["sad"], "dfew", None, LABELS)[0]
     assert (without.total, without.explanation, without.sentences) == (2, 0, [])

@@ -232,7 +232,7 @@ class Checkpoints:
         self.linear(torch.ones(1, 3)).sum().backward()
         optimizer.step()
         save_state(folder / "run", 1, self.held, optimizer)
-        self.places = {"erv": folder / "erv", "policy": folder / "policy", "run": folder / "train/state-000001"}
+        self.places = {"erv": folder / "erv", "policy": folder / "policy", "run": folder / "run/state-000001"}
 
     def run(self, rng, folder):
         import torch
@@ -334,7 +334,7 @@ class Explanations:
     def run(self, rng, folder):
         import torch
         from erv_min.emotions import ERV_LABELS
-        from erv_min.erv import explanation_statistics
+        from erv_min.train.log import explanation_statistics
         from erv_min.base.files import append_jsonl
         from erv_min.rewards import RewardSettings, extract_answer, score_completions
         tags = ("<think>", "</think>", "<answer>", "</answer>", '"', ". ", "!? ", "\n", "\0", "\x1b[31m", "\u202e", "happy", "。")

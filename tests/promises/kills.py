@@ -24,6 +24,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+
+from erv_min.train import hooks
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -103,13 +105,13 @@ def count_operations(out: Path, kill_at: int, writing_only: bool) -> None:
 def break_sampling(script) -> None:
     """The sampling state left out: what should be a function of seed and step comes from a generator of the process."""
     generator, manual_seed = torch.Generator().manual_seed(5), torch.manual_seed
-    if hasattr(script, "sampling_noise"):
-        script.sampling_noise = lambda seed, step, prompts, group, length: torch.rand(
+    if script.__name__ == "grpo":
+        hooks.sampling_noise = lambda seed, step, prompts, group, length: torch.rand(
             len(prompts) * group, length, generator=generator, dtype=torch.float64)
-    elif hasattr(script, "batch_of_step"):
+    elif script.__name__ == "erv":
         script.batch_of_step = lambda count, size, seed, step: torch.randint(count, (size,), generator=generator).tolist()
     else:
-        script.item_at = functools.cache(lambda place, count, seed: int(torch.randint(count, (), generator=generator)))
+        hooks.item_at = functools.cache(lambda place, count, seed: int(torch.randint(count, (), generator=generator)))
     if script.__name__ == "erv":
         manual_seed(5)
         torch.manual_seed = lambda seed: generator
@@ -126,7 +128,7 @@ def stage(name: str, folder: Path, out: Path, kill_at: int, writing_only: bool, 
     if kind != "erv":
         arguments += ["--model", str(folder / "base")]
     if kind == "grpo":
-        score = script.score_completions
+        score = hooks.score_completions
         arguments += ["--erv", str(folder / "verifier")]
 
         def by_letter(texts, *rest, **options):  # a policy that knows nothing earns nothing: pay for something it can do
@@ -134,7 +136,7 @@ def stage(name: str, folder: Path, out: Path, kill_at: int, writing_only: bool, 
             for text, reward in zip(texts, rewards):
                 reward.total += text.count("e") / (1 + len(text))
             return rewards
-        script.score_completions = by_letter
+        hooks.score_completions = by_letter
     script.main(arguments)
 
 

@@ -8,11 +8,12 @@ import torch
 
 from erv_min.base.errors import NumbersError
 from erv_min.base.processes import Processes
-from erv_min.grpo import clipped, group_advantages, grpo_loss, kl_k3, masked_mean
+from erv_min.grpo import group_advantages, grpo_loss, kl_k3, masked_mean
 from erv_min.logps import Completions, completion_logps
 from erv_min.rewards import RewardSettings, score_completions
 from erv_min.sft import sft_loss
 from erv_min.train.folder import Run
+from erv_min.train.log import clipped
 from erv_min.train.optimizer import make_optimizer, update
 from erv_min.train.settings import SFTSettings
 from erv_min.train.sharding import Replicated

@@ -1,0 +1,149 @@
+"""What a training loop calls beside its equations: this process's clips, the reward of completions, held-out clips."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+from erv_min.base.errors import ClipError, SettingsError
+from erv_min.base.files import append_jsonl
+from erv_min.base.processes import Processes, gather_lists
+from erv_min.data.examples import check_clips, load_examples, too_many
+from erv_min.data.loader import item_at, training_inputs
+from erv_min.emotions import ERV_LABELS
+from erv_min.erv import Verifier
+from erv_min.generate import prompts_at_once, rollout, sampling_noise
+from erv_min.grpo import MiniBatch
+from erv_min.inputs import Collator, Example, Inputs
+from erv_min.judge import judge_rows, make_judge
+from erv_min.logps import Completions
+from erv_min.metrics import score
+from erv_min.model.humanomni import Prompts
+from erv_min.rewards import Reward, score_completions
+from erv_min.train.answers import predict
+from erv_min.train.settings import AnswerSettings, GRPOSettings, PolicySettings
+from erv_min.train.start import clip_options
+
+
+class TrainingClips:
+    """This process's clips of each step, decoded ahead, in the order of training.
+
+    units: what a place of that order holds: examples that share a clip (GRPO: one; SFT: the targets of a clip).
+    """
+
+    def __init__(self, settings: PolicySettings, collate: Collator, processes: Processes, units: list[list[Example]],
+                 per_step: int):
+        """per_step: units per step over all processes."""
+        self.settings, self.collate, self.units, self.per_step = settings, collate, units, per_step
+        self.places = processes.share(per_step)  # of the places 0 .. per_step - 1 of a step
+        self.total_steps = settings.steps or max(1, settings.epochs * len(units) // per_step)
+        self.failed: list[str] = []
+
+    def unit_at(self, place: int) -> list[Example]:
+        """What stands at a place of the endless order."""
+        return self.units[item_at(place, len(self.units), self.settings.seed)]
+
+    def example_at(self, place: int) -> Example:
+        """Whose clip it is."""
+        return self.unit_at(place)[0]
+
+    def start(self, first_step: int) -> None:
+        """Begins to decode, at the clips of `first_step`."""
+        places = (step * self.per_step + place for step in range(first_step, self.total_steps) for place in self.places)
+        self.stream: Iterator = training_inputs(
+            places, self.example_at, len(self.units), self._failed, config=self.collate.model.config,
+            cache=self.collate.cache, **clip_options(self.settings))
+
+    def next(self) -> list[Inputs]:
+        """A step's clips; `taken` then holds the places that they have in the order of training. A clip that cannot be
+        decoded is replaced by the next of the order."""
+        found = [next(self.stream) for _ in self.places]
+        self.taken = [place for place, _ in found]
+        return [inputs for _, inputs in found]
+
+    def _failed(self, place: int, error: ClipError) -> None:
+        append_jsonl(Path(self.settings.out) / "failed_clips.jsonl",
+                     {"step": place // self.per_step, "error": str(error)})
+        self.failed.append(str(error))
+
+    def check_failed(self) -> None:
+        """Raises DataError if more clips broke than --allow-missing, over all processes; one that two of them met in
+        different epochs counts once. Every process calls it after each step."""
+        self.failed = [*dict.fromkeys(gather_lists(self.failed))]
+        too_many(len(self.failed), len(self.units), self.settings.allow_missing, "".join(self.failed[:1]))
+
+
+class RewardFunction:
+    """R of a step's completions (Eq. 5); the verifier reads every distinct sentence of them in one call."""
+
+    def __init__(self, settings: GRPOSettings, collate: Collator, verifier: Verifier | None):
+        self.settings, self.tokenizer, self.verifier = settings, collate.tokenizer, verifier
+
+    def __call__(self, minibatches: list[MiniBatch]) -> tuple[list[str], list[Reward]]:
+        """The completions as text, and their rewards, in the order of the mini-batches' rows."""
+        texts, examples = [], []
+        for part in minibatches:
+            for ids, mask in zip(part.completions.ids, part.completions.mask):
+                texts.append(self.tokenizer.decode(ids[mask].tolist(), skip_special=True))
+            for example in part.prompts.examples:
+                examples += [example] * self.settings.group_size
+        probabilities, labels = None, ERV_LABELS
+        if self.verifier:
+            probabilities, labels = self.verifier.probabilities, self.verifier.labels
+        return texts, score_completions(texts, [example.label for example in examples],
+                                        [example.dataset for example in examples], probabilities, labels, self.settings)
+
+
+class HeldOut:
+    """EEA and EPC of up to 64 held-out clips, every --watch-every steps, judged by --watch-erv, or in the embedded
+    world by its lexicon. Nothing if --watch-every is 0, and if the toy's preset has other data and no --watch-erv."""
+
+    def __init__(self, settings: GRPOSettings, collate: Collator, processes: Processes):
+        self.settings, self.collate, self.processes, self.examples = settings, collate, processes, []
+        data = settings.data or f"toy:{settings.world}"
+        if not settings.watch_every:
+            return
+        if not settings.watch_erv and not data.startswith("toy:"):
+            if settings.preset != "toy":
+                raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO "
+                                    "(another verifier than --erv), or --watch-every 0")
+            if processes.main:
+                print("held-out clips are not watched: nobody judges them without --watch-erv", flush=True)
+            return
+        examples = check_clips(load_examples(data, "test"), settings.allow_missing)
+        count = min(64, len(examples))
+        self.examples = [examples[i * len(examples) // count] for i in range(count)]  # evenly spaced
+        self.judge = make_judge(f"erv:{settings.watch_erv}" if settings.watch_erv else "lexicon",
+                                device=processes.device)
+
+    def __call__(self, policy, step: int) -> dict[str, float]:
+        """Percent over all held-out clips, as a row of metrics.jsonl holds them; {} unless it is due, and on another
+        process than the main one. The noise is not the training's, and each call's is the same: calls differ by the
+        policy alone."""
+        if not self.examples or step % self.settings.watch_every:
+            return {}
+        how = AnswerSettings(temperature=self.settings.eval_temperature, max_new_tokens=self.settings.max_new_tokens,
+                             seed=self.settings.seed + 2**32, **clip_options(self.settings) | {"workers": 0})
+        with policy.unsharded():
+            rows, _ = predict(self.collate, self.examples, self.processes, how,
+                              self.settings.batch_size // self.processes.size)
+        if not self.processes.main or not rows:
+            return {}
+        judge_rows(rows, self.judge)
+        by_dataset = {}
+        for row in rows:
+            by_dataset.setdefault(row["dataset"], []).append(row)
+        scores = [score(part, dataset) for dataset, part in by_dataset.items()]
+        return {f"held_out_{name}": sum(x[name] * x["n"] for x in scores) / len(rows) for name in ("EEA", "EPC")}
+
+
+def sample(collate: Collator, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings) -> Completions:
+    """G completions of each prompt of this process, as many prompts at once as memory allows (with --deterministic one,
+    since free memory differs from run to run); the noise of a completion is keyed by its prompt's place, so that tokens
+    do not depend on that."""
+    parts, G, N, eos = [], settings.group_size, settings.max_new_tokens, collate.tokenizer.eos_id
+    size = settings.rollout_batch or (1 if settings.deterministic else prompts_at_once(collate.model, prompts, G, N))
+    for start in range(0, len(places), size):
+        some = slice(start, start + size)
+        noise = sampling_noise(settings.seed, step, places[some], G, N)
+        parts.append(rollout(collate.model, prompts[some], G, N, eos, noise, settings.temperature, settings.top_k))
+    return Completions.cat(parts, eos)
