@@ -11,7 +11,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from erv_min.base.files import atomic_write
-from erv_min.inputs import Example
+from erv_min.inputs import Example, Inputs
 
 log = logging.getLogger("erv_min")
 
@@ -20,7 +20,7 @@ class FeatureCache:
     """Frozen-tower features of clips, keyed by file path, size, modification time and `key` (towers, frames, size).
 
     In memory up to `memory` bytes (the first clips stay: an epoch passes each once, so that evicting the oldest would
-    always throw out the next one), and in `folder` as safetensors where one is given.
+    always throw out the next one), and in `folder` as safetensors if one is given.
     """
 
     def __init__(self, folder: str | Path | None, key: str, memory: int = 2 << 30):
@@ -41,20 +41,21 @@ class FeatureCache:
         name = self._name(example)
         return name in self.kept or self.folder is not None and (self.folder / name).is_file()
 
-    def get(self, example: Example):
-        """(vision [T, N, C] | None, audio [P, C] | None, silent) on the CPU, or None where the clip is not cached."""
+    def get(self, example: Example) -> Inputs | None:
+        """The clip as its features on the CPU, vision [T, N, C] and audio [P, C]; None if it is not cached."""
         if not self.has(example):
             return None
         name = self._name(example)
         try:
-            parts = (self.kept[name] if name in self.kept else
-                     self._keep(name, load_tensors((self.folder / name).read_bytes())))
+            parts = self.kept[name] if name in self.kept else load_tensors((self.folder / name).read_bytes())
         except (SafetensorError, OSError) as error:
             log.warning("%s: damaged, made again (%s)", self.folder / name, error)
             return None
-        return parts.get("vision"), parts.get("audio"), "silent" in parts
+        self._keep(name, parts)
+        return Inputs(example, None, (parts.get("vision"), parts.get("audio")), "silent" in parts)
 
     def put(self, example: Example, vision=None, audio=None, silent: bool = False) -> None:
+        """Keeps a clip's features; a modality that the model is not given is None."""
         parts = {"vision": vision, "audio": audio, "silent": torch.ones(1, dtype=torch.bool) if silent else None}
         parts = {part: value.detach().cpu().contiguous() for part, value in parts.items() if value is not None}
         if name := self._name(example):
@@ -62,9 +63,8 @@ class FeatureCache:
                 atomic_write(self.folder / name, save_tensors(parts))
             self._keep(name, parts)
 
-    def _keep(self, name: str, parts: dict) -> dict:
+    def _keep(self, name: str, parts: dict) -> None:
         size = sum(value.nbytes for value in parts.values())
         if name not in self.kept and size <= self.room:
             self.kept[name] = parts
             self.room -= size
-        return parts
