@@ -64,9 +64,9 @@ def canonical(label: str) -> str:
 
 
 def to_erv(label: str) -> str:
-    """A label of any data set -> its name among ERV_LABELS. Raises DataError where it has none.
+    """A label of any data set -> its name among ERV_LABELS. Raises DataError if it has none.
 
-    Not GoEmotions' classes: `grief` is `helplessness` where the released verifier says it, and in no annotation.
+    Not GoEmotions' classes: `grief` is `helplessness` if the released verifier says it, and in no annotation.
     """
     name = LABEL_NAMES.get(label.strip().lower())
     if name is None:
@@ -78,7 +78,7 @@ def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     """An answer as it was written -> the data set's label.
 
     "paper": the whole answer, white space and punctuation around it apart, is a label, one of its ALIASES or SYNONYMS
-    (divergence 18); None where it is none, so `unhappy`, `a bit of anger` and `sad or angry` are no emotion of DFEW.
+    (divergence 18); None if it is none, so `unhappy`, `a bit of anger` and `sad or angry` are no emotion of DFEW.
     "released": lower case, no newlines, then the release's rules, which look for substrings on DFEW and MAFW; what no
     rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule).
     """

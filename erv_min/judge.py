@@ -1,8 +1,8 @@
 """Who reads the emotion out of an explanation: figure 3's judge (sections 4.2 and 5.4).
 
 `make_judge("openai:gpt-4.1-mini")`, "gemini:gemini-2.5-flash", "hf:ORG/MODEL", "erv:/folder" (a local verifier on whole
-explanations), or one of READERS (the embedded world registers "lexicon" and "paraphrases"). Hosted models are asked at temperature 0
-by base/chat.py. An answer outside the list and a failed call are states of their own, never an emotion (divergence 14).
+explanations), or one of READERS. Hosted models are asked at temperature 0 by base/chat.py. An answer outside the list
+and a failed call are states of their own, never an emotion (divergence 14).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from erv_min.base.chat import KEYS, ChatClient
+from erv_min.base.chat import PROVIDERS, ChatClient
 from erv_min.base.errors import JudgeError
 from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
 from erv_min.erv import Verifier, erv_columns
@@ -63,8 +63,8 @@ def hosted_judge(client: ChatClient) -> Judge:
 
 
 def erv_judge(verifier) -> Judge:
-    """A local verifier on the whole explanation: the most probable of the labels. Not independent where it was the
-    training's own verifier: good to watch, not to report."""
+    """A local verifier on the whole explanation: the most probable of the labels. If it was the training's own verifier
+    it is not independent: good to watch, not to report."""
     column = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
 
     def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
@@ -78,39 +78,39 @@ def erv_judge(verifier) -> Judge:
 
 def reader_judge(reader) -> Judge:
     """A judge from `reader.judge(explanations, labels)`, which gives one of the labels or None for each."""
-    return lambda explanations, labels: [Judgement(emotion, "ok" if emotion else "outside", emotion or "")
-                                         for emotion in reader.judge(explanations, labels)]
+    def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
+        return [Judgement(emotion, "ok", emotion) if emotion else NOTHING
+                for emotion in reader.judge(explanations, labels)]
+    return judge
 
 
 def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", **options) -> Judge:
-    """The judge that `spec` names; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown name, no
-    key)."""
+    """The judge that `spec` names; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown, no key)."""
     kind, _, rest = spec.partition(":")
     if spec in READERS:
         return reader_judge(READERS[spec]())
     if kind == "erv" and rest:
         return erv_judge(Verifier.load(rest, device))
-    if kind in KEYS and rest:
+    if kind in PROVIDERS and rest:
         return hosted_judge(ChatClient(spec, cache, **options))
-    raise JudgeError(f"--judge {spec!r}: expected openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER"
-                     + "".join(f", {name}" for name in READERS))
+    raise JudgeError(f"--judge {spec!r}: expected "
+                     + ", ".join(["openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER", *READERS]))
 
 
 def explanation_of(output: str) -> str:
-    """What a judge reads: the text between <think> and </think>, and where it was never closed (an output cut at its
-    longest), up to <answer> or the end: EEA judges the explanation, whatever became of the tags (divergence 15).
+    """What a judge reads: the text between <think> and </think>; if it was never closed (an output cut at its longest),
+    up to <answer> or the end: EEA judges the explanation, whatever became of the tags (divergence 15).
 
     R_E reads closed ones alone (rewards.extract_explanation): the reward teaches the format, a judge does not."""
     _, _, rest = output.partition("<think>")
-    closed = "</think>" in rest
-    return rest.partition("</think>" if closed else "<answer>")[0].strip()
+    return rest.partition("</think>" if "</think>" in rest else "<answer>")[0].strip()
 
 
 def judge_rows(rows: list[dict], judge: Judge) -> None:
     """Adds "judged_emotion" and "judge_status" to prediction rows ({"output", "dataset", ...}), in place.
 
     The judge reads the explanation and nothing else; data sets are asked one after another, each with its own labels.
-    Raises JudgeError where a hosted judge cannot be asked at all.
+    Raises JudgeError if a hosted judge cannot be asked at all.
     """
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         part = [row for row in rows if row["dataset"] == dataset]

@@ -102,7 +102,7 @@ def pixel_values(frames: torch.Tensor, size: int, geometry: str = "pad") -> torc
 
 @lru_cache(maxsize=64)
 def _bicubic(n_in: int, n_out: int) -> torch.Tensor:
-    """Pillow's antialiased bicubic (a = -0.5) as a matrix [n_out, n_in]; the kernel widens where the image shrinks."""
+    """Pillow's antialiased bicubic (a = -0.5) as a matrix [n_out, n_in]; the kernel widens if the image shrinks."""
     scale = n_in / n_out
     widen = max(scale, 1.0)
     centre = (torch.arange(n_out, dtype=torch.float64)[:, None] + 0.5) * scale  # [n_out, 1]

@@ -26,8 +26,8 @@ class Scored:
     labels: tuple[str, ...]
     truth: np.ndarray
     predicted: np.ndarray  # for WAR and UAR, tags or not
-    answered: np.ndarray  # for EPC and FCR: what stands in <answer>; C where there is none
-    judged: np.ndarray | None  # None where no row has a judged_emotion
+    answered: np.ndarray  # for EPC and FCR: what stands in <answer>; C if there is none
+    judged: np.ndarray | None  # None if no row has a judged_emotion
     outside: int  # judge answers outside the label list
     errors: int  # rows that the judge could not answer
     released: bool  # the rule: EEA wants an answer; a class without rows counts 0 in UAR (divergences 15, 16)
@@ -42,8 +42,8 @@ class Scored:
 def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str | None, str | None]:
     """(predicted, answered): the label for WAR and UAR, and the one in the first <answer>, closed or not, for the rest.
 
-    The first counts an answer without tags too: all that follows the last </think>. "released" reads it so even where
-    there are tags, which turns `so <answer>sad</answer>` into an unknown label; "paper" only where there is none."""
+    The first counts an answer without tags too: all that follows the last </think>. "paper" reads it so if there is no
+    tag, "released" always, which turns `so <answer>sad</answer>` into an unknown label."""
     said = output.rpartition("</think>")[2].replace("<answer>", "").replace("</answer>", "").strip()
     _, opened, rest = output.partition("<answer>")
     answer = rest.partition("</answer>")[0].strip() if opened else ""
@@ -109,7 +109,7 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
     """Table 1's five metrics of prediction rows, and what stands behind them. Raises as read_rows.
 
     -> {"EEA", "FCR", "EPC", "WAR", "UAR"} in percent over all rows; "EEA_answered" (a row without a readable answer is
-    wrong: divergence 15's other way, and the released EEA); "FCR/WAR" (section 6; None where WAR is 0); "n"; "unparsed"
+    wrong: divergence 15's other way, and the released EEA); "FCR/WAR" (section 6; None if WAR is 0); "n"; "unparsed"
     (no known label in <answer>); "unknown_labels" (no known prediction for WAR); "judge_outside", "judge_errors";
     "labels"; "confusion" (rows: true labels, columns: predictions, the last unknown); "recall" (label -> percent,
     None for an absent class); "per_class" ([right, counted] for UAR). None: not judged.
@@ -155,30 +155,29 @@ def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, 
            rule: str = "paper") -> dict[str, tuple[float, float, float]]:
     """metric -> (b - a, low, high), in points: two systems on the same clips, matched by video_id and resampled
     together, which leaves out the spread that both share. The interval takes both models as they are (see bootstrap).
-    Raises DataError where the clips or their labels differ."""
-    by_id = [{row["video_id"]: row for row in rows} for rows in (rows_a, rows_b)]
-    if len(by_id[0]) != len(rows_a) or len(by_id[1]) != len(rows_b) or by_id[0].keys() != by_id[1].keys():
-        alone = sorted(map(str, by_id[0].keys() ^ by_id[1].keys()))[:3]
-        raise DataError("the two prediction files must hold the same clips, each once"
-                        + (f"; only one holds {', '.join(alone)}" if alone else "; a video_id is there twice"))
-    a, b = (read_rows([rows[i] for i in by_id[0]], dataset, rule) for rows in by_id)
+    Raises DataError if the clips or their labels differ."""
+    by_id_a, by_id_b = ({row["video_id"]: row for row in rows} for rows in (rows_a, rows_b))
+    if alone := sorted(map(str, by_id_a.keys() ^ by_id_b.keys())):
+        raise DataError(f"the two prediction files must hold the same clips; only one holds {', '.join(alone[:3])}")
+    if len(rows_a) != len(by_id_a) or len(rows_b) != len(by_id_b):
+        raise DataError("a prediction file must hold each clip once; a video_id is there twice")
+    a, b = read_rows(list(by_id_a.values()), dataset, rule), read_rows([by_id_b[i] for i in by_id_a], dataset, rule)
     if (a.truth != b.truth).any():
         raise DataError("the two prediction files disagree about ground_truth; were they made from one split?")
-
-    def difference(of_a: dict, of_b: dict) -> dict[str, np.ndarray]:
-        return {name: of_b[name] - of_a[name] for name in of_a.keys() & of_b.keys()}
-
-    spans = _intervals(difference(_resampled(a, n, seed), _resampled(b, n, seed)))
-    point = difference(*(weighted(s, np.ones((1, len(s.truth)))) for s in (a, b)))
-    return {name: (point[name][0].item(), *span) for name, span in spans.items()}
+    once = np.ones((1, len(a.truth)))
+    of_a, of_b = weighted(a, once), weighted(b, once)
+    drawn_a, drawn_b = _resampled(a, n, seed), _resampled(b, n, seed)
+    both = of_a.keys() & of_b.keys()  # one of them may not be judged
+    spans = _intervals({name: drawn_b[name] - drawn_a[name] for name in both})
+    return {name: ((of_b[name] - of_a[name]).item(), *span) for name, span in spans.items()}
 
 
 def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
     """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa"}; a share, not percent.
 
-    Rows where either gave no emotion (None) are left out and counted; accuracy and kappa are None where nothing is left
-    (a policy that does not explain). Cohen's kappa = (p_o - p_e) / (1 - p_e), None where p_e = 1 (both always say the
-    same one word)."""
+    Rows for which either gave no emotion (None) are left out and counted; accuracy and kappa are None if none is left
+    (a policy that does not explain). Cohen's kappa = (p_o - p_e) / (1 - p_e), None if p_e = 1 (both always say the same
+    one word)."""
     pairs = [(a, b) for a, b in zip(judged_a, judged_b, strict=True) if a is not None and b is not None]
     n, said_a, said_b = len(pairs), Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
     p_o = sum(a == b for a, b in pairs) / n if n else None
@@ -191,14 +190,14 @@ def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
 
 
 def next_with_another(answers: list[str]) -> list[int | None]:
-    """For each clip the next one in the order (after the last comes the first) with another answer; None: there is
+    """For each clip the next one in the order (after the last comes the first) with another answer; None if there is
     none."""
     n = len(answers)
     return [next((j % n for j in range(i + 1, i + n) if answers[j % n] != answers[i]), None) for i in range(n)]
 
 
 def moved(own: list[str | None], changed: list[str | None], others: list[str] | None = None) -> dict:
-    """AnswerSettings after the own explanation and after a changed one -> {"n", "moved"[, "followed"]}, shares; None of none.
+    """Answers after the own explanation and after a changed one -> {"n", "moved"[, "followed"]}, shares; None of none.
 
     moved: they differ ("Measuring faithfulness in chain-of-thought reasoning", arXiv 2307.13702: the answer is asked
     for again after altered reasoning). followed: the new one is `others`', the answer whose explanation it was given.

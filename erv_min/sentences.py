@@ -19,7 +19,7 @@ QUOTES = str.maketrans("“”", '""')
 def split_sentences(text: str, rule: str = "released") -> list[str]:
     """S_i: the sentences of an explanation, stripped, none empty.
 
-    "released": split at white space after `.`, `!` or `?` where an even number of double quotes follows.
+    "released": split at white space after `.`, `!` or `?` if an even number of double quotes follows.
     "extended": also keeps abbreviations, initials and a trailing ellipsis together, splits at newlines and at other
     scripts' full stops, and an unpaired quote counts in its own line only.
     """

@@ -378,10 +378,10 @@ def test_no_hub_token_for_other_servers(serve, monkeypatch):
 
 
 def test_makers_errors(monkeypatch):
-    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "ERV_JUDGE_BASE_URL"):
+    for name in ("OPENAI_API_KEY", "GEMINI_API_KEY", "HF_TOKEN", "ERV_JUDGE_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for spec, message in (("openai:gpt-4.1-mini", "set OPENAI_API_KEY"),
-                          ("gemini:gemini-2.5-flash", "set GEMINI_API_KEY"),
+                          ("gemini:gemini-2.5-flash", "set GEMINI_API_KEY"), ("hf:a/b", "set HF_TOKEN"),
                           ("gpt-4.1-mini", "expected openai:MODEL"), ("openai:", "expected openai:MODEL"),
                           ("erv:", "expected")):
         with pytest.raises(JudgeError, match=message):
@@ -396,11 +396,13 @@ def test_offline_switch_is_named(serve, monkeypatch):
         ask(["x"])
 
 
-def test_gemini_thinks_not_and_gets_its_own_address(monkeypatch):
-    monkeypatch.setenv("GEMINI_API_KEY", KEY)
-    made = ChatClient("gemini:gemini-2.5-flash")
-    assert made.extra == {"reasoning_effort": "none"}
-    assert made._client.model == "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions"
+def test_gemini_thinks_not_and_each_provider_has_its_own_address(monkeypatch):
+    for name in ("GEMINI_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, KEY)
+    gemini, hub = ChatClient("gemini:gemini-2.5-flash"), ChatClient("hf:Qwen/Qwen3-8B")
+    assert gemini.extra == {"reasoning_effort": "none"} and hub.extra is None
+    assert gemini._client.model == "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions"
+    assert hub._client.model == "https://router.huggingface.co/v1/chat/completions" and hub.model == "Qwen/Qwen3-8B"
 
 
 # ---------------------------------------------------------------------------------------------------- local judges

@@ -1,8 +1,8 @@
 """A hosted model asked many prompts: cache, retries, cost. What is asked and how a reply is read: judge.py, augment.py.
 
-Requests go through huggingface_hub's InferenceClient, a bounded number at once. Every answer is appended to the cache
-as it comes in, so that a stopped run asks nothing twice; a failure is not kept. Keys come from the environment and go
-nowhere but the request's header.
+Requests go through huggingface_hub's InferenceClient, which tries each once: the retries are here. Every answer is
+appended to the cache as it comes in: a stopped run asks nothing twice. A failure is not kept. Keys come from the
+environment and go nowhere but the request's header.
 """
 
 import hashlib
@@ -11,7 +11,6 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -19,12 +18,14 @@ from pathlib import Path
 from erv_min.base.errors import JudgeError
 from erv_min.base.files import append_jsonl, read_jsonl
 
-BASE_URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta/openai"}
-KEYS = {"openai": "OPENAI_API_KEY", "gemini": "GEMINI_API_KEY", "hf": "HF_TOKEN"}
+PROVIDERS = {  # name -> its OpenAI-compatible server, the environment variable of its key
+    "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+    "gemini": ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
+    "hf": ("https://router.huggingface.co/v1", "HF_TOKEN")}
 PRICES = {  # model -> USD per million tokens in and out, mid 2025
     "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
     "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-pro": (1.25, 10.00)}
-MAX_WAIT = 300  # seconds; where a server asks for more, the prompt fails
+MAX_WAIT = 300  # seconds; if a server asks for more, the prompt fails
 HOPELESS = {  # status of a response, or words in it -> why asking on is pointless
     401: "the key is refused", 403: "the key is not allowed to", 404: "no such model or address",
     "insufficient_quota": "no credit left",
@@ -39,34 +40,30 @@ class Reply:
 
 class ChatClient:
     """Asks one hosted model. spec: openai:MODEL, gemini:MODEL or hf:ORG/MODEL; ERV_JUDGE_BASE_URL sends openai: to
-    another server. Raises JudgeError where there is no key.
+    another server. Raises JudgeError if there is no key.
 
-    reply_tokens: the longest reply, where it is not 0, in place of what the caller of `ask` thinks enough. Time-out and
-    back-off in seconds; `give_up`: failed prompts in a row that end `ask`.
+    reply_tokens: the longest reply, in place of what the caller of `ask` thinks enough; 0: that. Time-out and back-off
+    in seconds; `give_up`: failed prompts in a row that end `ask`.
     """
 
     def __init__(self, spec: str, cache: str | Path | None = None, concurrency: int = 8, timeout: float = 60,
                  retries: int = 6, backoff: float = 1.0, give_up: int = 20, reply_tokens: int = 0, show=print):
-        provider, _, model = spec.partition(":")
-        if provider not in KEYS or not model:
+        provider, _, self.model = spec.partition(":")
+        if provider not in PROVIDERS or not self.model:
             raise JudgeError(f"{spec!r}: expected openai:MODEL, gemini:MODEL or hf:ORG/MODEL")
-        self.name, self.model, self.cache = spec, model, Path(cache) if cache else None
-        self.concurrency, self.retries, self.backoff, self.give_up = concurrency, retries, backoff, give_up
-        self.reply_tokens, self.show = reply_tokens, show
-        self.extra = {"reasoning_effort": "none"} if "2.5-flash" in model else None  # else thinking eats max_tokens
-        own_server = os.environ.get("ERV_JUDGE_BASE_URL") if provider == "openai" else None
-        self._key = os.environ.get(KEYS[provider], "").strip()
-        if not self._key and not own_server and provider != "hf":
-            raise JudgeError(f"{spec}: no key; set {KEYS[provider]} in the environment"
+        url, variable = PROVIDERS[provider]
+        own_server = os.environ.get("ERV_JUDGE_BASE_URL") if provider == "openai" else ""
+        self.url = (own_server or url).rstrip("/").removesuffix("/chat/completions")
+        self._key = os.environ.get(variable, "").strip()
+        if not self._key and not own_server:
+            raise JudgeError(f"{spec}: no key; set {variable} in the environment"
                              + (" (or ERV_JUDGE_BASE_URL for a server without one)" if provider == "openai" else ""))
-        from huggingface_hub import InferenceClient
-        if provider == "hf":
-            self.url = ""
-            self._client = InferenceClient(model=model, token=self._key or None, timeout=timeout)
-        else:  # a key is always given: without one the client would send the user's hub token to that server
-            self.url = (own_server or BASE_URLS[provider]).rstrip("/").removesuffix("/chat/completions")
-            self._client = InferenceClient(base_url=f"{self.url}/chat/completions", api_key=self._key or "none",
-                                           timeout=timeout)
+        self.name, self.cache, self.reply_tokens, self.show = spec, cache and Path(cache), reply_tokens, show
+        self.concurrency, self.retries, self.backoff, self.give_up = concurrency, retries, backoff, give_up
+        self.extra = {"reasoning_effort": "none"} if "2.5-flash" in self.model else None  # else thoughts eat max_tokens
+        from huggingface_hub import InferenceClient  # given a key always: else it sends the user's hub token there
+        self._client = InferenceClient(base_url=f"{self.url}/chat/completions", api_key=self._key or "none",
+                                       timeout=timeout)
         self._lock, self._stop, self._reached = threading.Lock(), threading.Event(), False
         rows = read_jsonl(self.cache) if self.cache and self.cache.exists() else []
         self.answers = {row["key"]: row["raw"] for row in rows  # what is no answer is asked again
@@ -74,7 +71,7 @@ class ChatClient:
                         and isinstance(row.get("raw"), str) and row["raw"].strip()}
 
     def key(self, prompt: str, temperature: float = 0.0, seed: int | None = None) -> str:
-        """sha256 of server, model and prompt (and of temperature and seed where the answer is drawn)."""
+        """sha256 of server, model and prompt (and of temperature and seed if the answer is drawn)."""
         drawn = "" if temperature == 0 else f"\0{temperature}\0{seed}"
         return hashlib.sha256(f"{self.url}\0{self.name}\0{prompt}{drawn}".encode()).hexdigest()
 
@@ -82,19 +79,21 @@ class ChatClient:
             max_tokens: int = 16) -> list[Reply]:
         """A Reply for each prompt, in order; equal prompts are asked once, cached ones not at all.
 
-        Raises JudgeError where asking on is pointless: a refused key, an unknown model, no credit left, `give_up`
-        failures in a row, a server that is not there, or not one prompt with an answer. A stop (Ctrl-C) waits for the
-        requests under way, keeps their answers, and starts no other.
+        Raises JudgeError if asking on is pointless: a refused key, an unknown model, no credit left, `give_up` failures
+        in a row, a server that is not there, or not one prompt with an answer. A stop (Ctrl-C) waits for the requests
+        under way, keeps their answers, and starts no other.
         """
         limit, seeds = self.reply_tokens or max_tokens, seeds or [None] * len(prompts)
         keys = [self.key(prompt, temperature, seed) for prompt, seed in zip(prompts, seeds)]
         todo = {key: (prompt, seed) for key, prompt, seed in zip(keys, prompts, seeds) if key not in self.answers}
-        # What it costs, told first: 4 characters a token, and 8 tokens of the chat's own around each prompt.
-        tokens = (sum(len(prompt) for prompt, _ in todo.values()) // 4 + 8 * len(todo), limit * len(todo))
-        price = PRICES.get(self.model)
-        cost = f"at most ${sum(n * p for n, p in zip(tokens, price)) / 1e6:.2f}" if price else "unknown price"
+        # What it costs, told first: 4 characters per token, and 8 tokens of the chat's own around each prompt.
+        tokens_in = sum(len(prompt) for prompt, _ in todo.values()) // 4 + 8 * len(todo)
+        tokens_out, cost = limit * len(todo), "unknown price"
+        if self.model in PRICES:
+            price_in, price_out = PRICES[self.model]
+            cost = f"at most ${(tokens_in * price_in + tokens_out * price_out) / 1e6:.2f}"
         self.show(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated), "
-                  f"about {tokens[0]:,} tokens in, at most {tokens[1]:,} out: {cost}")
+                  f"about {tokens_in:,} tokens in, at most {tokens_out:,} out: {cost}")
         failed, in_a_row = {}, 0
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
@@ -103,10 +102,10 @@ class ChatClient:
                        for key, (prompt, seed) in todo.items()}
             for done, future in enumerate(as_completed(futures), 1):
                 error = future.result()
-                in_a_row = in_a_row + 1 if error else 0
                 if error:
                     failed[futures[future]] = error
-                if in_a_row >= self.give_up:
+                in_a_row = in_a_row + 1 if error else 0
+                if in_a_row == self.give_up:
                     raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: {error}. "
                                      "What was answered is kept; run again to go on")
                 if done % 100 == 0 or done == len(todo):
@@ -132,7 +131,7 @@ class ChatClient:
             try:
                 choice = self._client.chat_completion(
                     [{"role": "user", "content": prompt}], model=self.model, temperature=temperature, seed=seed,
-                    max_tokens=limit, **({"extra_body": self.extra} if self.extra else {})).choices[0]
+                    max_tokens=limit, extra_body=self.extra).choices[0]
                 text = choice.message.content or ""
             except Exception as error:  # the client's exceptions differ between its versions; sorted by status below
                 response = getattr(error, "response", None)
@@ -147,23 +146,30 @@ class ChatClient:
                     raise JudgeError(f"{self.name}: {why} ({reason})")
             if status is not None and status < 500 and status not in (408, 409, 425, 429):
                 break  # about this prompt: asking again gives the same
-            after = getattr(response, "headers", {}).get("Retry-After", "")
-            wait = min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60)
-            with suppress(ValueError, OverflowError):  # neither a number of seconds nor a date
-                date = None if after.isdecimal() else parsedate_to_datetime(after)
-                wait = max(wait, date.timestamp() - time.time() if date else float(after))
+            backoff = min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), 60)
+            wait = max(backoff, asked_to_wait(getattr(response, "headers", {}).get("Retry-After", "")))
             if wait > MAX_WAIT:
                 return f"{reason} (may be asked again in {wait:.0f} s)"
         return reason
 
     def _keep(self, key: str, text: str, finish_reason: str | None, limit: int) -> str:
-        """Keeps an answer. An empty reply is none: reasoning may take all tokens before the first word."""
+        """Keeps an answer, returns "". An empty reply is none: reasoning may take all tokens before the first word."""
         self._reached = True
         if not text.strip():
-            return f"an empty reply ({finish_reason})" + (
-                f": cut at {limit} tokens, raise --reply-tokens" if finish_reason == "length" else "")
+            cut = f": cut at {limit} tokens, raise --reply-tokens" if finish_reason == "length" else ""
+            return f"an empty reply ({finish_reason}){cut}"
         with self._lock:
             if self.cache:
                 append_jsonl(self.cache, {"key": key, "model": self.name, "raw": text})
             self.answers[key] = text
         return ""
+
+
+def asked_to_wait(retry_after: str) -> float:
+    """Seconds of a Retry-After header, which holds them or a date; 0 if neither can be read."""
+    try:
+        if retry_after.isdecimal():
+            return float(retry_after)
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0

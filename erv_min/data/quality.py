@@ -1,5 +1,5 @@
-"""The verifier's quality on held-out descriptions, of which the paper says nothing: F1 of the labels that the reward would
-read, by threshold, on texts that were not in training, and calibration."""
+"""The verifier's quality on held-out descriptions, of which the paper says nothing: F1 of the labels that the reward
+would read, by threshold, on texts that were not in training, and calibration."""
 
 import torch
 import torch.nn.functional as F
@@ -36,21 +36,16 @@ def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
     return tau, scores[tau]
 
 
-def calibration(probs: Tensor, truth: Tensor, bins: int = 10) -> tuple[float, list[dict]]:
-    """Probabilities and outcomes of one shape -> expected calibration error and the reliability table (equal bins).
+def calibration_error(probs: Tensor, truth: Tensor, bins: int = 10) -> float:
+    """Probabilities and outcomes of one shape -> expected calibration error over equal bins (Guo et al. 2017).
 
-    ECE = sum over bins of (share of cases) * |mean probability - share of true cases| (Guo et al. 2017)."""
+    ECE = sum over bins of (share of cases) * |mean probability - share of true cases|."""
     p, y = probs.flatten().double(), truth.flatten().double()
-    place = (p * bins).long().clamp(max=bins - 1)
-    table, error = [], 0.0
-    for b in range(bins):
+    place, error = (p * bins).long().clamp(max=bins - 1), 0.0
+    for b in place.unique():
         inside = place == b
-        if inside.any():
-            mean, share = p[inside].mean().item(), y[inside].mean().item()
-            error += inside.double().mean().item() * abs(mean - share)
-            table.append({"from": b / bins, "to": (b + 1) / bins, "count": int(inside.sum()), "probability": mean,
-                          "true": share})
-    return error, table
+        error += inside.double().mean().item() * abs(p[inside].mean().item() - y[inside].mean().item())
+    return error
 
 
 def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, seen: Tensor | None = None) -> dict:
@@ -62,13 +57,12 @@ def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, 
     chosen = selected(probs, tau, k)
     new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen
     tau_best, f1_best = best_tau(probs, truth, k)
-    error, table = calibration(probs, truth)
     return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth),
             "unseen": {"sentences": int(new.sum()),
                        "macro_f1": f1_report(chosen[new], truth[new])["macro_f1"] if new.any() else None},
             "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
             "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
-            "ece": error, "reliability": table}
+            "ece": calibration_error(probs, truth)}
 
 
 def print_report(report: dict) -> None:
