@@ -28,8 +28,8 @@ def decode(path: Path, choose: Callable[[int], list[int]] | None, max_samples: i
     """The frames [k, H, W, 3] uint8 that `choose` names (number of frames -> k indices; None: no frames), and up to
     max_samples of the waveform [N] float32 (0: no sound). None for what is not asked, or for sound that is not there.
 
-    One pass where the declared number of frames is right (MP4, AVI). Where none is declared (MKV, WebM), or a wrong one
-    (edit lists, hidden frames), once more with the counted `n_frames`.
+    One pass if the declared number of frames is right (MP4, AVI). If none is declared (MKV, WebM), or a wrong one (edit
+    lists, hidden frames), once more with the counted `n_frames`.
     """
     if path.suffix.lower() in SOUND_FILES:
         if choose:
@@ -131,11 +131,12 @@ def _in_order(container, path: Path, video, indices: list[int], max_samples: int
 def _rgb_converter():
     """A function: decoded frame -> upright uint8 [H, W, 3], scaled to the first one's size if the clip changes it."""
     import av
-    reformatter, size = av.video.reformatter.VideoReformatter(), []  # one per clip: it costs more than a small frame
+    reformatter, size = av.video.reformatter.VideoReformatter(), None  # one per clip: it costs more than a small frame
     threads = {"threads": 1} if int(av.__version__[:2]) >= 17 else {}  # the default is a pool of threads from 17 on
 
     def to_rgb(frame) -> np.ndarray:
-        size[:] = size or (frame.width, frame.height)
+        nonlocal size
+        size = size or (frame.width, frame.height)
         rgb = reformatter.reformat(frame, *size, "rgb24", **threads).to_ndarray()
         return np.rot90(rgb, round(frame.rotation / 90) % 4)  # both count counter-clockwise
     return to_rgb

@@ -18,7 +18,7 @@ def gigabytes(size: float) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: str | Path, size: int):
-    """Raises DiskError where what is done inside meets a full disk; `size`: bytes that `path` needs."""
+    """Raises DiskError if what is done inside meets a full disk; `size`: bytes that `path` needs."""
     try:
         yield
     except OSError as error:

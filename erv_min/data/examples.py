@@ -27,10 +27,10 @@ SPEC = ("name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, or js
 def load_examples(spec: str, split: str = "train") -> list[Example]:
     """Reads a mixture such as "dfew:/path,mafw:/path". Raises DataError.
 
-    split: "train" | "test" | "sft" (what SFT trains on: the world's train.json for toy, else the training split) |
-    "tune" (a toy world's clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test.
+    split: "train" | "test" | "sft" (the world's train.json for toy, else the training split) | "tune" (a toy world's
+    clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test.
     `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split; `dataset`
-    (`json:mafw:/file.json`) may be left out where every clip lies below a folder called like its data set.
+    (`json:mafw:/file.json`) may be left out if every clip lies below a folder called like its data set.
     """
     examples, official = [], "test" if split == "test" else "train"
     for part in re.split(r",(?=\w+:)", spec.strip()):
@@ -62,35 +62,35 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
 
 
 def too_many(failed: int, total: int, allow_missing: float, first="", what: str = "cannot be decoded") -> None:
-    """Raises DataError where more than the fraction `allow_missing` of `total` clips failed, or all of them; `first`:
-    the first of them, or its error; `what` was wrong with them."""
+    """Raises DataError if more than the fraction `allow_missing` of `total` clips failed, or all of them; `first`: the
+    first of them, or its error; `what` was wrong with them."""
     if failed > allow_missing * total or 0 < failed == total:
-        raise DataError(f"{failed} of {total} clips {what} ({failed / total:.1%}){first and ', the first: '}{first}. "
-                        f"Check data root and clips, or allow more than {allow_missing:.1%} (--allow-missing)")
+        raise DataError(f"{failed} of {total} clips {what} ({failed / total:.1%}), the first: {first}. Check data root "
+                        f"and clips, or allow more than {allow_missing:.1%} (--allow-missing)")
 
 
 def check_clips(examples: list[Example], allow_missing: float = 0.01,
                 report: str | Path | None = None) -> list[Example]:
     """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, one per line.
     Raises as too_many."""
-    found = {path: path.is_file() for path in {example.path for example in examples}}
-    missing = sorted(str(path) for path, there in found.items() if not there)
-    if missing:
+    clips = {example.path for example in examples}
+    found = {path for path in clips if path.is_file()}
+    if missing := sorted(map(str, clips - found)):
         first = missing[0] + (f"; all of them: {report}" if report else "")
         if report:
             atomic_write(report, "".join(f"{path}\n" for path in missing))
-        too_many(len(missing), len(found), allow_missing, first, "are missing")
-        log.warning("%d of %d clips are missing, the first: %s", len(missing), len(found), first)
-    return [example for example in examples if found[example.path]]
+        too_many(len(missing), len(clips), allow_missing, first, "are missing")
+        log.warning("%d of %d clips are missing, the first: %s", len(missing), len(clips), first)
+    return [example for example in examples if example.path in found]
 
 
 def check_disjoint(train: list[Example], test: list[Example]) -> None:
-    """Raises DataError where a clip is in both lists (by its path, or by data set and id)."""
-    def keys(example: Example) -> set:
-        return {os.path.realpath(example.path), (example.dataset, example.video_id)}
-
-    known = set().union(*map(keys, train))
-    if shared := [example for example in test if keys(example) & known]:
+    """Raises DataError if a clip is in both lists (by its path, or by data set and id)."""
+    paths = {os.path.realpath(example.path) for example in train}
+    ids = {(example.dataset, example.video_id) for example in train}
+    shared = [example for example in test
+              if os.path.realpath(example.path) in paths or (example.dataset, example.video_id) in ids]
+    if shared:
         raise DataError(f"{len(shared)} clips are in training and test data, the first: {shared[0].path}; "
                         "take the same official split for both")
 

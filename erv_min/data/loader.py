@@ -105,7 +105,7 @@ def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int
 def clip_loader(paths: Iterable[Path | None], load: Callable, workers: int = 2, prefetch: int = 4) -> Iterator:
     """Yields load(path) or its ClipError for each path, in order, decoded by `workers` processes ahead of the consumer.
 
-    None comes out as None. At most workers * prefetch clips are under way or waiting; workers 0 decodes in this process.
+    None comes out as None. At most workers * prefetch clips are under way or waiting; workers 0 decodes in this one.
     A clip that breaks is tried once more. A worker that ends (crash, out of memory) counts as a broken clip, too: the
     other clips that it held are decoded again, one by one. Clips travel as bytes through a pipe, so that neither
     /dev/shm nor the limit of open files is in the way.

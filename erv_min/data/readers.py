@@ -74,7 +74,7 @@ def index_clips(root: Path) -> dict[str, Path]:
 
 
 def inside(root: Path, name: str, where: str) -> Path:
-    """root/name. Raises DataError where that leaves `root`. Symbolic links are kept: data roots are full of them."""
+    """root/name. Raises DataError if that leaves `root`. Symbolic links are kept: data roots are full of them."""
     if "\0" in name or any(len(part.encode(errors="replace")) > 250 for part in Path(name).parts):
         raise DataError(f"{where}: {name[:80]!r}... cannot be a file's name")
     path = Path(os.path.abspath(root / name))
@@ -85,7 +85,7 @@ def inside(root: Path, name: str, where: str) -> Path:
 
 
 def check_label(text: str, dataset: str, where: str, ids: bool = False) -> str:
-    """The label in the data set's own spelling, also from its 1-based id where the file may hold `ids`."""
+    """The label in the data set's own spelling, also from its 1-based id if the file may hold `ids`."""
     names = labels(dataset)
     if ids and text.isdecimal():
         if len(text) > 9 or not 1 <= int(text) <= len(names):

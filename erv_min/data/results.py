@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
-from erv_min.data.readers import check_label, read_text
+from erv_min.data.readers import CLIP_SUFFIXES, check_label, read_text
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 from erv_min.judge import read_answer
@@ -21,8 +21,8 @@ from erv_min.judge import read_answer
 
 def clip_key(name: str) -> str:
     """A clip's name however a system writes it: without folders, suffix and leading zeros."""
-    stem = PurePosixPath(str(name).strip().replace("\\", "/")).name
-    stem = re.sub(r"\.(mp4|avi|mkv|webm|mov|wav|flac)$", "", stem, flags=re.IGNORECASE)
+    path = PurePosixPath(str(name).strip().replace("\\", "/"))
+    stem = path.stem if path.suffix.lower() in CLIP_SUFFIXES else path.name
     return stem.lstrip("0") or "0" if stem.isdecimal() else stem
 
 
@@ -35,21 +35,22 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
     output is its reason, without an answer. Raises DataError naming file, line and field, on a second output of one
     clip, and on a clip of several data sets in a row that names none.
     """
-    truth, datasets = {}, defaultdict(list)  # (data set, clip_key) -> example; clip_key -> where it is
+    truth, datasets = {}, defaultdict(set)  # (data set, clip_key) -> example; clip_key -> the data sets that have it
     for example in examples:
-        key = example.dataset, clip_key(example.video_id)
-        if truth.setdefault(key, example).path != example.path:
-            raise DataError(f"{truth[key].path} and {example.path} have one name: predictions cannot be told apart")
-        datasets[key[1]].append(example.dataset)
-    rows, first, unknown = {}, {}, []
-    for path in map(Path, map(str.strip, files.split(","))):
-        for where, row in _rows(path, datasets):
+        clip = clip_key(example.video_id)
+        if truth.setdefault((example.dataset, clip), example).path != example.path:
+            raise DataError(f"{truth[example.dataset, clip].path} and {example.path} have one name: predictions cannot "
+                            "be told apart")
+        datasets[clip].add(example.dataset)
+    rows, first, unknown = {}, {}, []  # first: (key, kind) -> its place in the files
+    for path in files.split(","):
+        for where, row in _rows(Path(path.strip()), datasets):
             clip = clip_key(row["video_id"])
-            known = sorted({row["dataset"].lower()} if row.get("dataset") else set(datasets.get(clip, ())))
+            known = [row["dataset"].lower()] if row.get("dataset") else sorted(datasets.get(clip, []))
             if len(known) > 1:
                 raise DataError(f"{where}: clip {row['video_id']} is in {' and '.join(known)}, and the file does not "
                                 "say which: give --data one data set at a time")
-            key = "".join(known), clip
+            key = (known[0] if known else "", clip)
             if key in truth:
                 example = truth[key]
                 row |= {"video_id": example.video_id, "ground_truth": example.label, "dataset": example.dataset}
@@ -58,22 +59,26 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
                 continue
             elif not row.get("ground_truth") or not known:
                 raise DataError(f"{where}: clip {row['video_id']} has no ground_truth and dataset; give --data, too")
+            row["ground_truth"] = check_label(row["ground_truth"], row["dataset"], where)
             kind = "judgement" if "gpt_response" in row else "output"
             if (key, kind) in first:
                 raise DataError(f"{where}: a second {kind} of clip {row['video_id']}, after {first[key, kind]}")
             first[key, kind] = where
             if kind == "judgement":
-                judgement, reason = read_answer(row.pop("gpt_response"), labels(row["dataset"])), row.pop("reason")
-                row |= {"judged_emotion": judgement.emotion, "judge_status": judgement.status}
-                row["output"] = rows.get(key, {}).get("output") or (
-                    reason if "<think>" in reason else f"<think>{reason}</think>")
-            row["ground_truth"] = check_label(row["ground_truth"], row["dataset"], where)
+                _read_judgement(row, rows.get(key, {}).get("output"))
             rows[key] = rows.get(key, {}) | row
     if not rows:
         raise DataError(f"{files}: no prediction for a clip of --data; "
                         f"the first there: {', '.join(unknown[:3]) or 'none'}")
     return ([rows[key] for key in truth or rows if key in rows],
             {"missing": [truth[key].video_id for key in truth if key not in rows], "unknown": unknown})
+
+
+def _read_judgement(row: dict, output: str | None) -> None:
+    """The release's fields of a row become ours; `output`: the clip's in another file, else the reason stands for it."""
+    judgement, reason = read_answer(row.pop("gpt_response"), labels(row["dataset"])), row.pop("reason")
+    row |= {"judged_emotion": judgement.emotion, "judge_status": judgement.status}
+    row["output"] = output or (reason if "<think>" in reason else f"<think>{reason}</think>")
 
 
 def _rows(path: Path, names) -> Iterator[tuple[str, dict]]:
@@ -111,7 +116,7 @@ def _judged_rows(text: str, path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _text_rows(text: str, path: Path, names) -> Iterator[tuple[str, dict]]:
-    """A record begins where a line starts with a clip and `|`: a clip of the data, or a name with a clip's suffix."""
+    """A record begins at a line that starts with a clip and `|`: a clip of the data, or a name with a clip's suffix."""
     records = []
     for number, line in enumerate(text.splitlines(), 1):
         clip, bar, rest = line.partition("|")
