@@ -28,7 +28,8 @@ def grey(i: int) -> int:
 
 
 def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="medium", sound="aac", seconds=1.0,
-               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0, rotate=0):
+               rate=16000, layout="mono", pixels="yuv420p", gop=None, times=None, container=None, tags=None, start=0,
+               rotate=0):
     """A clip of n grey frames (n = 0: none) and a 440 Hz tone of amplitude 0.5 (sound None: none)."""
     with av.open(str(path), "w", options=container or {}) as out:
         out.metadata.update(tags or {})
@@ -338,8 +339,8 @@ def test_a_clip_without_sound_is_heard_as_silence_or_is_an_error(tmp_path, name)
 
 
 def test_a_clip_whose_picture_or_sound_is_taken_away(tmp_path):
-    """Black frames (-1) between the grey margins of "pad"; log10(1e-10) is -10, (-10 + 4) / 4 = -1.5; the other modality
-    is the same to the last bit."""
+    """Black frames (-1) between the grey margins of "pad"; log10(1e-10) is -10, (-10 + 4) / 4 = -1.5; the other
+    modality is the same to the last bit."""
     write_clip(tmp_path / "a.mp4")  # 64 x 48
     whole, black, mute = (load_clip(tmp_path / "a.mp4", num_frames=4, image_size=64, n_frames=200, without=x)
                           for x in ("", "video", "audio"))

@@ -1,1 +1,1 @@
-"""What everything else stands on and no equation needs: errors, files, options, processes. Imports nothing of erv_min."""
+"""What everything else stands on and no equation needs: errors, files, options, processes. Imports only itself."""

@@ -51,8 +51,6 @@ def join_processes(device: str = "", deterministic: bool = False) -> Processes:
         if not torch.cuda.is_available():
             raise SettingsError(f"--device {device}: this machine has no CUDA device; use --device cpu")
         torch.cuda.set_device(chosen)
-    elif size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     if size > 1 and not dist.is_initialized():
         join("nccl" if chosen.type == "cuda" else "gloo")
     barrier()  # nccl connects at the first collective only
@@ -61,7 +59,7 @@ def join_processes(device: str = "", deterministic: bool = False) -> Processes:
 
 def exact_float32() -> None:
     """Float32 on CUDA keeps its 24 bits. By default cuDNN's convolutions have 11 (TF32), which moves the towers'
-    features by about 1e-3; bfloat16 has nothing of it."""
+    features by about 1e-3."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
@@ -77,8 +75,7 @@ def join(backend: str) -> None:
     """Joins the process group that torchrun describes; a collective that waits an hour is an error.
 
     torchrun's store outlives a restart (--max-restarts), and in it the addresses of processes that are gone
-    (pytorch#135712): each restart meets under a name of its own. Where several machines count their restarts apart,
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each makes torchrun give every restart a new store.
+    (pytorch#135712): each restart meets under a name of its own. (Several machines: scripts/README.md.)
     """
     hour = datetime.timedelta(hours=1)
     store, rank, size = next(rendezvous("env://", timeout=hour))

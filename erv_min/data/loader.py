@@ -99,7 +99,7 @@ def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int
     return [item_at(place, count, seed) for place in range(step * batch_size, (step + 1) * batch_size)]
 
 
-# ---- decoding ahead ----------------------------------------------------------------------------------------------------
+# ---- decoding ahead --------------------------------------------------------------------------------------------------
 
 
 def clip_loader(paths: Iterable[Path | None], load: Callable, workers: int = 2, prefetch: int = 4) -> Iterator:

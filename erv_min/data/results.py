@@ -31,9 +31,8 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
     another.
 
     examples: the evaluated split; may be empty for JSONL rows that carry their ground truth. Returns the rows in the
-    order of the examples, and {"missing": [...], "unknown": [...]} clips. A released judged file alone gives rows whose
-    output is its reason, without an answer. Raises DataError naming file, line and field, on a second output of one
-    clip, and on a clip of several data sets in a row that names none.
+    order of the examples, and {"missing": [...], "unknown": [...]} clips. Raises DataError naming file, line and field,
+    on a second output of one clip, and on a clip of several data sets in a row that names none.
     """
     truth, datasets = {}, defaultdict(set)  # (data set, clip_key) -> example; clip_key -> the data sets that have it
     for example in examples:
@@ -75,7 +74,7 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
 
 
 def _read_judgement(row: dict, output: str | None) -> None:
-    """The release's fields of a row become ours; `output`: the clip's in another file, else the reason stands for it."""
+    """The release's fields of a row become ours; `output`: the clip's in another file, without it the reason stands."""
     judgement, reason = read_answer(row.pop("gpt_response"), labels(row["dataset"])), row.pop("reason")
     row |= {"judged_emotion": judgement.emotion, "judge_status": judgement.status}
     row["output"] = output or (reason if "<think>" in reason else f"<think>{reason}</think>")
