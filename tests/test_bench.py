@@ -1,7 +1,10 @@
-"""scripts/tools/bench.py at toy size: every bench runs and gives rows that can be read. Times are not judged here."""
+"""scripts/tools/bench.py at toy size: every bench runs, both ways do the same work, rows can be read. Times are not
+judged."""
 
 import json
 import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,93 +12,86 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
 import bench  # noqa: E402
-from benches.common import Options, Peak, language_flops, linear_weights, prompt_tokens  # noqa: E402
-from benches.erv import prepare, step_sentences, throughput  # noqa: E402
-from benches.step import naive_logps, prompts_of  # noqa: E402
-from erv_min.config import humanomni  # noqa: F401
-from erv_min.base.errors import SettingsError  # noqa: F401
-from erv_min.logps import Completions, completion_logps  # noqa: F401
-from tiny import tiny_model  # noqa: E402
+from erv_min.base.errors import SettingsError  # noqa: E402
+from erv_min.config import humanomni  # noqa: E402
 
-FIELDS = {"bench", "variant", "seconds", "tokens_per_s", "peak_bytes", "ratio_time", "ratio_memory", "ceiling_fraction",
-          "flops", "bytes", "size", "group", "new_tokens", "dtype", "device", "versus", "matmul_limit", "copy_limit"}
+TOY = Namespace(size="toy", device="cpu", dtype=torch.float32, group=3, tokens=4, repeats=1)
+OTHER = {"rollout": "transformers", "step": "transformers", "logps": "transformers", "fsdp": "fully_shard"}
 
 
-@pytest.mark.parametrize("name, versus", [("towers", "naive"), ("rollout", "naive"), ("step", "naive"),
-                                          ("logps", "naive"), ("erv", ""), ("data", "")])
-def test_rows(capsys, name, versus):
-    options = ["--group", "3", "--new-tokens", "4", "--tokens", "8", "--clips", "2", "--device", "cpu", "--json"]
-    assert bench.main([name, "--versus", versus, *options]) == 0
+def test_rows(capsys):
+    pytest.importorskip("transformers")
+    bench.main([*OTHER, "--group", "3", "--tokens", "4", "--device", "cpu", "--repeats", "1", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["variant"] for row in rows][-1] == "ours" and len(rows) == (2 if versus or name == "erv" else 1)
-    for row in rows:
-        assert FIELDS <= row.keys() and row["bench"] == name and row["size"] == "toy" and row["group"] == 3
-        assert row["seconds"] > 0 and row["flops"] > 0 and row["ceiling_fraction"] > 0
-    if versus:
-        assert rows[-1]["ratio_time"] == pytest.approx(rows[0]["seconds"] / rows[-1]["seconds"])
-    if name == "data":
-        assert 0 <= rows[0]["stall"] <= 1
+    assert [(row["bench"], row["way"]) for row in rows] == [
+        (name, way) for name, other in OTHER.items() for way in ("ours", other)]
+    for ours, other in zip(rows[::2], rows[1::2]):
+        assert (ours["size"], ours["group"], ours["tokens"], ours["dtype"]) == ("toy", 3, 4, "float32")
+        assert ours["ratio_time"] == ours["ratio_memory"] == 1 and ours["peak_bytes"] > 0
+        assert other["ratio_time"] == pytest.approx(other["seconds"] / ours["seconds"]) and other["seconds"] > 0
+        assert other["ratio_memory"] == pytest.approx(other["peak_bytes"] / ours["peak_bytes"])
 
 
-def test_sentences_of_the_verifiers_bench_repeat_as_asked():
-    completions = step_sentences(2, repeats=0.5)
-    flat = [s for own in completions for s in own]
-    assert len(completions) == 32 and len(flat) == 160 and 60 < len(set(flat)) < 110  # 85 expected, deviation 6
-    assert len(set(s for own in step_sentences(1, repeats=0) for s in own)) == 80
+def test_ways_take_turns_and_the_median_counts(monkeypatch):
+    order, clock = [], iter([0, 1, 0, 9, 0, 9, 0, 2, 0, 3, 0, 9])  # of a: 1, 2, 3; of b: 9
+    monkeypatch.setattr(bench, "peak_of", lambda work, device: len(work.__name__))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+
+    def a():
+        order.append("a")
+
+    def b():
+        order.append("b")
+
+    assert bench.measure({"a": a, "b": b}, Namespace(device="cpu", repeats=3)) == {"a": (2, 1), "b": (9, 1)}
+    assert order == ["a", "b", "b", "a", "a", "b"]
 
 
-def test_ways_that_differ_are_not_compared(monkeypatch, tmp_path):
-    completions = step_sentences(1, 4)
-    verifier = prepare("toy", [s for own in completions for s in own], tmp_path)
-    assert set(throughput(verifier, completions, rounds=1)) == {"batched", "loop"}
-    right = verifier.probabilities
-    monkeypatch.setattr(verifier, "probabilities", lambda sentences: right(sentences) + 0.01)
-    with pytest.raises(SettingsError, match="different probabilities"):
-        throughput(verifier, completions, rounds=1)
+def test_both_ways_of_the_log_probs_give_the_same():
+    """Loss and gradients of hidden states and weight."""
+    pytest.importorskip("transformers")
+    ours, theirs = (work() for work in bench.logps_ways(TOY).values())
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    assert ours[1].abs().max() > 1e-3
 
 
-def test_memory_limit(capsys):
-    assert bench.main(["logps", "--memory-limit", "1M", "--device", "cpu"]) == 1
-    assert "--memory-limit" in capsys.readouterr().err
+def test_both_ways_sample_as_many_tokens_after_a_prompt_of_one_length():
+    pytest.importorskip("transformers")
+    ours, theirs = (work() for work in bench.rollout_ways(TOY).values())
+    assert ours.shape == theirs.shape == (3, 4)
+    for size, tokens in (("toy", None), ("0.5b", 950)):
+        c = humanomni(size)
+        assert tokens in (None, c.video_tokens + c.audio_tokens + bench.TEXT_TOKENS)
+    model, video, audio = bench.build(TOY)
+    prompts = bench.prompt_of(model, (model.vision_features(video), model.audio_features(audio)))
+    assert prompts.embeds.shape[1] == bench.their_model(TOY)[1].shape[1]
 
 
-@pytest.mark.parametrize("device, index", [("cuda", 0), ("cuda:1", 1)])
-def test_memory_limit_names_the_device(monkeypatch, capsys, device, index):
-    """CUDA takes no device without an index here; all functions that the benches ask look at the current one."""
-    asked, whole = [], type("Properties", (), {"total_memory": 80 * 2**30})
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole if isinstance(device, int) else None)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: asked.append((share, device)))
-    monkeypatch.setattr(bench, "ceilings", lambda options: exec("raise SettingsError('far enough')", globals()))
-    assert bench.main(["logps", "--memory-limit", "20G", "--device", device]) == 1
-    assert asked == [index, (0.25, index)] and "far enough" in capsys.readouterr().err
+def test_their_log_probs_by_hand():
+    pytest.importorskip("transformers")
+    model, prompt = bench.their_model(TOY)
+    completions = torch.randint(0, 100, (3, 4))
+    with torch.no_grad():
+        logps = bench.their_logps(model, prompt, completions)
+        whole = model(torch.cat([prompt, completions[1:2]], 1)).logits[0].log_softmax(-1)
+    by_hand = [whole[prompt.shape[1] - 1 + t, token] for t, token in enumerate(completions[1])]
+    torch.testing.assert_close(logps[1], torch.stack(by_hand), atol=1e-5, rtol=1e-5)
 
 
-def test_unknown_sizes_are_named(capsys):
-    assert bench.main(["logps", "--size", "96,256", "--device", "cpu"]) == 1
-    assert "six integers" in capsys.readouterr().err
-    assert Options(size="64,128,2,4,2,300").config.text.vocab_size == 300
+def test_peak_counts_the_second_run_beside_what_was_there():
+    kept = []
+
+    def work():
+        kept.append(torch.ones(2**20))  # 4 MiB that stay
+        torch.ones(2**22)  # 16 MiB that go
+
+    assert bench.peak_of(work, "cpu") == 20 * 2**20
 
 
-def test_peak_sees_an_allocation_that_is_gone():
-    with Peak() as peak:
-        torch.ones(2**24)  # 64 MiB
-    assert 60 * 2**20 < peak.bytes < 100 * 2**20
-
-
-def test_counts_by_hand():
-    # 0.5B: 24 layers of 896 x (896 q + 128 k + 128 v + 896 o) + 3 x 896 x 4864 = 14,909,440 elements: 357.8 M.
-    config = humanomni("0.5b")
-    assert prompt_tokens(config) == 950 and linear_weights(config.text) == 24 * (896 * 2048 + 3 * 896 * 4864)
-    # One token behind 949: two operations an element, and scores and sums over 950 keys of 896 in each layer.
-    assert language_flops(config.text, 1, 1, 949) == 2 * linear_weights(config.text) + 24 * 4 * 896 * 950
-
-
-def test_the_naive_schedule_computes_the_same():
-    """What ours is compared with gives the same log-probs: the ratio is of two ways to one result."""
-    model, G = tiny_model(), 3
-    options = Options()
-    features = [torch.randn(1, options.config.num_frames, 16, 48).expand(G, -1, -1, -1), torch.randn(1, 16, 48).expand(G, -1, -1)]
-    ids = torch.randint(0, 600, (G, 5))
-    own, _ = completion_logps(model, prompts_of(model, [x[:1] for x in features]), Completions(ids, ids >= 0))
-    torch.testing.assert_close(naive_logps(model, prompts_of(model, features), ids), own, atol=1e-4, rtol=1e-4)
+def test_what_cannot_be_measured_is_said(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="pip install transformers"):
+        bench.main(["fsdp", "step", "--device", "cpu"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SettingsError, match="two GPUs; --device cpu"):
+        bench.fsdp(Namespace(device="cuda"))

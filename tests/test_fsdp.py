@@ -33,7 +33,7 @@ from erv_min.train.sharding import FullyShard, Replicated
 from erv_min.train.state import load_state, save_state
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
-from plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, remedies  # noqa: E402
+from plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, ways_to_fit  # noqa: E402
 
 WAYS = {"none": Replicated, "hand": Sharded, "torch": FullyShard}
 CLIPS, STEPS, GROUP, LR = 4, 5, 2, 1e-3
@@ -617,7 +617,7 @@ def test_plan_says_what_helps():
     one = plan(config, "grpo", settings, 1)
     needed = one.peak / (1 - RESERVE[1]) + RESERVE[0]
     assert one.fits(needed + 10) and not one.fits(needed - 10)
-    steps = remedies(config, "grpo", settings, 1)
+    steps = ways_to_fit(config, "grpo", settings, 1)
     assert [name for name, _, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "9 GPUs"]
     peaks = [one.peak, *(p.peak for _, _, p in steps)]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 5
@@ -633,7 +633,7 @@ def test_plan_script(gpu, verdict):
     out = subprocess.run([sys.executable, script, *options], text=True, capture_output=True)
     assert (out.returncode == 0) == (gpu is not None)
     assert verdict in out.stdout + out.stderr
-    assert ("sampled together: 16 of a process's 16 prompts" in out.stdout) == (gpu is not None)
+    assert ("1 sampled at once, G 8 of 72" in out.stdout) == (gpu is not None)
     assert "Traceback" not in out.stderr
 
 

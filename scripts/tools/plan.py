@@ -1,9 +1,9 @@
 """Will it fit? `python scripts/tools/plan.py --preset paper-7b --gpu a100-80 --gpus 8 [--stage grpo|sft] [settings]`
 
-Prints the bytes that one GPU holds with --sharding hand, and whether they fit; where not, the switches that help. No
-GPU, no weights, no minutes: the sharded step itself runs (fsdp.py, logps.py, generate.py: the real code) on PyTorch's
-fake tensors, which have shapes and no memory, in a process group of N whose collectives do nothing; `Live` adds up the
-storages that exist. Fake tensors have no values, so that prompts and masks are built here from their shapes alone.
+Prints the bytes that one GPU holds with --sharding hand, and whether they fit; if not, the switches that help. No GPU,
+no weights, no minutes: the sharded step itself runs (fsdp.py, logps.py, generate.py: the real code) on PyTorch's fake
+tensors, which have shapes and no memory, in a process group of N whose collectives do nothing; `Live` adds up the
+storages that exist. Fake tensors have no values, so prompts and masks are built here from their shapes alone.
 What is estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE), prompt text and target lengths.
 tests/test_fsdp.py holds the plan of a small model against the same steps on real tensors.
 """
@@ -12,7 +12,6 @@ import argparse
 import sys
 import weakref
 from dataclasses import dataclass, replace
-from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -27,7 +26,7 @@ from erv_min.base.options import parse
 from erv_min.base.processes import run_script
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
-from erv_min.generate import prompt_bytes, sample_token
+from erv_min.generate import sample_token
 from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
 from erv_min.model.humanomni import HumanOmni, freeze_except
 from erv_min.model.qwen2 import GroupCache, PackedGroups
@@ -44,12 +43,12 @@ class Live(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.storages, self.peak = {}, 0
+        self.storages, self.peak = weakref.WeakValueDictionary(), 0  # by id
 
     @property
     def now(self) -> int:
         """Bytes at this moment; storages that were emptied and filled again (fully_shard's) count as they stand."""
-        return sum(s.nbytes() for reference in list(self.storages.values()) if (s := reference()) is not None)
+        return sum(storage.nbytes() for storage in self.storages.values())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -58,7 +57,7 @@ class Live(TorchDispatchMode):
             old = {id(s) for s in self._storages((args, kwargs))}
             for storage in made:
                 if id(storage) not in old:  # else a view of what was there before
-                    self.storages[id(storage)] = weakref.ref(storage, partial(self._gone, id(storage)))
+                    self.storages[id(storage)] = storage
             self.peak = max(self.peak, self.now)
         return out
 
@@ -66,9 +65,6 @@ class Live(TorchDispatchMode):
     def _storages(tree) -> list:
         tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
         return [getattr(x, "_local_tensor", x).untyped_storage() for x in tensors]  # of a DTensor, what is held here
-
-    def _gone(self, key: int, _) -> None:
-        self.storages.pop(key, None)
 
 
 @dataclass(frozen=True)
@@ -80,12 +76,9 @@ class Plan:
     optimizer: int
     gradients: int
     verifier: int
-    gathered: int  # root and two units in the compute type, and one's gradients; or the root's alone, if they are more
     rollout_copy: int
     kv_cache: int
-    logits: int  # one chunk of them, with its gradient
     rollout: int  # peak of --rollout-batch prompts (0: 1): copy, cache, activations of towers, prefill and decoding
-    prompt: int  # of each prompt that is sampled beside the first, at most
     update: int  # peak: gradients, gathered units, activations, logits
 
     @property
@@ -100,19 +93,10 @@ class Plan:
     def fits(self, memory: int) -> bool:
         return self.peak <= room(memory)
 
-    def at_once(self, memory: int, prompts: int) -> int:
-        """How many of `prompts` --rollout-batch 0 samples together: generate.prompts_at_once on what memory is left."""
-        left = room(memory) - self.stays - self.rollout_copy
-        return max(1, min(prompts, int(0.9 * left) // self.prompt))
-
 
 def room(memory: int) -> float:
     """What of a GPU's memory tensors can take."""
     return (memory - RESERVE[0]) * (1 - RESERVE[1])
-
-
-def prompt_tokens(config: HumanOmniConfig) -> int:
-    return config.video_tokens + config.audio_tokens + TEXT_TOKENS
 
 
 def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
@@ -148,15 +132,11 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
     video = torch.zeros(most, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
     audio = torch.zeros(most, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
     gate_ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
-    features = []  # of the towers, kept from the rollout for the update
-
-    def towers() -> None:
-        features[:] = model.vision_features(video), model.audio_features(audio)
 
     def prompts(count: int) -> Tensor:  # [B, P, D]; inputs.embed without its look at ids
         text = model.model.embed_tokens(torch.zeros(count, TEXT_TOKENS, dtype=torch.long))
-        vision, audio = (x[:count] for x in features)
-        return torch.cat([model.project_video(vision, gate_ids), model.project_audio(audio), text], 1)
+        vision, sound = model.project_video(features[0][:count], gate_ids), model.project_audio(features[1][:count])
+        return torch.cat([vision, sound, text], 1)
 
     def loss() -> Tensor:  # logps.completion_logps without its look at masks
         hidden, kv = model.model(prompts(clips), keep_kv=True)
@@ -178,10 +158,10 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         sample_token(hidden @ model.head_weight.T, torch.zeros(sampled * group), settings.temperature)
         return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
 
-    copy, cache, rollout = 0, 0, 0
+    cache, rollout = 0, 0
     with Live() as live, run.unsharded():
         copy = live.now
-        towers()
+        features = model.vision_features(video), model.audio_features(audio)  # kept for the update
         if grpo:
             cache = sample()
             rollout = live.peak
@@ -192,63 +172,43 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
             total = loss()
         total.backward()
         update = live.peak
-    with Live() as live:
-        head = torch.zeros(config.text.vocab_size, config.text.hidden_size, dtype=compute)
-        hidden = torch.zeros(clips * group * length, config.text.hidden_size, dtype=compute, requires_grad=True)
-        before = live.now
-        token_logps(hidden, head, torch.zeros(len(hidden), dtype=torch.long), with_entropy=grpo)[0].sum().backward()
-        logits = live.peak - before
-    root = sum(u.numel for u in run.root)
-    largest = max(u.numel for u in run.units if u not in run.root)
     size, trained = compute.itemsize, sum(len(p) for p in run.named_parameters().values())
-    on_the_way = size + 4  # bytes per gradient that is being reduced: in the compute type, and as a float32 sum
     return Plan(
         shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * size * language // gpus,
         optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
-        gathered=size * root + max((2 * size + on_the_way) * largest, on_the_way * root),
-        rollout_copy=grpo * copy, kv_cache=cache, logits=logits, rollout=rollout, update=update,
-        prompt=grpo * prompt_bytes(config.text, prompt_tokens(config), group, length, size))
+        rollout_copy=grpo * copy, kv_cache=cache, rollout=rollout, update=update)
 
 
-def remedies(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[tuple[str, int, Plan]]:
+def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[tuple[str, int, Plan]]:
     """Switches that lower the peak: (what to give, number of GPUs, the plan with it), each added to those before it."""
     found = []
-    for name, change in (("--dtype bfloat16", {"dtype": "bfloat16"}), ("--recompute", {"recompute": True}),
-                         ("--micro-batch 1", {"micro_batch": 1}), ("--rollout-batch 1", {"rollout_batch": 1})):
-        if name == "--rollout-batch 1" and getattr(settings, "rollout_batch", 0) < 2:
-            continue  # 0 takes no more than there is
-        if any(getattr(settings, k) != v for k, v in change.items()):
-            settings = replace(settings, **change)
-            found.append((name, gpus, plan(config, stage, settings, gpus)))
+    for switch, name, value in (("--dtype bfloat16", "dtype", "bfloat16"), ("--recompute", "recompute", True),
+                                ("--micro-batch 1", "micro_batch", 1), ("--rollout-batch 1", "rollout_batch", 1)):
+        given = getattr(settings, name, value)
+        if given == value or (name == "rollout_batch" and not given):  # 0 takes no more than there is
+            continue
+        settings = replace(settings, **{name: value})
+        found.append((switch, gpus, plan(config, stage, settings, gpus)))
     return [*found, (f"{gpus + 8} GPUs", gpus + 8, plan(config, stage, settings, gpus + 8))]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
-ROWS = (("what stays", "stays"), ("  parameter shards, float32", "shards"), ("  reference shards", "reference"),
-        ("  optimizer shards", "optimizer"), ("  verifier, whole", "verifier"),
-        ("while it samples", "rollout"), ("  policy, whole", "rollout_copy"), ("  KV cache", "kv_cache"),
-        ("while it updates", None), ("  gradient shards", "gradients"), ("  gathered units, gradients", "gathered"),
-        ("  a chunk of logits", "logits"), ("  activations and the rest", None), ("peak", "peak"))
+ROWS = {"what stays": "stays", "  parameter shards, float32": "shards", "  reference shards": "reference",
+        "  optimizer shards": "optimizer", "  verifier, whole": "verifier", "while it samples": "rollout",
+        "  policy, whole": "rollout_copy", "  KV cache": "kv_cache", "while it updates": "update",
+        "  gradient shards": "gradients", "peak": "peak"}
 
 
 def show(p: Plan, gpu: str, gpus: int) -> str:
     """The table, and the verdict."""
-    lines = []
-    for title, name in ROWS:
-        if name is None:
-            value = p.update if title.startswith("while") else p.update - p.gradients - p.gathered - p.logits
-        else:
-            value = getattr(p, name)
-        if value:
-            lines.append(f"{title:<34}{value / 2**30:8.2f} GiB")
+    lines = [f"{title:<34}{getattr(p, name) / 2**30:8.2f} GiB" for title, name in ROWS.items() if getattr(p, name)]
     lines.append(f"{'room on ' + gpu:<34}{room(GPUS[gpu]) / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for "
                  f"CUDA and {RESERVE[1]:.0%} for fragmentation")
-    lines.append(f"{'FITS' if p.fits(GPUS[gpu]) else 'DOES NOT FIT'} on {gpus} x {gpu}")
-    others = {other: "fits" if p.fits(memory) else "does not fit" for other, memory in GPUS.items() if other != gpu}
-    lines.append(f"on {gpus} of another kind: " + ", ".join(f"{other} {verdict}" for other, verdict in others.items()))
-    return "\n".join(lines)
+    verdicts = [f"{'FITS' if p.fits(GPUS[name]) else 'DOES NOT FIT'} on {gpus} x {name}"
+                for name in (gpu, *(other for other in GPUS if other != gpu))]
+    return "\n".join([*lines, *verdicts])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -258,34 +218,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", choices=GPUS, default="a100-80")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     own, rest = parser.parse_known_args(argv)
-    if "--preset" not in " ".join(rest):
-        rest += ["--preset", "paper-7b"]
     if own.gpus < 1:
         parser.error(f"--gpus must be at least 1, not {own.gpus}")
-    settings = parse(KINDS[own.stage], __doc__, rest)
+    if "--preset" not in " ".join(rest):
+        rest += ["--preset", "paper-7b"]
+    settings = parse(KINDS[own.stage], __doc__, [*rest, "--out", "."])  # nothing is written
     config = humanomni(DIMENSIONS[settings.preset])
-    grpo = own.stage == "grpo"
-    rows = f"G {settings.group_size} of {settings.max_new_tokens}" if grpo else f"targets of {TARGET_TOKENS}"
+    targets = f"targets of {TARGET_TOKENS}"
+    if own.stage == "grpo":
+        targets = f"{settings.rollout_batch or 1} sampled at once, G {settings.group_size} of {settings.max_new_tokens}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
-          f"{prompt_tokens(config)} tokens, {rows}, {settings.dtype}, "
+          f"{config.video_tokens + config.audio_tokens + TEXT_TOKENS} tokens, {targets}, {settings.dtype}, "
           f"recomputation {'on' if settings.recompute else 'off'}")
     first = plan(config, own.stage, settings, own.gpus)
     print(show(first, own.gpu, own.gpus))
-    if grpo and not settings.rollout_batch:
-        prompts = max(1, settings.batch_size // own.gpus)
-        print(f"sampled together: {first.at_once(GPUS[own.gpu], prompts)} of a process's {prompts} prompts, at most "
-              f"{first.prompt / 2**30:.2f} GiB each; the lines above are of one (--rollout-batch)")
     if first.fits(GPUS[own.gpu]):
         return 0
     print("what helps, one after the other (logits are in chunks already):")
-    for name, gpus, p in remedies(config, own.stage, settings, own.gpus):
+    for switch, _, p in ways_to_fit(config, own.stage, settings, own.gpus):
         fits = p.fits(GPUS[own.gpu])
-        print(f"  {name}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
+        print(f"  {switch}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
-            break
-    else:
-        why = ", since the policy stands whole on each GPU while it samples: take one with more memory"
-        print("  with all of these it does not fit" + (why if p.rollout > p.update else ""))
+            return 1
+    why = ", since the policy stands whole on each GPU while it samples: take one with more memory"
+    print("  with all of these it does not fit" + (why if p.rollout > p.update else ""))
     return 1
 
 

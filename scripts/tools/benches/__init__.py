@@ -1,1 +1,0 @@
-"""What scripts/tools/bench.py measures, a module each: `measure(options) -> Iterator[dict]`."""
