@@ -534,13 +534,13 @@ def test_sources_and_missing_data_are_named(folder, script, tmp_path):
                       str(folder / "train.jsonl")])
 
 
-def test_audit_and_score_commands(trained, tmp_path, capsys):
+def test_audit_command(trained, tmp_path, capsys):
     told = {"sad": SAYS["sad"], "angry": SAYS["angry"], "happy": SAYS["sad"]}
     rows = [{"video_id": e, "ground_truth": e, "dataset": "dfew",
              "output": f"<think>{' '.join([LOOK, *cues])}</think>\n<answer>{e}</answer>"} for e, cues in told.items()]
     predictions = str(write(tmp_path / "rows.jsonl", rows))
-    audit.run_audit(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
-                  str(tmp_path / "audit.json")])
+    audit.main(["--erv", str(trained), "--predictions", predictions, "--judge", "lexicon", "--out",
+                str(tmp_path / "audit.json")])
     result = read_json(tmp_path / "audit.json")
     assert result["explanations"] == 2 and result["rows"][0]["rewards"]["paper"] == 1.0  # the happy one is not honest
     assert result["agreement"]["accuracy"] >= 0.8 and "| honest |" in capsys.readouterr().out
@@ -552,17 +552,10 @@ def test_audit_and_score_commands(trained, tmp_path, capsys):
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
     assert audit.on_paraphrases(blind, 0.5, 2) == {  # disgust's 16 of 112: F1 2 * 16 / (112 + 16), of six others 0
         "sentences": 112, "macro_f1": pytest.approx(0.25 / 7)}
-    audit.run_score(["--erv", f"{trained},{tmp_path / 'blind'}", "--predictions", predictions, "--out",
-                  str(tmp_path / "score.json")])
-    by_verifier = read_json(tmp_path / "score.json")
-    assert [x["reward_explanation"] for x in by_verifier.values()] == pytest.approx([2 / 3, 0])
-    capsys.readouterr()
-    audit.run_score(["--erv", str(trained), "--text", f"{LOOK} {SAYS['sad'][1]}"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["neutral", "sadness"]
-    with pytest.raises(SettingsError, match="--predictions"):
-        audit.run_score(["--erv", str(trained)])
     with pytest.raises(SettingsError, match="--erv"):
-        audit.run_audit(["--predictions", predictions])
+        audit.main(["--predictions", predictions])
+    with pytest.raises(SettingsError, match="--predictions"):
+        audit.main(["--erv", str(trained)])
 
 
 def test_long_sentences_are_cut(folder):

@@ -1,4 +1,4 @@
-"""survey.py: a blind and balanced page, tables 3 and 6 by hand, Krippendorff's alpha, problems named."""
+"""survey.py: a blind and balanced page, tables 3 and 6 by hand, problems named."""
 
 import json
 import re
@@ -7,21 +7,6 @@ import pytest
 from pages_material import key_of, prediction, studies, survey, survey_score, truths, world  # noqa: F401
 
 from erv_min.base.errors import DataError, SettingsError
-
-RELIABILITY = """1 2 3 3 2 1 4 1 2 . . .
-1 2 3 3 2 2 4 1 2 5 . 3
-. 3 3 3 2 3 4 2 2 5 1 .
-1 2 3 3 2 4 4 1 2 5 1 ."""  # Krippendorff 2011, section D: four observers, twelve units
-
-
-def test_krippendorffs_alpha_of_the_published_example():
-    observers = [row.split() for row in RELIABILITY.splitlines()]
-    units = [[int(v) for v in unit if v != "."] for unit in zip(*observers)]
-    for metric, alpha in (("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)):
-        assert survey_score.krippendorff_alpha(units, metric) == pytest.approx(alpha, abs=5e-4)
-    assert survey_score.krippendorff_alpha([[1, 1], [1, 1]]) is None
-    assert survey_score.krippendorff_alpha([[1], []]) is None
-    assert survey_score.krippendorff_alpha([["a", "a"], ["b", "b"]]) == 1
 
 
 def test_top_one_and_top_two_break_ties_by_chance():
@@ -91,9 +76,11 @@ def test_score_by_hand_and_every_problem_named(studies, tmp_path, capsys):
     assert result["Ours"]["win rate"] == 75 and result["Theirs"]["win rate"] == 25 and result["problems"] == []
     assert result["Ours"]["mean"] == pytest.approx((3 + 3 * 4.5) / 4) and result["Theirs"]["mean"] == 3.5
     assert result["Ours"]["sd"] == pytest.approx(0.75) and result["Theirs"]["sd"] == 0
-    assert result["agreement"]["both"] == {"clips": 4, "top 1": 100, "top 2": 100, "single answers": 100}
-    assert result["alpha"]["emotion, nominal"] == 1
-    assert result["single comparisons"] == {"first": 4, "second": 1, "ties": 3}
+    assert result["agreement"]["both"] == {"clips": 4, "top 1": 100, "top 2": 100}
+    assert result["ties"] == 0
+    ben["answers"]["q01"]["left" if q1["left"] == "Theirs" else "right"] = 3  # q01: 3 and 3
+    (tmp_path / "b.json").write_text(json.dumps(ben))
+    assert survey_score.score(str(path), files)["Ours"]["win rate"] == 87.5  # three clips and half of one
 
     cara = answers(key, "Cara", {"Ours": 5, "Theirs": 5})
     cara["answers"]["q02"] = {"emotion": "bored", "left": 6}

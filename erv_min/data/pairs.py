@@ -11,11 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
-from erv_min.prompts import QUESTION
-from erv_min.sentences import split_sentences
 
 
 @dataclass(frozen=True)
@@ -101,44 +99,3 @@ def positive_weights(targets: Tensor, most: float = 20.0) -> Tensor:
 def sampling_weights(targets: Tensor) -> Tensor:
     """--balance resample: [N, K] -> each row's weight [N], 1 / size of the rarest class it carries."""
     return (targets / targets.sum(0).clamp(min=1)).amax(1)
-
-
-# ---- ways to cheat R_E: what scripts/tools/audit.py pays, and what `scripts/erv.py harden` teaches -------------------
-
-CHEATS = ("repeat one sentence", "stuff label words", "drop neutral sentences", "one sentence only",
-          "name the emotion in each", "two emotions in each", "claim calm around one", "copy the question",
-          "another language", "wrong answer")
-SPANISH = dict(zip(ERV_LABELS, ("enojo", "asco", "miedo", "felicidad", "calma", "tristeza", "sorpresa", "desprecio",
-                                "ansiedad", "impotencia", "decepción")))
-
-
-def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral: list[bool]) -> list[str]:
-    """An honest explanation's sentences, rewritten to earn R_E in one of CHEATS; it keeps the number where it can.
-
-    p_gt: the verifier's probability of e_gt for each sentence; neutral: whether the reward leaves it out. A policy
-    under R_E finds both by trying, so the cheat may use them. Raises SettingsError on another way."""
-    best = sentences[max(range(len(sentences)), key=p_gt.__getitem__)]
-    word, n = to_erv(e_gt), len(sentences)
-    if way == "repeat one sentence":
-        return [best] * n
-    if way == "stuff label words":
-        return [f"{word}, {word}, {word}.".capitalize()] * n
-    if way == "drop neutral sentences":  # for a neutral e_gt they are the matches: nothing to gain
-        return [s for s, out in zip(sentences, neutral) if not out or word == "neutral"] or [best]
-    if way == "one sentence only":
-        return [best]
-    if way == "name the emotion in each":
-        return [f"{s.rstrip('.!? ')}, which shows {word}." for s in sentences]
-    if way == "two emotions in each":
-        other = "fear" if word == "happiness" else "happiness"
-        return [f"{s.rstrip('.!? ')}, which shows {word} or {other}." for s in sentences]
-    if way == "claim calm around one":  # the filter leaves out what contradicts: found by a policy in the toy
-        return ["The face is calm and neutral.", best, "The person is neutral."]
-    if way == "copy the question":
-        return split_sentences(QUESTION)
-    if way == "another language":
-        x = SPANISH[word]
-        return [f"La persona del vídeo muestra {x}.", f"Su voz transmite {x}.", f"En conjunto, siente {x}."]
-    if way == "wrong answer":
-        return sentences
-    raise SettingsError(f"way to cheat {way!r} is unknown; there are {', '.join(CHEATS)}")

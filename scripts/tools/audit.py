@@ -1,14 +1,12 @@
 """What does the reward pay for? Ways to cheat R_E, and the verifier's agreement with a judge:
 
   python scripts/tools/audit.py --erv DIR --data toy:/world --judge lexicon
-  python scripts/tools/audit.py score --erv DIR --predictions rows.jsonl      R_E and the emotions of each sentence
 
-The paper reports none of this for its ERV. `data.pairs.cheat` writes completions that could earn R_E dishonestly, and
-`audit` pays them.
+The paper reports none of this for its ERV. `cheat` writes completions that could earn R_E dishonestly, and `audit` pays
+them.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,12 +17,12 @@ from erv_min.base.files import read_jsonl, write_json
 from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
-from erv_min.data.pairs import CHEATS, cheat, targets
+from erv_min.data.pairs import targets
 from erv_min.data.quality import verifier_report
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns
 from erv_min.judge import make_judge
-from erv_min.prompts import sft_target
+from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.toy.lexicon import PARAPHRASES, sentences
 from erv_min.train.log import explanation_statistics
@@ -56,6 +54,45 @@ def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]
 
 
 # ---- what the reward pays for ways to cheat --------------------------------------------------------------------------
+
+CHEATS = ("repeat one sentence", "stuff label words", "drop neutral sentences", "one sentence only",
+          "name the emotion in each", "two emotions in each", "claim calm around one", "copy the question",
+          "another language", "wrong answer")
+SPANISH = dict(zip(ERV_LABELS, ("enojo", "asco", "miedo", "felicidad", "calma", "tristeza", "sorpresa", "desprecio",
+                                "ansiedad", "impotencia", "decepción")))
+
+
+def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral: list[bool]) -> list[str]:
+    """An honest explanation's sentences, rewritten to earn R_E in one of CHEATS; it keeps the number where it can.
+
+    p_gt: the verifier's probability of e_gt for each sentence; neutral: whether the reward leaves it out. A policy
+    under R_E finds both by trying, so the cheat may use them. Raises SettingsError on another way."""
+    best = sentences[max(range(len(sentences)), key=p_gt.__getitem__)]
+    word, n = to_erv(e_gt), len(sentences)
+    if way == "repeat one sentence":
+        return [best] * n
+    if way == "stuff label words":
+        return [f"{word}, {word}, {word}.".capitalize()] * n
+    if way == "drop neutral sentences":  # for a neutral e_gt they are the matches: nothing to gain
+        return [s for s, out in zip(sentences, neutral) if not out or word == "neutral"] or [best]
+    if way == "one sentence only":
+        return [best]
+    if way == "name the emotion in each":
+        return [f"{s.rstrip('.!? ')}, which shows {word}." for s in sentences]
+    if way == "two emotions in each":
+        other = "fear" if word == "happiness" else "happiness"
+        return [f"{s.rstrip('.!? ')}, which shows {word} or {other}." for s in sentences]
+    if way == "claim calm around one":  # the filter leaves out what contradicts: found by a policy in the toy
+        return ["The face is calm and neutral.", best, "The person is neutral."]
+    if way == "copy the question":
+        return split_sentences(QUESTION)
+    if way == "another language":
+        x = SPANISH[word]
+        return [f"La persona del vídeo muestra {x}.", f"Su voz transmite {x}.", f"En conjunto, siente {x}."]
+    if way == "wrong answer":
+        return sentences
+    raise SettingsError(f"way to cheat {way!r} is unknown; there are {', '.join(CHEATS)}")
+
 
 RULES = {"paper": {}, "no neutral filter": {"ablate": "neutral-filtering"}}  # of RewardSettings; the second: table 2
 
@@ -126,25 +163,15 @@ def audit_table(rows: list[AuditRow]) -> str:
 
 @dataclass
 class AuditSettings:
-    """What `audit` and `score` take."""
-
-    erv: str = option("", "the verifier: a folder or a hub repository; score: or several, A,B", path="hubs")
+    erv: str = option("", "the verifier: a folder or a hub repository", path="hub")
     data: str = option("", "explanations with labels: toy:/world, json:dfew:/file.json", path="data")
     predictions: str = option("", "or JSONL rows of video_id, output, ground_truth, dataset", path="files")
-    text: str = option("", "score: one explanation")
-    judge: str = option("", "audit: lexicon, openai:gpt-4.1-mini, erv:/folder, ...")
+    judge: str = option("", "lexicon, openai:gpt-4.1-mini, erv:/folder, ...")
     limit: int = option(200, "explanations at most; 0: all", least=0)
     tau: float = option(0.5, "threshold of algorithm 1", least=0, most=1)
     k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)
     out: str = option("", "JSON file of the result")
     device: str = option("cpu", "cpu, cuda, cuda:1")
-
-
-def options(argv: list[str]) -> AuditSettings:
-    args = parse(AuditSettings, __doc__, argv)
-    if not args.erv:
-        raise SettingsError("--erv: name a verifier, a folder or a hub repository")
-    return args
 
 
 def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
@@ -169,9 +196,11 @@ def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
     return verifier_report(probs, targets([[name] for name in truth]).bool(), tau, k)["unseen"]
 
 
-def run_audit(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Pays each way to cheat; honest are the explanations that the judge (where given) reads as their label."""
-    args = options(argv)
+    args = parse(AuditSettings, __doc__, argv)
+    if not args.erv:
+        raise SettingsError("--erv: name a verifier, a folder or a hub repository")
     found, verifier = read_completions(args), Verifier.load(args.erv, args.device)
     dataset = found[0][2]
     names, judge = dataset_labels(dataset), make_judge(args.judge) if args.judge else None
@@ -207,33 +236,5 @@ def run_audit(argv: list[str]) -> None:
         write_json(args.out, result)
 
 
-def run_score(argv: list[str]) -> None:
-    """Prints each sentence with its emotions for --text; for rows mean R_E by each verifier, and what is watched.
-
-    A second verifier, trained on other data, shows what a policy gained from the first one's blind spots."""
-    args = options(argv)
-    settings, results = RewardSettings(tau=args.tau, k=args.k), {}
-    if args.text:
-        found = [(args.text if "<think>" in args.text else sft_target(args.text, "neutral"), "neutral", "mafw")]
-    else:
-        found = read_completions(args)[:args.limit or None]
-    completions, truths, datasets = (list(column) for column in zip(*found))
-    for folder in args.erv.split(","):
-        verifier = Verifier.load(folder, args.device)
-        rewards = score_completions(completions, truths, datasets, verifier.probabilities, verifier.labels, settings)
-        if args.text:
-            for sentence, names in zip(rewards[0].sentences, rewards[0].label_sets):
-                print(f"{', '.join(names):>24}  {sentence}")
-            continue
-        mean = sum(r.explanation for r in rewards) / len(rewards)
-        results[folder] = {"reward_explanation": mean, **explanation_statistics(rewards)}
-        print(f"{folder}: " + ", ".join(f"{name} {'-' if value is None else round(value, 4)}"
-                                        for name, value in results[folder].items()))
-    if args.out:
-        write_json(args.out, results)
-
-
 if __name__ == "__main__":
-    command = "score" if sys.argv[1:2] == ["score"] else "audit"
-    arguments = sys.argv[2:] if sys.argv[1:2] == [command] else sys.argv[1:]
-    run_script(lambda: {"audit": run_audit, "score": run_score}[command](arguments))
+    run_script(main)

@@ -4,7 +4,7 @@
           two systems' predictions of the same clips (our JSONL, or the released forms) -> DIR/survey.html and, outside
           of DIR, DIR-key.json, which unblinds it and stays with you; send DIR to the raters, or the page alone
   score   --key DIR-key.json ANSWERS.json [...]
-          the raters' exported files -> tables 3 and 6: win rate, scores; agreement with the judge, Krippendorff's alpha
+          the raters' exported files -> tables 3 and 6: win rate, scores; agreement with the judge
 
 A clip takes three questions (figures 4 and 5): which emotion one explanation represents, read without the clip; then,
 with the clip, how well each of the two explanations reflects the emotion, 1 to 5. Clips are drawn as in section 5.3
