@@ -96,10 +96,10 @@ def test_source_is_the_files_and_margins_say_who_calls_whom(page):
         assert any(f"def {name.split('.')[-1]}(" in line for line in lines)
     margins = {name: re.findall(r'#([\w.:]+)"', aside) for name, aside in
                re.findall(r'class="code" id="([\w.:]+)"><h3>.*?<aside>(.*?)</aside>', page, re.S)}
-    for caller, called in (("scripts.grpo:main", "scripts.grpo:sample"),
-                           ("scripts.grpo:sample", "erv_min.generate:rollout"),
-                           ("erv_min.rewards:score_completions", "erv_min.rewards:explanation_reward"),
-                           ("scripts.grpo:descend", "erv_min.grpo:grpo_loss"),
+    loop = annotate.functions_of("scripts.grpo")
+    assert "scripts.grpo:main" in loop and {*loop} <= margins.keys()
+    assert any(caller in loop for caller in margins["erv_min.generate:rollout"])
+    for caller, called in (("erv_min.rewards:score_completions", "erv_min.rewards:explanation_reward"),
                            ("erv_min.grpo:grpo_loss", "erv_min.grpo:kl_k3"),
                            ("erv_min.generate:prefill", "erv_min.model.qwen2:Qwen2.forward"),
                            ("erv_min.logps:token_logps", "erv_min.logps:TokenLogps")):
@@ -220,7 +220,7 @@ def test_the_command_writes_the_page_in_seconds(tmp_path, capsys):
 
 
 def test_a_runs_own_completions(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no run in it"):
+    with pytest.raises(DataError, match="no completions.jsonl"):
         read_examples(str(tmp_path))
     said = ("<think>A room. He cries.</think>\n<answer>sad</answer>", "<think>Well.</think>\n<answer>happy</answer>")
     rows = [{"step": 3, "video_id": "v <1>", "ground_truth": "sad", "completion": o, "labels": EL,

@@ -66,7 +66,6 @@ def playable(browser) -> bool:
 
 
 def test_the_report_in_a_browser(browser, run, tmp_path):
-    pytest.importorskip("matplotlib")
     import report
     report.main([str(run), "--out", str(tmp_path / "report.html")])
     colours = {}

@@ -51,7 +51,7 @@ def parse_only(script: str, argv: list[str], patch) -> None:
     elif script == "erv":
         parse(ERVSettings, "", argv)
     elif script == "audit":
-        parse(audit.AuditSettings, "", argv[1:] if argv[:1] == ["score"] else argv)
+        parse(audit.AuditSettings, "", argv)
     elif script in ("sft", "grpo"):
         parse({"sft": SFTSettings, "grpo": GRPOSettings}[script], "", argv)
     elif script in ("evaluate", "infer", "plan"):
@@ -104,7 +104,7 @@ def test_commands_of_the_page(page, monkeypatch, capsys):
 
 def test_a_command_with_an_unknown_option_is_seen(monkeypatch):
     for line in ("`python scripts/reproduce.py --sseds 2`", "```bash\nx && torchrun scripts/grpo.py --mu 0 \\\n --out x\n```",
-                 "`python scripts/tools/audit.py score --er x`", "`step --sizes 0.5b`"):
+                 "`python scripts/tools/audit.py --er x`", "`step --sizes 0.5b`"):
         (found,) = commands(line)
         with pytest.raises(SystemExit):
             parse_only(*found, monkeypatch)

@@ -22,7 +22,7 @@ from pkgutil import resolve_name
 
 import torch
 from pages import TEMPLATES, fill, table, text
-from report_runs import read_run
+from report import read_completions
 from torch import Tensor
 
 from erv_min import erv, grpo, metrics, rewards
@@ -144,9 +144,10 @@ def read_examples(run: str) -> Examples:
     """The small example; or the group of a run's completion that shows most: 0 < R_E < 1, most kinds of labels."""
     if not run:
         return Examples(SMALL["completions"], SMALL["e_gt"], small_verifier, ERV_LABELS, "a small example")
-    sampled, folder = read_run(run).sampled, Path(run, "erv")  # step -> group
-    if not sampled or not folder.is_dir():
+    completions, folder = Path(run, "completions.jsonl"), Path(run, "erv")
+    if not completions.exists() or not folder.is_dir():
         raise DataError(f"{run}: no completions.jsonl, or no erv/: --run is the folder of a toy run with a verifier")
+    sampled = read_completions(completions)  # step -> group
     best = max(sum(sampled.values(), []), key=lambda row: (0 < row["reward_explanation"] < 1,
                                                            len(set(map(tuple, row["labels"])))))
     group, verifier = sorted(sampled[best["step"]], key=lambda row: row is not best), erv.Verifier.load(folder)
@@ -163,6 +164,12 @@ def value(x) -> str:
     whole = json.dumps(x)
     short = re.sub(r"-?\d+(\.\d+|e-)[-\de]*", lambda number: f"{round(float(number[0]), 4) + 0:g}", whole)  # + 0: no -0
     return f'<data value="{whole}">{short.replace("-", "−")}</data>'
+
+
+def functions_of(module: str) -> list[str]:
+    """MODULE:NAME of a file's functions and classes, in its order."""
+    nodes = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")).body
+    return [f"{module}:{node.name}" for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
 
 
 @cache
@@ -188,6 +195,8 @@ class Page:
     """Sections as HTML: `<!--code ...-->` is replaced by what the method `code` returns, and so on."""
 
     def __init__(self, examples: Examples, sections: str):
+        sections = re.sub(r"<!--script (\S+)-->", lambda m: "".join(f"<!--code {key}-->" for key in functions_of(m[1])),
+                          sections)
         words = dict(re.findall(r"<!--code (\S+)(?: as (\S+))?-->", sections))
         self.examples, self.calls = examples, {key: self.calls_of(key, words) for key in words}
         self.html = re.sub(r"<!--(\w+)\s(.*?)\s*-->", lambda m: getattr(self, m[1])(m[2]), sections, flags=re.S)

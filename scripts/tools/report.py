@@ -7,40 +7,181 @@ sentence stands with its verifier's labels beside it, each completion with R_E. 
 and goes dark with the reader's system. What a run does not hold is named on it; a damaged file is an error.
 
 Its size is bounded, however long the runs: 8 runs; 12 steps and 2 completions of each; 6 held-out clips; 4 frames per
-clip; a clip of up to 1 MB has a player, until 16 MB of the page are used (--clip-mb, --media-mb); 400 points per curve.
-Needs matplotlib (`pip install -e ".[report]"`).
+clip; a clip of up to 1 MB has a player, until 16 MB of the page are used; 400 points per curve.
 """
 
 import argparse
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import report_parts as parts
-from pages import ClipMedia, clip_media, fill, text
-from report_runs import RESAMPLES, Run, System, all_systems, read_run
+from pages import ClipMedia, clip_media, fill, read_objects, text
 
 from erv_min.base.errors import DataError, SettingsError
-from erv_min.base.files import atomic_write
+from erv_min.base.files import atomic_write, read_json
 from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS, normalize
 from erv_min.erv import Verifier
-from erv_min.metrics import paired, read_prediction
+from erv_min.metrics import bootstrap, paired, read_prediction, score
 from erv_min.rewards import RewardSettings, explanation_reward, extract_answer, select_labels, sentences_of
 
 RUNS, STEPS, COMPLETIONS, CLIPS = 8, 12, 2, 6
+CLIP_BYTES, MEDIA_BYTES = 1_000_000, 16_000_000  # of a clip that gets a player; of all players together
+RESAMPLES = 1000  # of the bootstrap
+NUMBER = (int, float)
+FILES = {"config.json": "no settings and versions", "metrics.jsonl": "no curves",
+         "completions.jsonl": "no completions over training", "evaluation.json": "no metric table and no confusion "
+         "matrix (has the run ended, without --eval-clips -1? scripts/evaluate.py makes them, too)"}
+
+
+# ---- what the folders hold -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class System:
+    """One system's predictions on one data set, and their scores."""
+
+    name: str
+    dataset: str
+    rows: list[dict]
+    score: dict
+    intervals: dict
+
+
+@dataclass
+class Run:
+    """What one folder holds."""
+
+    name: str
+    folder: Path
+    config: dict = field(default_factory=dict)  # {"settings", "versions", "git_commit", "command"}
+    metrics: list[dict] = field(default_factory=list)  # a row per step
+    sampled: dict[int, list[dict]] = field(default_factory=dict)  # step -> the group of completions
+    systems: list[System] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict:
+        return self.config.get("settings") or {}
+
+
+def read_run(argument: str) -> Run:
+    """A folder, or NAME=FOLDER. Raises DataError for no such folder, one without a run, and damaged files."""
+    name, equals, folder = argument.partition("=")
+    if not equals or Path(argument).exists():
+        name, folder = Path(argument).resolve().name, argument
+    run = Run(name, Path(folder))
+    there = [file for file in (*FILES, "metrics.json") if (run.folder / file).exists()]
+    if not there:
+        raise DataError(f"{folder}: no run in it: expected {', '.join(FILES)} of scripts/grpo.py, or metrics.json of "
+                        "scripts/evaluate.py")
+    if "config.json" in there:
+        config = read_dict(run.folder / "config.json")
+        run.config = config.get("erv_min", {})
+        if not isinstance(run.config, dict) or not isinstance(run.settings, dict):
+            raise DataError(f"{run.folder / 'config.json'}: expected an object with erv_min.settings; was it edited?")
+    if "metrics.json" in there:
+        read_evaluation(run)
+        return run
+    if "metrics.jsonl" in there:
+        run.metrics = read_metrics(run.folder / "metrics.jsonl")
+    if "completions.jsonl" in there:
+        run.sampled = read_completions(run.folder / "completions.jsonl")
+    if "evaluation.json" in there:
+        for system in read_dict(run.folder / "evaluation.json"):
+            add_systems(run, system, f"predictions-{system.replace(' ', '-')}.jsonl")
+    held = dict(zip(FILES, (run.config, run.metrics, run.sampled, "evaluation.json" in there)))
+    for file, what in FILES.items():
+        if not held[file]:
+            run.missing.append(f"{name}: {file} is {'empty' if file in there else 'not there'}: {what}")
+    return run
+
+
+def read_dict(path: Path) -> dict:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected an object, found {str(value)[:60]}")
+    return value
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """A row per step, each value a number or None; of a step that a resumed run did again the later row."""
+    rows = {row["step"]: row for row in read_objects(path, {"step": int})}
+    for step, row in rows.items():
+        for key, value in row.items():
+            if value is not None and not isinstance(value, NUMBER):
+                raise DataError(f"{path}, step {step}: {key} is {str(value)[:60]!r}, no number")
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_completions(path: Path) -> dict[int, list[dict]]:
+    """Step -> the group that was sampled; of a step that a resumed run did again the later group."""
+    sampled, last = {}, None
+    for row in read_objects(path, {
+            "step": int, "video_id": str, "ground_truth": str, "completion": str, "sentences": list, "labels": list,
+            "reward_format": NUMBER, "reward_answer": NUMBER, "reward_explanation": NUMBER}):
+        if row["step"] != last:
+            last = row["step"]
+            sampled[last] = []
+        if len(row["sentences"]) != len(row["labels"]) or not all(isinstance(x, list) for x in row["labels"]):
+            raise DataError(f"{path}, step {last}: {len(row['sentences'])} sentences and {str(row['labels'])[:60]} as "
+                            "their labels; expected a list for each")
+        sampled[last].append(row)
+    return sampled
+
+
+def add_systems(run: Run, name: str, file: str, rule: str = "paper") -> None:
+    """The predictions of one system in the run's folder -> a System per data set."""
+    path = run.folder / file
+    rows = read_objects(path, {"video_id": str, "output": str, "ground_truth": str, "dataset": str}) if path.exists() else []
+    if not rows:
+        run.missing.append(f"{run.name}: {file} is {'empty' if path.exists() else 'not there'}: nothing of {name}")
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        own, seen = [row for row in rows if row["dataset"] == dataset], set()
+        for row in own:
+            if row["video_id"] in seen:
+                raise DataError(f"{path}: clip {row['video_id']} of {dataset} is there twice")
+            seen.add(row["video_id"])
+        run.systems.append(System(name, dataset, own, score(own, dataset, rule),
+                                  bootstrap(own, dataset, RESAMPLES, rule=rule)))
+
+
+def read_evaluation(run: Run) -> None:
+    """metrics.json and judged-*.jsonl of scripts/evaluate.py -> systems, one per judge and data set."""
+    path = run.folder / "metrics.json"
+    found = read_dict(path)
+    if not isinstance(found.get("judges"), dict) or not isinstance(found.get("settings", {}), dict):
+        raise DataError(f"{path}: expected the metrics.json of scripts/evaluate.py, with 'judges'")
+    run.config = run.config or {"settings": found.get("settings", {})}
+    for number, judge in enumerate(found["judges"], 1):
+        name = f"{found.get('system') or run.name}" + (f", {judge}" if len(found["judges"]) > 1 else "")
+        add_systems(run, name, f"judged-{number}.jsonl", run.settings.get("rule", "paper"))
+
+
+def all_systems(runs: list[Run]) -> list[System]:
+    """Every run's systems, under names of their own; the same predictions of two runs (their common SFT) stand once."""
+    kept = []
+    for run in runs:
+        for system in run.systems:
+            if all(system.rows != other.rows for _, other in kept):
+                kept.append((run, system))
+    names = [(system.name, system.dataset) for _, system in kept]
+    for (run, system), name in zip(kept, names):
+        if names.count(name) > 1:
+            system.name = f"{run.name}: {system.name}"
+    return [system for _, system in kept]
 
 
 # ---- clips and labels ------------------------------------------------------------------------------------------------
 
 
 class Clips:
-    """Paths of a run's clips by their id, and what the page embeds of them, until the room is used up."""
+    """Paths of the runs' clips by split and id, and what the page embeds of them, until the room is used up."""
 
-    def __init__(self, runs: list[Run], data: str, clip_mb: float, media_mb: float):
-        self.paths, self.made, self.missing = {}, {}, []
-        self.clip_bytes, self.room = int(clip_mb * 1e6), int(media_mb * 1e6)
-        runs = [run for run in runs if run.sampled or any(system.rows for system in run.systems)]
+    def __init__(self, runs: list[Run], data: str = ""):
+        self.paths, self.made, self.missing, self.room = {}, {}, [], MEDIA_BYTES
+        runs = [run for run in runs if run.sampled or run.systems]
         for run in runs:
             worlds = [Path(run.settings.get("world") or run.folder / "world"), run.folder.parent / "world"]
             world = next((w for w in worlds if (w / "world.json").exists()), None)
@@ -49,7 +190,8 @@ class Clips:
                 try:
                     found = load_examples(spec, split) if spec else []
                 except DataError as error:
-                    found, _ = [], self.missing.append(f"{run.name}: no {split} clips ({error})")
+                    self.missing.append(f"{run.name}: no {split} clips ({error})")
+                    continue
                 for example in found:
                     self.paths.setdefault((split, example.video_id), example.path)
         if runs and not self.paths:
@@ -60,23 +202,27 @@ class Clips:
         if path is None:
             return ClipMedia(note=f"clip {video_id} is not in the data") if self.paths else None
         if path not in self.made:
-            self.made[path] = clip_media(path, max_bytes=self.clip_bytes)
+            self.made[path] = clip_media(path, max_bytes=CLIP_BYTES)
         made = self.made[path]
-        if made.player and len(made.player) > self.room:
-            return replace(made, player="", note="frames only: the page holds no more clips (--media-mb)")
+        if len(made.player) > self.room:
+            return replace(made, player="", note="frames only: the page holds no more clips")
         self.room -= len(made.player)
         return made
 
 
 def find_verifier(runs: list[Run], given: str) -> tuple[Verifier | None, RewardSettings, str]:
-    """The verifier that a run was trained with (a local folder), its settings, and a note where there is none."""
+    """The verifier that a run was trained with (a local folder), its settings, and a note if there is none."""
     names = {f.name for f in fields(RewardSettings)}
-    for run in [run for run in runs if run.settings.get("erv") or given] or runs[:1]:
-        rules = RewardSettings(**{k: v for k, v in run.settings.items() if k in names})
-        folder = given or (run.settings.get("erv") or "").split(",")[0]
-        if given or (folder and Path(folder, "config.json").exists()):
+    rules, note = RewardSettings(), "No run names a verifier"
+    for run in runs:
+        folder = given or run.settings.get("erv") or ""
+        if not folder:
+            continue
+        own = {name: value for name, value in run.settings.items() if name in names}
+        rules = RewardSettings(**own)
+        if given or Path(folder, "config.json").exists():
             return Verifier.load(folder), rules, ""
-        note = f"The verifier {folder} is not there" if folder else "No run names a verifier"
+        note = f"The verifier {folder} is not there"
     return None, rules, note + ": sentences that were not labelled in training have no labels. --erv FOLDER gives one"
 
 
@@ -101,89 +247,82 @@ def spread(items: list, count: int) -> list:
 
 def results_section(systems: list[System]) -> str:
     out = parts.score_table(systems)
-    spans = any(system.score.get("intervals") for system in systems)
-    out += ('<p class="note">' + "Under each figure its 95% interval (percentile bootstrap over clips). " * spans
-            + "EEA: the judge reads the true emotion in the explanation; FCR: explanation, answer and truth agree; "
-            "EPC: explanation and answer agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right "
-            "answers.</p>")
+    out += ('<p class="note">Under each figure its 95% interval (percentile bootstrap over clips). EEA: the judge reads '
+            "the true emotion in the explanation; FCR: explanation, answer and truth agree; EPC: explanation and answer "
+            "agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right answers.</p>")
     differences, first = [], {}
     for system in systems:
-        if system.rows is None:
-            continue
         base = first.setdefault(system.dataset, system)
-        ids = [{row["video_id"] for row in s.rows} for s in (base, system)]
-        if base is not system and ids[0] == ids[1]:
+        if base is not system and {row["video_id"] for row in base.rows} == {row["video_id"] for row in system.rows}:
             values = paired(base.rows, system.rows, system.dataset, RESAMPLES)
             differences.append((f"{system.name} − {base.name}", values))
     if differences:
         out += f"<h3>Paired differences on the same clips</h3>{parts.paired_table(differences)}"
-        out += '<p class="note">With 95% intervals; bold where the interval leaves out 0.</p>'
-    return out + f'<h3>Confusion matrices</h3><div class="matrices">{"".join(map(parts.confusion, systems))}</div>' + (
-        '<p class="note">A row a true label, a column an answer; the shade is the share of the row.</p>')
+        out += '<p class="note">With 95% intervals; bold if the interval leaves out 0.</p>'
+    matrices = "".join(parts.confusion(system) for system in systems)
+    return (f'{out}<h3>Confusion matrices</h3><div class="matrices">{matrices}</div><p class="note">A row per true '
+            "label, a column per answer; the shade is the share of the row.</p>")
 
 
-def held_out_section(systems, clips: Clips, verifier, rules, chosen: list[str], labels: set) -> str:
-    systems = [system for system in systems if system.rows]
-    systems = [s for s in systems if s.dataset == systems[0].dataset]
+def held_out_section(systems: list[System], clips: Clips, verifier, rules, chosen: list[str]) -> str:
+    systems = [system for system in systems if system.dataset == systems[0].dataset]
     tables = [{row["video_id"]: row for row in system.rows} for system in systems]
     shared = [i for i in tables[0] if all(i in table for table in tables)]
     if absent := [i for i in chosen if i not in shared]:
         raise SettingsError(f"--show {absent[0]}: not among the {len(shared)} clips that every system answered")
-    out = []
-    for video_id in chosen or spread(shared, CLIPS):
+    shown, out = chosen or spread(shared, CLIPS), ""
+    for video_id in shown:
         columns = []
         for system, table in zip(systems, tables):
             row = table[video_id]
             e_gt, dataset = row["ground_truth"], row["dataset"]
             sentences, sets, R_E = labelled(row["output"], e_gt, verifier, rules)
-            labels.update(x for EL in sets for x in EL)
-            predicted = read_prediction(row["output"], dataset)[0]
             facts = [("R_E", f"{R_E:.2f}", None)] if R_E is not None else []
             if "judged_emotion" in row:
                 judged = str(row["judged_emotion"] or "none")
                 facts.append(("Explanation", judged, normalize(judged, dataset) == e_gt))
+            predicted = read_prediction(row["output"], dataset)[0]
             facts.append(("Answer", predicted or "none", predicted == e_gt))
             columns.append(parts.completion(system.name, row["output"], e_gt, sentences, sets, facts))
-        out.append(parts.case(f"<span>Clip <b>{text(video_id)}</b></span><span>truth <b>{text(e_gt)}</b></span>",
-                              clips.media("test", video_id), columns))
-    how = f"{len(out)} of {len(shared)}, evenly spaced in the file, not selected by content"
-    how = "as asked for (--show)" if chosen else how
+        out += parts.case(f"<span>Clip <b>{text(video_id)}</b></span><span>truth <b>{text(e_gt)}</b></span>",
+                          clips.media("test", video_id), columns)
+    how = "as asked for (--show)" if chosen else (f"{len(shown)} of {len(shared)}, evenly spaced in the file, not "
+                                                  "selected by content")
     return (f'<p class="note">Held-out clips of {text(systems[0].dataset)}, {how}. “Explanation” is the '
             "emotion that the judge reads in it. A sentence stands with its verifier's labels; ✓ marks the ones that "
-            "count for the true emotion in R<sub>E</sub>.</p>" + "".join(out))
+            f"count for the true emotion in R<sub>E</sub>.</p>{out}")
 
 
-def sampled_completion(run: Run, number: int, row: dict, group: str, verifier, rules, labels: set) -> str:
-    """One row of completions.jsonl; where its run had no verifier (Baseline), labels and R_E of another run's."""
+def sampled_completion(run: Run, number: int, row: dict, title: str, verifier, rules) -> str:
+    """One row of completions.jsonl; if its run had no verifier (Baseline), labels and R_E of another run's."""
     sentences, sets, R_E = row["sentences"], row["labels"], row["reward_explanation"]
     rewarded = bool(run.settings.get("w_explanation", 1))
     if not sentences:
         sentences, sets, measured = labelled(row["completion"], row["ground_truth"], verifier, rules)
         R_E = R_E if rewarded else measured
-    labels.update(x for EL in sets for x in EL)
     facts = [("R_E" if rewarded else "R_E (not rewarded)", "–" if R_E is None else f"{R_E:.2f}", None),
              ("Answer", extract_answer(row["completion"]) or "none", row["reward_answer"] > 0),
              ("Format", "kept" if row["reward_format"] else "broken", row["reward_format"] > 0)]
-    title, truth = f"{run.name}, {group}", row["ground_truth"]
-    return parts.completion(title, row["completion"], truth, sentences, sets, facts, number)
+    return parts.completion(title, row["completion"], row["ground_truth"], sentences, sets, facts, number)
 
 
-def training_section(runs: list[Run], clips: Clips, verifier, rules, labels: set) -> str:
-    out = []
+def training_section(runs: list[Run], clips: Clips, verifier, rules) -> str:
+    out = '<p class="note">The first completions of the group that was sampled at a step, not selected by content.</p>'
     for step in spread(sorted({step for run in runs for step in run.sampled}), STEPS):
         by_clip = {}  # runs of one seed sample the same clip at a step: they stand side by side
         for number, run in enumerate(runs):
             if rows := run.sampled.get(step):
                 by_clip.setdefault(rows[0]["video_id"], []).append((number, run, rows))
         for video_id, entries in by_clip.items():
-            count = COMPLETIONS if len(entries) == 1 else 1
-            columns = [sampled_completion(run, number, row, f"{at} of {len(rows)} sampled", verifier, rules, labels)
-                       for number, run, rows in entries for at, row in enumerate(rows[:count], 1)]
-            truth = entries[0][2][0]["ground_truth"]
-            out.append(parts.case(f"<span>Step <b>{step + 1}</b></span><span>clip <b>{text(video_id)}</b></span>"
-                                  f"<span>truth <b>{text(truth)}</b></span>", clips.media("train", video_id), columns))
-    return ('<p class="note">The first completions of the group that was sampled at a step, not selected by content.'
-            "</p>" + "".join(out))
+            columns, count = [], COMPLETIONS if len(entries) == 1 else 1
+            for number, run, rows in entries:
+                for at, row in enumerate(rows[:count], 1):
+                    title = f"{run.name}, {at} of {len(rows)} sampled"
+                    columns.append(sampled_completion(run, number, row, title, verifier, rules))
+            heading = (f"<span>Step <b>{step + 1}</b></span><span>clip <b>{text(video_id)}</b></span>"
+                       f"<span>truth <b>{text(row['ground_truth'])}</b></span>")
+            out += parts.case(heading, clips.media("train", video_id), columns)
+    return out
 
 
 def build(runs: list[Run], clips: Clips, erv: str = "", chosen: list[str] = ()) -> str:
@@ -191,34 +330,30 @@ def build(runs: list[Run], clips: Clips, erv: str = "", chosen: list[str] = ()) 
     verifier, rules, note = find_verifier(runs, erv)
     systems, missing = all_systems(runs), [line for run in runs for line in run.missing] + clips.missing
     rows = [row for run in runs for group in run.sampled.values() for row in group]
-    if note and (any(s.rows for s in systems) or not all(row["sentences"] for row in rows)):
+    if note and (systems or not all(row["sentences"] for row in rows)):
         missing.append(note)
-    labels, sections = set(), []
+    sections = {}
     if systems:
-        sections.append(("results", "Held-out results", results_section(systems)))
+        sections["results", "Held-out results"] = results_section(systems)
     if any(run.metrics for run in runs):
-        sections.append(("curves", "Training", parts.curves(runs)))
-    if any(s.rows for s in systems):
-        content = held_out_section(systems, clips, verifier, rules, chosen, labels)
-        sections.append(("clips", "What each system says", content))
+        sections["curves", "Training"] = parts.curves(runs)
+    if systems:
+        sections["clips", "What each system says"] = held_out_section(systems, clips, verifier, rules, chosen)
     if rows:
-        content = training_section(runs, clips, verifier, rules, labels)
-        sections.append(("completions", "Completions over the training", content))
+        sections["completions", "Completions over the training"] = training_section(runs, clips, verifier, rules)
     if any(run.config for run in runs):
-        sections.append(("settings", "Settings and versions", parts.settings_tables(runs)))
-    legend, body = parts.label_legend(labels) if labels else "", ""
-    for name, heading, content in sections:
-        above = legend if name in ("clips", "completions") else ""
-        body += f'<section id="{name}"><h2>{heading}</h2>{above}{content}</section>\n'
-    listed, names = "".join(f"<li>{text(line)}</li>" for line in missing), ", ".join(run.name for run in runs)
+        sections["settings", "Settings and versions"] = parts.settings_tables(runs)
     about = []
     for run in runs:
         steps = f"{run.metrics[-1]['step'] + 1} steps, " if run.metrics else ""
         preset = f"preset {run.settings['preset']}, " if run.settings.get("preset") else ""
         about.append(text(f"{run.name}: {steps}{preset}{run.folder}"))
-    return fill("report.html", title=text(names), heading=parts.math(names), subtitle=" · ".join(about), sections=body,
+    listed, names = "".join(f"<li>{text(line)}</li>" for line in missing), ", ".join(run.name for run in runs)
+    return fill("report.html", title=text(names), heading=parts.symbols(names), subtitle=" · ".join(about),
                 css=fill("page.css") + fill("report.css"),
-                nav="".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections),
+                nav="".join(f'<a href="#{name}">{heading}</a>' for name, heading in sections),
+                sections="\n".join(f'<section id="{name}"><h2>{heading}</h2>{content}</section>'
+                                   for (name, heading), content in sections.items()),
                 missing=f'<div class="missing"><b>Not on this page</b><ul>{listed}</ul></div>' if missing else "",
                 footer="Made by scripts/tools/report.py of erv-min. The verifier's labels: "
                 + text(", ".join(verifier.labels if verifier else ERV_LABELS)) + ".")
@@ -232,17 +367,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", default="", help="where the clips are, 'dfew:/path' (default: as the run's settings say)")
     add("--erv", default="", help="verifier for outputs without labels (default: the run's)")
     add("--show", default="", metavar="ID,ID", help="held-out clips to show (default: evenly spaced ones)")
-    add("--clip-mb", type=float, default=1.0, help="largest clip that gets a player")
-    add("--media-mb", type=float, default=16.0, help="all players together")
     args = parser.parse_args(argv)
     if len(args.runs) > RUNS:
         raise SettingsError(f"{len(args.runs)} runs: a page holds at most {RUNS}")
-    parts.need_matplotlib()  # before anything is read
     runs = [read_run(argument) for argument in args.runs]
     for run in runs:
         if sum(other.name == run.name for other in runs) > 1:
             run.name = f"{run.folder.resolve().parent.name}/{run.name}"
-    clips = Clips(runs, args.data, args.clip_mb, args.media_mb)
+    clips = Clips(runs, args.data)
     page = build(runs, clips, args.erv, [x.strip() for x in args.show.split(",") if x.strip()])
     atomic_write(args.out, page)
     print(f"{args.out}: {len(page.encode()) / 1e6:.1f} MB, {len(runs)} runs")
