@@ -65,14 +65,14 @@ def test_the_shipped_curve_is_the_main_commands_and_lies_under_a_run(run):
 
 
 def test_sentences_are_marked_as_eq_4_counts_them():
-    html, counts = report_parts.sentence("He cries.", ["anxiety", "sadness"], "sad")
-    assert counts and '--h:212' in html and "anxiety, sadness ✓" in html  # the colour of the label that counts
-    html, counts = report_parts.sentence("A room.", ["neutral"], "sad")
-    assert not counts and "plain" in html and "✓" not in html
-    html, counts = report_parts.sentence("A room.", ["neutral"], "neutral")
-    assert counts and "grey" in html and "neutral ✓" in html
-    html, counts = report_parts.sentence("Well.", ["amusement"], "happy")  # of GoEmotions' 28, not among the paper's 11
-    assert not counts and "plain" in html and "amusement" in html
+    html = report_parts.sentence("He cries.", ["anxiety", "sadness"], "sad")
+    assert '--h:212' in html and "anxiety, sadness ✓" in html  # the colour of the label that counts
+    html = report_parts.sentence("A room.", ["neutral"], "sad")
+    assert "plain" in html and "✓" not in html
+    html = report_parts.sentence("A room.", ["neutral"], "neutral")
+    assert "grey" in html and "neutral ✓" in html
+    html = report_parts.sentence("Well.", ["amusement"], "happy")  # of GoEmotions' 28, not among the paper's 11
+    assert "plain" in html and "amusement" in html and "✓" not in html
 
 
 def test_curves_by_hand():
@@ -107,8 +107,8 @@ def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path
     table = page[page.index('<table class="scores">') : page.index("Paired differences")]
     assert table.count("<th scope=row>") == 3
     assert all(f"{name}: GRPO with R<sub>E</sub>" in table for name in ("ours", "baseline"))
-    assert "ours: SFT" not in table
-    assert "were not measured in baseline" in page and "Settings in which the runs differ" in page
+    assert "ours: SFT" in table and "baseline: SFT" not in table
+    assert page.index(">w_explanation<") < page.index(">group_size<")  # what differs comes first
     assert "var(--run1)" in page and "R<sub>E</sub> (not rewarded)" in page
 
 

@@ -91,10 +91,7 @@ def read_run(argument: str) -> Run:
     if "evaluation.json" in there:
         for system in read_dict(run.folder / "evaluation.json"):
             add_systems(run, system, f"predictions-{system.replace(' ', '-')}.jsonl")
-    held = dict(zip(FILES, (run.config, run.metrics, run.sampled, "evaluation.json" in there)))
-    for file, what in FILES.items():
-        if not held[file]:
-            run.missing.append(f"{name}: {file} is {'empty' if file in there else 'not there'}: {what}")
+    run.missing += [f"{name}: {file} is not there: {what}" for file, what in FILES.items() if file not in there]
     return run
 
 
@@ -134,15 +131,17 @@ def read_completions(path: Path) -> dict[int, list[dict]]:
 def add_systems(run: Run, name: str, file: str, rule: str = "paper") -> None:
     """The predictions of one system in the run's folder -> a System per data set."""
     path = run.folder / file
-    rows = read_objects(path, {"video_id": str, "output": str, "ground_truth": str, "dataset": str}) if path.exists() else []
-    if not rows:
-        run.missing.append(f"{run.name}: {file} is {'empty' if path.exists() else 'not there'}: nothing of {name}")
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        own, seen = [row for row in rows if row["dataset"] == dataset], set()
-        for row in own:
-            if row["video_id"] in seen:
-                raise DataError(f"{path}: clip {row['video_id']} of {dataset} is there twice")
-            seen.add(row["video_id"])
+    if not path.exists():
+        run.missing.append(f"{run.name}: {file} is not there: nothing of {name}")
+        return
+    of_set = {}  # data set -> video_id -> row
+    for row in read_objects(path, {"video_id": str, "output": str, "ground_truth": str, "dataset": str}):
+        rows = of_set.setdefault(row["dataset"], {})
+        if row["video_id"] in rows:
+            raise DataError(f"{path}: clip {row['video_id']} of {row['dataset']} is there twice")
+        rows[row["video_id"]] = row
+    for dataset, rows in of_set.items():
+        own = list(rows.values())
         run.systems.append(System(name, dataset, own, score(own, dataset, rule),
                                   bootstrap(own, dataset, RESAMPLES, rule=rule)))
 
@@ -164,13 +163,10 @@ def all_systems(runs: list[Run]) -> list[System]:
     kept = []
     for run in runs:
         for system in run.systems:
-            if all(system.rows != other.rows for _, other in kept):
-                kept.append((run, system))
-    names = [(system.name, system.dataset) for _, system in kept]
-    for (run, system), name in zip(kept, names):
-        if names.count(name) > 1:
-            system.name = f"{run.name}: {system.name}"
-    return [system for _, system in kept]
+            if all(system.rows != other.rows for other in kept):
+                name = system.name if len(runs) == 1 else f"{run.name}: {system.name}"
+                kept.append(replace(system, name=name))
+    return kept
 
 
 # ---- clips and labels ------------------------------------------------------------------------------------------------
@@ -247,9 +243,9 @@ def spread(items: list, count: int) -> list:
 
 def results_section(systems: list[System]) -> str:
     out = parts.score_table(systems)
-    out += ('<p class="note">Under each figure its 95% interval (percentile bootstrap over clips). EEA: the judge reads '
-            "the true emotion in the explanation; FCR: explanation, answer and truth agree; EPC: explanation and answer "
-            "agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right answers.</p>")
+    out += ('<p class="note">Under each figure its 95% interval (percentile bootstrap over clips). EEA: the judge '
+            "reads the true emotion in the explanation; FCR: explanation, answer and truth agree; EPC: explanation and "
+            "answer agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right answers.</p>")
     differences, first = [], {}
     for system in systems:
         base = first.setdefault(system.dataset, system)
@@ -342,7 +338,7 @@ def build(runs: list[Run], clips: Clips, erv: str = "", chosen: list[str] = ()) 
     if rows:
         sections["completions", "Completions over the training"] = training_section(runs, clips, verifier, rules)
     if any(run.config for run in runs):
-        sections["settings", "Settings and versions"] = parts.settings_tables(runs)
+        sections["settings", "Settings and versions"] = parts.settings_table(runs)
     about = []
     for run in runs:
         steps = f"{run.metrics[-1]['step'] + 1} steps, " if run.metrics else ""

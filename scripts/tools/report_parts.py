@@ -12,7 +12,7 @@ from pages import ClipMedia, table, text
 
 from erv_min.emotions import canonical
 from erv_min.metrics import COLUMNS
-from erv_min.rewards import explanation_reward, extract_answer
+from erv_min.rewards import explanation_reward
 
 POINTS, TEXT, SETTING = 400, 6000, 600
 WIDTH, HEIGHT, LEFT, BOTTOM = 340, 200, 44, 20  # of a plot, and of its margins for numbers
@@ -107,38 +107,33 @@ def panel(series: dict[int, tuple[np.ndarray, np.ndarray]]) -> str:
         colour = f'stroke="var(--run{run})"'
         parts.append(line(x(steps), y(values), f'{colour} stroke-width=".7" opacity=".28"'))
         parts.append(line(x(steps), y(smooth(values)), f'{colour} stroke-width="1.7" stroke-dasharray="{DASHES[run]}"'))
-    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true" font-size="10" fill="var(--muted)">'
+    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="10" fill="var(--muted)">'
             f"{''.join(parts)}</svg>")
 
 
 def curves(runs: list) -> str:
     """All panels of which any run has a value."""
-    series, left_out = {}, {}
+    series = {}
     for number, run in enumerate(runs):
         for key in (key for group in PANELS.values() for key in group):
             rows = [row for row in run.metrics if key in row]
             values = np.array([np.nan if row[key] is None else row[key] for row in rows], float)
-            if key in OF_VERIFIER and not run.settings.get("w_explanation", 1) and not values.any():
-                left_out[run.name] = None  # zeros that were written because no verifier ran
-            elif np.isfinite(values).any():
+            no_verifier = key in OF_VERIFIER and not run.settings.get("w_explanation", 1)  # then zeros were written
+            if np.isfinite(values).any() and not (no_verifier and not values.any()):
                 series.setdefault(key, {})[number] = (np.array([row["step"] for row in rows], float), values)
     body = ""
     for group, panels in PANELS.items():
         figures = ""
         for key in (key for key in panels if key in series):
             title, unit = panels[key]
-            ends = "; ".join(f"{runs[n].name} {smooth(thin(*s)[1])[-1]:.3g}" for n, s in series[key].items())
-            figures += (f'<figure><figcaption>{symbols(title)} <small>{text(unit)}</small></figcaption>'
-                        f'<div role="img" aria-label="{text(title)} over steps; at the end: {text(ends)}">'
-                        f"{panel(series[key])}</div></figure>")
+            figures += (f"<figure><figcaption>{symbols(title)} <small>{text(unit)}</small></figcaption>"
+                        f"{panel(series[key])}</figure>")
         body += f'<h3>{symbols(group)}</h3><div class="panels">{figures}</div>' if figures else ""
     legend = "".join(f'<li><svg width="30" height="8" aria-hidden="true"><path d="M0 4H30" stroke="var(--run{n})" '
                      f'stroke-width="2.5" stroke-dasharray="{DASHES[n]}"/></svg>{symbols(run.name)}</li>'
                      for n, run in enumerate(runs) if run.metrics)
-    note = "Thin: each step; thick: running mean over a twentieth of the run. The horizontal axis counts steps."
-    if left_out:
-        note += f" R_E and sentences were not measured in {', '.join(left_out)}."
-    return f'<ul class="legend">{legend}</ul><p class="note">{symbols(note)}</p>{body}'
+    return (f'<ul class="legend">{legend}</ul><p class="note">Thin: each step; thick: running mean over a twentieth of '
+            f"the run. The horizontal axis counts steps.</p>{body}")
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -195,37 +190,30 @@ def confusion(system) -> str:
             f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></figure>")
 
 
-def settings_tables(runs: list) -> str:
-    """What differs between the runs in sight, everything else folded; versions, commit and command."""
-    def shown(rows: list[tuple[str, list]]) -> str:
-        cells = [[text(name), *(text(str(value)[:SETTING]) for value in values)] for name, values in rows]
-        return table(["", *(text(run.name) for run in runs)], cells,
-                     f' class="settings" style="min-width:{8 + 7 * len(runs)}rem"')
-
-    def gathered(of_runs: list[dict]) -> list[tuple[str, list]]:
-        names = dict.fromkeys(name for found in of_runs for name in found)
-        return [(name, [found.get(name, "–") for found in of_runs]) for name in names]
-
-    rows = gathered([run.settings for run in runs])
-    differ = [row for row in rows if len(set(map(str, row[1]))) > 1]
-    about = gathered([{**(run.config.get("versions") or {}), "commit": run.config.get("git_commit") or "–",
-                       "command": " ".join(map(str, run.config.get("command") or ["–"]))} for run in runs])
-    out = f"<h3>Settings in which the runs differ</h3>{shown(differ)}" if len(runs) > 1 and differ else ""
-    out += f"<details><summary>All {len(rows)} settings</summary>{shown(rows)}</details>"
-    return f"{out}<h3>Versions</h3>{shown(about)}"
+def settings_table(runs: list) -> str:
+    """Settings, versions, commit and command of each run; what differs between them comes first."""
+    columns = [{**run.settings, **(run.config.get("versions") or {}), "commit": run.config.get("git_commit") or "–",
+                "command": " ".join(map(str, run.config.get("command") or ["–"]))} for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for column in columns for name in column):
+        values = [str(column.get(name, "–"))[:SETTING] for column in columns]
+        rows.append([text(name), *map(text, values)])
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    return table(["", *(text(run.name) for run in runs)], rows,
+                 f' class="settings" style="min-width:{8 + 7 * len(runs)}rem"')
 
 
 # ---- completions -----------------------------------------------------------------------------------------------------
 
 
-def sentence(words: str, labels: list[str], e_gt: str) -> tuple[str, bool]:
-    """A sentence with its labels beside it, and whether it counts for e_gt (c of Eq. 4)."""
+def sentence(words: str, labels: list[str], e_gt: str) -> str:
+    """A sentence with its labels beside it; ✓ if it counts for e_gt (c of Eq. 4)."""
     right = [label for label in labels if explanation_reward([[label]], e_gt, neutral_filter=False) > 0]
     hue = HUES.get(canonical((right or labels)[0])) if labels else None  # neutral has none, nor GoEmotions' others
     kind = "" if hue is not None else " grey" if right else " plain"
     style = "" if hue is None else f' style="--h:{hue}"'
     named = text(", ".join(labels) or "no label") + (" ✓" if right else "")
-    return f'<span class="sentence{kind}"{style}>{text(words)}<span class="tag">{named}</span></span>', bool(right)
+    return f'<span class="sentence{kind}"{style}>{text(words)}<span class="tag">{named}</span></span>'
 
 
 def completion(title: str, output: str, e_gt: str, sentences: list[str], labels: list[list[str]], facts: list[tuple],
@@ -234,12 +222,9 @@ def completion(title: str, output: str, e_gt: str, sentences: list[str], labels:
     shown, room = [], TEXT
     for words, names in zip(sentences, labels):
         if room > 0:
-            shown.append(sentence(words[:room], names, e_gt)[0])
+            shown.append(sentence(words[:room], names, e_gt))
         room -= len(words)
-    written = f"<pre>{text(output[:TEXT])}</pre>"
-    body = f'<p class="text">{" ".join(shown)}</p>' if shown else written
-    if shown and extract_answer(output) is None:
-        body += f"<details><summary>as it was written</summary>{written}</details>"
+    body = f'<p class="text">{" ".join(shown)}</p>' if shown else f"<pre>{text(output[:TEXT])}</pre>"
     if len(output) > TEXT:
         body += f'<p class="note">cut after {TEXT} of {len(output)} characters</p>'
     marks = {True: ' <span class="ok">✓</span>', False: ' <span class="no">✗</span>', None: ""}
@@ -254,7 +239,7 @@ def case(heading: str, media: ClipMedia | None, columns: list[str]) -> str:
     if media and media.frames:
         shown = "".join(f'<img src="{uri}" alt="frame {n} of the clip">' for n, uri in enumerate(media.frames, 1))
         if media.player:
-            shown += f'<video src="{media.player}" poster="{media.frames[0]}" controls playsinline preload="none"></video>'
+            shown += f'<video src="{media.player}" poster="{media.frames[0]}" controls preload="none"></video>'
         alone = "" if media.player else " alone"
         shown = f'<div class="media{alone}" style="--ratio:{media.ratio:.3f}">{shown}</div>'
     if media and media.note:
