@@ -108,7 +108,7 @@ def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path
     assert table.count("<th scope=row>") == 3
     assert all(f"{name}: GRPO with R<sub>E</sub>" in table for name in ("ours", "baseline"))
     assert "ours: SFT" in table and "baseline: SFT" not in table
-    assert page.index(">w_explanation<") < page.index(">group_size<")  # what differs comes first
+    assert page.index(">w_explanation<") < page.index(">preset<")  # what differs comes first
     assert "var(--run1)" in page and "R<sub>E</sub> (not rewarded)" in page
 
 

@@ -304,20 +304,16 @@ def sampled_completion(run: Run, number: int, row: dict, title: str, verifier, r
 
 def training_section(runs: list[Run], clips: Clips, verifier, rules) -> str:
     out = '<p class="note">The first completions of the group that was sampled at a step, not selected by content.</p>'
-    for step in spread(sorted({step for run in runs for step in run.sampled}), STEPS):
-        by_clip = {}  # runs of one seed sample the same clip at a step: they stand side by side
-        for number, run in enumerate(runs):
-            if rows := run.sampled.get(step):
-                by_clip.setdefault(rows[0]["video_id"], []).append((number, run, rows))
-        for video_id, entries in by_clip.items():
-            columns, count = [], COMPLETIONS if len(entries) == 1 else 1
-            for number, run, rows in entries:
-                for at, row in enumerate(rows[:count], 1):
-                    title = f"{run.name}, {at} of {len(rows)} sampled"
-                    columns.append(sampled_completion(run, number, row, title, verifier, rules))
-            heading = (f"<span>Step <b>{step + 1}</b></span><span>clip <b>{text(video_id)}</b></span>"
-                       f"<span>truth <b>{text(row['ground_truth'])}</b></span>")
-            out += parts.case(heading, clips.media("train", video_id), columns)
+    for number, run in enumerate(runs):
+        for step in spread(sorted(run.sampled), STEPS):
+            group = run.sampled[step]
+            columns = []
+            for at, row in enumerate(group[:COMPLETIONS], 1):
+                title = f"{run.name}, {at} of {len(group)} sampled"
+                columns.append(sampled_completion(run, number, row, title, verifier, rules))
+            heading = (f"<span>Step <b>{step + 1}</b></span><span>clip <b>{text(group[0]['video_id'])}</b></span>"
+                       f"<span>truth <b>{text(group[0]['ground_truth'])}</b></span>")
+            out += parts.case(heading, clips.media("train", group[0]["video_id"]), columns)
     return out
 
 
