@@ -31,7 +31,6 @@ from erv_min.base.files import atomic_write
 from erv_min.base.processes import run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.emotions import ERV_LABELS
-from erv_min.fsdp import Sharded
 from erv_min.model.humanomni import HumanOmni, random_humanomni
 from erv_min.rewards import RewardSettings
 
@@ -114,24 +113,6 @@ class Examples:
         X_v, X_a = (torch.zeros(1, n, model.config.text.hidden_size) for n in (4, 2))
         ids = torch.tensor([[5, VIDEO, 6, AUDIO, 7, 8]])
         return {"one prompt": seen_in(HumanOmni.splice, lambda: model.splice(ids, X_v, X_a))}
-
-    def fsdp(self) -> dict:
-        """Bytes of one decoder layer on one process: of its shard, of what is gathered, of its gradient."""
-        sharded, rows = Sharded(random_humanomni(humanomni("toy"), seed=0), "cpu", torch.bfloat16), {}
-        language, layer = sharded.model.model, sharded.model.model.layers[1]
-
-        def measure(moment: str) -> None:
-            views = [x for module in layer.modules() for x in vars(module).values() if torch.is_tensor(x)]
-            rows[moment] = {"shard": layer.shard.nbytes, "gradient": getattr(layer.shard.grad, "nbytes", 0),
-                            "gathered": max((x.untyped_storage().nbytes() for x in views), default=0)}
-        layer.self_attn.register_forward_hook(lambda *_: measure("during it"))
-        measure("before its forward pass")
-        with sharded.forward_pass():
-            hidden = language(torch.ones(1, 4, sharded.model.config.text.hidden_size, dtype=torch.bfloat16))[0]
-        measure("after it")
-        hidden.float().sum().backward()
-        measure("after the backward pass")
-        return rows
 
     def clips(self) -> dict:
         return {row["video_id"]: row for row in SMALL["clips"]}
