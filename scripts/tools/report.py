@@ -228,7 +228,8 @@ def labelled(output: str, e_gt: str, verifier: Verifier | None, rules: RewardSet
         return [], [], None
     sentences = sentences_of(output, rules)
     sets = select_labels(verifier.probabilities(sentences), verifier.labels, rules.tau, rules.k) if sentences else []
-    return sentences, sets, explanation_reward(sets, e_gt, rules.neutral_rule, rules.neutral_filter)
+    return sentences, sets, explanation_reward(sets, e_gt, rules.neutral_rule,
+                                              rules.ablate != "neutral-filtering")
 
 
 def spread(items: list, count: int) -> list:
