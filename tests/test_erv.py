@@ -47,7 +47,7 @@ def template_rows(seed: int, count: int, noise: float) -> list[dict]:
     looks = [Look(bool(i % 2), s, h, bool(i % 3), bool(i % 5), r, 0) for i, (s, h, r) in enumerate(
         (s, h, r) for s in ("red", "blue", "white") for h in ("dark", "fair") for r in ("office", "garden"))]
     return [erv_row(rng, looks[rng.integers(len(looks))], EMOTIONS[rng.integers(7)], "pseudo", f"{seed}-{i}", noise,
-                    0.25, False) for i in range(count)]
+                    0.25) for i in range(count)]
 
 
 @pytest.fixture(scope="session")

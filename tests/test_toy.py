@@ -203,11 +203,12 @@ def test_label_noise_of_the_verifiers_pairs():
 def test_true_labels_by_hand():
     s = text.Sentence
     assert text.true_labels([s("a")]) == ["neutral"]
-    two_and_one = [s("a"), s("b", ("sad",)), s("c", ("sad",)), s("d", ("fear",))]
+    two_and_one = [s("a"), s("b", "sad"), s("c", "sad"), s("d", "fear")]
     assert text.true_labels(two_and_one) == ["sadness", "fear"]
-    assert text.true_labels([s("b", ("sad",)), s("c", ("angry",))]) == ["anger", "sadness"]  # a tie: the later first
-    assert text.true_labels([s("b", ("sad",))] * 3 + [s("c", ("angry",))]) == ["sadness"]  # 1 is under half of 3
-    assert text.true_labels([s("b", ("sad", "fear"))]) == ["fear", "sadness"]
+    assert text.true_labels([s("b", "sad"), s("c", "angry")]) == ["anger", "sadness"]  # a tie: the later first
+    assert text.true_labels([s("b", "sad"), s("c", "angry"), s("d", "sad"), s("e", "angry")]) == ["anger", "sadness"]
+    assert text.true_labels([s("b", "sad"), s("c", "angry"), s("d", "fear"), s("e", "sad")]) == ["sadness", "fear"]
+    assert text.true_labels([s("b", "sad")] * 3 + [s("c", "angry")]) == ["sadness"]  # 1 is under half of 3
 
 
 def test_captions_name_no_emotion_and_follow_the_parameters():
@@ -308,24 +309,10 @@ def test_judges_share_nothing_with_the_labeller():
 
 def test_slips_are_of_another_emotion_but_never_calm():
     rng = np.random.default_rng(0)
-    slipped = [e for _ in range(600) for s in text.explain(rng, LOOKS[0], "sad", 0.3) for e in s.emotions if e != "sad"]
-    assert set(slipped) == set(EMOTIONS) - {"sad", "neutral"}
-    cues = [e for _ in range(600) for s in text.explain(rng, LOOKS[0], "neutral", 0.3) for e in s.emotions]
+    told = [s.emotion for _ in range(600) for s in text.explain(rng, LOOKS[0], "sad", 0.3)]
+    assert set(told) == set(EMOTIONS) - {"neutral"} | {None}
+    cues = [s.emotion for _ in range(600) for s in text.explain(rng, LOOKS[0], "neutral", 0.3) if s.emotion]
     assert 0.25 < np.mean([e != "neutral" for e in cues]) < 0.35
-
-
-def test_exploitable_world_has_cues_of_two_emotions():
-    rng = np.random.default_rng(0)
-    plain = [text.explain(rng, LOOKS[0], e) for e in EMOTIONS * 30]
-    assert max(len(s.emotions) for sentences in plain for s in sentences) == 1
-    shared = [text.explain(rng, LOOKS[0], e, exploitable=True) for e in EMOTIONS * 30]
-    pairs = [s.emotions for sentences in shared for s in sentences if len(s.emotions) == 2]
-    assert len(pairs) > 100
-    assert all(lexicon.LexiconJudge().emotion(text.fill(words, True)) in pair
-               for cues in text.SHARED_CUES.values() for pair, words in cues)
-    clip = WorldSettings(exploitable=True, test=0, pretrain=0)
-    rows, _ = world.erv_pairs(sample_clips(clip), clip)
-    assert any(len(r["truth"]) == 2 and r["text"].count(".") == 1 for r in rows)
 
 
 # ------------------------------------------------------------------------------- the stages before GRPO, and its table
@@ -449,10 +436,9 @@ def test_what_the_world_writes_is_of_its_grammar():
     """Every sentence of every explanation is found in the right person, with the emotion that its record names."""
     rng = np.random.default_rng(0)
     for clip in sample_clips(replace(SMALL, train=200)):
-        for exploitable in (False, True):
-            for s in text.explain(rng, clip.look, clip.label, 0.2, exploitable):
-                assert text.grammar(clip.look.woman)[s.text][1] == s.emotions
-    assert len(text.grammar(True)) == len(text.grammar(False)) == 5 + 4 + 2 + 3 + 1 + 21 + 14 + 21 + 6
+        for s in text.explain(rng, clip.look, clip.label, 0.2):
+            assert text.grammar(clip.look.woman)[s.text][1] == s.emotion
+    assert len(text.grammar(True)) == len(text.grammar(False)) == 5 + 4 + 2 + 3 + 1 + 21 + 14 + 21
 
 
 def test_sentences_counted_by_hand(tmp_path):

@@ -15,7 +15,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model's weights")
     for name, help in (("test", "held-out clips"), ("tune", "clips to tune settings on, apart from the held-out ones")):
         parser.add_argument(f"--{name}", type=int, default=getattr(WorldSettings, name), help=help)
-    parser.add_argument("--exploitable", action="store_true", help="cues true of two emotions: shows reward hacking")
     parser.add_argument("--clips-only", action="store_true", help="render and annotate, train nothing")
     settings = vars(parser.parse_args())
     folder, clips_only = settings.pop("folder"), settings.pop("clips_only")

@@ -29,11 +29,6 @@ WEIGHTS = {
     "neutral": {"neutral": 3, "calm": 2, "relax": 2, "plain": 2, r"rests?\b": 2, r"even\b": 1, "composed": 2,
                 "ordinary": 2, "nothing": 2, r"(waits|talks)\b": 1, "indifferen": 3, r"still\b": 1, "unmoved": 2},
 }
-SHARED = {  # phrases that fit two emotions: half a vote each
-    "eyes are wide open": ("surprise", "fear"), "voice is very loud": ("angry", "surprise"),
-    "voice is very high": ("happy", "surprise"), "brows press low": ("angry", "disgust"),
-    "corners hang": ("sad", "disgust"), "voice fades": ("sad", "fear"),
-}
 SPELLINGS = {"happy": ("happy", "happiness"), "sad": ("sad", "sadness"), "angry": ("angry", "anger"),
              "surprise": ("surprise", "surprised"), "disgust": ("disgust", "disgusted"),
              "fear": ("fear", "fearful"), "neutral": ("neutral",)}
@@ -71,9 +66,6 @@ class LexiconJudge(Judge):
         votes = dict.fromkeys(WEIGHTS, 0.0)
         for phrase in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text):
             scores = {e: sum(w for stem, w in words.items() if _matches(phrase, stem)) for e, words in WEIGHTS.items()}
-            for shared, pair in SHARED.items():
-                for emotion in pair:
-                    scores[emotion] += shared in phrase
             best = max(scores.values())
             winners = [e for e, s in scores.items() if s == best and s > 0]
             for emotion in winners:

@@ -1,9 +1,9 @@
 """What people and models write about clips of the small world: explanations, captions, the verifier's training pairs.
 
 An explanation has 4 or 5 short sentences: appearance and background (neutral), face, voice, conclusion, as in figures
-8 to 11. Each emotional sentence is a cue of one emotion alone, so that R_E cannot be gained by a cue true of two;
-`exploitable` mixes in cues that are, to show reward hacking. The labels of `erv_row` stand in for GPT-4.1's (section
-3.2, figure 6): they are of the generator's own record of cues, not of the words. The judges read words: `lexicon.py`.
+8 to 11. Each emotional sentence is a cue of one emotion alone, so that R_E cannot be gained by a cue true of two. The
+labels of `erv_row` stand in for GPT-4.1's (section 3.2, figure 6): they are of the generator's own record of cues, not
+of the words. The judges read words: `lexicon.py`.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
-# What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {P} His/Her, {o} him/her.
+# What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {o} him/her.
 # All differ in their last word alone, so that a policy that begins one and ends another (GRPO paid it for "The voice is
 # calm and tired.", "The voice is long.", "His mouth back.") still writes a sentence of the grammar.
 CUES = {
@@ -51,13 +51,6 @@ CUES = {
         "disgust": ("{S} feels disgusted.", "{S} feels sick.", "This shows distaste."),
         "fear": ("{S} feels afraid.", "{S} feels scared.", "This shows fear.")},
 }
-SHARED_CUES = {  # true of two emotions: the exploitable world alone
-    "face": ((("surprise", "fear"), "{P} eyes are wide open."), (("angry", "disgust"), "{P} brows press low."),
-             (("sad", "disgust"), "{P} mouth corners hang.")),
-    "voice": ((("angry", "surprise"), "The voice is very loud."), (("happy", "surprise"), "The voice is very high."),
-              (("sad", "fear"), "The voice fades.")),
-    "conclusion": (),
-}
 # Class shares of the human-annotated pairs: few of disgust, fear and neutral, as in table 5's EMER and MERR rows.
 HUMAN_SHARES = dict(zip(EMOTIONS, (0.24, 0.24, 0.05, 0.27, 0.13, 0.02, 0.05)))
 COMPLEMENT = ("disgust", "fear", "neutral")  # classes of section 3.2's complement set that this world has
@@ -65,10 +58,10 @@ COMPLEMENT = ("disgust", "fear", "neutral")  # classes of section 3.2's compleme
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence and the generator's record of what it conveys: emotions of EMOTIONS, none for appearance."""
+    """A sentence and the generator's record of what it conveys: one of EMOTIONS, None for appearance."""
 
     text: str
-    emotions: tuple[str, ...] = ()
+    emotion: str | None = None
 
 
 def pick(rng: np.random.Generator, items):
@@ -76,8 +69,7 @@ def pick(rng: np.random.Generator, items):
 
 
 def fill(wording: str, woman: bool) -> str:
-    S, P, o = ("She", "Her", "her") if woman else ("He", "His", "him")
-    return wording.format(S=S, P=P, o=o)
+    return wording.format(S="She", o="her") if woman else wording.format(S="He", o="him")
 
 
 def appearances(look: Look) -> tuple[list[str], list[str]]:
@@ -95,17 +87,12 @@ def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sent
     return [Sentence(pick(rng, first)), *([Sentence(pick(rng, more))] if rng.random() < second else [])]
 
 
-def cue(rng: np.random.Generator, subject: str, look: Look, emotion: str, exploitable: bool) -> Sentence:
-    """One sentence of CUES that conveys `emotion`; where exploitable, every second one conveys another too."""
-    shared = [(pair, words) for pair, words in SHARED_CUES[subject] if exploitable and emotion in pair]
-    if shared and rng.random() < 0.5:
-        pair, words = pick(rng, shared)
-        return Sentence(fill(words, look.woman), pair)
-    return Sentence(fill(pick(rng, CUES[subject][emotion]), look.woman), (emotion,))
+def cue(rng: np.random.Generator, subject: str, look: Look, emotion: str) -> Sentence:
+    """One sentence of CUES that conveys `emotion`."""
+    return Sentence(fill(pick(rng, CUES[subject][emotion]), look.woman), emotion)
 
 
-def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0,
-            exploitable: bool = False) -> list[Sentence]:
+def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0) -> list[Sentence]:
     """An explanation of `emotion` (of EMOTIONS): each emotional sentence is about another one with `sentence_noise`.
 
     A slip is never to neutral: "her face is at rest" beside a cue of anger is what Eq. 4 does not count, and texts that
@@ -118,9 +105,9 @@ def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: 
         about = emotion
         if rng.random() < sentence_noise:
             about = pick(rng, [e for e in EMOTIONS if e not in (emotion, "neutral")])
-        sentence = cue(rng, subject, look, about, exploitable)
+        sentence = cue(rng, subject, look, about)
         while sentence in sentences:  # two face sentences, never the same
-            sentence = cue(rng, subject, look, about, exploitable)
+            sentence = cue(rng, subject, look, about)
         sentences.append(sentence)
     return sentences
 
@@ -132,17 +119,19 @@ def join(sentences: list[Sentence]) -> str:
 # ------------------------------------------------------------------------------ is it of this grammar, and is it true?
 
 @lru_cache
-def grammar(woman: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Every sentence that an explanation about a woman (or a man) can hold -> (its subject, the emotions it conveys).
+def grammar(woman: bool) -> dict[str, tuple[str, str | None]]:
+    """Every sentence that an explanation about a woman (or a man) can hold -> (its subject, the emotion it conveys).
 
-    Subjects: "look", "face", "voice", "conclusion".
+    Subjects: "look" (without emotion), "face", "voice", "conclusion".
     """
-    looks = [Look(woman, *values, 0) for values in product(SHIRTS, HAIRS, (True, False), (True, False), ROOMS)]
-    found = {sentence: ("look", ()) for look in looks for part in appearances(look) for sentence in part}
+    found = {}
+    for values in product(SHIRTS, HAIRS, (True, False), (True, False), ROOMS):
+        first, more = appearances(Look(woman, *values, skin=0))
+        found |= dict.fromkeys(first + more, ("look", None))
     for subject, table in CUES.items():
-        found |= {fill(words, woman): (subject, (emotion,)) for emotion in EMOTIONS for words in table[emotion]}
-    return found | {fill(words, woman): (subject, pair) for subject, cues in SHARED_CUES.items()
-                    for pair, words in cues}
+        for emotion, wordings in table.items():
+            found |= {fill(words, woman): (subject, emotion) for words in wordings}
+    return found
 
 
 def count_sentences(rows: list[dict], world: str | Path) -> Counter:
@@ -160,10 +149,10 @@ def count_sentences(rows: list[dict], world: str | Path) -> Counter:
         own, known = grammar(clip["look"]["woman"]), grammar(True) | grammar(False)
         total.update(format=int(format_reward(row["output"])), sentences=len(sentences))
         for sentence in [s for s in sentences if s in known]:
-            subject, emotions = known[sentence]
+            subject, emotion = known[sentence]
             total["formed"] += sentence in own
             if subject in ("face", "voice"):
-                true = clip[f"{subject}_shows"] in emotions
+                true = clip[f"{subject}_shows"] == emotion
                 total.update({subject: 1, f"true {subject}": true})
                 total.update(cues=sentence in own, true=true and sentence in own)
     return total
@@ -198,27 +187,25 @@ def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
 # ----------------------------------------------------------------------------------- training pairs of the verifier
 
 def true_labels(sentences: list[Sentence]) -> list[str]:
-    """Up to two ERV labels, best first, from the record of cues: the second where it has half as many as the first.
+    """Up to two ERV labels, best first, from the record of cues: the second if it has half as many as the first.
 
     Appearance alone is neutral. Of two equally frequent emotions the later mentioned one comes first.
     """
-    counts: dict[str, float] = {}
-    for sentence in sentences:
-        for emotion in sentence.emotions:
-            weight = counts.pop(emotion, 0.0) + 1 / len(sentence.emotions)
-            counts[emotion] = weight  # re-inserted: the order is that of the last mention
-    ranked = sorted(reversed(counts), key=lambda e: -counts[e]) or ["neutral"]
-    return [ERV_NAMES[e] for e in ranked[:2] if counts.get(e, 1) >= counts.get(ranked[0], 1) / 2]
+    counts: dict[str, int] = {}
+    for emotion in [s.emotion for s in sentences if s.emotion] or ["neutral"]:
+        counts[emotion] = counts.pop(emotion, 0) + 1  # re-inserted: the order is that of the last mention
+    ranked = sorted(reversed(counts), key=counts.get, reverse=True)  # equal ones keep their order
+    return [ERV_NAMES[e] for e in ranked[:2] if counts[e] >= counts[ranked[0]] / 2]
 
 
 def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, clip: str, noise: float,
-            sentence_noise: float, exploitable: bool) -> dict:
+            sentence_noise: float) -> dict:
     """One training pair about a clip: a whole explanation, or a sentence (not "human": annotators describe clips).
 
     Keys: text, labels (the first is wrong with probability `noise`: no annotator is perfect), truth (ERV names), source
     ("human" | "pseudo" | "complement"), clip.
     """
-    sentences = explain(rng, look, emotion, 0.0 if source == "complement" else sentence_noise, exploitable)
+    sentences = explain(rng, look, emotion, 0.0 if source == "complement" else sentence_noise)
     if source != "human" and rng.random() < 0.6:
         sentences = [pick(rng, sentences)]
     truth = true_labels(sentences)

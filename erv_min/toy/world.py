@@ -29,6 +29,12 @@ VERSION = 9  # of what a seed gives; raise it when rendering, grammar or files c
 SPLITS = ("train", "test", "tune", "pretrain")
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
+# Sentences that no world holds any more. The tokenizers still learn them: without them a seed would give other token
+# ids, and so another model, at the same VERSION.
+UNWRITTEN = ("Her eyes are wide open.", "Her brows press low.", "Her mouth corners hang.", "His eyes are wide open.",
+             "His brows press low.", "His mouth corners hang.",
+             *2 * ("The voice is very loud.", "The voice is very high.", "The voice fades."))
+
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]). Neutral is not 0: there
 # every weak expression lies, so that its clips would be taken for all others.
 PROTOTYPES = {
@@ -54,7 +60,6 @@ class WorldSettings:
     weak: float = 0.2  # share of clips with a weak face, and of clips with a weak voice
     conflict: float = 0.05  # share of clips in which face or voice shows another emotion
     noise: float = 0.16  # standard deviation of every parameter around its prototype
-    exploitable: bool = False  # cues that are true of two emotions: shows reward hacking
     sft_clips: int = 2000
     resamples: int = 3  # explanations per clip in train.json
     captions: int = 2  # captions per clip in pretrain.json
@@ -172,7 +177,7 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
     train, valid = erv_pairs(by_split["train"] or clips, settings)
     write_jsonl(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
     write_jsonl(folder / "erv_valid.jsonl", valid)
-    sentences = " ".join([*text.grammar(True), *text.grammar(False)])  # every word that a policy is to write
+    sentences = " ".join([*text.grammar(True), *text.grammar(False), *UNWRITTEN])  # all words that a policy may write
     spoken = [entry(clips[0], sentences, emotion) for emotion in EMOTIONS] + caption_entries(clips[:300], settings)
     write_tokenizers(folder / "tokenizers", [e["conversations"][1]["value"] for e in spoken],
                      [row["text"] for row in train + valid])
@@ -198,7 +203,7 @@ def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
         answer = text.pick(rng, EMOTIONS) if rng.random() < settings.answer_noise else clip.label
         for _ in range(settings.resamples):
             about = text.pick(rng, EMOTIONS) if rng.random() < settings.explanation_noise else clip.label
-            sentences = text.explain(rng, clip.look, about, settings.sentence_noise, settings.exploitable)
+            sentences = text.explain(rng, clip.look, about, settings.sentence_noise)
             entries.append(entry(clip, text.join(sentences), answer))
     return entries
 
@@ -229,7 +234,7 @@ def erv_pairs(clips: list[ClipSpec], settings: WorldSettings) -> tuple[list[dict
             emotion = {"human": rng.choice(EMOTIONS, p=list(text.HUMAN_SHARES.values())).item(),
                        "complement": text.pick(rng, text.COMPLEMENT), "pseudo": clip.label}[source]
             rows.append(text.erv_row(rng, clip.look, emotion, source, str(clip.number), settings.erv_noise,
-                                     settings.sentence_noise, settings.exploitable))
+                                     settings.sentence_noise))
         return rows
 
     return (pairs("train", clips[:cut], settings.erv_train),
