@@ -16,7 +16,6 @@ import pytest
 from erv_min.base.errors import SettingsError
 from erv_min.base.options import parse
 from erv_min.metrics import score
-from erv_min.remedies import Remedies
 from erv_min.toy import render
 from erv_min.toy.text import CUES, appearances, fill
 from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
@@ -32,12 +31,10 @@ spec.loader.exec_module(reproduce)
 
 def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch):
     monkeypatch.setattr("erv_min.base.options.missing_path", lambda text, kind: None)  # made by the commands before
-    jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7, False)
+    jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7)
     assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
     assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}
-    assert set(reproduce.wanted(jobs, ["ours", "hardened"])) == {
-        "world", "text", "sft", "erv", "erv-2", "erv-hard", "erv-unseen", "ours", "hardened", "evaluate ours",
-        "evaluate hardened", "score ours", "score hardened"}
+    assert set(reproduce.wanted(jobs, ["base", "k2"])) == {"world", "sft", "erv", "k2", "evaluate base", "evaluate k2"}
     seen = []
     for name, (before, product, words) in jobs.items():
         assert set(before) <= set(jobs) and str(product).startswith(str(tmp_path))
@@ -47,25 +44,24 @@ def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch
         if words[0].endswith("sft.py"):
             assert parse(SFTSettings, "", words[1:]).answers_only == (name == "sft-answers")
         if words[0].endswith("/erv.py"):
-            harden = name == "erv-hard"
-            verifier = parse(ERVSettings, "", words[1 + harden:])
-            assert (words[1] == "harden") == harden and verifier.seed == (1003 if name == "erv-2" else 3)
+            verifier = parse(ERVSettings, "", words[1:])
+            assert verifier.seed == 3 and verifier.sources == ("human" if name == "erv-human" else "")
     # What separates the rows of tables 1 and 2, and nothing else.
-    rows, variants = seen[:6], {Path(s.out).name: s for s in seen[6:]}
-    assert [(Path(s.out).name, bool(s.w_explanation), s.ablate, Path(s.erv).name) for s in rows] == [
-        ("ours", True, "", "erv"), ("baseline", False, "", ""), ("no-augmentation", True, "", "erv-human"),
-        ("no-filtering", True, "neutral-filtering", "erv"), ("no-sentences", True, "sentence-level", "erv"),
-        ("answers", False, "", "")]
-    # A remedy or a variant of Eq. 3 differs from Ours in one setting: its verifiers, or what its words say.
-    plain = dataclasses.asdict(rows[0])
-    differs = {row: {k: v for k, v in dataclasses.asdict(s).items() if plain[k] != v and k != "out"}
-               for row, s in variants.items()}
-    assert list(differs) == list(reproduce.VARIANTS) and all(differs.values())
-    two = f"{tmp_path / 'erv'},{tmp_path / 'erv-2'}"
-    assert differs["minimum"] == {"erv": two}
-    assert differs["hardened"] == {"erv": str(tmp_path / "erv-hard")} and differs["k2"] == {"kl": "k2"}
-    assert {k for d in differs.values() for k in d} == {f.name for f in dataclasses.fields(Remedies)} | {
-        "erv", "advantages", "loss_type", "kl", "mask_truncated"}
+    plain = dataclasses.asdict(next(s for s in seen if Path(s.out).name == "ours"))
+    differs = {Path(s.out).name: {k: v for k, v in dataclasses.asdict(s).items() if plain[k] != v and k != "out"}
+               for s in seen}
+    none = {"erv": "", "w_explanation": 0.0}
+    assert differs == {
+        "ours": {}, "baseline": none, "no-augmentation": {"erv": str(tmp_path / "erv-human")},
+        "no-filtering": {"ablate": "neutral-filtering"}, "no-sentences": {"ablate": "sentence-level"},
+        "answers": none | {"model": str(tmp_path / "sft-answers")},
+        "a-dr-grpo": {"advantages": "dr-grpo"}, "l-dapo": {"loss_type": "dapo"}, "l-dr-grpo": {"loss_type": "dr-grpo"},
+        "k2": {"kl": "k2"}, "masked": {"mask_truncated": True}}
+    assert plain["erv"] == str(tmp_path / "erv") and plain["model"] == str(tmp_path / "sft")
+    for row, job in ((row, jobs[f"evaluate {row}"]) for row in reproduce.ROWS):
+        model = tmp_path / ("world/base" if row == "base" else row)
+        assert job.command[job.command.index("--model") + 1] == str(model)
+        assert job.before == (("world",) if row == "base" else (row,))
 
 
 def write(path: Path, after: Path | None = None) -> list[str]:
@@ -76,24 +72,26 @@ def write(path: Path, after: Path | None = None) -> list[str]:
 
 def test_jobs_run_once_in_order_and_a_failure_names_its_log(tmp_path):
     a, b, c = (tmp_path / x for x in "abc")
-    jobs = {"last": (("first",), b, write(b, a)), "first": ((), a, write(a))}
+    jobs = {"last": reproduce.Job(("first",), b, write(b, a)), "first": reproduce.Job((), a, write(a))}
     reproduce.run_all({0: jobs}, tmp_path, 2)
     reproduce.run_all({0: jobs}, tmp_path, 2)
     assert (a.read_text(), b.read_text()) == ("x", "x")
     assert "wrote" in (tmp_path / "seed-0" / "log" / "first.txt").read_text()
     with pytest.raises(SettingsError, match=r"(?s)seed 0, bad: status 3.*bad\.txt ends with.*told why"):
-        reproduce.run_all({0: jobs | {"bad": (("last",), c, ["-c", "import sys; print('told why'); sys.exit(3)"])}},
-                          tmp_path, 1)
+        fails = reproduce.Job(("last",), c, ["-c", "import sys; print('told why'); sys.exit(3)"])
+        reproduce.run_all({0: jobs | {"bad": fails}}, tmp_path, 1)
 
 
 def test_sigterm_ends_the_commands_too(tmp_path):
     """A command that outlives reproduce.py would write into the folder of the next try."""
     pid = tmp_path / "pid"
     sleeper = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(120)"
-    parent = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
-                               "import reproduce\nreproduce.plan = lambda *_: {'evaluate sft': "
-                               f"((), reproduce.Path('never'), ['-c', {sleeper!r}])}}\n"
-                               f"reproduce.main(['--rows', 'sft', '--seeds', '1', '--out', {str(tmp_path / 'out')!r}])"])
+    code = (f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+            "import reproduce\n"
+            f"job = reproduce.Job((), reproduce.Path('never'), ['-c', {sleeper!r}])\n"
+            "reproduce.plan = lambda *_, **__: {'evaluate sft': job}\n"
+            f"reproduce.main(['--rows', 'sft', '--seeds', '1', '--out', {str(tmp_path / 'out')!r}])")
+    parent = subprocess.Popen([sys.executable, "-c", code])
     try:
         while not (pid.exists() and pid.read_text()):
             assert parent.poll() is None
@@ -136,50 +134,32 @@ def test_tables_by_hand(tmp_path):
     for seed, ours, baseline in ((0, 8, 3), (1, 6, 2)):
         predictions(tmp_path / f"seed-{seed}" / "evaluation" / "ours", ours)
         predictions(tmp_path / f"seed-{seed}" / "evaluation" / "baseline", baseline)
-        for row, R_E in (("ours", 0.02), ("baseline", 0.0)):  # 20 steps: R_E 0.02 x step, the rest constant
+        for row, R_E in (("ours", 0.02), ("baseline", 0.0)):  # 20 steps: R_E 0.02 x step, KL 0.01 x step
             (tmp_path / f"seed-{seed}" / row).mkdir()
             (tmp_path / f"seed-{seed}" / row / "metrics.jsonl").write_text("".join(json.dumps(
-                {"step": i, "reward_explanation": R_E * i, "sentences": 4, "distinct_sentence_rate": 1.0 if i else None,
-                 "kl": 0.1, "neutral_share": 0.5}) + "\n" for i in range(20)))
-    text = reproduce.tables(tmp_path, [0, 1], ["baseline", "ours"], "test", 10)
-    assert "  Ours: R_E 0.01 -> 0.37; sentences 4.00 -> 4.00; distinct 1.00 -> 1.00" in text  # steps 0-1, 18-19
-    assert "R_E): R_E" not in text  # the baseline never saw R_E
-    lines = {line[:28].strip(): line[28:].split() for line in reversed(text.splitlines()) if "lexicon" not in line[28:]}
-    assert lines["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
-    assert lines["Baseline (GRPO without R_E)"][:2] == ["25.0", "±"]
+                {"step": i, "reward_explanation": R_E * i, "sentences": 4, "neutral_share": None if i < 19 else 0.5,
+                 "kl": 0.01 * i, "completion_length": 30 + i + 10 * (seed == 1 and row == "ours")}) + "\n"
+                for i in range(20)))
+    predictions(tmp_path / "seed-0" / "evaluation" / "sft", 8)
+    predictions(tmp_path / "seed-1" / "evaluation" / "sft", 6)
+    text = reproduce.tables(tmp_path, [0, 1], ["sft", "baseline", "ours"], "test", 10)
+    blocks = [{line[:27].strip(): line[27:].split() for line in block.splitlines()} for block in text.split("\n\n")]
+    assert blocks[0]["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
+    assert blocks[0]["Baseline (GRPO without R_E)"][:3] == ["25.0", "±", "7.1"]
+    assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
     # Gaps 50 and 40: mean 45, standard error 5, t of one degree of freedom 12.706; two seeds resolve nothing.
     assert "EEA +45.0  (-18.5 to +108.5) [+40.0, +50.0]" in text and "WAR +0.0  (+0.0 to +0.0)" in text
-    said = text[text.index("Sentences, percent"):].splitlines()[2:4]  # 20 of 30; cues true in 3, 2; 8, 6 of 10
-    assert [line[28:].split() for line in said] == [["66.7", "±", "0.0", "25.0", "±", "7.1"],
-                                                    ["66.7", "±", "0.0", "70.0", "±14.1"]]
-    assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
+    assert "100 KL +0.0  (+0.0 to +0.0) [+0.0, +0.0]; tokens +5.0  (-58.5 to +68.5) [+0.0, +10.0]" in text
+    (sft,) = [line for line in text.splitlines() if line.startswith("  SFT: ")]
+    assert "EEA +0.0" in sft and "KL" not in sft  # SFT has no KL to compare
+    # Of three sentences two are of the grammar; the cue is true in 8 and 6 of ten. Last tenth: steps 18 and 19.
+    beside = blocks[2]["Ours"]
+    assert beside == "66.7 ± 0.0 70.0 ±14.1 37.0 ± 0.0 4.0 ± 0.0 50.0 ± 0.0 18.5 ± 0.0 53.5 ± 7.1".split()
+    assert blocks[2]["SFT"] == "66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
+    assert blocks[3]["Ours"][:3] == ["paraphrases", "70.0", "±14.1"] and "SFT" not in blocks[3]
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["rows"]["ours"]["paraphrases"]["FCR"] == [80, 60]
-
-
-def test_the_table_of_variants_by_hand(tmp_path):
-    """Two seeds of ten clips. Calm claims count: EEA 80, 80 beside Ours' 70, 60; R_E 75, 75 beside 80, 90."""
-    for seed, right, R_E in ((0, (7, 8), (0.8, 0.75)), (1, (6, 8), (0.9, 0.75))):
-        for row, k, paid in zip(("ours", "calm"), right, R_E):
-            out = tmp_path / f"seed-{seed}" / "evaluation" / row
-            predictions(out, k)
-            (out / "R_E.json").write_text(json.dumps({
-                "own": {"reward_explanation": paid, "sentences": 3.0, "explanation_words": 11.0},
-                "unseen": {"reward_explanation": paid - 0.1, "sentences": 3.0, "explanation_words": 11.0}}))
-            (tmp_path / f"seed-{seed}" / row).mkdir()
-            (tmp_path / f"seed-{seed}" / row / "metrics.jsonl").write_text("".join(json.dumps(
-                {"step": i, "reward_explanation": 0.5, "sentences": 3, "distinct_sentence_rate": 1.0, "kl": 0.01 * i,
-                 "neutral_share": 0.5, "completion_length": 30 + i}) + "\n" for i in range(20)))
-    text = reproduce.tables(tmp_path, [0, 1], ["ours", "calm"], "test", 10)
-    lines = {line[:17].strip(): line[17:].split() for line in reversed(text[text.index("Remedies and"):].splitlines())}
-    # mean and 12.706 * sd / sqrt(2): of 80, 90: 85 ± 63.53; KL: the mean of 0.18 and 0.19; tokens of 48 and 49
-    assert lines["Ours"][:6] == ["85.00", "±63.53", "75.00", "±63.53", "65.00", "±63.53"]
-    assert lines["calm claims count"][:6] == ["75.00", "±", "0.00", "65.00", "±", "0.00"]
-    kept = json.loads((tmp_path / "results.json").read_text())["rows"]["calm"]["variant"]
-    assert kept["100 KL"] == pytest.approx([18.5] * 2) and kept["length"] == [48.5] * 2 and kept["EEA"] == [80, 80]
-    assert "  Ours: widest gap 30.0\n" in text
-    assert "calm claims count: widest gap -5.0; R_E own -10.0  (-73.5 to +53.5) [-15.0, -5.0]; R_E unseen" in text
-    assert "EEA +15.0  (-48.5 to +78.5) [+10.0, +20.0]; FCR" in text
+    assert kept["rows"]["baseline"]["beside"]["tokens"] == [48.5, 48.5]
 
 
 def test_intervals_over_seeds_by_hand():
@@ -195,10 +175,10 @@ def test_intervals_over_seeds_by_hand():
 
 
 def test_a_folder_of_other_settings_and_an_unknown_row_are_refused(tmp_path):
-    about = {"clips": 5, "split": "test", "steps": 0, "exploitable": False}
+    about = {"clips": 5, "split": "test", "steps": 0}
     (tmp_path / "reproduce.json").write_text(json.dumps(about))
     with pytest.raises(SettingsError, match="other settings.*another --out"):
         reproduce.main(["--out", str(tmp_path)])
-    with pytest.raises(SettingsError, match="--rows theirs: there are base"):
+    with pytest.raises(SettingsError, match="--rows theirs: there are tables, objective, base"):
         reproduce.main(["--out", str(tmp_path / "new"), "--rows", "theirs,ours"])
     assert not (tmp_path / "new").exists()
