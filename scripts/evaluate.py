@@ -50,9 +50,17 @@ class EvaluateSettings(PredictionSettings):
                                    "0: 16", least=0)
 
 
+def by_data_set(rows: list[dict]) -> dict[str, list[dict]]:
+    """Data set -> its rows, in their order."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["dataset"], []).append(row)
+    return groups
+
+
 def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
     """Rows to judge, and what is told beside the figures: the clips that did not get that far, {"missing": [...],
-    "unknown": [...], "failed": [...]}, and of a model its "towers"."""
+    "unknown": [...], "failed": [...]}, and of a model its "towers" and, with --think, its answers_again, "think"."""
     examples = load_examples(settings.data, settings.split)[: settings.limit or None] if settings.data else []
     if settings.predictions:
         rows, lost = read_predictions(settings.predictions, examples)
@@ -70,10 +78,12 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
     missing = [example.video_id for example in examples if example.path not in there]
     if failed and len(missing) + len(failed) > settings.allow_missing * len(examples):
         raise DataError(f"{len(failed)} of {len(examples)} clips could not be decoded ({out}/failed_clips.jsonl) and "
-                        f"{len(missing)} are missing, the first: {failed[0]}; where that is how it is, go on with "
+                        f"{len(missing)} are missing, the first: {failed[0]}; if that is how it is, go on with "
                         "--resume and a larger --allow-missing")
     beside = {"missing": missing, "unknown": [], "failed": failed, "towers": policy.model.tower_source}
-    return rows, beside | ({"think": answers_again(policy, found, rows, processes, settings)} if settings.think else {})
+    if settings.think:
+        beside["think"] = answers_again(policy, found, rows, processes, settings)
+    return rows, beside
 
 
 def answers_again(policy, examples: list, rows: list[dict], processes, settings: EvaluateSettings) -> dict[str, dict]:
@@ -85,31 +95,24 @@ def answers_again(policy, examples: list, rows: list[dict], processes, settings:
 
     results, kept, cut = {}, [], settings.think == "cut"
     clips = {(example.dataset, example.video_id): example for example in examples}
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        of_set = [row for row in rows if row["dataset"] == dataset]
-        part = [row for row in of_set if extract_explanation(row["output"]) and answer(row["output"], dataset)]
-        said = [answer(row["output"], dataset) for row in part]
-        pairs = [(row, j) for row, j in zip(part, next_with_another(said)) if cut or j is not None]
+    for dataset, of_set in by_data_set(rows).items():
+        explained = [row for row in of_set if extract_explanation(row["output"]) and answer(row["output"], dataset)]
+        said = [answer(row["output"], dataset) for row in explained]
+        pairs = [(row, j) for row, j in zip(explained, next_with_another(said)) if cut or j is not None]
+        again = [clips[dataset, row["video_id"]] for row, _ in pairs]
         own = [extract_explanation(row["output"]) for row, _ in pairs]
-        given = ["" if cut else extract_explanation(part[j]["output"]) for _, j in pairs]
-        outputs = answers_after(policy, 2 * [clips[dataset, row["video_id"]] for row, _ in pairs], own + given,
-                                processes, settings)
-        before, after = ([answer(x, dataset) for x in half] for half in (outputs[: len(own)], outputs[len(own) :]))
-        results[dataset] = moved(before, after, None if cut else [said[j] for _, j in pairs]) | {
-            "left_out": len(of_set) - len(pairs)}
-        kept += [{"video_id": row["video_id"], "dataset": dataset, "answer": a, "answer_after_change": b,
-                  "explanation_of": None if cut else part[j]["video_id"]}
-                 for (row, j), a, b in zip(pairs, before, after)]
+        given = ["" if cut else extract_explanation(explained[j]["output"]) for _, j in pairs]
+        outputs = answers_after(policy, again + again, own + given, processes, settings)
+        answers = [answer(output, dataset) for output in outputs]
+        before, after = answers[: len(pairs)], answers[len(pairs) :]
+        results[dataset] = moved(before, after, None if cut else [said[j] for _, j in pairs])
+        results[dataset]["left_out"] = len(of_set) - len(pairs)
+        for (row, j), first, second in zip(pairs, before, after):
+            kept.append({"video_id": row["video_id"], "dataset": dataset, "answer": first,
+                         "answer_after_change": second, "explanation_of": None if cut else explained[j]["video_id"]})
     if processes.main:
         write_jsonl(Path(settings.out, "think.jsonl"), kept)
     return results
-
-
-def make_judges(specs: list[str], settings: EvaluateSettings, device="cpu") -> dict:
-    """Judge by name. Raises JudgeError: an unknown one, or a missing key, is told before the predictions begin."""
-    cache = settings.judge_cache or Path(settings.out) / "judge-cache.jsonl"
-    return {spec: make_judge(spec, cache, device, concurrency=settings.concurrency, reply_tokens=settings.reply_tokens)
-            for spec in specs}
 
 
 def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
@@ -126,8 +129,7 @@ def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
 def figures(rows: list[dict], settings: EvaluateSettings) -> dict[str, dict]:
     """Data set -> score, with "intervals" beside it."""
     results = {}
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        part = [row for row in rows if row["dataset"] == dataset]
+    for dataset, part in by_data_set(rows).items():
         results[dataset] = score(part, dataset, settings.rule)
         if settings.bootstrap:
             results[dataset]["intervals"] = bootstrap(part, dataset, settings.bootstrap, settings.seed, settings.rule)
@@ -138,10 +140,21 @@ def agreements_of(judged: dict[str, list[dict]]) -> dict[str, dict]:
     """Data set -> "A and B" -> agreement of two judges, the second as truth."""
     found = {}
     for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):
-        for dataset in dict.fromkeys(row["dataset"] for row in rows_a):
-            said = ([row["judged_emotion"] for row in rows if row["dataset"] == dataset] for rows in (rows_a, rows_b))
+        part_b = by_data_set(rows_b)
+        for dataset, part in by_data_set(rows_a).items():
+            said = [[row["judged_emotion"] for row in rows] for rows in (part, part_b[dataset])]
             found.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
     return found
+
+
+def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
+    """What `count_sentences` counts, per explanation, if `data` is one embedded world. Else nothing."""
+    world = Path(data.removeprefix("toy:"))
+    if not data.startswith("toy:") or not (world / "params.jsonl").exists():
+        return {}
+    counts = count_sentences(rows, world)
+    return {part: counts[part] / len(rows)
+            for part in ("sentences", "formed", "face", "true face", "voice", "true voice")}
 
 
 def confusion_text(result: dict) -> str:
@@ -158,14 +171,15 @@ def confusion_text(result: dict) -> str:
 
 def beside_the_figures(result: dict) -> str:
     """One system's intervals, how far its right answers hang together (section 6), and what could not be counted."""
-    spans = ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, (low, high) in result.get("intervals", {}).items()
-                      if name in COLUMNS)
-    coherent = result["FCR/WAR"]
-    return ((f"95% intervals over clips {spans}; " if spans else "")
-            + (f"right answers with an incoherent explanation (1 - FCR/WAR) {100 - coherent:.2f}; "
-               if coherent is not None else "")
-            + f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged outside the list, "
-              f"{result['judge_errors']} judge errors")
+    parts = []
+    if "intervals" in result:
+        spans = [(name, *result["intervals"][name]) for name in COLUMNS if name in result["intervals"]]
+        parts.append("95% intervals over clips "
+                     + ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, low, high in spans))
+    if result["FCR/WAR"] is not None:
+        parts.append(f"right answers with an incoherent explanation (1 - FCR/WAR) {100 - result['FCR/WAR']:.2f}")
+    return "; ".join([*parts, f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged "
+                              f"outside the list, {result['judge_errors']} judge errors"])
 
 
 def agreement_text(pair: str, value: dict) -> str:
@@ -176,38 +190,32 @@ def agreement_text(pair: str, value: dict) -> str:
             f"({value['left_out']} left out)")
 
 
-def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
-    """What `count_sentences` counts, per explanation, where `data` is one embedded world. Else nothing."""
-    world = Path(data.removeprefix("toy:"))
-    if not data.startswith("toy:") or not (world / "params.jsonl").exists():
-        return {}
-    counts = count_sentences(rows, world)
-    return {part: counts[part] / len(rows)
-            for part in ("sentences", "formed", "face", "true face", "voice", "true voice")}
-
-
-def think_text(way: str, value: dict) -> str:
+def think_text(value: dict) -> str:
     if not value["n"]:
         return f"no answer to write again ({value['left_out']} clips left out)"
-    after = "no explanation" if way == "cut" else f"another clip's explanation ({value['followed']:.1%} to its answer)"
+    after = "no explanation"
+    if "followed" in value:
+        after = f"another clip's explanation ({value['followed']:.1%} to its answer)"
     return f"{value['moved']:.1%} of {value['n']} answers move after {after}; {value['left_out']} clips left out"
 
 
-def report(name: str, results: dict[str, dict], agreements: dict, sentences: dict, think: dict[str, str]) -> str:
-    """What is printed and kept as table.txt."""
-    parts = []
-    for dataset in next(iter(results.values())):
-        scores = {f"{name}, {judge}" if len(results) > 1 else name: result[dataset]
-                  for judge, result in results.items()}
+def report(found: dict) -> str:
+    """What is printed and kept as table.txt, of what metrics.json holds."""
+    judges, parts = found["judges"], []
+    for dataset in next(iter(judges.values())):
+        scores = {f"{found['system']}, {judge}" if len(judges) > 1 else found["system"]: result[dataset]
+                  for judge, result in judges.items()}
         first = next(iter(scores.values()))
-        parts.append(f"{dataset}, {first['n']} clips (percent; judged by {', '.join(results)})\n{table(scores)}")
+        parts.append(f"{dataset}, {first['n']} clips (percent; judged by {', '.join(judges)})\n{table(scores)}")
         parts += [f"{system}: {beside_the_figures(result)}" for system, result in scores.items()]
         parts.append(confusion_text(first))
-        parts += [agreement_text(pair, value) for pair, value in agreements.get(dataset, {}).items()]
-        parts += [think[dataset]] if think else []
-    if sentences:
+        parts += [agreement_text(pair, value) for pair, value in found["agreement"].get(dataset, {}).items()]
+        if "think" in found:
+            parts.append(think_text(found["think"][dataset]))
+    if found["sentences"]:
         parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the "
-                     "face, {:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(*sentences.values()))
+                     "face, {:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(
+                         *found["sentences"].values()))
     return "\n".join(parts) + "\n"
 
 
@@ -216,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--judge", action="append", default=[], metavar="JUDGE",
                         help="openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER, lexicon, paraphrases; repeatable")
     given = vars(parser.parse_args(argv))
-    judges = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
+    specs = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
     settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})
     if bool(settings.model) == bool(settings.predictions):
         raise SettingsError("give either --model (with --data) or --predictions")
@@ -224,32 +232,33 @@ def main(argv: list[str] | None = None) -> None:
         raise SettingsError("--without and --think need --model: given predictions are as they are")
     if settings.model and not settings.data:
         raise SettingsError("--model needs clips: --data dfew:/path or toy:/world")
-    if not judges and settings.data.startswith("toy:"):
-        judges = ["lexicon"]
-    processes = join_processes(settings.device)
-    judges = make_judges(judges, settings, processes.device) if processes.main else {}
+    if not specs and settings.data.startswith("toy:"):
+        specs = ["lexicon"]
+    processes, out, judges = join_processes(settings.device), Path(settings.out), {}
+    if processes.main:  # an unknown judge, or a missing key, is told before the predictions begin
+        cache = settings.judge_cache or out / "judge-cache.jsonl"
+        judges = {spec: make_judge(spec, cache, processes.device, concurrency=settings.concurrency,
+                                   reply_tokens=settings.reply_tokens) for spec in specs}
 
     rows, lost = predictions_of(settings, processes)
     part()  # a judge may take hours, in which nobody else waits
     if not processes.main:
         return
     judged = judged_by(judges, rows)
-    results = {judge: figures(part, settings) for judge, part in judged.items()}
-    agreements, sentences = agreements_of(judged), toy_sentences(rows, settings.data)
-
-    out, name = Path(settings.out), settings.name or Path((settings.model or settings.predictions).rstrip("/")).name
+    found = {"system": settings.name or Path((settings.model or settings.predictions).rstrip("/")).name,
+             "settings": asdict(settings), "judges": {judge: figures(of, settings) for judge, of in judged.items()},
+             "agreement": agreements_of(judged), "sentences": toy_sentences(rows, settings.data), **lost}
     for path in out.glob("judged-*.jsonl"):  # of an evaluation before this one, maybe with more judges
         path.unlink()
     for number, judged_rows in enumerate(judged.values(), 1):
         write_jsonl(out / f"judged-{number}.jsonl", judged_rows)
-    write_json(out / "metrics.json", {"system": name, "settings": asdict(settings), "judges": results,
-                                      "agreement": agreements, "sentences": sentences, **lost})
-    think = {dataset: think_text(settings.think, value) for dataset, value in lost.get("think", {}).items()}
-    text = report(name, results, agreements, sentences, think)
-    atomic_write(out / "table.txt", text)
-    print(text + "".join(f"{len(lost[kind])} clips {kind}, e.g. {lost[kind][0]}\n"
-                         for kind in ("missing", "unknown", "failed") if lost[kind])
-          + f"files: {out}/metrics.json, table.txt, judged-*.jsonl")
+    write_json(out / "metrics.json", found)
+    atomic_write(out / "table.txt", report(found))
+    print(report(found), end="")
+    for kind in ("missing", "unknown", "failed"):
+        if lost[kind]:
+            print(f"{len(lost[kind])} clips {kind}, e.g. {lost[kind][0]}")
+    print(f"files: {out}/metrics.json, table.txt, judged-*.jsonl")
 
 
 if __name__ == "__main__":
