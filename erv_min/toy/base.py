@@ -9,6 +9,7 @@ Towers are frozen from here on. Without this base the explanations are not groun
 
 import shutil
 import time
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
@@ -36,9 +37,23 @@ from erv_min.train.sharding import Replicated
 
 def look_targets(look: dict) -> list[float]:
     """What a clip shows besides the expression, as numbers: room, shirt and hair one-hot, woman, glasses, long hair."""
-    one_hot = [float(look[key] == value) for key, values in (("room", ROOMS), ("shirt", SHIRTS), ("hair", HAIRS))
-               for value in values]
-    return one_hot + [float(look[key]) for key in ("woman", "glasses", "long_hair")]
+    shown = [look["room"] == room for room in ROOMS] + [look["shirt"] == shirt for shirt in SHIRTS]
+    shown += [look["hair"] == hair for hair in HAIRS] + [look["woman"], look["glasses"], look["long_hair"]]
+    return [float(value) for value in shown]
+
+
+def train(name: str, module: nn.Module, losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float,
+          warmup: float) -> None:
+    """Descends the sum of `losses(step)`, named losses of this process's share, in place; a line every 50 steps."""
+    learner, started = Replicated(module, compute=torch.float32), time.time()
+    optimizer = make_optimizer(learner.named_parameters().values())
+    for step in range(steps):
+        found = losses(step)
+        sum(found.values()).backward()
+        update(learner, optimizer, learning_rate(step, steps, lr, warmup), 1.0)
+        if (step + 1) % 50 == 0 and rank_and_size()[0] == 0:
+            print(f"{name}: step {step + 1}/{steps} " + " ".join(f"{k} {v.item():.4f}" for k, v in found.items())
+                  + f", {time.time() - started:.1f} s", flush=True)
 
 
 def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tensor, gate: tuple[Tensor, Tensor],
@@ -53,18 +68,14 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     see, hear = nn.Linear(width, seen.shape[1]), nn.Linear(width, heard.shape[1])
     freeze_except(model, ("vision_tower", "visual_projector", "audio_projector"))
     model.model.audio_tower.requires_grad_()
-    learner = Replicated(nn.ModuleList([model, see, hear]), compute=torch.float32)
-    optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
-    for step in range(steps):
-        batch = torch.tensor(batch_of_step(len(rows), batch_size // size, seed, step))
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = torch.tensor(batch_of_step(len(rows), batch_size // rank_and_size()[1], seed, step))
         shown = see(F.rms_norm(model.encode_video(video[batch], *gate), (width,)).mean(1))
         sounds = hear(F.rms_norm(model.encode_audio(audio[batch]), (width,)).mean(1))
-        losses = F.mse_loss(shown, seen[batch]), F.mse_loss(sounds, heard[batch])
-        sum(losses).backward()
-        update(learner, optimizer, learning_rate(step, steps, lr, 0.1), 1.0)
-        if (step + 1) % 50 == 0 and rank == 0:
-            print(f"towers: step {step + 1}/{steps} video loss {losses[0]:.4f} audio loss {losses[1]:.4f}, "
-                  f"{time.time() - started:.1f} s", flush=True)
+        return {"video loss": F.mse_loss(shown, seen[batch]), "audio loss": F.mse_loss(sounds, heard[batch])}
+
+    train("towers", nn.ModuleList([model, see, hear]), losses, steps, lr, warmup=0.1)
 
 
 def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, audio: Tensor, tokenizer: Tokenizer,
@@ -74,20 +85,16 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
     video, audio: the clips' tokens [clips, V, D], [clips, A, D].
     """
     freeze_except(model, ("language_model",))
-    learner = Replicated(model, compute=torch.float32)
-    optimizer, started, (rank, size) = make_optimizer(learner.named_parameters().values()), time.time(), rank_and_size()
     ids = torch.tensor([tokenizer.encode(render())])
-    for step in range(steps):
-        batch = batch_of_step(len(captions), batch_size // size, seed, step)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = batch_of_step(len(captions), batch_size // rank_and_size()[1], seed, step)
         prompts = model.splice(ids.expand(len(batch), -1), video[batch], audio[batch])
         targets = [tokenizer.encode(c) + tokenizer.turn_end for i in batch for c in captions[i]]
         targets = Completions(*pad_rows(targets, tokenizer.pad_id, prompts.embeds.device))
-        loss = sft_loss(completion_logps(model, prompts, targets)[0], targets.mask)
-        loss.backward()
-        update(learner, optimizer, learning_rate(step, steps, lr, 0.05), 1.0)
-        if (step + 1) % 50 == 0 and rank == 0:
-            print(f"captions: step {step + 1}/{steps} loss {loss.item():.4f}, {time.time() - started:.1f} s",
-                  flush=True)
+        return {"loss": sft_loss(completion_logps(model, prompts, targets)[0], targets.mask)}
+
+    train("captions", model, losses, steps, lr, warmup=0.05)
 
 
 def train_base(world: Path, seed: int = 0) -> None:
