@@ -20,8 +20,7 @@ WEIGHTS = {
     "angry": {"angr": 3, "anger": 3, "rage": 3, "furious": 3, "fury": 3, r"mad\b": 3, "hostil": 2, "scowl": 2,
               "glar": 2, "clench": 2, "shout": 2, "yell": 2, "harsh": 2, "scold": 2, "snarl": 2, r"hard\b": 1},
     "surprise": {"surpris": 3, "shock": 3, "amaz": 3, "astonish": 3, "startl": 3, "gasp": 2, "jump": 2, "sudden": 2,
-                 "drop": 1, "stare": 1, r"round\b": 1, "unexpected": 2, "gape": 2,
-                 "blink": 2},
+                 "drop": 1, "stare": 1, r"round\b": 1, "unexpected": 2, "gape": 2, "blink": 2},
     "disgust": {"disgust": 3, "distaste": 3, "revol": 3, "repuls": 3, "nausea": 3, "sick": 2, "sneer": 2, "wrinkl": 2,
                 "groan": 2, "curl": 1, "sour": 2, "gag": 2, "turns away": 1, "squint": 1, "grimac": 2},
     "fear": {"fear": 3, "afraid": 3, "scare": 3, "terror": 3, "terrif": 3, "panic": 3, "fright": 3, "dread": 3,
@@ -35,10 +34,14 @@ SPELLINGS = {"happy": ("happy", "happiness"), "sad": ("sad", "sadness"), "angry"
 NEGATIONS = ("no", "not", "without", "never", "n't", "hardly")
 
 
-def _matches(phrase: str, stem: str) -> bool:
-    """Whether a word of `phrase` begins with `stem` and none of the three words before it negates it."""
-    found = re.search(rf"\b{stem}", phrase)
-    return bool(found) and not set(re.findall(r"[a-z']+", phrase[:found.start()])[-3:]) & set(NEGATIONS)
+def weight_of(phrase: str, words: dict[str, int]) -> int:
+    """Sum of the weights of those `words` that `phrase` holds, and that none of the three words before it negates."""
+    total = 0
+    for stem, weight in words.items():
+        found = re.search(rf"\b{stem}", phrase)  # the beginning of a word
+        if found and not set(re.findall(r"[a-z']+", phrase[: found.start()])[-3:]) & set(NEGATIONS):
+            total += weight
+    return total
 
 
 class Judge:
@@ -47,7 +50,7 @@ class Judge:
     def judge(self, explanations: list[str], labels) -> list[str | None]:
         """One of `labels` for each explanation; a text without emotional words is neutral, an empty one None.
 
-        None also where the emotion found is not in `labels`.
+        None also if the emotion found is not in `labels`.
         """
         found = [SPELLINGS.get(self.emotion(text), ()) for text in explanations]
         return [next((label for label in labels if label.lower() in spellings), None) for spellings in found]
@@ -65,9 +68,9 @@ class LexiconJudge(Judge):
     def votes(self, text: str) -> dict[str, float]:
         votes = dict.fromkeys(WEIGHTS, 0.0)
         for phrase in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text):
-            scores = {e: sum(w for stem, w in words.items() if _matches(phrase, stem)) for e, words in WEIGHTS.items()}
+            scores = {emotion: weight_of(phrase, words) for emotion, words in WEIGHTS.items()}
             best = max(scores.values())
-            winners = [e for e, s in scores.items() if s == best and s > 0]
+            winners = [emotion for emotion, score in scores.items() if score == best > 0]
             for emotion in winners:
                 votes[emotion] += min(best, 3) / len(winners)  # a phrase is heard once, however many words it piles up
         return votes

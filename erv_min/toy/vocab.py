@@ -1,7 +1,7 @@
 """Tokenizers of the small world, trained on its own text: the language model's, the text gate's, the verifier's.
 
 lm: Qwen2's form (NFC, its word pattern, byte-level BPE) with its special tokens last, and room for every word of prompt
-and grammar as one token: where words are pieces, GRPO learns to put pieces of two emotions together, and verifiers pay.
+and grammar as one token: if words are pieces, GRPO learns to put pieces of two emotions together, and verifiers pay.
 text_gate: BERT uncased (WordPiece), at most 256. erv: RoBERTa (byte-level BPE, <s>=0 <pad>=1 </s>=2), 512.
 The same text gives the same files.
 """

@@ -135,7 +135,7 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
                 progress: bool = True) -> Path:
     """Renders the world into `folder` and returns it; reuses a complete one, finishes an interrupted one.
 
-    Raises SettingsError where the folder holds something else, or where the settings make no sense.
+    Raises SettingsError if the folder holds something else, or if the settings make no sense.
     """
     from tqdm import tqdm
 
