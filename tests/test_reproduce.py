@@ -22,7 +22,6 @@ from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-import erv  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("reproduce", SCRIPTS / "reproduce.py")
 reproduce = importlib.util.module_from_spec(spec)
