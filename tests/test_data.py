@@ -18,14 +18,15 @@ from erv_min.base.errors import ClipError, DataError
 from erv_min.base.files import read_jsonl
 from erv_min.base.processes import Processes
 from erv_min.config import humanomni
+from erv_min.data import loader
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
-from erv_min.data.loader import clip_inputs, clip_loader
+from erv_min.data.loader import clip_inputs, clip_loader, training_inputs
 from erv_min.data.readers import read_annotated, read_ravdess, read_training_json
-from erv_min.inputs import Example
+from erv_min.inputs import Example, Inputs
 from erv_min.media import load_clip, load_frames
 from erv_min.model.humanomni import random_humanomni
-from erv_min.train import hooks
+from erv_min.train import hooks, start
 from erv_min.train.settings import SFTSettings
 from test_media import write_clip
 
@@ -501,6 +502,43 @@ def test_feature_cache_keys_disk_and_damage(tmp_path, caplog):
     assert cache.get(clip) is None
 
 
+def test_a_changed_clip_has_no_cached_features(tmp_path):
+    """Of the same size at another time, of another size at the same time."""
+    clip = Example("1", write(tmp_path / "1.mp4", b"clip"), "sad", "dfew")
+    cache = FeatureCache(None, "k")
+    os.utime(clip.path, ns=(10**18, 10**18))
+    cache.put(clip, torch.zeros(1))
+    assert cache.has(clip)
+    write(clip.path, b"plic")
+    os.utime(clip.path, ns=(10**18, 10**18 + 1))
+    assert not cache.has(clip)
+    write(clip.path, b"a clip")
+    os.utime(clip.path, ns=(10**18, 10**18))
+    assert not cache.has(clip)
+
+
+def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
+    """Features are kept across runs: no setting that decodes or encodes a clip otherwise may meet those of another."""
+    model = random_humanomni(humanomni("toy"), 0)
+    monkeypatch.setattr(start, "load_model", lambda *_, **__: (model, None, None))
+    alone = Processes(0, 1, torch.device("cpu"))
+
+    def key(**changes) -> str:
+        settings = SFTSettings(model="m", cache_features=str(tmp_path), **changes)
+        return start.load_start(settings, "sft", alone)[1].cache.key
+
+    same = key()
+    for change in (dict(dtype="bfloat16"), dict(num_frames=9), dict(modality="video"), dict(geometry="stretch"),
+                   dict(silence="error")):
+        assert key(**change) != same, change
+    assert key(lr=1.0, seed=3, prompt_stage="sft") == same  # these shape no feature
+    for tower in (model.model.vision_tower, model.model.audio_tower):
+        before = key()
+        with torch.no_grad():
+            next(tower.parameters()).add_(1)
+        assert key() != before
+
+
 def test_feature_cache_modalities_and_memory_limit(tmp_path):
     clips = [Example(name, write(tmp_path / f"{name}.mp4"), "sad", "dfew") for name in "ab"]
     cache = FeatureCache(None, "k", memory=4 * 6)
@@ -536,6 +574,24 @@ def test_clips_heard_as_silence_are_counted_in_words(tmp_path, caplog):
     assert "a.mp4: no sound, heard as 10 s of silence (--silence)" in caplog.text
     next(stream), next(stream), stream.close()
     assert caplog.text.count("no sound") == 1 and "2 clips without sound were heard" in caplog.text
+
+
+def test_what_stands_in_a_broken_clips_place_brings_its_own_label(monkeypatch):
+    """The order is a happy, b sad, c angry, and so on again; b breaks. Its place 1 gets c, and is told to be place 2,
+    whose label is c's; place 4 gets c, too, and is place 5. A clip that comes twice breaks twice."""
+    clips = [Example(name, Path(name), label, "dfew") for name, label in (("a", "happy"), ("b", "sad"), ("c", "angry"))]
+
+    def decoded(examples, **_):
+        return (ClipError("b: broken") if x.video_id == "b" else Inputs(x) for x in examples)
+
+    monkeypatch.setattr(loader, "clip_inputs", decoded)
+    told = []
+    taken = list(training_inputs([0, 1, 2, 4], lambda place: clips[place % 3], 3, lambda place, _: told.append(place)))
+    assert [(place, x.example.label) for place, x in taken] == [(0, "happy"), (2, "angry"), (2, "angry"), (5, "angry")]
+    assert all(clips[place % 3] is x.example for place, x in taken) and told == [1, 4]
+    monkeypatch.setattr(loader, "clip_inputs", lambda examples, **_: (ClipError(x.video_id) for x in examples))
+    with pytest.raises(ClipError, match="none of the 3 clips could be decoded"):
+        list(training_inputs([0], lambda place: clips[place % 3], 3, lambda *_: None))
 
 
 WALK = {  # what a user's folder holds: (encoder, options of write_clip)

@@ -329,6 +329,11 @@ def test_explanation_statistics_by_hand():
         {"sentences": 1.5, "neutral_share": 1 / 3, "label_word_rate": 2 / 3, "distinct_sentence_rate": 2 / 3,
          "explanation_words": 4.5})
     assert log.explanation_statistics([Reward(1, 1, 0, 2, ["A b."], [])])["neutral_share"] is None
+    # Neutral beside another label stays in R_E and is not counted: 1 of 3. Distinct sentences: 2 of 2 and 1 of 2.
+    mixed = [Reward(1, 1, 0, 2, ["A.", "B."], [["neutral", "fear"], ["neutral"]]), Reward(1, 1, 0, 2, ["A.", "A."],
+             [["fear", "neutral"]])]
+    assert log.explanation_statistics(mixed)["neutral_share"] == pytest.approx(1 / 3)
+    assert log.explanation_statistics(mixed)["distinct_sentence_rate"] == 0.75
     assert log.explanation_statistics([])["sentences"] == 0
     assert log.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
 

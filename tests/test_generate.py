@@ -3,6 +3,7 @@
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ from erv_min.base import graphs as graphs_of_cuda
 from erv_min.base.errors import SettingsError
 from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
 from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
+from erv_min.model.qwen2 import GroupCache
+from erv_min.train.hooks import sample
 from erv_min.train.settings import GRPOSettings
 from tiny import plain_rollout, tiny_model, tiny_prompts
 
 sys.path += [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
-import grpo  # noqa: E402
 from plan import Live  # noqa: E402
 
 
@@ -59,6 +61,30 @@ def test_which_rows_go_on_by_hand():
     done = torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
     prompts, rows = unfinished(done)
     assert prompts.tolist() == [0, 2] and rows.tolist() == [1, 3, 11, 8]
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (2, 5, 4)])
+def test_rows_that_go_on_keep_their_own_keys_and_their_prompts(lengths):
+    """Three prompts of two rows; after a token each, row 1 of the first and row 0 of the third go on: what they see is
+    what they would have seen."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    prefix, mask = [(draw(3, 2, 5, 4), draw(3, 2, 5, 4))], torch.arange(5) < torch.tensor(lengths)[:, None]
+    first, second = ((draw(6, 4, 1, 4), draw(6, 2, 1, 4), draw(6, 2, 1, 4)) for _ in range(2))  # queries, keys, values
+    seen, rows = [], torch.tensor([1, 4])
+    for drops in (False, True):
+        cache = GroupCache(prefix, mask, 2, 3)
+        cache.attend(0, *first)
+        cache.length += 1
+        if drops:
+            cache.keep(torch.tensor([0, 2]), rows)
+            seen.append(cache.attend(0, *(x[rows] for x in second)))
+        else:
+            seen.append(cache.attend(0, *second)[rows])
+    torch.testing.assert_close(seen[1], seen[0])
 
 
 @pytest.mark.parametrize("length, windows, steps", [(11, [4, 8], 8), (14, [4, 8, 14], 13), (20, [4, 8, 16], 16)])
@@ -133,12 +159,17 @@ def test_prompts_at_once(monkeypatch):
         assert prompts_at_once(model, prompts, G, N) == expected
 
 
+def collator(model) -> SimpleNamespace:
+    return SimpleNamespace(model=model, tokenizer=SimpleNamespace(eos_id=17))
+
+
 def test_tokens_do_not_depend_on_the_rollout_batch():
     """Noise is keyed by the prompt's place, and a prompt's rows look at nothing of another's."""
     model, places = tiny_model(3), [9, 4, 6]
     prompts = tiny_prompts(model, (3, 7, 5))
     settings = [GRPOSettings(group_size=4, max_new_tokens=12, rollout_batch=size) for size in (0, 1, 2, 3)]
-    found = [grpo.sample(model, prompts, places, 2, each, 17) for each in settings]
+    settings.append(replace(settings[0], deterministic=True))
+    found = [sample(collator(model), prompts, places, 2, each) for each in settings]
     assert all(torch.equal(found[0].ids, other.ids) and torch.equal(found[0].mask, other.mask) for other in found)
     assert len({tuple(row.tolist()) for row in found[0].ids}) == 12
 
@@ -148,7 +179,7 @@ def test_a_prompt_that_stands_twice_in_a_step_is_sampled_twice():
     model = tiny_model(3)
     one = tiny_prompts(model, (7,))
     twice = Prompts(one.embeds.repeat(2, 1, 1), one.mask.repeat(2, 1))
-    ids = grpo.sample(model, twice, [0, 1], 2, GRPOSettings(group_size=4, max_new_tokens=12), 17).ids
+    ids = sample(collator(model), twice, [0, 1], 2, GRPOSettings(group_size=4, max_new_tokens=12)).ids
     assert not torch.equal(ids[:4], ids[4:])
 
 
@@ -221,3 +252,26 @@ def test_sampling_without_noise_is_refused():
     model = tiny_model()
     with pytest.raises(SettingsError, match="sampling_noise"):
         rollout(model, tiny_prompts(model), 2, 4, 0, temperature=1.0)
+
+
+def test_cuts_and_temperature_reach_the_sampler():
+    """The best token alone, by top-k or by top-p, or at a temperature next to 0: what is greedy."""
+    model, prompts = tiny_model(3), tiny_prompts(tiny_model(3))
+    noise = sampling_noise(5, 0, [4, 9], 3, 8)
+    greedy = rollout(model, prompts, 3, 8, 17, temperature=0).ids
+    for cut in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-4)):
+        assert torch.equal(rollout(model, prompts, 3, 8, 17, noise, **cut).ids, greedy), cut
+    assert not torch.equal(rollout(model, prompts, 3, 8, 17, noise).ids[:, :2], greedy[:, :2])
+
+
+def test_generate_is_a_rollout_of_one_prompt():
+    model, ids = tiny_model(3), torch.tensor([5, 6, 7])
+    prompts = Prompts(model.model.embed_tokens(ids)[None], torch.ones(1, 3, dtype=torch.bool))
+    found = []
+    for temperature in (0.5, 1.0):
+        for seed in (0, 1):
+            noise = sampling_noise(seed, 0, [0], 4, 6)
+            found.append(generation.generate(model, ids, group_size=4, max_new_tokens=6, temperature=temperature,
+                                             eos_token_id=17, seed=seed))
+            assert torch.equal(found[-1], rollout(model, prompts, 4, 6, 17, noise, temperature).ids)
+    assert len({tuple(x.flatten().tolist()) for x in found}) == 4

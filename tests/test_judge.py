@@ -19,6 +19,7 @@ from erv_min.emotions import ERV_LABELS
 from erv_min.judge import (Judgement, erv_judge, explanation_of, hosted_judge, judge_rows, make_judge, permuted,
                            read_answer)
 from erv_min.metrics import score
+from erv_min.prompts import judge_prompt
 
 KEY = "sk-planted-0123456789"
 DFEW = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
@@ -133,7 +134,8 @@ def test_request_is_figure_3_at_temperature_0(serve):
     prompt = body["messages"][0]["content"]
     assert prompt.startswith("Read the reasoning content and respond with the appropriate emotion in")
     assert "Reply with only the emotion word." in prompt and reason(prompt) == "He smiles."
-    assert all(label in prompt for label in DFEW) and api.auth == {f"Bearer {KEY}"}
+    assert prompt == judge_prompt("He smiles.", permuted(DFEW, "He smiles."))  # in the explanation's own order
+    assert permuted(DFEW, "He smiles.") != list(DFEW) and api.auth == {f"Bearer {KEY}"}
     assert "1 requests (0 answered or repeated)" in shown[0] and "$0.00" in shown[0]
 
 

@@ -61,6 +61,17 @@ def test_shared_prompt_equals_repeated_prompt(prompt_lengths, recompute, tied, d
         assert (g - gradients[1][name]).norm() <= tolerance * g.norm() + 1e-9, name
 
 
+def test_rollouts_put_together_and_cut_apart_by_hand():
+    # A completion of two tokens and one of one; 9 pads. Together as long as the longer, apart without its padding.
+    one = Completions(torch.tensor([[4, 9]]), torch.tensor([[True, True]]), torch.tensor([[-1.0, -2.0]]))
+    other = Completions(torch.tensor([[9]]), torch.tensor([[True]]), torch.tensor([[-3.0]]))
+    both = Completions.cat([one, other], 9)
+    assert both.ids.tolist() == [[4, 9], [9, 9]] and both.mask.tolist() == [[True, True], [True, False]]
+    assert both.logps.tolist() == [[-1, -2], [-3, 0]]
+    for part, rows in ((one, slice(0, 1)), (other, slice(1, 2))):
+        assert all(torch.equal(x, getattr(part, name)) for name, x in vars(both[rows]).items())
+
+
 def test_packing_by_hand():
     packed = PackedGroups.of([], torch.tensor([[True, False]]), torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
     assert packed.places.tolist() == [0, 1, 3, 4, 5]
@@ -110,6 +121,21 @@ def test_chunks_change_nothing(monkeypatch):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(a, c.as_subclass(torch.Tensor))
     assert rows == [50] * 2 + ([7] * 7 + [1]) * 2 + [28, 22] * 2  # each chunk forward and backward, 4 times as long on CUDA
+
+
+def test_gradients_at_a_temperature_are_those_of_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(10, 8, generator=generator)
+    ids, scale = torch.randint(0, 10, (6,), generator=generator), torch.arange(6.0)
+    found = []
+    for own in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logps = (token_logps(h, w, ids, 0.7)[0] if own
+                 else (h @ w.T / 0.7).log_softmax(-1).gather(1, ids[:, None])[:, 0])
+        (logps * scale).sum().backward()
+        found.append((logps, h.grad, w.grad))
+    for got, expected in zip(*found):
+        torch.testing.assert_close(got, expected)
 
 
 def test_chunks_do_not_cost_bfloat16_its_digits(monkeypatch):
@@ -200,3 +226,12 @@ def test_group_targets_gives_every_target_a_unit(tmp_path):
     examples = [example("a", "1"), example("b", "2"), example("a", "3"), example("a", "4")]
     for size, expected in ((1, [["1"], ["3"], ["4"], ["2"]]), (2, [["1", "3"], ["4", "1"], ["2", "2"]])):
         assert [[e.explanation for e in unit] for unit in group_targets(examples, size)] == expected
+
+
+def test_targets_of_other_clips_or_with_other_words_share_no_prompt(tmp_path):
+    """One file name in two folders is two clips, and a subtitle is part of the prompt."""
+    examples = [Example("a", tmp_path / folder / "a", "happy", "dfew", subtitle=said)
+                for folder, said in (("x", ""), ("y", ""), ("x", "No!"), ("x", ""))]
+    units = group_targets(examples, 2)
+    assert [[(e.path.parent.name, e.subtitle) for e in unit] for unit in units] == [
+        [("x", "")] * 2, [("y", "")] * 2, [("x", "No!")] * 2]

@@ -532,3 +532,12 @@ def test_libraries_errors_become_clip_errors(tmp_path, monkeypatch):
             raise error
         monkeypatch.setattr(decode, "_rgb_converter", lambda: broken)
         fails(path, "cannot be decoded")
+
+
+def test_an_odd_gap_is_wider_on_the_right_and_at_the_bottom():
+    """White frames of 5 x 6 and 6 x 5 in a square of 6, which no resize changes: the grey line is the last one."""
+    grey = (127 / 255 - 0.5) / 0.5
+    for shape, last in (((1, 6, 5, 3), (..., slice(5, 6))), ((1, 5, 6, 3), (..., slice(5, 6), slice(None)))):
+        x = pixel_values(torch.full(shape, 255, dtype=torch.uint8), 6)
+        torch.testing.assert_close(x[last], torch.full_like(x[last], grey))
+        assert (x == 1).sum() == 3 * 5 * 6

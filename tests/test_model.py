@@ -18,6 +18,7 @@ from erv_min.config import humanomni
 from erv_min.model.humanomni import (AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, freeze_except, init_weights,
                                      random_humanomni)
 from erv_min.model.qwen2 import PackedGroups, attend_causal
+from erv_min.model.whisper import sinusoids
 from tiny import close
 
 
@@ -104,6 +105,28 @@ def test_one_question_for_all_clips_and_a_clip_without_its_batch_dimension(toy):
     close(toy(ids[:1], video[0], audio[0], gate).logits, both[:1], 2e-6)
     with pytest.raises(DataError, match=r"vision_features has shape \[1, 4, 9, 48\].*16 patches"):
         toy.prompt_embeds(ids, torch.zeros(1, 4, 9, 48), gate_ids=gate)
+
+
+@torch.no_grad()
+def test_a_masked_video_takes_no_question(toy):
+    """Row 0's <video> is dropped, so that the one clip is row 1's, and is gated by row 1's question."""
+    ids, keep, gate = torch.tensor([[VIDEO, 5], [6, VIDEO]]), torch.tensor([[0, 1], [1, 1]]), torch.tensor([[7], [9]])
+    vision = toy.vision_features(clips(1)[0])
+    got = toy.prompt_embeds(ids, vision, None, gate, attention_mask=keep)
+    alone = toy.prompt_embeds(ids[1:], vision, None, gate[1:])
+    assert got.lengths.tolist() == [1, 1 + toy.config.video_tokens]
+    close(got.embeds[1], alone.embeds[0], 1e-6)
+    assert (toy.prompt_embeds(ids[1:], vision, None, gate[:1]).embeds - alone.embeds).abs().max() > 1e-5
+
+
+def test_what_the_released_sizes_leave_to_their_defaults():
+    """No released file that is read here states them all, and a model of random weights has no file."""
+    for name in ("0.5b", "7b"):
+        c = humanomni(name)
+        assert (c.text.rope_theta, c.text.rms_norm_eps, c.num_frames, c.select_layer, c.gate_hidden_size) == (
+            1e6, 1e-6, 8, -2, 3584)
+        assert (c.vision.layer_norm_eps, c.gate.layer_norm_eps, c.audio_tokens) == (1e-6, 1e-12, 500)
+    assert [humanomni(name).video_tokens for name in ("0.5b", "7b")] == [8 * 7 * 7, 8 * 14 * 14]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -227,6 +250,24 @@ def test_use_onednn_changes_the_class_alone():
     assert type(model.siglip.head.attention.out_proj) not in (Linear, torch.nn.Linear)
     for loaded in (random_humanomni(humanomni("toy")), load_humanomni(GOLDEN / "humanomni_small")):
         assert {type(module) for module in loaded.modules() if type(module).__name__ == "Linear"} == {Linear}
+
+
+def test_whispers_positions_by_hand():
+    # Width 4: two sines, two cosines, of frequencies 1 and 1 / 10000; rows are the positions 0 and 1.
+    one, slow = torch.tensor(1.0), torch.tensor(1e-4)
+    rows = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.stack([one.sin(), slow.sin(), one.cos(), slow.cos()])
+    torch.testing.assert_close(sinusoids(2, 4), torch.stack(rows))
+
+
+def test_random_weights_have_the_spread_that_is_told():
+    """Linear layers 0.6 / sqrt(inputs), embeddings 0.02, norms 1, biases 0; Whisper's positions are the sinusoids."""
+    model = random_humanomni(humanomni("toy"), 2)
+    layer = model.model.layers[0]
+    for linear in (layer.mlp.gate_proj, layer.mlp.down_proj, model.model.audio_projector[0]):
+        assert linear.weight.std().item() * linear.in_features**0.5 == pytest.approx(0.6, rel=0.05)
+    assert model.siglip.embeddings["position_embedding"].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert (layer.input_layernorm.weight == 1).all() and (layer.self_attn.q_proj.bias == 0).all()
+    assert torch.equal(model.whisper.embed_positions.weight, sinusoids(50, 48))
 
 
 # ---- the pieces of the language model -------------------------------------------------------------------------------

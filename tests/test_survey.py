@@ -102,3 +102,22 @@ def test_score_by_hand_and_every_problem_named(studies, tmp_path, capsys):
     assert json.loads((tmp_path / "result.json").read_text())["raters"] == ["Anna", "Ben", "Cara"]
     with pytest.raises(DataError, match="no clip has a score for both systems"):
         survey_score.score(str(path), [str(tmp_path / "cut.json")])
+
+
+def test_ties_by_hand(studies, tmp_path):
+    """q01: both systems 3: half a win each. The others: Ours 2, Theirs 4. Question 1 of q02 is answered by two raters,
+    with the judge's emotion and another: in half of the ways to break the tie it is the first, in all among two."""
+    path, key = key_of(studies["inside"])
+    scores = {"Ours": 2, "Theirs": 4}
+    anna, ben = answers(key, "Anna", scores), answers(key, "Ben", scores)
+    for rater in (anna, ben):
+        rater["answers"]["q01"] |= {"left": 3, "right": 3}
+    q2 = key["items"]["q02"]
+    ben["answers"]["q02"]["emotion"] = next(x for x in key["choices"]["q02"] if x != q2["judged"][q2["emotion_of"]])
+    files = []
+    for name, content in (("a.json", anna), ("b.json", ben)):
+        (tmp_path / name).write_text(json.dumps(content))
+        files.append(str(tmp_path / name))
+    result = survey_score.score(str(path), files)
+    assert (result["Ours"]["win rate"], result["Theirs"]["win rate"], result["ties"]) == (12.5, 87.5, 1)
+    assert result["agreement"]["both"] == {"clips": 4, "top 1": 87.5, "top 2": 100}

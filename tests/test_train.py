@@ -16,14 +16,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from erv_min.base.errors import SettingsError
+from erv_min.base.errors import ClipError, DataError, SettingsError
+from erv_min.base.files import read_jsonl
 from erv_min.base.options import check, parse, preset_values
 from erv_min.base.processes import Processes, all_reduce_sum, gather_lists, join_processes, leave
 from erv_min.data.loader import batch_of_step
+from erv_min.inputs import Example
 from erv_min.rewards import RewardSettings
-from erv_min.train.folder import LOCKS, Run, open_folder
+from erv_min.train import answers
+from erv_min.train.folder import FREE_ON_RESUME, LOCKS, Run, changed_settings, open_folder
+from erv_min.train.hooks import TrainingClips
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
-from erv_min.train.settings import AnswerSettings, ERVSettings, GRPOSettings, PredictionSettings, SFTSettings
+from erv_min.train.settings import (AnswerSettings, ERVSettings, GRPOSettings, PredictionSettings, SFTSettings,
+                                    trained_parts)
 from erv_min.train.sharding import Replicated, average_gradients
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -38,12 +43,21 @@ def test_learning_rate_by_hand():
     assert learning_rate(9, 10, 3.0, 0.0, "constant") == 3.0
 
 
+def test_the_first_step_has_a_rate_and_the_last_one_too():
+    # 3% of 7 steps is 0.21: one step of warm-up. A warm-up of the whole run: 1/4 to 4/4. Linear without one: 1 to 1/4.
+    assert learning_rate(0, 7, 2.0) == 2.0
+    assert [learning_rate(s, 4, 1.0, 1.0) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [learning_rate(s, 4, 1.0, 0.0, "linear") for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(1, 3, 1.0, 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))  # 0.75: no half of 1 - x
+
+
 def test_every_epoch_visits_every_item_once_and_a_step_knows_its_batch():
     stream = [i for step in range(10) for i in batch_of_step(7, 3, seed=1, step=step)]
     for epoch in range(4):
         assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
     assert stream[:7] != stream[7:14]
     assert stream != [i for step in range(10) for i in batch_of_step(7, 3, seed=2, step=step)]
+    assert len({tuple(stream[7 * epoch : 7 * epoch + 7]) for epoch in range(4)}) == 4
 
 
 def test_presets_hold_table_8():
@@ -54,6 +68,15 @@ def test_presets_hold_table_8():
     assert (grpo.lr, grpo.epochs, grpo.batch_size, grpo.group_size, grpo.beta) == (1e-6, 2, 16, 16, 0.04)
     assert (grpo.max_new_tokens, grpo.temperature, grpo.eval_temperature) == (512, 1.0, 0.3)
     assert all(getattr(grpo, f.name) == f.default for f in dataclasses.fields(RewardSettings))
+
+
+def test_what_a_stage_trains_by_hand():
+    """Table 8, as divergence 13 reads it: SFT the gate's MLP, GRPO its BERT, both the projectors; no tower unasked."""
+    both = ("language_model", "visual_projector", "audio_projector")
+    assert trained_parts("sft", SFTSettings()) == (*both, "gate_mlp")
+    assert trained_parts("grpo", GRPOSettings()) == (*both, "text_encoder")
+    assert trained_parts("grpo", GRPOSettings(train_projectors=False)) == ("language_model",)
+    assert trained_parts("sft", SFTSettings(train_vision_tower=True)) == (*both, "gate_mlp", "vision_tower")
 
 
 def test_command_line_overrides_the_preset():
@@ -104,7 +127,7 @@ def test_every_script_checks_its_settings_first(script, given, monkeypatch, caps
     monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])
     module = importlib.import_module(script)
     with pytest.raises((SystemExit, SettingsError)) as error:
-        (module.run_audit if script == "audit" else module.main)(given.split())
+        module.main(given.split())
     said = capsys.readouterr().err + str(error.value)
     assert "must be at" in said or "there is no file or folder" in said
 
@@ -220,6 +243,30 @@ def test_a_resumed_run_keeps_what_changes_its_numbers(tmp_path, capsys):
     assert "holds a state after step 2 of 4" in capsys.readouterr().out
 
 
+CHANGES = dict(  # another value of each setting that a step's numbers come from
+    beta=0.1, epsilon=0.1, mu=2, group_size=8, advantages="dr-grpo", loss_type="dapo", kl="k2", mask_truncated=True,
+    temperature=0.9, top_k=50, max_new_tokens=9, erv="other/verifier", tau=0.1, k=3, neutral_rule="any",
+    answer_rule="released", sentence_rule="extended", w_format=2.0,
+    w_answer=2.0, w_explanation=2.0, ablate="sentence-level", lr=1.0, warmup=0.5, schedule="linear", max_grad_norm=9.0,
+    batch_size=8, seed=1, dtype="bfloat16", sharding="hand", model="other/model", revision="x", vision_tower="other/v",
+    audio_tower="other/a", text_tower="other/t", modality="video", prompt_stage="grpo", num_frames=4,
+    geometry="stretch", silence="error", data="toy:other", subtitles=False, train_projectors=False)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resume_with_another_value_is_refused(name):
+    before = dataclasses.asdict(GRPOSettings())
+    assert changed_settings(before, {**before, name: CHANGES[name]}) == ["--" + name.replace("_", "-")]
+
+
+def test_a_resume_may_change_nothing_else_that_counts():
+    """Each setting of GRPO and SFT either may change, or stands above, or belongs to SFT alone."""
+    names = {field.name for cls in (GRPOSettings, SFTSettings) for field in dataclasses.fields(cls)}
+    alone = {"loss_reduction", "targets_per_clip", "answers_only", "train_vision_tower", "preset", "random_weights"}
+    assert not FREE_ON_RESUME & (CHANGES.keys() | alone)
+    assert names == (FREE_ON_RESUME & names) | CHANGES.keys() | alone
+
+
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
     code = ("import sys, torch\nfrom erv_min.train.folder import open_folder\n"
             "from erv_min.base.processes import Processes\n"
@@ -277,6 +324,28 @@ def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_weights():
     assert p[0] < 1
 
 
+def test_two_updates_of_adamw_by_hand():
+    """Gradients 1 and 3 at rate 0.1, betas 0.9 and 0.999, no weight decay. First: m / v^0.5, corrected, is 1 / 1. Then
+    m = 0.09 + 0.3 = 0.39, over 1 - 0.81 is 2.0526; v = 0.000999 + 0.009 = 0.009999, over 1 - 0.998001 is 5.002."""
+    model = torch.nn.Module()
+    model.p = p = torch.nn.Parameter(torch.tensor([10.0]))
+    policy, optimizer = Replicated(model, compute=torch.float32), make_optimizer([p])
+    for gradient, moved in ((1.0, 0.1), (3.0, 0.1 + 0.1 * 2.0526 / 5.002**0.5)):
+        p.grad = torch.tensor([gradient])
+        assert update(policy, optimizer, 0.1, 1e9) == gradient
+        assert 10 - p.item() == pytest.approx(moved, abs=2e-5) and p.grad is None
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
+    """A gradient of norm 5, clipped to 2: two fifths of it. Adam's step hides the scale; its first moment does not."""
+    model = torch.nn.Module()
+    model.p = p = torch.nn.Parameter(torch.zeros(2))
+    policy, optimizer = Replicated(model, compute=torch.float32), make_optimizer([p])
+    p.grad = torch.tensor([3.0, 4.0])
+    assert update(policy, optimizer, 0.1, 2.0) == pytest.approx(5)
+    torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * torch.tensor([1.2, 1.6]))
+
+
 def test_config_says_what_made_the_run(tmp_path):
     Run(tmp_path, GRPOSettings(out="x"), ALONE, 1)
     made = json.loads((tmp_path / "config.json").read_text())["erv_min"]
@@ -294,11 +363,34 @@ def _process(rank: int, size: int, folder: str) -> None:
     assert torch.equal(p.grad, torch.full((2, 2), 1.5)) and unused.grad.tolist() == [1, 2, 3]
     assert all_reduce_sum({"a": rank, "b": 1.0}) == {"a": 1, "b": 2}
     assert gather_lists([rank, str(rank)]) == [0, "0", 1, "1"]
+    each = Processes(rank, size, torch.device("cpu"))
+
+    # What one of them could not decode counts for both: 0.mp4 and 1.mp4 of 4 are half, 2.mp4 is one too many.
+    clips = TrainingClips(SFTSettings(out=folder, allow_missing=0.5), None, each, [[]] * 4, 2)
+    clips._failed(rank, ClipError(f"{rank}.mp4: broken"))
+    clips.check_failed()
+    if rank == 1:
+        clips._failed(3, ClipError("2.mp4: broken"))
+    with pytest.raises(DataError, match="3 of 4 clips cannot be decoded"):
+        clips.check_failed()
+
+    # Predictions of both, in order; clip i belongs to process i % 2.
+    clips = [Example(str(i), Path(f"{i}.mp4"), "sad", "dfew") for i in range(5)]
+    answers.outputs = lambda _, mine, numbers, *rest: (f"{rank} says {x.video_id}" for x in mine)
+    rows, _ = answers.predict(None, clips, each, AnswerSettings())
+    assert [row["output"] for row in rows] == [f"{i % 2} says {i}" for i in range(5)]
+
+    # A skipped step is explained by the clips of all, whichever process writes the log.
+    run = Run(folder, SFTSettings(), each, 4)
+    run.track_rows([f"clip {rank}"], torch.tensor([[math.nan if rank else 0.0]], requires_grad=True))
+    run.log(0, {"grad_norm": math.nan})
     leave()
 
 
 def test_gradients_and_sums_over_two_processes(tmp_path):
     mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert row["skipped_because"] == "not finite: log-probabilities or their gradient of clip 1"
 
 
 def test_start_world_alone():

@@ -17,7 +17,7 @@ def test_splice_by_hand(toy):
     words = toy.model.embed_tokens.weight
     video, audio = torch.randn(1, 2, 96), torch.randn(1, 1, 96)
     ids = torch.tensor([[5, VIDEO, 6], [AUDIO, 7, 8]])
-    labels = torch.tensor([[5, IGNORE, 6], [IGNORE, 7, 8]])
+    labels = torch.tensor([[5, 1, 6], [1, 7, 8]])  # a placeholder's own label teaches nothing
     keep = torch.tensor([[1, 1, 1], [1, 1, 0]])
     prompts = toy.splice(ids, video, audio, labels, keep)
     zero = torch.zeros(96)
@@ -40,3 +40,13 @@ def test_sample_token_by_hand():
     assert sample_token(logits, cut, 1.0, top_p=0.6).tolist() == [1, 1, 2, 2, 2]
     assert sample_token(logits, noise, 1.0, top_p=0.5).tolist() == [2] * 5
     assert sample_token(logits, noise, 0).tolist() == [2] * 5
+    # Temperature 1/2 squares them: 4, 9, 25 of 38, cumulative 0.105, 0.342, 1.
+    assert sample_token(logits, torch.tensor([0.0, 0.1, 0.11, 0.34, 0.35]), 0.5).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_a_token_of_probability_one_in_a_billion_can_be_drawn():
+    # Probabilities 1, 1e-9, 1e-9 (their sum apart): at noise 1 - 1.5e-9 the second, at 1 - 0.5e-9 the third. In float32
+    # all cumulative sums are 1, and the first would always be drawn.
+    logits = torch.tensor([1.0, 1e-9, 1e-9]).log().expand(3, 3)
+    noise = torch.tensor([1 - 3e-9, 1 - 1.5e-9, 1 - 0.5e-9], dtype=torch.float64)
+    assert sample_token(logits, noise, 1.0).tolist() == [0, 1, 2]

@@ -101,8 +101,7 @@ def test_completions_cut_at_the_limit_leave_the_loss():
     cut = Completions(torch.tensor([[4, 9], [4, 5], [9, 9]]), torch.tensor([[1, 1], [1, 1], [1, 0]]).bool())
     assert ended(cut, 9).tolist() == [True, False, True]
     assert not ended(Completions(torch.tensor([[4, 9]]), torch.tensor([[True, False]])), 9)  # padding
-    mask = cut.mask & ended(cut, 9)[:, None]
-    assert mask.tolist() == [[True, True], [False, False], [True, False]]
+    mask = torch.tensor([[1, 1], [0, 0], [1, 0]])  # what is left of cut.mask
     # its tokens count nowhere: (2 + 0 + 4) / 3 completions, and of the batch's tokens 3 are left, (1 + 3 + 4) / 3
     values = torch.tensor([[1.0, 3.0], [7.0, 7.0], [4.0, 0.0]])
     assert masked_mean(values, mask).item() == pytest.approx(2)
@@ -134,6 +133,8 @@ def test_the_clip_holds_back_only_what_goes_too_far():
     loss.backward()
     assert loss.item() == pytest.approx(1.5) and logps.grad.item() == pytest.approx(1.5)
     assert not any(x.any() for x in clipped(logps.detach(), torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1)))
+    near = torch.tensor([[0.9, 1.1], [0.9, 1.1]]).log()  # within 1 - epsilon and 1 + epsilon, whatever the sign of A
+    assert not any(x.any() for x in clipped(near, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), torch.ones(2, 2)))
 
 
 def test_first_update_has_loss_beta_kl_and_the_policy_gradient():
@@ -154,3 +155,10 @@ def test_padding_takes_no_part_whatever_stands_there():
         loss = grpo_loss(logps, torch.full((1, 3), -1.5), torch.full((1, 3), -1.2), torch.tensor([1.0]), mask)
         loss.backward()
         assert math.isfinite(loss.item()) and torch.isfinite(logps.grad).all() and logps.grad[0, 2] == 0
+
+
+def test_neither_the_reference_nor_the_old_policy_gets_a_gradient():
+    logps, old, ref = (torch.full((1, 2), x, requires_grad=True) for x in (-1.0, -1.1, -1.2))
+    for kl_term in ("k3", "k2"):
+        grpo_loss(logps, old, ref, torch.tensor([1.0]), torch.ones(1, 2), kl_term=kl_term).backward()
+    assert old.grad is None and ref.grad is None and (logps.grad != 0).all()

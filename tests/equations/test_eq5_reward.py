@@ -80,3 +80,25 @@ def test_eq5_weights_and_ablations():
     assert reward("<think> </think>", ablate="sentence-level").sentences == []
     without = score_completions([MIXED], ["sad"], "dfew", None, LABELS)[0]
     assert (without.total, without.explanation, without.sentences) == (2, 0, [])
+
+
+@pytest.mark.parametrize("completion, changes, part, default, changed", [
+    # sad and happy have 0.9, the later one goes first: of one label that is happy; over 0.95 is none, the best counts.
+    ("<think>A sad, happy man.</think>", dict(k=1), "explanation", 1, 0),
+    ("<think>A sad, happy man.</think>", dict(tau=0.95), "explanation", 1, 0),
+    # c 1 of N 2; with "any" the first, which is neutral too, leaves the denominator.
+    ("<think>A neutral, sad hat. So happy.</think>", dict(neutral_rule="any"), "explanation", 1 / 2, 1),
+    ("<think>A neutral hat. So sad.</think>", dict(ablate="neutral-filtering"), "explanation", 1, 1 / 2),
+    # One sentence with both labels; "extended" splits at the newline.
+    ("<think>So happy\nSo sad</think>", dict(sentence_rule="extended"), "explanation", 1, 1 / 2),
+    ("<think>So happy. So sad.</think>", dict(ablate="sentence-level"), "explanation", 1 / 2, 1),
+    ("<answer>sorrow</answer>", dict(answer_rule="released"), "answer", 1, 0),  # the release knows no synonym
+])
+def test_each_setting_reaches_its_part(completion, changes, part, default, changed):
+    assert getattr(reward(completion), part) == default
+    assert getattr(reward(completion, **changes), part) == changed
+
+
+def test_the_released_rule_wants_the_whole_label():
+    for answer, expected in (("sad", 1), ("", 0), ("sa", 0), ("a sad man", 0)):
+        assert answer_reward(f"<answer>{answer}</answer>", "sad", "dfew", "released") == expected

@@ -68,6 +68,14 @@ def test_eea_without_an_answer():
     assert s["FCR/WAR"] is None
 
 
+def test_fcr_and_epc_want_an_answer_in_its_tags():
+    untagged = row("sad", "", "sad") | {"output": "<think>He cries.</think>\nsad"}  # right for WAR, and no answer
+    s = score([untagged], "DFEW")
+    assert (s["WAR"], s["EEA"], s["FCR"], s["EPC"]) == (100, 100, 0, 0)
+    s = score([row("sad", "smug", "bored")], "DFEW")  # none of the labels twice is no agreement
+    assert (s["EPC"], s["judge_outside"], s["unparsed"]) == (0, 1, 1)
+
+
 def test_section_6_follows_from_table_1():
     """55.13% of R1-Omni's right predictions on MAFW are supported: FCR 31.80 over WAR 57.68; and so on."""
     for fcr, war, ratio in ((3180, 5768, 55.13), (2809, 6544, 42.92), (4357, 5749, 75.79), (4021, 6728, 59.77)):
