@@ -19,3 +19,11 @@ def sigterm_ends_the_tests():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny world, policy and verifier, for runs of whole scripts (tiny_runs.py)."""
+    import tiny_runs
+
+    return tiny_runs.make(tmp_path_factory.mktemp("tiny"))

@@ -1,0 +1,289 @@
+"""A tiny world for runs of whole scripts, and what such a run shows from outside.
+
+The world has clips, a policy of width 16 that has learnt to write in the format, and a verifier of width 16. A script is
+called as a user calls it, `main([...])`, and told by its files. Two names of the package are replaced, so that a test
+knows what was sampled and how it was judged: `generate.rollout`, wherever it was imported, by one that also keeps what
+it was given and what it returned, and `Verifier.probabilities` by a table.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import erv_min.generate
+from erv_min.checkpoint import load_humanomni, save_erv, save_humanomni
+from erv_min.config import BertConfig, HumanOmniConfig, Qwen2Config, SiglipConfig, WhisperConfig
+from erv_min.erv import Verifier
+from erv_min.media import load_frames, load_waveform, log_mel, pixel_values
+from erv_min.model.bert import RobertaClassifier
+from erv_min.model.humanomni import HumanOmni, init_weights
+from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
+from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.toy.world import WorldSettings, build_world
+
+ROOT = Path(__file__).parent.parent
+EMOTIONS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
+            "helplessness", "disappointment")
+SAYS = ("He smiles.", "She wears a red shirt.", "Mr. Lee looks down.", "The voice is low!", "She is angry.")
+ANSWERS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear", "sadness", "a bit of anger")
+
+
+# ---- the world -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run left behind."""
+
+    out: Path
+    rows: list[dict]  # of metrics.jsonl
+    weights: dict[str, torch.Tensor]
+    calls: list[dict]  # of `rollout`, see `record`
+
+
+@dataclass
+class Tiny:
+    """A folder with "world", "policy" and "verifier", and the runs in it: equal ones are done once."""
+
+    folder: Path
+    runs: dict = field(default_factory=dict)
+
+    def run(self, name: str, options: dict, judged_by_table: bool = True) -> Run:
+        """scripts/NAME.py with these options, in this process."""
+        key = name, *command(options)
+        if key not in self.runs:
+            out, main = self.folder / f"run-{len(self.runs)}", script(name).main
+            with pytest.MonkeyPatch.context() as patch:
+                calls = record(patch, judged_by_table)
+                main(command(options | {"out": out, "device": "cpu"}))
+            self.runs[key] = finished(out, calls)
+        return self.runs[key]
+
+
+    def run_on_two(self, wanted: list[tuple[str, dict]]) -> list[Run]:
+        """Each (script, options) on two processes, one after the other under one torchrun. A Run's `calls` are those of
+        both: of each two that belong together the rows in the order of the prompts, every second from each process."""
+        outs = [self.folder / f"two-{len(self.runs)}-{i}" for i in range(len(wanted))]
+        listed = [[name, command(options | {"out": out, "device": "cpu"}), str(out)]
+                  for (name, options), out in zip(wanted, outs)]
+        (self.folder / "runs.json").write_text(json.dumps(listed))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*launch, str(ROOT / "tests/two_processes.py"), str(self.folder / "runs.json")],
+                              capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        found = []
+        for (_, options), out in zip(wanted, outs):
+            calls = [json.loads((out / f"calls-{rank}.json").read_text()) for rank in (0, 1)]
+            found.append(finished(out, [interleaved(*two, options["group_size"]) for two in zip(*calls)]))
+        return found
+
+
+def interleaved(first: dict, second: dict, group_size: int) -> dict:
+    """Two processes' calls of `rollout` as one: a group of the first, one of the second, and so on."""
+    joined = {}
+    for name in first:
+        joined[name] = []
+        for at in range(0, len(first[name]), group_size):
+            joined[name] += first[name][at : at + group_size] + second[name][at : at + group_size]
+    return joined
+
+
+def finished(out: Path, calls: list[dict]) -> Run:
+    return Run(out, read_rows(out / "metrics.jsonl"), load_file(out / "model.safetensors"), calls)
+
+
+def make(folder: Path) -> Tiny:
+    """Renders, trains and saves all of it in `folder`, a few seconds' work."""
+    world = folder / "world"
+    build_world(world, WorldSettings(train=18, test=4, pretrain=2, sft_clips=7, resamples=3, erv_train=70, erv_valid=24),
+                workers=1, progress=False)
+    verifier = folder / "verifier"
+    tokenizer = EncoderTokenizer(world / "tokenizers" / "erv")
+    torch.manual_seed(0)
+    network = RobertaClassifier(BertConfig(tokenizer.vocab_size, 16, 1, 2, 32, 130, type_vocab_size=1, num_labels=11,
+                                           roberta=True, pad_token_id=1))
+    save_erv(network, verifier, EMOTIONS)
+    (verifier / "tokenizer.json").write_bytes((world / "tokenizers/erv/tokenizer.json").read_bytes())
+    save_policy(world, folder / "policy")
+    return Tiny(folder)
+
+
+def save_policy(world: Path, folder: Path) -> None:
+    config = HumanOmniConfig(
+        Qwen2Config(800, 16, 32, 1, 2, 1, max_position_embeddings=1024),
+        SiglipConfig(8, 16, 2, 2, image_size=24, patch_size=6),
+        WhisperConfig(8, 1, 2, 16, num_mel_bins=8, max_source_positions=12, classifier_proj_size=4),
+        BertConfig(256, 8, 1, 2, 16, max_position_embeddings=160), num_frames=2, gate_hidden_size=8)
+    model = HumanOmni(config)
+    init_weights(model, 0)
+    model.source_folder, model.gate_folder = world / "tokenizers/lm", world / "tokenizers/text_gate"
+    teach_the_format(model, Tokenizer(world / "tokenizers/lm"), EncoderTokenizer(world / "tokenizers/text_gate"))
+    save_humanomni(model, folder)
+
+
+def teach_the_format(model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer, steps: int = 200) -> None:
+    """Makes the policy write <think>...</think> and an answer, of a few sentences, most of the time."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = tokenizer.encode(render())
+    gate_ids, gate_mask = gate_tokenizer.encode_batch([f"{QUESTION} {REASONING_SUFFIX}"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    image, mels = model.config.vision.image_size, model.config.audio.num_mel_bins
+    for step in range(steps):
+        rows = []
+        for _ in range(8):
+            first, second = torch.randint(len(SAYS), (2,), generator=generator).tolist()
+            answer = ANSWERS[int(torch.randint(len(ANSWERS), (1,), generator=generator))]
+            text = f"<think>{SAYS[first]} {SAYS[second]}</think>\n<answer>{answer}</answer><|im_end|>"
+            rows.append(tokenizer.encode(text))
+        width = max(map(len, rows))
+        ids = torch.tensor([prompt + row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
+        labels = torch.tensor([[-100] * len(prompt) + row + [-100] * (width - len(row)) for row in rows])
+        video = torch.randn(8, 2, 3, image, image, generator=generator)
+        audio = torch.randn(8, mels, 24, generator=generator)
+        loss = model(ids, video=video, audio=audio, gate_ids=gate_ids, gate_mask=gate_mask, labels=labels).loss
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-2 * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ---- a run from outside ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def script(name: str):
+    """The module of scripts/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def command(options: dict) -> list[str]:
+    """{"micro_batch": 2, "recompute": True} -> ["--micro-batch=2", "--recompute"]; paths and numbers as they print."""
+    words = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def table(sentence: str) -> list[float]:
+    """A verifier without a network: 11 probabilities that are a function of the sentence. Every third sentence is
+    neutral alone; in the others up to four emotions come forward, any number of them over 0.5."""
+    digest = hashlib.sha256(sentence.encode()).digest()
+    u = [byte / 1024 for byte in digest[:11]]  # under 0.25
+    if digest[11] % 3 == 0:
+        u[4] = 0.9
+        return u
+    for place, byte in zip(digest[12:16], digest[16:20]):
+        u[(0, 2, 3, 4, 5, 6, 4, 1)[place % 8]] = 0.3 + 0.6 * byte / 256
+    return u
+
+
+def replace_everywhere(patch, old, new) -> None:
+    """Each attribute of each loaded module that is `old` becomes `new`."""
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()) if hasattr(module, "__dict__") else ():
+            if value is old:
+                patch.setattr(module, name, new)
+
+
+def record(patch, judged_by_table: bool) -> list[dict]:
+    """Returns a list that each call of `rollout` adds to: its arguments by name, and what it returned, row by row, under
+    "sampled" (ids up to and with EOS) and "logps". Puts `table` in the verifier's place, if asked to."""
+    original, calls = erv_min.generate.rollout, []
+
+    def rollout(*args, **kwargs):
+        found = original(*args, **kwargs)
+        given = inspect.signature(original).bind(*args, **kwargs)
+        given.apply_defaults()
+        calls.append(given.arguments | {
+            name: [row[mask].tolist() for row, mask in zip(values, found.mask)]
+            for name, values in (("sampled", found.ids), ("logps", found.logps))})
+        return found
+
+    def probabilities(self, sentences):
+        return torch.tensor([table(sentence) for sentence in sentences])
+
+    replace_everywhere(patch, original, rollout)
+    if judged_by_table:
+        patch.setattr(Verifier, "probabilities", probabilities)
+    return calls
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- what the plain step is given, and how its end is compared -------------------------------------------------------
+
+
+def input_of(example, model: HumanOmni, folder: Path, o: SimpleNamespace) -> tuple[list[int], dict]:
+    """(prompt ids, the clip's and the gate's tensors) of an example, as HumanOmni.forward takes them. `o` has
+    num_frames, modality, prompt_stage, geometry and subtitles."""
+    question, clip = f"{QUESTION} {REASONING_SUFFIX}", {}
+    if o.subtitles and example.subtitle:
+        question += f' The subtitle of the video is: "{example.subtitle}"'
+    prompt = render(question, o.modality, o.prompt_stage)
+    turn = prompt.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
+    gate = turn.replace("<video>", "").replace("\n", "") if o.prompt_stage == "sft" else question
+    clip["gate_ids"], clip["gate_mask"] = EncoderTokenizer(folder).encode_batch([gate])
+    if "video" in o.modality:
+        size = model.config.vision.image_size
+        clip["video"] = pixel_values(load_frames(example.path, o.num_frames), size, o.geometry)[None]
+    if "audio" in o.modality:
+        audio = model.config.audio
+        mel = log_mel(load_waveform(example.path), audio.num_mel_bins, 2 * audio.max_source_positions)
+        clip["audio"] = mel[None]
+    return Tokenizer(folder).encode(prompt), clip
+
+
+def assert_same_rows(rows: list[dict], expected: list[dict]) -> None:
+    """Each number of `expected` stands in `rows`."""
+    assert len(rows) == len(expected)
+    for row, values in zip(rows, expected):
+        for name, value in values.items():
+            assert row[name] == pytest.approx(value, rel=1e-5, abs=3e-7), f"step {row['step']}: {name}"
+
+
+def without_clocks(row: dict) -> dict:
+    """A row of metrics.jsonl without what the machine's speed says, and without what is rounding alone."""
+    return {name: value for name, value in row.items() if not re.search("second|per_s|sampler_gap|skipped", name)}
+
+
+def largest_move(weights: dict, start: dict) -> float:
+    return max(float((weights[name] - start[name]).abs().max()) for name in start)
+
+
+def assert_same_weights(weights: dict, expected: dict, start: dict, steps: int) -> None:
+    """Equal to 2e-6 of the largest weight's move, and the rounding of the weights themselves at each step."""
+    move = largest_move(weights, start)
+    assert move > 1e-3
+    for name, before in start.items():
+        rounding = steps * torch.finfo(torch.float32).eps * float(before.abs().max())
+        apart = float((weights[name] - expected[name]).abs().max())
+        assert apart <= 2e-6 * move + rounding, f"{name}: {apart:.2e} apart, the largest move is {move:.2e}"
+
+
+def assert_other_weights(weights: dict, others: dict, start: dict) -> None:
+    """More than 1e-3 of the largest weight's move apart."""
+    assert largest_move(weights, others) > 1e-3 * largest_move(others, start)
