@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import erv_min.generate
 from erv_min.checkpoint import load_humanomni, save_erv, save_humanomni
@@ -56,7 +58,8 @@ class Run:
 
 @dataclass
 class Tiny:
-    """A folder with "world", "policy" and "verifier", and the runs in it: equal ones are done once."""
+    """A folder with "world", "policy" and "verifier", "towers" of another policy, "merr" (clips that are wider than
+    high, with subtitles), and the runs in it: equal ones are done once."""
 
     folder: Path
     runs: dict = field(default_factory=dict)
@@ -118,6 +121,8 @@ def make(folder: Path) -> Tiny:
     save_erv(network, verifier, EMOTIONS)
     (verifier / "tokenizer.json").write_bytes((world / "tokenizers/erv/tokenizer.json").read_bytes())
     save_policy(world, folder / "policy")
+    save_towers(folder / "policy", folder / "towers")
+    save_merr(folder / "merr")
     return Tiny(folder)
 
 
@@ -142,16 +147,17 @@ def teach_the_format(model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: Enc
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     image, mels = model.config.vision.image_size, model.config.audio.num_mel_bins
     for step in range(steps):
-        rows = []
-        for _ in range(8):
+        rows, shown = [], torch.randint(2, (8,), generator=generator).tolist()
+        for bright in shown:
             first, second = torch.randint(len(SAYS), (2,), generator=generator).tolist()
             answer = ANSWERS[int(torch.randint(len(ANSWERS), (1,), generator=generator))]
+            first = (0, 3)[bright] if second else first
             text = f"<think>{SAYS[first]} {SAYS[second]}</think>\n<answer>{answer}</answer><|im_end|>"
             rows.append(tokenizer.encode(text))
         width = max(map(len, rows))
         ids = torch.tensor([prompt + row + [tokenizer.pad_id] * (width - len(row)) for row in rows])
         labels = torch.tensor([[-100] * len(prompt) + row + [-100] * (width - len(row)) for row in rows])
-        video = torch.randn(8, 2, 3, image, image, generator=generator)
+        video = (2.0 * torch.tensor(shown) - 1)[:, None, None, None, None].expand(8, 2, 3, image, image)
         audio = torch.randn(8, mels, 24, generator=generator)
         loss = model(ids, video=video, audio=audio, gate_ids=gate_ids, gate_mask=gate_mask, labels=labels).loss
         loss.backward()
@@ -159,6 +165,39 @@ def teach_the_format(model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: Enc
             group["lr"] = 2e-2 * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def save_towers(policy: Path, folder: Path) -> None:
+    """Each tower of a policy in a folder of its own, under its repository's names, with other weights."""
+    weights, sizes = load_file(policy / "model.safetensors"), json.loads((policy / "towers.json").read_text())
+    for part, prefix, theirs in (("vision", "model.vision_tower.vision_tower.", ""),
+                                 ("audio", "model.audio_tower.audio_tower.", "model."),
+                                 ("text", "model.bert_model.", "bert.")):
+        own = {name.replace(prefix, theirs): weight * 1.5 for name, weight in weights.items() if name.startswith(prefix)}
+        (folder / part).mkdir(parents=True)
+        save_file(own, folder / part / "model.safetensors")
+        (folder / part / "config.json").write_text(json.dumps(sizes[part]))
+    (folder / "text/tokenizer.json").write_bytes((policy / "text_gate/tokenizer.json").read_bytes())
+
+
+def save_merr(folder: Path) -> None:
+    """Four clips of MERR-fine, 64 x 40, with what is said in three of them."""
+    folder.mkdir()
+    rng, entries = np.random.default_rng(0), {}
+    for i, label in enumerate(("happy", "sad", "angry", "neutral")):
+        with av.open(str(folder / f"m{i}.mp4"), "w") as out:
+            video, audio = out.add_stream("libx264", rate=8), out.add_stream("aac", rate=16000, layout="mono")
+            video.width, video.height, video.pix_fmt = 64, 40, "yuv420p"
+            for _ in range(6):
+                image = rng.integers(0, 255, (1, 2, 3), np.uint8).repeat(40, 0).repeat(32, 1)
+                out.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            out.mux(video.encode(None))
+            tone = (np.sin(np.arange(12000) * (i + 1) / 20) / 2).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, 0
+            out.mux([*audio.encode(frame), *audio.encode(None)])
+        entries[f"m{i}"] = {"pseu_emotion": label, "smp_reason_caption": SAYS[i], "text": ("No!", "", "Well.", "He?")[i]}
+    (folder / "MERR_fine_grained.json").write_text(json.dumps(entries))
 
 
 # ---- a run from outside ----------------------------------------------------------------------------------------------
@@ -286,4 +325,5 @@ def assert_same_weights(weights: dict, expected: dict, start: dict, steps: int) 
 
 def assert_other_weights(weights: dict, others: dict, start: dict) -> None:
     """More than 1e-3 of the largest weight's move apart."""
-    assert largest_move(weights, others) > 1e-3 * largest_move(others, start)
+    apart, move = largest_move(weights, others), largest_move(others, start)
+    assert apart > 1e-3 * move, f"{apart / move:.1e} of the largest move apart"
