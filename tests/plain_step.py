@@ -166,7 +166,7 @@ def grpo_step(model, reference, optimizer, lr, batch, eos, o):
             loss = total / length[o.loss_type]
             loss.backward()
             with torch.no_grad():
-                sums["loss"] += float(loss)
+                sums["loss"] += loss.item()
                 sums["kl"] += float(k3.sum()) / tokens
                 sums["entropy"] -= float((logits.softmax(-1) * logits.log_softmax(-1)).sum()) / tokens
                 sums["clip_fraction_low"] += float(((ratio < 1 - o.epsilon) & (A < 0)).sum()) / tokens
@@ -227,7 +227,65 @@ def sft(model, examples, x_of, encode, steps, o):
         for x, y in batch:
             loss = -logps_of(token_logits(model, x, y), y).sum() / (tokens if o.loss_reduction == "mean" else len(batch))
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         lr = rate(step, steps, o)
         rows.append({"loss": total, "lr": lr, "grad_norm": update(optimizer, lr, o.max_grad_norm), "tokens": tokens})
     return rows
+
+
+# ---- the verifier (section 3.2) --------------------------------------------------------------------------------------
+
+
+def macro_f1(u, truth, o):
+    """Mean F1 over the emotions that occur, of the labels that the reward would read; u, truth: [S][11]."""
+    chosen, scores = [labels_of(row, o) for row in u], []
+    for j, emotion in enumerate(EMOTIONS):
+        said, true = [emotion in EL for EL in chosen], [bool(row[j]) for row in truth]
+        if any(true):
+            scores.append(2 * sum(a and b for a, b in zip(said, true)) / (sum(said) + sum(true)))
+    return sum(scores) / len(scores)
+
+
+def verifier(model, rows, valid, encode, o):
+    """model: a RobertaForSequenceClassification; rows, valid: {"text", "labels", "source", "truth"}; encode(texts):
+    ids and mask. Trains `model`; rows of metrics.jsonl and of epochs.jsonl, and the best weights if o.patience."""
+    columns = GOEMOTIONS_CLASS if o.head == 28 else range(11)
+
+    def many_hot(names, size, at):
+        return torch.tensor([[float(any(at[EMOTIONS.index(x)] == j for x in labels)) for j in range(size)]
+                             for labels in names])
+
+    rows = [row for row in rows if not o.sources or row["source"] in o.sources.split(",")]
+    wanted = many_hot([row["labels"] for row in rows], o.head, columns)
+    truth = many_hot([row["truth"] for row in valid], 11, range(11)).tolist()
+    count = wanted.sum(0)
+    positive = torch.where(count > 0, (len(rows) - count) / count, 1.0).clamp(max=20) if o.balance == "weight" else None
+    rarest = (wanted / count.clamp(min=1)).amax(1)
+    optimizer, per_epoch = optimizer_of(model, ""), math.ceil(len(rows) / o.batch_size)
+    total, logged, epochs, best = o.steps or o.epochs * per_epoch, [], [], None
+    model.dropout.p = o.dropout
+    for step in range(total):
+        picked = list(places(len(rows), o, step, o.batch_size))
+        if o.balance == "resample":
+            generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)
+            picked = torch.multinomial(rarest, o.batch_size, replacement=True, generator=generator).tolist()
+        ids, mask = encode([rows[i]["text"] for i in picked])
+        torch.manual_seed(o.seed * 1_000_003 + step)  # dropout is a function of seed and step
+        model.dropout.count = len(picked)
+        logits = model.train()(ids, mask)
+        bce = torch.nn.functional.binary_cross_entropy_with_logits
+        loss = sum(bce(row, y, pos_weight=positive) for row, y in zip(logits, wanted[picked])) / len(picked)
+        loss.backward()
+        lr = rate(step, total, o)
+        logged.append({"loss": loss.item(), "lr": lr, "grad_norm": update(optimizer, lr, o.max_grad_norm)})
+        if (step + 1) % per_epoch == 0 or step + 1 == total:
+            with torch.no_grad():
+                u = model.eval()(*encode([row["text"] for row in valid])).sigmoid()[:, list(columns)].tolist()
+            epochs.append({"step": step, "macro_f1": macro_f1(u, truth, o)})
+            scores = [epoch["macro_f1"] for epoch in epochs]
+            waited = len(scores) - 1 - scores.index(max(scores))
+            if waited == 0:
+                best = {name: x.clone() for name, x in model.state_dict().items()}
+            if o.patience and waited >= o.patience:
+                break
+    return logged, epochs, best if o.patience else model.state_dict()

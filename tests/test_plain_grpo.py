@@ -10,8 +10,8 @@ import plain_step
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import (Tiny, assert_other_weights, assert_same_rows, assert_same_weights, input_of, read_rows, table,
-                       without_clocks)
+from tiny_runs import (Tiny, assert_other_weights, assert_same_rows, assert_same_run, assert_same_weights, input_of,
+                       read_rows, table)
 
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
@@ -31,8 +31,12 @@ def around(tiny: Tiny) -> dict:
                 eval_clips=-1, sample_every=1, cache_features=tiny.folder / "features")
 
 
+def grpo_options(tiny: Tiny, **changes) -> dict:
+    return around(tiny) | OPTIONS | changes
+
+
 def grpo(tiny: Tiny, **changes):
-    return tiny.run("grpo", around(tiny) | OPTIONS | changes)
+    return tiny.run("grpo", grpo_options(tiny, **changes))
 
 
 def groups_of(calls: list[dict], batch_size: int, group_size: int) -> list:
@@ -108,16 +112,6 @@ def test_a_run_is_what_the_plain_step_makes(tiny, start, changes, other):
         assert_other_weights(run.weights, grpo(tiny, **other).weights, start)
 
 
-def sampled(run) -> list[list[int]]:
-    return [ids for call in run.calls for ids in call["sampled"]]
-
-
-def assert_same_run(run, other, start) -> None:
-    assert sampled(run) == sampled(other) != []
-    assert_same_rows(run.rows, [without_clocks(row) for row in other.rows])
-    assert_same_weights(run.weights, other.weights, start, len(other.rows))
-
-
 @pytest.mark.parametrize("changes", [
     dict(micro_batch=3, rollout_batch=3, recompute=True),
     dict(micro_batch=1, workers=1, cache_features=""),
@@ -125,15 +119,6 @@ def assert_same_run(run, other, start) -> None:
 ], ids=str)
 def test_how_it_is_computed_changes_no_number(tiny, start, changes):
     assert_same_run(grpo(tiny, **changes), grpo(tiny), start)
-
-
-def test_two_processes_compute_what_one_does(tiny, start):
-    """Passes that do not divide a process's prompts, sums over tokens of both processes, two updates; whole and sharded."""
-    options = dict(batch_size=6, micro_batch=2, mu=2, epsilon=0.05, loss_type="dapo", mask_truncated=True)
-    one = grpo(tiny, **options)
-    for sharding, two in zip(("none", "hand"), tiny.run_on_two([
-            ("grpo", around(tiny) | OPTIONS | options | dict(sharding=sharding)) for sharding in ("none", "hand")])):
-        assert_same_run(two, one, start)
 
 
 def test_the_toys_own_defaults(tiny, start):

@@ -7,10 +7,8 @@ from types import SimpleNamespace
 
 import plain_step
 import pytest
-import torch
 from safetensors.torch import load_file
-from tiny_runs import (Tiny, assert_other_weights, assert_same_rows, assert_same_weights, input_of,
-                       without_clocks)
+from tiny_runs import Tiny, assert_other_weights, assert_same_rows, assert_same_run, assert_same_weights, input_of
 
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
@@ -22,9 +20,13 @@ OPTIONS = dict(steps=2, batch_size=4, micro_batch=4, lr=1.0, warmup=0.0, schedul
                train_vision_tower=False, seed=0, **INPUTS)
 
 
-def sft(tiny: Tiny, data: str = "", **changes):
+def sft_options(tiny: Tiny, data: str = "", **changes) -> dict:
     around = dict(model=tiny.folder / "policy", world=tiny.folder / "world", cache_features=tiny.folder / "features")
-    return tiny.run("sft", around | ({"data": data} if data else {}) | OPTIONS | changes)
+    return around | ({"data": data} if data else {}) | OPTIONS | changes
+
+
+def sft(tiny: Tiny, data: str = "", **changes):
+    return tiny.run("sft", sft_options(tiny, data, **changes))
 
 
 def plain(tiny: Tiny, o: SimpleNamespace, data: str = "", **towers):
@@ -76,11 +78,6 @@ def test_the_sum_over_tokens_is_the_mean_but_for_the_scale(tiny, start):
     assert_same_weights(run.weights, model.state_dict(), start, o.steps)
     for row, other in zip(run.rows, mean.rows):
         assert row["loss"] > 5 * other["loss"] and row["grad_norm"] > 5 * other["grad_norm"]
-
-
-def assert_same_run(run, other, start) -> None:
-    assert_same_rows(run.rows, [without_clocks(row) for row in other.rows])
-    assert_same_weights(run.weights, other.weights, start, len(other.rows))
 
 
 @pytest.mark.parametrize("changes", [
