@@ -36,7 +36,7 @@ from erv_min.train.start import load_collator
 
 
 def text_key(text: str) -> str:
-    """Two texts are one where they differ in case and white space alone."""
+    """Two texts are one if they differ in case and white space alone."""
     return " ".join(text.lower().split())
 
 
@@ -79,7 +79,7 @@ def described(rows: list[dict], model: str, seed: int) -> tuple[list[dict], list
 
 
 def read_labels(raw: str) -> list[str]:
-    """Figure 6's answer -> one or two of the 11 emotions; [] where it is anything else (three labels, another word)."""
+    """Figure 6's answer -> one or two of the 11 emotions; [] if it is anything else (three labels, another word)."""
     said = [read_answer(part, ERV_LABELS).emotion for part in re.split(r",|\band\b|\n", raw.strip()) if part.strip()]
     names = list(dict.fromkeys(said))
     return names if 1 <= len(names) <= 2 and None not in names else []
@@ -102,8 +102,8 @@ def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
                     seed: int) -> list[tuple[str, list[str], int]]:
     """(emotion, two examples, seed of the draw) for each description that is missing to `target` per class.
 
-    The two examples are drawn at random from the pseudo-labelled rows of the class (all rows where there are fewer than
-    two); the draw depends on seed, class and number alone. Raises DataError where a class has less than two examples.
+    The two examples are drawn at random from the pseudo-labelled rows of the class (all rows if there are fewer than
+    two); the draw depends on seed, class and number alone. Raises DataError if a class has less than two examples.
     """
     plan = []
     counts = Counter(label for row in rows for label in row["labels"])

@@ -237,7 +237,7 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         if ROWS[row].paper:
             lines.append(" " * width + "".join(f"{f'({x:.2f})' if x else '':>13}" for x in ROWS[row].paper))
     if "ours" in rows:
-        lines.append("\nOurs minus another row, paired by seed; (95% interval over seeds, * where it excludes 0); "
+        lines.append("\nOurs minus another row, paired by seed; (95% interval over seeds, * if it excludes 0); "
                      "[lowest, highest seed]")
         flat = {row: results[row][first] | results[row]["beside"] for row in rows}
         for row in [row for row in rows if row != "ours"]:
