@@ -1,8 +1,8 @@
 """Model folders and hub repositories -> models, and back in the released layout.
 
 A HumanOmni folder: config.json, towers.json (ours: the towers' sizes; a released folder has none and its towers' own
-repositories, or config.TOWERS, give them), weights (base/weights.py), tokenizer files,
-text_gate/tokenizer.json. A verifier folder is Hugging Face's RobertaForSequenceClassification.
+repositories, or config.TOWERS, give them), weights (base/weights.py), tokenizer files, text_gate/tokenizer.json.
+A verifier folder is Hugging Face's RobertaForSequenceClassification.
 
 Left out: quantised weights, saving in shards, training state (train/state.py).
 """
@@ -13,20 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 
 from erv_min.base.errors import CheckpointError, SettingsError
 from erv_min.base.files import atomic_write, read_object, write_json
+from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
-from erv_min.base.weights import LAYOUTS, WEIGHTS, fill, open_weights, write_safetensors
+from erv_min.base.weights import WEIGHTS, fill, open_weights, write_safetensors
 from erv_min.config import (TOWERS, BertConfig, SiglipConfig, WhisperConfig, config_json, read_humanomni, read_part,
                             read_roberta, towers_json)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
+from erv_min.model.parameters import unused_parameters
 
-TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-              "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",
-              "text_gate/tokenizer_config.json"]
 BERT = "google-bert/bert-base-uncased"
 
 
@@ -53,7 +51,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
                    audio_tower: str | None = None, text_tower: str | None = None) -> HumanOmni:
     """Reads a HumanOmni checkpoint into a model in eval mode; on the device "meta" its names and shapes alone.
 
-    A tower's weights are the checkpoint's own where it has them, else those of the repository that config.json names
+    A tower's weights are the checkpoint's own if it has them, else those of the repository that config.json names
     (divergence 12); `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both.
     `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors that
     do not fit.
@@ -63,19 +61,15 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     told = read_object(folder / "towers.json") if (folder / "towers.json").exists() else {}
     sizes, source, elsewhere = {}, {}, {}
     for tower, override in zip(ALL_TOWERS, (vision_tower, audio_tower, text_tower)):
-        own = not override and any(k.startswith(tower.prefix) for k in tensors)
-        place = override or ("" if own and tower.name in told else tower_place(raw, tower, folder))
+        own = not override and any(name.startswith(tower.prefix) for name in tensors)
         if tower.name in told and not override:
             sizes[tower.name] = read_part(tower.kind, told[tower.name], f"{folder}/towers.json, {tower.name}")
-        elif place in TOWERS:
-            sizes[tower.name] = TOWERS[place]
         else:
-            file = resolve(place, weights=False) / "config.json"
-            sizes[tower.name] = read_part(tower.kind, read_object(file), str(file))
+            sizes[tower.name] = tower_sizes(tower, override or tower_place(raw, tower, folder))
         source[tower.name] = f"checkpoint {folder_or_repo}"
         if not own:
-            source[tower.name] = f"{'override' if override else 'repository'} {place}"
-            elsewhere[tower] = place
+            elsewhere[tower] = override or tower_place(raw, tower, folder)
+            source[tower.name] = f"{'override' if override else 'repository'} {elsewhere[tower]}"
     if (last := tensors.get("model.audio_tower.audio_tower.classifier.weight")) is not None and last.dim() == 2:
         # Unused, and no released file states its size.
         sizes["audio"] = replace(sizes["audio"], num_labels=last.shape[0], classifier_proj_size=last.shape[1])
@@ -87,12 +81,14 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
         raise CheckpointError(f"{folder}: {error}") from None
     expected = {name for name, _ in model.named_parameters()}
     for tower, place in elsewhere.items():
-        tensors = {k: tensor for k, tensor in tensors.items() if not k.startswith(tower.prefix)}
-        theirs = {tower.prefix + k.removeprefix(tower.strip): x for k, x in open_weights(resolve(place)).items()}
-        tensors |= {k: x for k, x in theirs.items() if k in expected}  # not SigLIP's text half, nor Whisper's decoder
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(tower.prefix)}
+        for name, x in open_weights(resolve(place)).items():
+            name = tower.prefix + name.removeprefix(tower.strip)
+            if name in expected:  # not SigLIP's text half, nor Whisper's decoder
+                tensors[name] = x
     if config.text.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
-        tensors.setdefault("model.embed_tokens.weight", head)  # where a file holds both, the embedding's counts
-    absent = fill(model, tensors, model.unused_parameters(), dtype, device,
+        tensors.setdefault("model.embed_tokens.weight", head)  # if a file holds both, the embedding's counts
+    absent = fill(model, tensors, unused_parameters(model), dtype, device,
                   " with the tower of ".join(map(str, [folder, *elsewhere.values()])))
     model.tie_weights()
     if absent:
@@ -121,6 +117,14 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
     write_json(folder / "towers.json", towers_json(model.config))
     stored_as = str(dtype or model.head_weight.dtype).removeprefix("torch.")
     write_json(folder / "config.json", config_json(model.config) | {"torch_dtype": stored_as})
+
+
+def tower_sizes(tower: Tower, place: str):
+    """A tower's dimensions: those of a known repository, else from the config.json of the folder or repository."""
+    if place in TOWERS:
+        return TOWERS[place]
+    file = resolve(place, weights=False) / "config.json"
+    return read_part(tower.kind, read_object(file), str(file))
 
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
@@ -165,40 +169,6 @@ def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:
         "problem_type": "multi_label_classification", "bos_token_id": 0, "eos_token_id": 2,
         "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
-
-
-# ---- where things lie -----------------------------------------------------------------------------------------------
-
-
-def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """A local folder as it is; else a snapshot of the hub repository of that name, fetched or from the cache;
-    `weights=False`: config and tokenizer alone. Raises CheckpointError naming repository, file and the way out."""
-    name = str(folder_or_repo)
-    if os.path.isdir(name):
-        if revision:
-            raise CheckpointError(f"{name} is a folder here, and has no revision {revision}")
-        return Path(name)
-    if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise CheckpointError(f"{name}: no such folder, and not the name of a hub repository (owner/name)")
-    at, option = (f"{name} at {revision}", f" --revision {revision}") if revision else (name, "")
-    way = (f"Give a local folder, or where there is a network run 'hf download {name}{option}' "
-           "and bring that folder (or the cache, HF_HOME) here")
-    for layout in LAYOUTS if weights else [()]:  # a repository's .bin files where it has no safetensors
-        try:
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[
-                "config.json", "towers.json", *TEXT_FILES, *layout]))
-        except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "
-                                  f"({type(error).__name__}: {reason}). {way}") from error
-        if any(any(folder.glob(file)) for file in layout):
-            break
-    else:  # the hub or an offline cache has a part
-        if weights:
-            raise CheckpointError(f"{at}: {folder} has no {' or '.join(sum(LAYOUTS, ()))}. {way}")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{at}: {folder} has no config.json. {way}")
-    return folder
 
 
 def text_gate_folder(folder_or_repo: str | Path, revision: str | None = None, text_tower: str | None = None) -> Path:

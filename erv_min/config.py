@@ -1,15 +1,16 @@
 """Dimensions of HumanOmni (Eq. 1) and of the verifier, and the two files that hold them: config.json and towers.json.
 
 Field names are those of the released files. A released config.json describes the language model and the projector; the
-towers' sizes come from towers.json where a folder has one, else from the tower's own repository, or, for the known
+towers' sizes come from towers.json if a folder has one, else from the tower's own repository, or, for the known
 towers, from TOWERS below. Left out: the settings of the training stages (train/settings.py), which tower a checkpoint
 means (checkpoint.py).
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from erv_min.base.errors import CheckpointError, SettingsError
+from erv_min.base.fields import from_json
 
 
 @dataclass(frozen=True)
@@ -156,31 +157,13 @@ MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "nu
 
 
 def read_part(kind: type, values: dict, where: str, **given):
-    """Builds the dataclass `kind` from the values of a JSON object, in which null counts as absent; `given` are fields
-    that are taken as they are.
+    """Builds the dataclass `kind` from the values of a JSON object; `given` are fields that are taken as they are.
 
     Raises CheckpointError naming `where` and the field that is missing, of another type or size, or not supported.
     """
     if kind is SiglipConfig and isinstance(values, dict):
         values = values.get("vision_config", values)  # SigLIP's own repository nests the vision half
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    for f in fields(kind):
-        if f.name in given:
-            continue
-        key = KEYS.get(f.name, f.name)
-        value = given[f.name] = f.default if values.get(key) is None else values[key]
-        if value is MISSING:
-            raise CheckpointError(f"{where}: field {key!r} is missing")
-        if choices := get_args(f.type):
-            if value not in choices:
-                raise CheckpointError(f"{where}: {key} is {value!r}, only {' or '.join(choices)} is supported")
-        elif type(value) is not f.type and (f.type, type(value)) != (float, int):
-            raise CheckpointError(f"{where}: field {key!r} must be {f.type.__name__}, is {value!r}")
-        low, high = LIMITS.get(f.name, (1, 2**24)) if f.type is int else (0, 1e30)
-        if f.type in (int, float) and not low <= value <= high:
-            raise CheckpointError(f"{where}: field {key!r} is {value}, models have {low} to {high}")
-    part = kind(**given)
+    part = from_json(kind, values, where, given, KEYS, LIMITS)
     for whole, divisor in MULTIPLES:
         if hasattr(part, divisor) and getattr(part, whole) % getattr(part, divisor):
             raise CheckpointError(f"{where}: {whole} {getattr(part, whole)} is no multiple of {divisor} "
@@ -227,5 +210,4 @@ def config_json(config: HumanOmniConfig) -> dict:
 
 def towers_json(config: HumanOmniConfig) -> dict:
     """The three towers' sizes as towers.json holds them."""
-    return {name: asdict(part) for name, part in zip(("vision", "audio", "text"), (
-        config.vision, config.audio, config.gate))}
+    return {"vision": asdict(config.vision), "audio": asdict(config.audio), "text": asdict(config.gate)}

@@ -11,12 +11,12 @@ shards, which are all that stays. The life of a unit in a pass:
     all_gather      once more, where the backward pass asks for a weight (or recomputes the layer);
     reduce_scatter  its gradients, in float32, become the mean over processes of this process's shard.
 
-`Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: where
-autograd would save a weight for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that
-unit again. The root stays gathered through a pass. The next unit's all-gather runs beside this one's compute, a
-reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On CUDA both run on
-NCCL's own stream, which waits for the compute stream where they start; `work.wait()` makes the compute stream wait for
-them and holds their memory.
+`Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: in place
+of a weight that autograd would save for the backward pass, `_pack` saves which unit it is a view of, and `_unpack`
+gathers that unit again. The root stays gathered through a pass. The next unit's all-gather runs beside this one's
+compute, a reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On CUDA
+both run on NCCL's own stream, which waits for the compute stream as they start; `work.wait()` makes the compute stream
+wait for them and holds their memory.
 
 | what                                                                    | type                      |
 |-------------------------------------------------------------------------|---------------------------|
@@ -68,7 +68,7 @@ class Unit:
     name: str
     names: list[str]  # of the parameters, as released
     shapes: list[torch.Size]
-    places: list[list[tuple[nn.Module, str]]]  # of each parameter: one, or several where it is tied
+    places: list[list[tuple[nn.Module, str]]]  # of each parameter: one, or several if it is tied
     shard: nn.Parameter = None  # [ceil(numel / N)]
     pending: tuple | None = None  # (flat vector, work) of an all-gather under way
     attached: int = 0  # the storage whose views stand in the modules
@@ -107,7 +107,7 @@ class Sharded:
     """A model whose parameters live as shards; `with sharded.forward_pass():` is a forward pass.
 
     The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
-    by one flat Parameter per unit, `shard`, or `frozen_shard` where requires_grad was off. `compute` is the type of
+    by one flat Parameter per unit, `shard`, or `frozen_shard` if requires_grad was off. `compute` is the type of
     gathered parameters, `master` that of the shards.
     """
 
@@ -120,16 +120,21 @@ class Sharded:
         self.again = None, None  # the unit gathered last for the backward pass, and its flat vector
         self.reducing = None  # (unit, gradient, buffer, work) of a reduce-scatter under way
         self.in_forward = False
-        owners = {id(p): module for _, module in reversed(unit_modules(model)) for p in module.parameters()}
-        places, names = {}, {}
+        modules = [*unit_modules(model), ("", model)]
+        owners = {p: module for _, module in reversed(modules) for p in module.parameters()}  # the first that holds it
+        names = {p: name for name, p in model.named_parameters()}
+        places = {p: [] for p in names}
         for name, p in model.named_parameters(remove_duplicate=False):
             prefix, _, attribute = name.rpartition(".")
-            places.setdefault(p, []).append((model.get_submodule(prefix), attribute))
-            names.setdefault(p, name)
-        for name, module in [*unit_modules(model), ("", model)]:
-            own = [p for p in places if owners.get(id(p), model) is module]
-            units = [self._cut(name, [p for p in own if p.requires_grad == trains], places, names, module, master)
-                     for trains in (True, False) if any(p.requires_grad == trains for p in own)]
+            places[p].append((model.get_submodule(prefix), attribute))
+        for name, module in modules:
+            units = []
+            for trains in (True, False):
+                params = [p for p in names if owners[p] is module and p.requires_grad == trains]
+                if params:
+                    units.append(Unit(name, [names[p] for p in params], [p.shape for p in params],
+                                      [places[p] for p in params]))
+                    self._cut(units[-1], params, module, master)
             self.units += units
             if module is model:
                 self.root = units
@@ -137,9 +142,8 @@ class Sharded:
                 module.forward = self._around(module.forward, units)
         self.trained = {unit.name or "root": unit for unit in self.units if unit.shard.requires_grad}
 
-    def _cut(self, name: str, params: list, places: dict, names: dict, owner: nn.Module, master: torch.dtype) -> Unit:
-        """Takes `params` out of their modules and leaves this process's shard in `owner`."""
-        unit = Unit(name, [names[p] for p in params], [p.shape for p in params], [places[p] for p in params])
+    def _cut(self, unit: Unit, params: list[nn.Parameter], owner: nn.Module, master: torch.dtype) -> None:
+        """Takes the unit's `params` out of their modules and leaves this process's shard in `owner`."""
         length = -(-unit.numel // self.size)
         shard, flat = torch.empty(length, dtype=master, device=self.device), None
         if self.rank == 0:
@@ -150,11 +154,11 @@ class Sharded:
             dist.scatter(shard, list(flat.chunk(self.size)) if self.rank == 0 else None)
         else:
             shard = flat
-        for module, attribute in (place for p in params for place in places[p]):
-            del module._parameters[attribute]
+        for places in unit.places:
+            for module, attribute in places:
+                del module._parameters[attribute]
         unit.shard = nn.Parameter(shard, requires_grad=params[0].requires_grad)
         owner.register_parameter("shard" if unit.shard.requires_grad else "frozen_shard", unit.shard)
-        return unit
 
     # ---- collectives ----------------------------------------------------------------------------------------------
 
@@ -224,12 +228,13 @@ class Sharded:
                         module.__dict__[attribute] = param
                 self._prefetch_after(unit)
             yield
-        finally:  # also where a recomputation ends early: checkpoint raises in it once its tensors are there
+        finally:  # also when a recomputation ends early: checkpoint raises in it once its tensors are there
             for unit in units:
                 self.attached.pop(unit.attached, None)
                 unit.attached = 0
-                for module, attribute in (place for places in unit.places for place in places):
-                    module.__dict__.pop(attribute, None)
+                for places in unit.places:
+                    for module, attribute in places:
+                        module.__dict__.pop(attribute, None)
 
     def _around(self, forward: Callable, units: list[Unit]) -> Callable:
         """A module's `forward` with its units attached around it, unless they stand there already (in `unsharded`)."""
@@ -290,7 +295,9 @@ class Sharded:
 
     def clip_gradients(self, max_norm: float) -> float:
         grads = [p.grad for p in self.named_parameters().values() if p.grad is not None]
-        total = sum((g.norm().square() for g in grads), torch.zeros((), device=self.device))
+        total = torch.zeros((), device=self.device)
+        for grad in grads:
+            total += grad.norm().square()
         if self.size > 1:
             dist.all_reduce(total)
         norm = total.sqrt()
@@ -322,9 +329,9 @@ class Sharded:
         unit = self.trained[name]
         length, old = len(unit.shard), -(-unit.numel // len(files))
         start, stop = self.rank * length, min((self.rank + 1) * length, unit.numel)
-        pieces = [f.get_slice(key)[max(start - i * old, 0) : min(stop - i * old, old)]
-                  for i, f in enumerate(files) if start < min((i + 1) * old, stop) and i * old < stop]
         shard = torch.zeros(length)
-        if pieces:
-            shard[: stop - start] = torch.cat(pieces)
+        for i, file in enumerate(files):
+            first, last = max(start, i * old), min(stop, (i + 1) * old)  # what this piece has of the shard
+            if first < last:
+                shard[first - start : last - start] = file.get_slice(key)[first - i * old : last - i * old]
         return shard

@@ -5,7 +5,7 @@
     Batch -> embed(model, ...) -> Prompts: X_m [B, P, D], for policy, reference and sampling alike
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ class Example:
     explanation: str = ""
     subtitle: str = ""
     split: str = ""
-    begun: str = ""  # how the policy's output begins, where it is to go on from there (answers.answers_after)
+    begun: str = ""  # how the policy's output begins, if it is to go on from there (answers.answers_after)
 
 
 @dataclass
@@ -43,22 +43,25 @@ class Inputs:
 
 @dataclass
 class Batch:
-    """What a forward pass needs of B clips. Rows are right-padded; `part[a:b]` is a Batch of some of them."""
+    """What a forward pass needs of B clips. Rows are right-padded; `batch[a:b]` is a Batch of some of them."""
 
     examples: list[Example]
     input_ids: Tensor  # [B, L] int64, -201 and -202 where the clip's tokens go
     attention_mask: Tensor  # [B, L] bool
-    gate_ids: Tensor  # [B, Q] int64, or [1, Q] where all clips share one question
+    gate_ids: Tensor  # [B, Q] int64, or [1, Q] if all clips share one question
     gate_mask: Tensor  # like gate_ids
-    vision: Tensor | None  # [B, T, N, C]: the vision tower's features; [B, T, 3, S, S] pixels where the tower trains
+    vision: Tensor | None  # [B, T, N, C]: the vision tower's features; [B, T, 3, S, S] pixels if the tower trains
     audio: Tensor | None  # [B, P, C]: the audio tower's features, pooled
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, part: slice) -> "Batch":
-        return Batch(*(x if x is None or name.startswith("gate") and len(x) == 1 else x[part]
-                       for name, x in vars(self).items()))
+        questions = slice(None) if len(self.gate_ids) == 1 else part
+        return replace(self, examples=self.examples[part], input_ids=self.input_ids[part],
+                       attention_mask=self.attention_mask[part], gate_ids=self.gate_ids[questions],
+                       gate_mask=self.gate_mask[questions], vision=None if self.vision is None else self.vision[part],
+                       audio=None if self.audio is None else self.audio[part])
 
 
 def embed(model: HumanOmni, batch: Batch) -> Prompts:
@@ -90,27 +93,35 @@ class Collator:
         return self.texts[example.subtitle]
 
     @torch.no_grad()
-    def features(self, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
-        """(vision, audio) of a clip as in `Batch`: what its cache holds, or from the towers, clip by clip, so that the
-        other clips of a batch cannot change its last bits."""
-        if x.features is None:
-            vision, audio = x.clip.video, x.clip.audio
-            trains = any(p.requires_grad for p in self.model.model.vision_tower.parameters())
-            if vision is not None and not trains:
-                vision = self.model.vision_features(vision)[0]
-            if audio is not None:
-                audio = self.model.audio_features(audio)[0]
-            if self.cache is not None:
-                self.cache.put(x.example, vision, audio, x.silent)
-            x.features, x.clip = (vision, audio), None
-        return x.features
+    def features(self, item: Inputs) -> tuple[Tensor | None, Tensor | None]:
+        """(vision, audio) of a clip as in `Batch`: as it brings them, or from the towers, clip by clip, so that the
+        other clips of a batch cannot change its last bits; those are kept in the cache."""
+        if item.features is not None:
+            return item.features
+        vision, audio = item.clip.video, item.clip.audio
+        tower_trains = any(p.requires_grad for p in self.model.vision_tower.parameters())
+        if vision is not None and not tower_trains:
+            vision = self.model.vision_features(vision)[0]
+        if audio is not None:
+            audio = self.model.audio_features(audio)[0]
+        if self.cache is not None:
+            self.cache.put(item.example, vision, audio, item.silent)
+        return vision, audio
 
     def __call__(self, inputs: list[Inputs]) -> Batch:
+        examples = [item.example for item in inputs]
+        texts = [self.text(example) for example in examples]
+        rows = [ids + self.tokenizer.encode(example.begun) for (ids, _), example in zip(texts, examples)]
+        gate_texts = [gate for _, gate in texts]
+        if len(set(gate_texts)) == 1:  # one question for all clips
+            gate_texts = gate_texts[:1]
+        gate_ids, gate_mask = self.gate_tokenizer.encode_batch(gate_texts)
         device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
-        rows, gates = zip(*(self.text(x.example) for x in inputs))
-        rows = [row + self.tokenizer.encode(x.example.begun) for row, x in zip(rows, inputs)]
-        gate_ids, gate_mask = self.gate_tokenizer.encode_batch(list(gates[:1] if len(set(gates)) == 1 else gates))
-        vision, audio = (None if part[0] is None else torch.stack([x.to(device, dtype) for x in part])
-                         for part in zip(*map(self.features, inputs)))
-        return Batch([x.example for x in inputs], *pad_rows(rows, self.tokenizer.pad_id, device), gate_ids.to(device),
-                     gate_mask.to(device), vision, audio)
+        input_ids, attention_mask = pad_rows(rows, self.tokenizer.pad_id, device)
+        vision, audio = zip(*[self.features(item) for item in inputs])
+
+        def stacked(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+            return None if parts[0] is None else torch.stack([part.to(device, dtype) for part in parts])
+
+        return Batch(examples, input_ids, attention_mask, gate_ids.to(device), gate_mask.to(device), stacked(vision),
+                     stacked(audio))

@@ -1,7 +1,7 @@
 """What the models are asked: the question, its ChatML form in each stage, and the prompts of figures 3, 6 and 7.
 
 The project renders the inference form in every stage (divergence 10); "sft" and "grpo" are the released forms.
-`<video>` and `<audio>` are where Eq. 1 puts the modality tokens (tokenizer.py turns them into -201 and -202).
+`<video>` and `<audio>` mark where Eq. 1 puts the modality tokens (tokenizer.py turns them into -201 and -202).
 """
 
 import re
@@ -55,7 +55,7 @@ def human_question(value: str) -> str:
 
 
 def question_with_subtitle(question: str, subtitle: str) -> str:
-    """The question with what is said in the clip; the question alone where nothing is.
+    """The question with what is said in the clip; the question alone if nothing is.
 
     Our wording: EMER and MERR have subtitles and the paper's explanations quote them, but it gives no prompt for them.
     A subtitle cannot place a clip or end a turn."""

@@ -8,25 +8,22 @@ import re
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
+from erv_min.base.bpe import from_vocabulary, open_tokenizer
 from erv_min.base.errors import CheckpointError
 from erv_min.base.files import read_object
 from erv_min.config import AUDIO, VIDEO
 from erv_min.prompts import SYSTEM
 
 PLACEHOLDERS = {"<video>": VIDEO, "<audio>": AUDIO}
-QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+")
 DEFAULT_SYSTEM = re.compile(r"""<\|im_start\|>system(?:\n|\\n)((?:\\'|[^'"{}<])*)<\|im_end\|>""")
 
 
 class Tokenizer:
     """Qwen2's tokenizer with -201 and -202 for `<video>` and `<audio>`; adds no special tokens of its own.
 
-    `.system`: the default system turn of the folder's chat template (SYSTEM where it names none). `.eos_id` is
+    `.system`: the default system turn of the folder's chat template (SYSTEM if it names none). `.eos_id` is
     <|im_end|>, `.turn_end` the ids of "<|im_end|>\\n", which close a turn and count in the SFT loss.
     Raises CheckpointError naming the file.
     """
@@ -36,9 +33,9 @@ class Tokenizer:
         settings = self.folder / "tokenizer_config.json"
         config = read_object(settings) if settings.exists() else {}
         if (self.folder / "tokenizer.json").exists():
-            self.backend = _open(self.folder / "tokenizer.json")
+            self.backend = open_tokenizer(self.folder / "tokenizer.json")
         elif (self.folder / "vocab.json").exists() and (self.folder / "merges.txt").exists():
-            self.backend = _from_vocabulary(self.folder, config)
+            self.backend = from_vocabulary(self.folder, config)
         else:
             raise CheckpointError(f"{self.folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from "
                                   "the repository that the checkpoint came from")
@@ -66,7 +63,7 @@ class Tokenizer:
 
 
 class EncoderTokenizer:
-    """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ where it has one, else in the folder itself."""
+    """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ if it has one, else in the folder itself."""
 
     def __init__(self, folder: str | Path, max_length: int = 512):
         gate = Path(folder) / "text_gate" / "tokenizer.json"
@@ -74,7 +71,7 @@ class EncoderTokenizer:
         if not path.exists():
             raise CheckpointError(f"{path}: no such file; a text gate needs google-bert/bert-base-uncased's "
                                   "tokenizer.json, a verifier that of its RoBERTa")
-        self.backend = _open(path)
+        self.backend = open_tokenizer(path)
         self.backend.enable_truncation(max_length)
         pad = next((token for token in ("<pad>", "[PAD]") if self.backend.token_to_id(token) is not None), None)
         if pad is None:
@@ -90,35 +87,6 @@ class EncoderTokenizer:
         ids = torch.tensor([row.ids for row in rows], dtype=torch.long)
         mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.long)
         return ids.view(shape), mask.view(shape)
-
-
-def _open(path: Path) -> Backend:
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception, whatever the reason
-        raise CheckpointError(f"{path}: not a tokenizer file ({error}); fetch it again") from None
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
-
-
-def _from_vocabulary(folder: Path, config: dict) -> Backend:
-    """Qwen2's byte-level BPE from vocab.json and merges.txt, its special tokens from tokenizer_config.json."""
-    try:
-        backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:  # as in _open
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not form a BPE ({error})") from None
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    backend.decoder = decoders.ByteLevel()
-    added = {int(i): token["content"] for i, token in (config.get("added_tokens_decoder") or {}).items()}
-    backend.add_special_tokens([AddedToken(added[i], normalized=False) for i in sorted(added)])
-    if wrong := [f"{text} the id {i}" for i, text in added.items() if backend.token_to_id(text) != i]:
-        raise CheckpointError(f"{folder}/tokenizer_config.json: added_tokens_decoder gives {wrong[0]}, which "
-                              "vocab.json does not")
-    return backend
 
 
 def _default_system(folder: Path, template: str | None) -> str:

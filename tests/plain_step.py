@@ -5,7 +5,6 @@ autograd, torch.optim.AdamW. Equations 2 to 5 and algorithm 1 are the paper's; w
 divergences, named variants) is as the README and the options' help say. `o` holds a run's options as attributes.
 """
 
-import hashlib
 import math
 import re
 

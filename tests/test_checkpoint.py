@@ -15,7 +15,7 @@ from erv_min.checkpoint import (ALL_TOWERS, load_erv, load_humanomni, resolve, s
                                 text_gate_folder, tower_place)
 from erv_min.config import TOWERS, humanomni, roberta
 from erv_min.model.bert import RobertaClassifier
-from erv_min.model.humanomni import random_humanomni
+from erv_min.model.parameters import random_humanomni
 
 SMALL = GOLDEN / "humanomni_small"
 VISION, AUDIO, TEXT = (tower.prefix for tower in ALL_TOWERS)
@@ -233,7 +233,7 @@ def test_absent_unused_parameters_are_zeros_and_told(folder):
     save_file(t, folder / "model.safetensors")
     model = load_humanomni(folder)
     assert model.tower_source["unused_parameters"] == "zeros (13 absent; never read)"
-    assert not model.siglip.head.probe.any()
+    assert not model.vision_tower.head.probe.any()
 
 
 def test_damaged_files_are_named(folder):
@@ -300,7 +300,7 @@ def test_offline_hub_says_what_to_do(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("offline mode is enabled")
 
-    monkeypatch.setattr("erv_min.checkpoint.snapshot_download", offline)
+    monkeypatch.setattr("erv_min.base.hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match="HumanOmni-0.5B at abc.*offline mode.*hf download StarJiaxing"):
         resolve("StarJiaxing/HumanOmni-0.5B", "abc")
     with pytest.raises(CheckpointError, match="/no/such/folder: no such folder"):
@@ -310,9 +310,9 @@ def test_offline_hub_says_what_to_do(monkeypatch):
 
 
 def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
-    """safetensors first; .bin only where the repository has none; never whisper's float32 twins."""
+    """safetensors first; .bin only if the repository has none; never whisper's float32 twins."""
     asked = []
-    monkeypatch.setattr("erv_min.checkpoint.snapshot_download",
+    monkeypatch.setattr("erv_min.base.hub.snapshot_download",
                         lambda name, revision, allow_patterns: asked.append(allow_patterns) or str(tmp_path))
     (tmp_path / "config.json").touch()
     with pytest.raises(CheckpointError, match="has no model.safetensors or model-"):

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 import erv_min.generate as generation
+from erv_min import decoding
 from erv_min.base import graphs
 from erv_min.base.errors import SettingsError
 from erv_min.base.processes import Processes, deterministic_kernels, exact_float32, join_processes
@@ -25,7 +26,7 @@ from erv_min.generate import prefill, rollout, sampling_noise
 from erv_min.grpo import group_advantages
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import freeze_except
+from erv_min.model.parameters import freeze_except
 from erv_min.train.folder import provenance
 from erv_min.train.optimizer import make_optimizer
 from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings
@@ -132,7 +133,7 @@ def test_tokens_with_graphs_and_without(monkeypatch):
     monkeypatch.setattr(generation, "sample_token", lambda logits, *rest: sample(logits + likely, *rest))
     monkeypatch.setattr(graphs, "WORTH", 10**6)  # no capture
     plain = rollout(model, prompts, 8, 40, EOS, noise)
-    monkeypatch.setattr(generation, "WINDOW", 4)
+    monkeypatch.setattr(decoding, "WINDOW", 4)
     monkeypatch.setattr(graphs, "WORTH", 1)
     count = []
     capture = graphs.capture
@@ -153,14 +154,14 @@ def test_tokens_with_graphs_and_without(monkeypatch):
 @torch.no_grad()
 def test_a_decode_step_waits_for_nothing():
     model = tiny_model().cuda()
-    logits, step = prefill(model, on_gpu(tiny_prompts(tiny_model(), (3, 7))), 2, 12)
+    logits, decoder = prefill(model, on_gpu(tiny_prompts(tiny_model(), (3, 7))), 2, 12)
     last = logits.argmax(-1)
-    step(last, 1)  # which warms up and captures
+    decoder.next_logits(last, 1)  # which warms up and captures
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in (2, 3, 4):
-            step(last, number)
-        step.run(last)
+            decoder.next_logits(last, number)
+        decoder.run(last)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -299,7 +300,7 @@ def grpo_step(put) -> dict[str, torch.Tensor]:
         completions = grpo.sample(model, embed(model, batch), [0], 0, settings, EOS)
         ref_logps, _ = grpo.log_probs(policy, model, batch, completions, settings.temperature)
     A = group_advantages(put(torch.tensor([1.0, 0, 2])), 3)
-    run = SimpleNamespace(watch=lambda *_: None, processes=SimpleNamespace(size=1))
+    run = SimpleNamespace(track_rows=lambda *_: None, processes=SimpleNamespace(size=1))
     passes = [(batch, completions, A)]
     _, norm, _ = grpo.descend(policy, model, optimizer, passes, [ref_logps], 1e-3, run, settings, EOS)
     assert {p.device for p in model.parameters()} == {logits.device}
@@ -327,10 +328,10 @@ def test_a_capture_of_a_decode_step_finds_nothing_to_wait_for():
     model, prompts = tiny_model(), tiny_prompts(tiny_model(), (3, 7))
     with Device():
         model._apply(There).tie_weights()
-        logits, step = prefill(model, Prompts(There(prompts.embeds), There(prompts.mask)), 2, 6)
+        logits, decoder = prefill(model, Prompts(There(prompts.embeds), There(prompts.mask)), 2, 6)
         last = logits.argmax(-1)
         with Capture():
-            step.run(last)
+            decoder.run(last)
             for breach in (lambda: last.sum().item(), lambda: torch.ones(2).to(last.device), lambda: last[last > 3]):
                 with pytest.raises(RuntimeError, match="in a capture"):
                     breach()

@@ -25,7 +25,7 @@ from erv_min.data.loader import clip_inputs, clip_loader, training_inputs
 from erv_min.data.readers import read_annotated, read_ravdess, read_training_json
 from erv_min.inputs import Example, Inputs
 from erv_min.media import load_clip, load_frames
-from erv_min.model.humanomni import random_humanomni
+from erv_min.model.parameters import random_humanomni
 from erv_min.train import hooks, start
 from erv_min.train.settings import SFTSettings
 from test_media import write_clip

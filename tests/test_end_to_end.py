@@ -16,7 +16,7 @@ from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
 from erv_min.data.loader import training_inputs
 from erv_min.inputs import Example
-from erv_min.model.humanomni import random_humanomni
+from erv_min.model.parameters import random_humanomni
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
 from erv_min.train.start import tower_key

@@ -33,12 +33,12 @@ from erv_min.emotions import ERV_LABELS
 from erv_min.erv import scratch
 from erv_min.inputs import Collator, Example, Inputs
 from erv_min.judge import Judgement
-from erv_min.model.humanomni import HumanOmni, init_weights
+from erv_min.model.humanomni import HumanOmni
+from erv_min.model.parameters import init_weights
 from erv_min.rewards import RewardSettings
 from erv_min.toy.text import CUES
 from erv_min.toy.world import WorldSettings, build_world
-from erv_min.train import answers as predictions
-from erv_min.train import hooks
+from erv_min.train import answers as predictions, hooks
 from erv_min.train.settings import GRPOSettings
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from erv_min.fsdp import ALIGN, Sharded
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.logps import Completions, Prompts, completion_logps
-from erv_min.model.humanomni import freeze_except, random_humanomni
+from erv_min.model.parameters import freeze_except, random_humanomni
 from erv_min.sft import sft_loss
 from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings, trained_parts
 from erv_min.train.sharding import FullyShard, Replicated

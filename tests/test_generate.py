@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import erv_min.generate as generation
+from erv_min import decoding
 from erv_min.base import graphs as graphs_of_cuda
 from erv_min.base.errors import SettingsError
-from erv_min.generate import DecodeStep, prompt_bytes, prompts_at_once, rollout, sampling_noise, unfinished
+from erv_min.decoding import Decoder, prompt_bytes, prompts_at_once, unfinished
+from erv_min.generate import generate, rollout, sampling_noise
 from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
-from erv_min.model.qwen2 import GroupCache
+from erv_min.model.attention import GroupCache
 from erv_min.train.hooks import sample
 from erv_min.train.settings import GRPOSettings
 from tiny import plain_rollout, tiny_model, tiny_prompts
@@ -42,13 +44,13 @@ def test_cache_on_and_off_sample_the_same(lengths):
 def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
     """Token 17 made likely, so that rows end at many steps: the plain loop's tokens, on fewer and fewer rows."""
     model = tiny_model(3)
-    monkeypatch.setattr(generation, "WINDOW", 4)
+    monkeypatch.setattr(decoding, "WINDOW", 4)
     sample = generation.sample_token
     monkeypatch.setattr(generation, "sample_token", lambda logits, *args: sample(  # a bias on one token's logit
         logits + 4.5 * torch.nn.functional.one_hot(torch.tensor(17), logits.shape[1]), *args))
     rows = []
-    run = DecodeStep.run
-    monkeypatch.setattr(DecodeStep, "run", lambda self, last: rows.append(len(last)) or run(self, last))
+    run = Decoder.run
+    monkeypatch.setattr(Decoder, "run", lambda self, last: rows.append(len(last)) or run(self, last))
     noise = sampling_noise(5, 0, list(range(len(lengths))), 8, 24)
     on, off = (sample(model, tiny_prompts(model, lengths), 8, 24, 17, noise) for sample in (rollout, plain_rollout))
     assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
@@ -94,25 +96,25 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     captured, graphs, replayed = [], [], []
 
     def capture(function, device, before):
-        result = torch.empty(len(step.replay.x), step.model.head_weight.shape[0])
-        captured.append(step.cache.window)
+        result = torch.empty(len(decoder.replay.x), decoder.model.head_weight.shape[0])
+        captured.append(decoder.cache.window)
         assert before == (graphs[-1] if graphs else None)  # whose memory it takes over
         graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))
         return graphs[-1], result
 
-    def call(self, last, number):
-        nonlocal step
-        step = self
-        return plain_call(self, FakeCuda(last), number)
+    def on_cuda(self, last, step):
+        nonlocal decoder
+        decoder = self
+        return next_logits(self, FakeCuda(last), step)
 
-    step, plain_call = None, DecodeStep.__call__
-    monkeypatch.setattr(generation, "WINDOW", 4)
+    decoder, next_logits = None, Decoder.next_logits
+    monkeypatch.setattr(decoding, "WINDOW", 4)
     monkeypatch.setattr(graphs_of_cuda, "WORTH", 3)
     model = tiny_model(3)
     noise = sampling_noise(5, 0, [4, 9], 8, length)
     plain = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
     monkeypatch.setattr(graphs_of_cuda, "capture", capture)
-    monkeypatch.setattr(DecodeStep, "__call__", call)
+    monkeypatch.setattr(Decoder, "next_logits", on_cuda)
     again = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
     assert torch.equal(plain.ids, again.ids)
     assert captured == windows  # each twice as long, and none for the last steps
@@ -271,7 +273,20 @@ def test_generate_is_a_rollout_of_one_prompt():
     for temperature in (0.5, 1.0):
         for seed in (0, 1):
             noise = sampling_noise(seed, 0, [0], 4, 6)
-            found.append(generation.generate(model, ids, group_size=4, max_new_tokens=6, temperature=temperature,
+            found.append(generate(model, ids, group_size=4, max_new_tokens=6, temperature=temperature,
                                              eos_token_id=17, seed=seed))
             assert torch.equal(found[-1], rollout(model, prompts, 4, 6, 17, noise, temperature).ids)
     assert len({tuple(x.flatten().tolist()) for x in found}) == 4
+
+
+def test_generate_ends_at_the_id_that_config_json_names():
+    """As released folders hold it; without one the message says which argument is missing."""
+    model, ids = tiny_model(3), torch.tensor([5, 9, 7])
+    expected = generate(model, ids, group_size=4, max_new_tokens=8, eos_token_id=-1)
+    with pytest.raises(SettingsError, match="eos_token_id"):
+        generate(model, ids, max_new_tokens=8)
+    for ended in (expected[0, 2].item(), expected[1, 0].item()):
+        model.config.extra["eos_token_id"] = ended
+        found = generate(model, ids, group_size=4, max_new_tokens=8)
+        assert torch.equal(found, generate(model, ids, group_size=4, max_new_tokens=8, eos_token_id=ended))
+        assert (found == ended).any() and not torch.equal(found, expected[:, : found.shape[1]])

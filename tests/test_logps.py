@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import erv_min.logps as policy
+from erv_min.base import chunked
 from erv_min.inputs import Example
 from erv_min.logps import Completions, completion_logps, token_logps
-from erv_min.model.qwen2 import PackedGroups
+from erv_min.model.attention import PackedGroups
 from erv_min.sft import group_targets
 from tiny import tiny_model, tiny_prompts
 
@@ -75,10 +75,10 @@ def test_rollouts_put_together_and_cut_apart_by_hand():
 def test_packing_by_hand():
     packed = PackedGroups.of([], torch.tensor([[True, False]]), torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
     assert packed.places.tolist() == [0, 1, 3, 4, 5]
-    x = torch.arange(1.0, 6)[None, None, :, None]  # one head, width 1: the tokens 1 to 5
-    assert packed.unpack(x)[:, 0, :, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+    x = torch.arange(1.0, 6)[None, :, None]  # width 1: the tokens 1 to 5
+    assert packed.unpack(x)[:, :, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
     assert torch.equal(packed.pack(packed.unpack(x)), x)
-    sees = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]  # two places of the prompt, the second padding; itself
+    sees = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]  # the prompt and its padding; itself
     assert packed.visible.int().tolist() == [[sees], [sees]]
 
 
@@ -108,9 +108,9 @@ def test_chunks_change_nothing(monkeypatch):
     hidden, weight = torch.randn(50, 8, generator=generator), torch.randn(40, 8, generator=generator)
     ids = torch.randint(0, 40, (50,), generator=generator)
     results, rows = [], []
-    monkeypatch.setattr(policy, "linear", lambda x, weight: rows.append(len(x)) or x @ weight.T)
+    monkeypatch.setattr(chunked, "linear", lambda x, weight: rows.append(len(x)) or x @ weight.T)
     for chunk, kind in ((2**24, torch.Tensor), (40 * 7, torch.Tensor), (40 * 7, OnCuda)):
-        monkeypatch.setattr(policy, "CHUNK_LOGITS", chunk)
+        monkeypatch.setattr(chunked, "CHUNK_LOGITS", chunk)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logps, entropy = token_logps(h, w.as_subclass(kind), ids, with_entropy=True)
         logps.pow(2).sum().backward()
@@ -120,7 +120,7 @@ def test_chunks_change_nothing(monkeypatch):
     for a, b, c in zip(*results):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(a, c.as_subclass(torch.Tensor))
-    assert rows == [50] * 2 + ([7] * 7 + [1]) * 2 + [28, 22] * 2  # each chunk forward and backward, 4 times as long on CUDA
+    assert rows == [50] * 2 + ([7] * 7 + [1]) * 2 + [28, 22] * 2  # each forward and backward, 4 times as long on CUDA
 
 
 def test_gradients_at_a_temperature_are_those_of_the_formula():
@@ -145,7 +145,7 @@ def test_chunks_do_not_cost_bfloat16_its_digits(monkeypatch):
     ids = torch.randint(0, 100, (512,), generator=generator)
 
     def gradient(dtype: torch.dtype, chunk: int) -> torch.Tensor:
-        monkeypatch.setattr(policy, "CHUNK_LOGITS", chunk)
+        monkeypatch.setattr(chunked, "CHUNK_LOGITS", chunk)
         w = weight.detach().clone().to(dtype).requires_grad_()
         token_logps(hidden.to(dtype), w, ids)[0].mean().backward()
         return w.grad.float()
@@ -157,8 +157,8 @@ def test_chunks_do_not_cost_bfloat16_its_digits(monkeypatch):
 
 def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
     """The most bytes alive at a time in forward and backward, hidden states and the head's gradient apart."""
-    assert 4 * policy.CHUNK_LOGITS <= 2**26 and policy.ON_CUDA <= 4  # bytes that are set aside for logits
-    monkeypatch.setattr(policy, "CHUNK_LOGITS", 2**12)
+    assert 4 * chunked.CHUNK_LOGITS <= 2**26 and chunked.ON_CUDA <= 4  # bytes that are set aside for logits
+    monkeypatch.setattr(chunked, "CHUNK_LOGITS", 2**12)
 
     def peak(vocab: int, length: int) -> int:
         hidden, weight = torch.randn(length, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)

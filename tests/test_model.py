@@ -15,9 +15,12 @@ from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.onednn import Linear, use_onednn
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.model.humanomni import (AUDIO, IGNORE, PARTS, VIDEO, HumanOmni, freeze_except, init_weights,
-                                     random_humanomni)
-from erv_min.model.qwen2 import PackedGroups, attend_causal
+from erv_min.inputs import Batch, Collator, Example, Inputs
+from erv_min.media import Clip
+from erv_min.model.attention import PackedGroups, attend_causal
+from erv_min.model.humanomni import AUDIO, IGNORE, VIDEO, HumanOmni
+from erv_min.model.parameters import (PARTS, freeze_except, frozen_reference, init_weights, random_humanomni,
+                                      unused_parameters)
 from erv_min.model.whisper import sinusoids
 from tiny import close
 
@@ -155,6 +158,32 @@ def test_wrong_inputs_name_field_and_shape(toy, change, message):
         toy(**{**inputs, **change})
 
 
+@pytest.mark.parametrize("questions", [1, 3])
+def test_some_rows_of_a_batch(questions):
+    """One question to all clips serves any of them; a missing modality stays missing."""
+    ids, vision = torch.arange(12).view(3, 4), torch.rand(3, 2, 5, 6)
+    gate = torch.arange(questions * 2).view(questions, 2)
+    part = Batch(["a", "b", "c"], ids, ids > 0, gate, gate > 0, vision, None)[1:3]
+    rows = slice(1, 3) if questions == 3 else slice(0, 1)
+    assert part.examples == ["b", "c"] and len(part) == 2 and part.audio is None
+    assert torch.equal(part.input_ids, ids[1:3]) and torch.equal(part.attention_mask, (ids > 0)[1:3])
+    assert torch.equal(part.gate_ids, gate[rows]) and torch.equal(part.gate_mask, (gate > 0)[rows])
+    assert torch.equal(part.vision, vision[1:3])
+
+
+def test_features_leave_the_clip_as_it_was(toy, tmp_path):
+    """The towers' features of a clip, pixels if the vision tower trains, or the features that it brings."""
+    model = deepcopy(toy).requires_grad_(False)
+    (video, audio), collate = clips(1), Collator(model, None, None)
+    item = Inputs(Example("1", tmp_path, "happy", "toy"), Clip(tmp_path, video[0], audio[0]))
+    vision, heard = collate.features(item)
+    assert item.features is None and item.clip.video is not None
+    assert torch.equal(vision, model.vision_features(video)[0]) and torch.equal(heard, model.audio_features(audio)[0])
+    assert collate.features(Inputs(item.example, None, (vision, None))) == (vision, None)
+    freeze_except(model, ["vision_tower"])
+    assert collate.features(item)[0] is item.clip.video
+
+
 def test_grid_that_the_projector_cannot_halve():
     config = replace(humanomni("toy"), projector="all_in_one")
     with pytest.raises(SettingsError, match="odd patch grid.*gives 4"):
@@ -171,7 +200,7 @@ def test_unused_parameters_are_exactly_what_gets_no_gradient(toy):
     toy(ids, video, audio, torch.tensor([[5, 6, 7]]), labels=ids.clamp(min=0)).loss.backward()
     untouched = {name for name, p in toy.named_parameters() if p.grad is None}
     toy.zero_grad()
-    assert untouched == toy.unused_parameters() and len(untouched) > 20
+    assert untouched == unused_parameters(toy) and len(untouched) > 20
 
 
 def test_trainable_parts():
@@ -185,10 +214,29 @@ def test_trainable_parts():
     assert not any("pooler" in n for n in names) and any("bert_model.encoder" in n for n in names)
     everything = {name for name, _ in freeze_except(model, PARTS)}
     frozen = {n for n, _ in model.named_parameters()} - everything
-    assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | model.unused_parameters()
+    assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | unused_parameters(model)
     assert any("vision_tower" in n for n in everything)
     with pytest.raises(SettingsError, match="audio_tower.*choose from language_model"):
         freeze_except(model, ["audio_tower"])
+
+
+def test_the_reference_is_a_frozen_copy_without_towers(toy):
+    """Same log-probs from the same features; a step of the policy, or its freezing, leaves it as it was."""
+    policy = deepcopy(toy)
+    freeze_except(policy, ["language_model", "vision_tower"])
+    reference = frozen_reference(policy)
+    names = {name for name, _ in policy.named_parameters() if "_tower." not in name}
+    assert {name for name, _ in reference.named_parameters()} == names
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert policy.head_weight.requires_grad
+    assert all(p.requires_grad for p in policy.vision_tower.encoder["layers"][0].parameters())
+    assert reference.lm_head.weight is reference.model.embed_tokens.weight
+    ids, (video, audio), gate = torch.tensor([[1, VIDEO, AUDIO, 2]]), clips(1), torch.tensor([[7, 8, 9]])
+    with torch.no_grad():
+        features = policy.vision_features(video), policy.audio_features(audio)
+        expected = policy.prompt_embeds(ids, *features, gate).embeds
+        policy.head_weight.zero_()
+        assert torch.equal(reference.prompt_embeds(ids, *features, gate).embeds, expected)
 
 
 def test_random_weights_depend_on_the_seed_alone():
@@ -247,7 +295,7 @@ def test_use_onednn_changes_the_class_alone():
         assert {name for name, module in same.named_modules() if type(module) is Linear} == names and len(names) > 50
         assert "Linear" in repr(same) and same.state_dict().keys() == model.state_dict().keys()
     assert all(p is parameters[name] for name, p in model.named_parameters())
-    assert type(model.siglip.head.attention.out_proj) not in (Linear, torch.nn.Linear)
+    assert type(model.vision_tower.head.attention.out_proj) not in (Linear, torch.nn.Linear)
     for loaded in (random_humanomni(humanomni("toy")), load_humanomni(GOLDEN / "humanomni_small")):
         assert {type(module) for module in loaded.modules() if type(module).__name__ == "Linear"} == {Linear}
 

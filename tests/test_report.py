@@ -16,9 +16,9 @@ from pages_material import ROOT, lines, make_run, prediction, run, truths, world
 
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_jsonl
+from erv_min.base.options import preset_values
 from erv_min.emotions import ERV_LABELS
 from erv_min.metrics import bootstrap, score
-from erv_min.base.options import preset_values
 from erv_min.train.settings import GRPOSettings
 
 import report

@@ -9,7 +9,8 @@ import erv_min.generate as generation
 from erv_min.base.onednn import use_onednn
 from erv_min.config import humanomni
 from erv_min.logps import Completions, shared_prefix_hidden
-from erv_min.model.humanomni import HumanOmni, Prompts, init_weights
+from erv_min.model.humanomni import HumanOmni, Prompts
+from erv_min.model.parameters import init_weights
 
 
 def tiny_model(seed: int = 0, dtype=torch.float32, **text) -> HumanOmni:

@@ -26,13 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import erv_min.generate
-from erv_min.checkpoint import load_humanomni, save_erv, save_humanomni
+from erv_min.checkpoint import save_erv, save_humanomni
 from erv_min.config import BertConfig, HumanOmniConfig, Qwen2Config, SiglipConfig, WhisperConfig
 from erv_min.emotions import GOEMOTIONS
 from erv_min.erv import Verifier
 from erv_min.media import load_frames, load_waveform, log_mel, pixel_values
 from erv_min.model.bert import RobertaClassifier
-from erv_min.model.humanomni import HumanOmni, init_weights
+from erv_min.model.humanomni import HumanOmni
+from erv_min.model.parameters import init_weights
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.toy.world import WorldSettings, build_world

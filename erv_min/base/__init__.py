@@ -1,1 +1,1 @@
-"""What everything else stands on and no equation needs: errors, files, options, processes. Imports only itself."""
+"""What everything else stands on and no equation needs, from errors and files to kernels. It imports base/ alone."""

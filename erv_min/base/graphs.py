@@ -12,7 +12,7 @@ WORTH = 8  # calls that must be left for a capture, which takes as long as two o
 class Replay:
     """Calls a function of one tensor many times; on CUDA by replaying its graph.
 
-    `shape` stands for the shapes of all that the function reads. Where it changes, the function is run once without a
+    `shape` stands for the shapes of all that the function reads. When it changes, the function is run once without a
     graph, which warms up, and then captured; the next calls replay that. A result is overwritten by the next call.
     """
 

@@ -4,6 +4,7 @@
 `--rdzv-backend c10d --rdzv-endpoint HOST:PORT`), and `--max-restarts` starts all of them again after a failure.
 """
 
+import contextlib
 import datetime
 import os
 import sys
@@ -69,6 +70,18 @@ def deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
+@contextlib.contextmanager
+def any_kernels():
+    """Lifts --deterministic inside, for sampling: no forward kernel adds by atomics, but CUDA's cumsum would be refused
+    (torch 2.13 and before), and the cache's index_copy_ would sort in every layer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def join(backend: str) -> None:

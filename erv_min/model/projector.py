@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, layer norm over channels, SiLU where `activate`."""
+    """Convolution without bias, layer norm over channels, SiLU if `activate`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, groups: int = 1, activate: bool = True):
         super().__init__()
@@ -84,8 +84,8 @@ class VisualProjector(nn.Module):
         x = self.get_submodule(f"s1_{branch}")(features.flatten(0, 1).permute(0, 3, 1, 2))  # [B * T, D, H, W]
         x = x.unflatten(0, (batch, frames)).transpose(1, 2)  # [B, D, T, H, W]
         # The release pads time on both sides and drops the last of its T + 1 steps: the same as padding the past alone.
-        p = self.padding
-        x = self.get_submodule(f"sampler_{branch}")(F.pad(x, (p, p, p, p, 1, 0)))  # [B, D, T, h, w]
+        around = 4 * (self.padding,)
+        x = self.get_submodule(f"sampler_{branch}")(F.pad(x, (*around, 1, 0)))  # [B, D, T, h, w]
         x = self.get_submodule(f"s2_{branch}")(x.transpose(1, 2).flatten(0, 1))  # [B * T, D, h, w]
         return self.get_submodule(f"readout_{branch}")(x.permute(0, 2, 3, 1)).unflatten(0, (batch, frames))
 

@@ -26,7 +26,8 @@ from erv_min.config import humanomni
 from erv_min.data.loader import batch_of_step, clip_inputs
 from erv_min.data.readers import read_training_json
 from erv_min.logps import Completions, completion_logps
-from erv_min.model.humanomni import HumanOmni, freeze_except, init_weights, pad_rows
+from erv_min.model.humanomni import HumanOmni, pad_rows
+from erv_min.model.parameters import freeze_except, init_weights
 from erv_min.prompts import gate_text, render, sft_target
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer

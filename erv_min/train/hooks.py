@@ -9,9 +9,10 @@ from erv_min.base.files import append_jsonl
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.data.examples import check_clips, load_examples, too_many
 from erv_min.data.loader import item_at, training_inputs
+from erv_min.decoding import prompts_at_once
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier
-from erv_min.generate import prompts_at_once, rollout, sampling_noise
+from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import MiniBatch
 from erv_min.inputs import Collator, Example, Inputs
 from erv_min.judge import judge_rows, make_judge

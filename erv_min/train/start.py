@@ -1,6 +1,5 @@
 """What a stage starts from: model and tokenizers, clips, verifier. (The toy's stages before it: toy/chain.py.)"""
 
-import copy
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier, scratch
 from erv_min.inputs import Collator, Example
-from erv_min.model.humanomni import HumanOmni, freeze_except, random_humanomni
+from erv_min.model.humanomni import HumanOmni
+from erv_min.model.parameters import freeze_except, frozen_reference, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.train.settings import (DIMENSIONS, STARTS, AnswerSettings, GRPOSettings, ModelSettings, PolicySettings,
@@ -87,9 +87,7 @@ def load_sharded_policy(settings: PolicySettings, stage: str, processes: Process
 def load_policy_and_reference(settings: GRPOSettings, processes: Processes):
     """(policy, reference, collator): pi_theta, and the frozen pi_ref, which shares the frozen towers' features."""
     model, collate = load_start(settings, "grpo", processes)
-    towers = (model.model.vision_tower, model.model.audio_tower)
-    frozen = copy.deepcopy(model, {id(tower): tower for tower in towers}).requires_grad_(False)
-    frozen.model.vision_tower = frozen.model.audio_tower = None
+    frozen = frozen_reference(model)
     freeze_except(model, trained_parts("grpo", settings))
     compute = getattr(torch, settings.dtype)
     policy = shard(model, settings.sharding, processes.device, compute)

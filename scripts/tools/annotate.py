@@ -31,7 +31,8 @@ from erv_min.base.files import atomic_write
 from erv_min.base.processes import run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.emotions import ERV_LABELS
-from erv_min.model.humanomni import HumanOmni, random_humanomni
+from erv_min.model.humanomni import HumanOmni
+from erv_min.model.parameters import random_humanomni
 from erv_min.rewards import RewardSettings
 
 ROOT = Path(__file__).resolve().parents[2]

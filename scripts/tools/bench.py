@@ -37,7 +37,8 @@ from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
 from erv_min.logps import Completions, completion_logps, token_logps
-from erv_min.model.humanomni import HumanOmni, Prompts, freeze_except, random_humanomni
+from erv_min.model.humanomni import HumanOmni, Prompts
+from erv_min.model.parameters import freeze_except, random_humanomni
 from erv_min.train.settings import TRAINABLE
 from erv_min.train.sharding import shard
 

@@ -21,15 +21,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from erv_min.base.chunked import CHUNK_LOGITS, ON_CUDA
 from erv_min.base.errors import SettingsError
 from erv_min.base.options import parse
 from erv_min.base.processes import run_script
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
 from erv_min.generate import sample_token
-from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
-from erv_min.model.humanomni import HumanOmni, freeze_except
-from erv_min.model.qwen2 import GroupCache, PackedGroups
+from erv_min.logps import token_logps
+from erv_min.model.attention import GroupCache, PackedGroups
+from erv_min.model.humanomni import HumanOmni
+from erv_min.model.parameters import freeze_except
 from erv_min.train.settings import DIMENSIONS, GRPOSettings, SFTSettings, trained_parts
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
@@ -108,7 +110,8 @@ def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettin
     if gpus > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        with FakeTensorMode(), patch("erv_min.logps.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA):  # fake tensors lie on a CPU
+        # Fake tensors lie on a CPU.
+        with FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA):
             return _run(config, stage, settings, gpus)
     finally:
         if gpus > 1:

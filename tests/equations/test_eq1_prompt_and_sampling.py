@@ -4,7 +4,8 @@ import pytest
 import torch
 from erv_min.config import humanomni
 from erv_min.generate import sample_token
-from erv_min.model.humanomni import AUDIO, IGNORE, VIDEO, random_humanomni
+from erv_min.model.humanomni import AUDIO, IGNORE, VIDEO
+from erv_min.model.parameters import random_humanomni
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from erv_min.config import humanomni
 from erv_min.logps import Completions, Prompts, completion_logps, token_logps
-from erv_min.model.humanomni import IGNORE, random_humanomni
+from erv_min.model.humanomni import IGNORE
+from erv_min.model.parameters import random_humanomni
 from erv_min.sft import sft_loss
 from tiny import tiny_model
 

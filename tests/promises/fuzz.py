@@ -217,7 +217,7 @@ class Checkpoints:
         from erv_min.config import humanomni, roberta
         from erv_min.emotions import ERV_LABELS
         from erv_min.model.bert import RobertaClassifier
-        from erv_min.model.humanomni import random_humanomni
+        from erv_min.model.parameters import random_humanomni
         from erv_min.train.state import save_state
         from erv_min.train.optimizer import make_optimizer
         from erv_min.train.sharding import Replicated

@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     from erv_min.config import humanomni
     from erv_min.emotions import ERV_LABELS
     from erv_min.erv import scratch
-    from erv_min.model.humanomni import random_humanomni
+    from erv_min.model.parameters import random_humanomni
     from erv_min.tokenizer import EncoderTokenizer
     from erv_min.toy.world import WorldSettings, build_world
 

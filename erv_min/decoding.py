@@ -1,0 +1,97 @@
+"""How sampling is made fast and kept within memory: decode steps on a KV cache that are replayed as CUDA graphs,
+completions that are dropped once they are finished, and how many prompts are sampled together."""
+
+import torch
+from torch import Tensor
+
+from erv_min.base.graphs import Replay
+from erv_min.base.onednn import linear
+from erv_min.config import Qwen2Config
+from erv_min.model.attention import GroupCache
+from erv_min.model.humanomni import HumanOmni, Prompts
+
+WINDOW = 64  # steps after which a decode step's shapes change on CUDA for the first time
+
+
+class Decoder:
+    """The completions that are still sampled, on a KV cache that grows by one token per step."""
+
+    def __init__(self, model: HumanOmni, prompts: Prompts, kv: list, group_size: int, max_new_tokens: int):
+        """kv: keys and values of the prompts, per layer [B, KV, P, d] twice."""
+        self.model, self.group_size = model, group_size
+        self.lengths = prompts.lengths.repeat_interleave(group_size)[:, None]  # [R, 1], tokens of each row's prompt
+        self.rows = torch.arange(len(self.lengths), device=self.lengths.device)  # the completion in each row
+        self.cache = GroupCache(kv, prompts.mask, group_size, max_new_tokens)
+        self.replay = Replay()
+
+    def next_logits(self, last: Tensor, step: int) -> Tensor:
+        """The last token of each row, [R], and the number of the step, from 1 on -> logits [R, V].
+
+        A step looks at what is filled of the cache. On CUDA, where a step is replayed as a graph, it looks at the first
+        WINDOW places, then at twice as many, and so on, so that its shapes stay the same for long.
+        """
+        longest = self.cache.own[0][0].shape[3]
+        window = WINDOW << ((step - 1) // WINDOW).bit_length() if last.is_cuda else step
+        self.cache.window = min(longest, window)
+        return self.replay(self.run, last, shape=(len(last), self.cache.window), left=longest - step)
+
+    def run(self, last: Tensor) -> Tensor:
+        """The step itself, on the cache's window: launches kernels and waits for nothing."""
+        language = self.model.language_model
+        hidden = language.decode(language.embed_tokens(last[:, None]), self.lengths + self.cache.length, self.cache)
+        return linear(hidden[:, 0], self.model.head_weight)
+
+    def drop_finished(self, done: Tensor, left: int) -> None:
+        """Goes on without finished completions once that halves the rows; each prompt that goes on has equally many.
+
+        done: bool [R], of all completions; `left`: how many are not done.
+        """
+        if 2 * left > len(self.rows):
+            return
+        prompts, kept = unfinished(done[self.rows].view(-1, self.group_size))
+        if 2 * len(kept) > len(self.rows):
+            return
+        self.cache.keep(prompts, kept)
+        self.rows, self.lengths = self.rows[kept], self.lengths[kept]
+        self.group_size = len(kept) // len(prompts)
+
+
+def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
+    """done [B, G] -> the prompts [B'] and rows [B' * G'] to go on with, if something is left.
+
+    G' is the most that a prompt has left; if another has fewer, finished rows fill up.
+    """
+    left = (~done).sum(1)
+    prompts, group = left.nonzero()[:, 0], int(left.max())
+    columns = done[prompts].int().argsort(dim=1, stable=True)[:, :group]
+    return prompts, (prompts[:, None] * done.shape[1] + columns).flatten()
+
+
+def prompt_bytes(config: Qwen2Config, length: int, group_size: int, max_new_tokens: int, itemsize: int) -> int:
+    """Bytes that a rollout needs at most for each of its prompts, of `length` tokens, beside the weights.
+
+    Keys and values: the prompt's twice while the cache starts, the completions' one and a half times while rows are
+    dropped. Activations: the widest of a layer in the prefill, the scores of a decode step, and G rows of logits, with
+    those of the step before, probabilities in float32 and their sums in float64.
+    """
+    key_width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    cached_tokens = 2 * length + group_size * max_new_tokens * 3 // 2
+    cache = 2 * config.num_hidden_layers * key_width * itemsize * cached_tokens
+    prefilled = length * (4 * config.intermediate_size + 8 * config.hidden_size) * itemsize
+    scores = 16 * group_size * config.num_attention_heads * (length + max_new_tokens)
+    logits = 32 * group_size * config.vocab_size
+    return cache + max(prefilled, scores + logits)
+
+
+def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> int:
+    """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, or 1; else all.
+
+    On a GPU a decode step of a small model takes as long for many rows as for one: the launches of its kernels.
+    """
+    embeds = prompts.embeds
+    if not embeds.is_cuda:
+        return len(embeds)
+    free = torch.cuda.mem_get_info(embeds.device)[0]
+    free += torch.cuda.memory_reserved(embeds.device) - torch.cuda.memory_allocated(embeds.device)  # held, not in use
+    needed = prompt_bytes(model.config.text, embeds.shape[1], group_size, max_new_tokens, embeds.itemsize)
+    return max(1, min(len(embeds), int(0.9 * free) // needed))

@@ -1,0 +1,126 @@
+"""What the queries of a decoder layer look at. One formula, softmax(q k^T / sqrt(d)) v, in three forms for speed:
+
+* `attend_causal`, whole sequences: needs no mask (padding stands on the right), so that the fastest kernels take it;
+* `GroupCache.attend`, one token of each of G completions per prompt: sampling;
+* `PackedGroups.attend`, G whole completions per prompt, with gradients: training (Prefix Grouper, arXiv 2506.05433).
+
+Attention is grouped-query (arXiv 2305.13245): each of the KV key heads serves H / KV query heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
+    fold = q.shape[1] // k.shape[1]
+    # No float32 kernel on CUDA takes grouped heads: enable_gqa would write down all scores, [B, H, L, L]
+    # (pytorch#181528). Under autocast v has the kernel's type already, q and k do not.
+    if fold > 1 and v.is_cuda and v.dtype == torch.float32:
+        k, v = (x.repeat_interleave(fold, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+
+class GroupCache:
+    """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times.
+
+    Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph.
+    """
+
+    def __init__(self, prefix: list, prefix_mask: Tensor | None, group_size: int, max_new_tokens: int):
+        """Empty, for N = `max_new_tokens`. `prefix`: keys and values of a prefill, per layer k, v: [B, KV, P, d];
+        prefix_mask [B, P] bool, False at padding, None if no row is padded."""
+        batch, heads, _, width = prefix[0][0].shape
+        shape = (batch, heads, group_size, max_new_tokens, width)  # [B, KV, G, N, d]
+        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # zeros, since 0 * NaN is NaN
+        self.prefix_mask = None if prefix_mask is None or bool(prefix_mask.all()) else prefix_mask
+        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
+        self.length = torch.zeros(1, dtype=torch.long, device=prefix[0][0].device)  # `own` is filled so far
+        self.window = max_new_tokens  # a step looks at so much of `own`, and masks what is not filled
+
+    def keep(self, prompts: Tensor, rows: Tensor) -> None:
+        """Goes on with these prompts [B'] and rows [B' * G'] alone: G' rows of each, one prompt after the other."""
+        if len(prompts) < len(self.prefix[0][0]):
+            self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
+            self.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[prompts]
+        _, heads, group_size, _, _ = self.own[0][0].shape
+        columns = rows.view(len(prompts), 1, -1) % group_size
+        at = (prompts[:, None, None], torch.arange(heads, device=rows.device)[:, None], columns)  # [B', KV, G']
+        self.own = [(k[at], v[at]) for k, v in self.own]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts.
+
+        The H / KV query heads of a key head stand together; on the prompt's keys those of all G rows do, so that these
+        keys are read once.
+        """
+        batch, heads, group_size, _, width = self.own[layer][0].shape
+        q, k, v = (x.view(batch, group_size, heads, -1, width).transpose(1, 2) for x in (q, k, v))  # [B, KV, G, _, d]
+        for store, new in zip(self.own[layer], (k, v)):
+            store.index_copy_(3, self.length, new)
+        prefix_k, prefix_v = self.prefix[layer]  # [B, KV, P, d]
+        own_k, own_v = (x[:, :, :, : self.window] for x in self.own[layer])  # [B, KV, G, W, d]
+
+        q = q * width**-0.5
+        on_prefix = (q.flatten(2, 3) @ prefix_k.mT).unflatten(2, q.shape[2:4])  # [B, KV, G, H / KV, P]
+        if self.prefix_mask is not None:
+            on_prefix = on_prefix.masked_fill(~self.prefix_mask[:, None, None, None], float("-inf"))
+        on_own = (q @ own_k.mT).masked_fill(torch.arange(self.window, device=q.device) > self.length, float("-inf"))
+        weights = torch.cat([on_prefix, on_own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        on_prefix, on_own = weights.split([prefix_k.shape[2], self.window], -1)
+        out = (on_prefix.flatten(2, 3) @ prefix_v).view_as(q) + on_own @ own_v
+        return out.transpose(1, 2).reshape(batch * group_size, -1, 1, width)
+
+
+@dataclass
+class PackedGroups:
+    """R = B * G completions in training, on the keys of their prompts, which are held once and get the sum of their
+    gradients. Their N tokens stand one after the other, without padding: all but attention works on that form. A token
+    sees its prompt, itself and what its completion has before it:
+
+        two completions of 2 and 3 tokens on a prompt of P = 3, packed: a1 a2 b1 b2 b3
+                    a1: P P P a1          a2: P P P a1 a2
+                    b1: P P P b1          b2: P P P b1 b2          b3: P P P b1 b2 b3
+    """
+
+    prompt: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, d]
+    visible: Tensor  # [1 or R, 1, T, P + T] bool, True if the query may look; one row if no prompt is padded
+    rows: int  # R
+    places: Tensor  # [N] int64: which of the R * T tokens each packed one is
+
+    @classmethod
+    def of(cls, prompt: list[tuple[Tensor, Tensor]], prompt_mask: Tensor, mask: Tensor) -> "PackedGroups":
+        """prompt_mask [B, P] and mask [R, T], bool, True at the tokens that are there."""
+        rows, length = mask.shape
+        whole = bool(prompt_mask.all())
+        on_prompt = prompt_mask[:1] if whole else prompt_mask.repeat_interleave(rows // len(prompt_mask), 0)
+        on_prompt = on_prompt[:, None, None].expand(-1, 1, length, -1)  # [1 or R, 1, T, P]
+        on_own = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        visible = torch.cat([on_prompt, on_own.expand(len(on_prompt), 1, -1, -1)], -1)
+        return cls(prompt, visible, rows, mask.flatten().nonzero()[:, 0])
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[R, T, ...] -> [1, N, ...], without padding."""
+        return x.flatten(0, 1).index_select(0, self.places)[None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, N, ...] -> [R, T, ...], 0 at padding."""
+        length = self.visible.shape[2]
+        padded = x.new_zeros(self.rows * length, *x.shape[2:]).index_copy(0, self.places, x[0])
+        return padded.view(self.rows, length, *x.shape[2:])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Packed queries, q [1, H, N, d], look at their prompt's keys and at their own. N and T may be 0.
+
+        The H / KV query heads of a key head are folded into the query's length, so that no key is repeated for them.
+        """
+        q, k, v = (self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))  # [R, H or KV, T, d]
+        prompt_k, prompt_v = (x.repeat_interleave(self.rows // len(x), 0) for x in self.prompt[layer])
+        k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)  # [R, KV, P + T, d]
+        fold = q.shape[1] // k.shape[1]
+        folded = q.reshape(self.rows, k.shape[1], fold * q.shape[2], q.shape[3])
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=self.visible.repeat(1, 1, fold, 1))
+        return self.pack(out.reshape(q.shape).transpose(1, 2)).transpose(1, 2)
