@@ -19,16 +19,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 import erv_min.generate as generation
 from erv_min import decoding
 from erv_min.base import graphs
-from erv_min.base.errors import SettingsError
 from erv_min.base.processes import Processes, deterministic_kernels, exact_float32, join_processes
 from erv_min.fsdp import Sharded
 from erv_min.generate import prefill, rollout, sampling_noise
-from erv_min.grpo import group_advantages
+from erv_min.grpo import group_advantages, grpo_loss, split_batch
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.parameters import freeze_except
 from erv_min.train.folder import provenance
-from erv_min.train.optimizer import make_optimizer
+from erv_min.train.hooks import sample
+from erv_min.train.log import token_sums
+from erv_min.train.optimizer import make_optimizer, update
 from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.train.sharding import Replicated
 from tiny import tiny_model, tiny_prompts
@@ -297,14 +298,19 @@ def grpo_step(put) -> dict[str, torch.Tensor]:
         logits = model(**given).logits
         batch = Batch([SimpleNamespace(video_id="1")], ids, ids == ids, gate_ids, gate_ids > 0,
                       vision=model.vision_features(video), audio=model.audio_features(audio))
-        completions = grpo.sample(model, embed(model, batch), [0], 0, settings, EOS)
-        ref_logps, _ = grpo.log_probs(policy, model, batch, completions, settings.temperature)
-    A = group_advantages(put(torch.tensor([1.0, 0, 2])), 3)
-    run = SimpleNamespace(track_rows=lambda *_: None, processes=SimpleNamespace(size=1))
-    passes = [(batch, completions, A)]
-    _, norm, _ = grpo.descend(policy, model, optimizer, passes, [ref_logps], 1e-3, run, settings, EOS)
-    assert {p.device for p in model.parameters()} == {logits.device}
-    return {"logits": logits, "ids": completions.ids, "logps": ref_logps, "norm": put(torch.tensor(norm))}
+        collate = SimpleNamespace(model=model, tokenizer=SimpleNamespace(eos_id=EOS))
+        completions = sample(collate, embed(model, batch), [0], 0, settings)
+        (part,) = split_batch(batch, completions, 1, EOS)
+        part.ref_logps, _ = grpo.log_probs(policy, part, settings.temperature)
+    part.advantages = group_advantages(put(torch.tensor([1.0, 0, 2])), 3)
+    logps, entropy = grpo.log_probs(policy, part, settings.temperature)
+    part.old_logps = logps.detach()
+    loss = grpo_loss(logps, part.old_logps, part.ref_logps, part.advantages, part.loss_mask)
+    loss.backward()
+    sums = token_sums(part, logps.detach(), entropy, EOS, settings.epsilon)
+    norm = update(policy, optimizer, 1e-3, settings.max_grad_norm, loss.item())
+    assert {p.device for p in model.parameters()} == {logits.device} and len(sums) == 3
+    return {"logits": logits, "ids": completions.ids, "logps": part.ref_logps, "norm": put(torch.tensor(norm))}
 
 
 def test_all_of_a_step_lies_on_the_device(monkeypatch):
@@ -355,16 +361,13 @@ def test_deterministic_is_set_before_the_model_is_loaded(plain_kernels, monkeypa
 
 
 def test_sampling_needs_no_deterministic_kernels(plain_kernels, monkeypatch):
-    """CUDA's cumsum would be refused; and how many prompts are sampled at once may not depend on free memory."""
+    """CUDA's cumsum would be refused. (How many prompts are sampled at once: test_generate.py.)"""
     deterministic_kernels()
     seen, sample = [], generation.sample_token
     monkeypatch.setattr(generation, "sample_token", lambda *given: seen.append(
         torch.are_deterministic_algorithms_enabled()) or sample(*given))
     rollout(tiny_model(), tiny_prompts(tiny_model(), (3,)), 2, 4, EOS, sampling_noise(0, 0, [0], 2, 4))
     assert seen and not any(seen) and torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setattr(grpo, "join_processes", lambda *_: Processes(0, 1, torch.device("cuda")))
-    with pytest.raises(SettingsError, match="--rollout-batch N"):
-        grpo.main(["--deterministic"])
 
 
 @pytest.mark.parametrize("rank, expected", [(0, ["parted", "judged"]), (1, ["parted"])])

@@ -68,8 +68,7 @@ class Recorder:
     """A model that keeps what it is given."""
 
     def __init__(self):
-        self.model = torch.nn.Module()
-        self.model.vision_tower = torch.nn.Linear(1, 1).requires_grad_(False)
+        self.vision_tower = torch.nn.Linear(1, 1).requires_grad_(False)
         self.head_weight = torch.zeros(1)
 
     def vision_features(self, video):
@@ -94,7 +93,7 @@ def test_a_batch_is_embedded_with_its_own_masks_and_gates():
 def test_pixels_stay_pixels_while_the_vision_tower_trains():
     collate = Collator(Recorder(), Words(), None)
     for trains, expected in ((False, 1), (True, 0)):
-        collate.model.model.vision_tower.requires_grad_(trains)
+        collate.model.vision_tower.requires_grad_(trains)
         vision, audio = collate.features(Inputs(CLIP, Clip(CLIP.path, torch.zeros(1, 3, 2, 2), torch.zeros(4, 5))))
         assert (vision == expected).all() and vision.shape == (1, 3, 2, 2) and (audio == 2).all()
 

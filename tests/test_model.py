@@ -313,9 +313,9 @@ def test_random_weights_have_the_spread_that_is_told():
     layer = model.model.layers[0]
     for linear in (layer.mlp.gate_proj, layer.mlp.down_proj, model.model.audio_projector[0]):
         assert linear.weight.std().item() * linear.in_features**0.5 == pytest.approx(0.6, rel=0.05)
-    assert model.siglip.embeddings["position_embedding"].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.vision_tower.embeddings["position_embedding"].weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (layer.input_layernorm.weight == 1).all() and (layer.self_attn.q_proj.bias == 0).all()
-    assert torch.equal(model.whisper.embed_positions.weight, sinusoids(50, 48))
+    assert torch.equal(model.audio_tower.embed_positions.weight, sinusoids(50, 48))
 
 
 # ---- the pieces of the language model -------------------------------------------------------------------------------
