@@ -161,8 +161,8 @@ def grpo_step(model, reference, optimizer, lr, batch, eos, o):
             kl = k3 if o.kl == "k3" else d**2 / 2
             gain = torch.minimum(ratio * A, ratio.clamp(1 - o.epsilon, 1 + o.epsilon) * A)
             total = (o.beta * kl - gain).sum() * kept[i]
-            length = {"grpo": len(ids) * len(batch), "dapo": tokens_kept, "dr-grpo": o.max_new_tokens * len(batch)}
-            loss = total / length[o.loss_type]
+            lengths = {"grpo": len(ids) * len(batch), "dapo": tokens_kept, "dr-grpo": o.max_new_tokens * len(batch)}
+            loss = total / lengths[o.loss_type]
             loss.backward()
             with torch.no_grad():
                 sums["loss"] += loss.item()
@@ -183,8 +183,8 @@ SFT_PROJECTORS = ("model.mm_projector.", "model.audio_projector.", "model.bert_g
 
 def grpo(model, reference, inputs, labels, sampled, decode, table, eos, o):
     """The whole stage on the completions that the script sampled: sampled[step][place][i] is (ids up to and with EOS,
-    the numbers that drew them). inputs, labels: the clip's x and e_gt by item. Trains `model`; a row per step, and AdamW.
-    """
+    the numbers that drew them). inputs, labels: the clip's x and e_gt by item. Trains `model`; a row per step, and
+    AdamW."""
     optimizer, rows = optimizer_of(model, GRPO_PARTS + GRPO_PROJECTORS * o.train_projectors), []
     for step, groups in enumerate(sampled):
         batch, scores, zero = [], [], 0
@@ -224,7 +224,8 @@ def sft(model, examples, x_of, encode, steps, o):
         tokens = sum(len(y) for _, y in batch)
         total = 0.0
         for x, y in batch:
-            loss = -logps_of(token_logits(model, x, y), y).sum() / (tokens if o.loss_reduction == "mean" else len(batch))
+            divisor = tokens if o.loss_reduction == "mean" else len(batch)
+            loss = -logps_of(token_logits(model, x, y), y).sum() / divisor
             loss.backward()
             total += loss.item()
         lr = rate(step, steps, o)

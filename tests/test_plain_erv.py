@@ -110,8 +110,8 @@ def test_goemotions_head_learns_in_the_eleven_columns_that_the_reward_reads(tiny
 
 def test_another_heads_size_gives_a_fresh_output_layer_on_the_same_network(tiny):
     start = load_file(tiny.folder / "verifier/model.safetensors")
-    around = dict(data=tiny.folder / "world/erv_train.jsonl", valid=tiny.folder / "world/erv_valid.jsonl")
-    run = tiny.run("erv", around | OPTIONS | dict(init=tiny.folder / "verifier", head=28, lr=0.0), judged_by_table=False)
+    options = erv_options(tiny, head=28, lr=0.0) | dict(init=tiny.folder / "verifier")
+    run = tiny.run("erv", options, judged_by_table=False)
     fresh = {name for name, x in run.weights.items() if x.shape != start[name].shape}
     assert fresh == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
     assert run.weights["classifier.out_proj.weight"].shape == (28, 16)

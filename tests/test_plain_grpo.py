@@ -112,6 +112,15 @@ def test_a_run_is_what_the_plain_step_makes(tiny, start, changes, other):
         assert_other_weights(run.weights, grpo(tiny, **other).weights, start)
 
 
+def test_the_rewards_teach(tiny):
+    """What the runs are made of: groups with a spread, each reward given and not given, outputs cut and ended."""
+    rows = grpo(tiny).rows
+    for row in rows:
+        assert row["frac_zero_std"] < 0.5 and row["reward_std"] > 0.1
+    for name in ("reward_format", "reward_answer", "reward_explanation", "truncated"):
+        assert 0 < sum(row[name] for row in rows) < len(rows), name
+
+
 @pytest.mark.parametrize("changes", [
     dict(micro_batch=3, rollout_batch=3, recompute=True),
     dict(micro_batch=1, workers=1, cache_features=""),
@@ -130,7 +139,8 @@ def test_the_toys_own_defaults(tiny, start):
     run = tiny.run("grpo", around(tiny) | sizes)
     model, rows, optimizer = plain(tiny, run.calls, SimpleNamespace(**defaults))
     assert_same_rows(run.rows, rows)
-    gradients = {name: optimizer.state[p]["exp_avg_sq"].sqrt() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: optimizer.state[p]["exp_avg_sq"].sqrt() for name, p in trained.items()}
     largest, weights = max(gradient.max() for gradient in gradients.values()), dict(model.state_dict())
     for name, gradient in gradients.items():
         clear = gradient > 1e-4 * largest

@@ -15,8 +15,10 @@ def test_two_processes_compute_what_one_does(tiny):
     of_sft = dict(batch_size=6, micro_batch=2, train_projectors=True)
     of_erv = dict(dropout=0.3)
     found = tiny.run_on_two([
-        ("grpo", grpo_options(tiny, **of_grpo, sharding="none")), ("grpo", grpo_options(tiny, **of_grpo, sharding="hand")),
-        ("sft", sft_options(tiny, **of_sft, sharding="none")), ("sft", sft_options(tiny, **of_sft, sharding="hand")),
+        ("grpo", grpo_options(tiny, **of_grpo, sharding="none")),
+        ("grpo", grpo_options(tiny, **of_grpo, sharding="hand")),
+        ("sft", sft_options(tiny, **of_sft, sharding="none")),
+        ("sft", sft_options(tiny, **of_sft, sharding="hand")),
         ("erv", erv_options(tiny, **of_erv))])
     for two in found[:2]:
         assert two.calls

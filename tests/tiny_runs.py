@@ -1,9 +1,9 @@
 """A tiny world for runs of whole scripts, and what such a run shows from outside.
 
-The world has clips, a policy of width 16 that has learnt to write in the format, and a verifier of width 16. A script is
-called as a user calls it, `main([...])`, and told by its files. Two names of the package are replaced, so that a test
-knows what was sampled and how it was judged: `generate.rollout`, wherever it was imported, by one that also keeps what
-it was given and what it returned, and `Verifier.probabilities` by a table.
+The world has clips, a policy of width 16 that has learnt to write in the format, and a verifier of width 16. A script
+is called as a user calls it, `main([...])`, and told by its files. Two names of the package are replaced, so that a
+test knows what was sampled and how it was judged: `generate.rollout`, wherever it was imported, by one that also keeps
+what it was given and what it returned, and `Verifier.probabilities` by a table.
 """
 
 import functools
@@ -113,9 +113,9 @@ def finished(out: Path, calls: list[dict]) -> Run:
 def make(folder: Path) -> Tiny:
     """Renders, trains and saves all of it in `folder`, a few seconds' work."""
     world = folder / "world"
-    build_world(world, WorldSettings(train=18, test=4, pretrain=2, sft_clips=7, resamples=3, erv_train=70, erv_valid=24),
-                workers=1, progress=False)
-    labels = world / "single_trainset_5.csv"  # happy, sad and neutral in turn: three labels are met more often than seven
+    sizes = dict(train=18, test=4, pretrain=2, sft_clips=7, resamples=3, erv_train=70, erv_valid=24)
+    build_world(world, WorldSettings(**sizes), workers=1, progress=False)
+    labels = world / "single_trainset_5.csv"  # happy, sad, neutral in turn: three labels are met more often than seven
     names = [line.partition(",")[0] for line in labels.read_text().splitlines()[1:]]
     labels.write_text("".join(["video_name,label\n", *(f"{name},{i % 3 + 1}\n" for i, name in enumerate(names))]))
     save_verifier(world, folder / "verifier", EMOTIONS)
@@ -152,8 +152,10 @@ def save_policy(world: Path, folder: Path) -> None:
     save_humanomni(model, folder)
 
 
-def teach_the_format(model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer, steps: int = 200) -> None:
-    """Makes the policy write <think>...</think> and an answer, of a few sentences, most of the time."""
+def teach_the_format(model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer,
+                     steps: int = 200) -> None:
+    """Makes the policy write <think>...</think> and an answer, of a few sentences, most of the time. The first one
+    mostly depends on how bright the clip is, so that the policy looks at it."""
     generator = torch.Generator().manual_seed(0)
     prompt = tokenizer.encode(render())
     gate_ids, gate_mask = gate_tokenizer.encode_batch([f"{QUESTION} {REASONING_SUFFIX}"])
@@ -186,7 +188,8 @@ def save_towers(policy: Path, folder: Path) -> None:
     for part, prefix, theirs in (("vision", "model.vision_tower.vision_tower.", ""),
                                  ("audio", "model.audio_tower.audio_tower.", "model."),
                                  ("text", "model.bert_model.", "bert.")):
-        own = {name.replace(prefix, theirs): weight * 1.5 for name, weight in weights.items() if name.startswith(prefix)}
+        own = {name.replace(prefix, theirs): weight * 1.5 for name, weight in weights.items()
+               if name.startswith(prefix)}
         (folder / part).mkdir(parents=True)
         save_file(own, folder / part / "model.safetensors")
         (folder / part / "config.json").write_text(json.dumps(sizes[part]))
@@ -209,7 +212,8 @@ def save_merr(folder: Path) -> None:
             frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 16000, 0
             out.mux([*audio.encode(frame), *audio.encode(None)])
-        entries[f"m{i}"] = {"pseu_emotion": label, "smp_reason_caption": SAYS[i], "text": ("No!", "", "Well.", "He?")[i]}
+        said = ("No!", "", "Well.", "He?")[i]
+        entries[f"m{i}"] = {"pseu_emotion": label, "smp_reason_caption": SAYS[i], "text": said}
     (folder / "MERR_fine_grained.json").write_text(json.dumps(entries))
 
 
@@ -261,8 +265,8 @@ def replace_everywhere(patch, old, new) -> None:
 
 
 def record(patch, judged_by_table: bool) -> list[dict]:
-    """Returns a list that each call of `rollout` adds to: its arguments by name, and what it returned, row by row, under
-    "sampled" (ids up to and with EOS) and "logps". Puts `table` in the verifier's place, if asked to."""
+    """Returns a list that each call of `rollout` adds to: its arguments by name, and what it returned, row by row,
+    under "sampled" (ids up to and with EOS) and "logps". Puts `table` in the verifier's place, if asked to."""
     original, calls = erv_min.generate.rollout, []
 
     def rollout(*args, **kwargs):
