@@ -174,6 +174,8 @@ def test_tokens_do_not_depend_on_the_rollout_batch():
     found = [sample(collator(model), prompts, places, 2, each) for each in settings]
     assert all(torch.equal(found[0].ids, other.ids) and torch.equal(found[0].mask, other.mask) for other in found)
     assert len({tuple(row.tolist()) for row in found[0].ids}) == 12
+    for change in ({"seed": 1}, {"temperature": 0.7}, {"top_k": 2}):
+        assert not torch.equal(sample(collator(model), prompts, places, 2, replace(settings[0], **change)).ids, found[0].ids)
 
 
 def test_a_prompt_that_stands_twice_in_a_step_is_sampled_twice():

@@ -10,6 +10,7 @@ differ. Prints a JSON report.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -191,7 +192,8 @@ class Job:
 
     def send(self, number: int, pids=()) -> None:
         for pid in pids or set(self.pids) - set(self.codes):
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+                os.kill(pid, number)
 
 
 def rows(path: Path) -> list[dict]:
