@@ -98,8 +98,10 @@ def test_source_is_the_files_and_margins_say_who_calls_whom(page):
                re.findall(r'class="code" id="([\w.:]+)"><h3>.*?<aside>(.*?)</aside>', page, re.S)}
     loop = annotate.functions_of("scripts.grpo")
     assert "scripts.grpo:main" in loop and {*loop} <= margins.keys()
-    assert any(caller in loop for caller in margins["erv_min.generate:rollout"])
-    for caller, called in (("erv_min.rewards:score_completions", "erv_min.rewards:explanation_reward"),
+    for caller, called in (("scripts.grpo:train", "erv_min.train.hooks:sample"),
+                           ("erv_min.train.hooks:sample", "erv_min.generate:rollout"),
+                           ("scripts.grpo:train", "erv_min.grpo:grpo_loss"),
+                           ("erv_min.rewards:score_completions", "erv_min.rewards:explanation_reward"),
                            ("erv_min.grpo:grpo_loss", "erv_min.grpo:kl_k3"),
                            ("erv_min.generate:prefill", "erv_min.model.qwen2:Qwen2.forward"),
                            ("erv_min.logps:token_logps", "erv_min.base.chunked:TokenLogps")):
@@ -128,7 +130,7 @@ def test_the_rows_are_what_the_functions_return(page, examples):
     for name, *columns in (x.split() for x in re.findall(r"<!--numbers (\w[^\n:]*?)-->", SECTIONS)):
         for row in getattr(examples, name)().values():
             assert cells(row, columns or row) in page
-    for settings in ({}, {"neutral_rule": "any"}, {"neutral_filter": False}, {"sentence_level": False}, {"tau": 0.1}):
+    for settings in ({}, {"neutral_rule": "any"}, {"ablate": "neutral-filtering"}, {"ablate": "sentence-level"}, {"tau": 0.1}):
         assert cells(examples.eq4(**settings), ("c", "N", "N_neu", "denominator", "returned")) in page
     for rule in ("paper", "released"):
         assert cells(metrics.score(SMALL["clips"], "dfew", rule), COLUMNS) in page
@@ -141,7 +143,7 @@ def test_algorithm_1_and_eq_4_by_hand(examples):
         ("happiness", 1, 0, 0), ("sadness", 1, 1, 0)]
     for settings, c, N, N_neu, R_E in (
             ({}, 3, 6, 1, 3 / 5), ({"neutral_rule": "any"}, 3, 6, 2, 3 / 4), ({"tau": 0.1}, 4, 6, 1, 4 / 5),
-            ({"neutral_filter": False}, 3, 6, 1, 3 / 6), ({"sentence_level": False}, 1, 1, 0, 1)):
+            ({"ablate": "neutral-filtering"}, 3, 6, 1, 3 / 6), ({"ablate": "sentence-level"}, 1, 1, 0, 1)):
         seen = examples.eq4(**settings)
         assert (seen["c"], seen["N"], seen["N_neu"], seen["returned"]) == (c, N, N_neu, R_E)
         assert examples.rewards(**settings)[0].explanation == R_E

@@ -13,7 +13,7 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("erv_min/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 RUNTIME = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "soundfile", "av", "tqdm"}
-EXTRAS = {"transformers", "matplotlib"}  # parity and report, inside functions of scripts only
+EXTRAS = {"transformers"}  # parity, inside functions of scripts only
 
 
 def imports(tree: ast.AST):
@@ -34,7 +34,7 @@ def test_imports_stay_within_the_contract():
     for path in SOURCES:
         allowed = RUNTIME | {"erv_min"} | set(sys.stdlib_module_names)
         if "scripts" in path.parts:  # a script may import its neighbours
-            allowed |= {"benches"} | {neighbour.stem for folder in path.parents[:2] for neighbour in folder.glob("*.py")}
+            allowed |= {neighbour.stem for folder in path.parents[:2] for neighbour in folder.glob("*.py")}
         for package, node, in_function in imports(ast.parse(path.read_text())):
             where = f"{path.relative_to(ROOT)}:{node.lineno}: {package}"
             if package in EXTRAS:
