@@ -11,28 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pages_material import ROOT, lines, make_run, prediction, run, truths, world  # noqa: F401
 
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_jsonl
 from erv_min.base.options import preset_values
-from erv_min.emotions import ERV_LABELS
+
 from erv_min.metrics import bootstrap, score
 from erv_min.train.settings import GRPOSettings
 
 import report
 import report_parts
-
-
-class Verifier:
-    """Says happiness of a smile, else neutral."""
-
-    labels = ERV_LABELS
-
-    def probabilities(self, sentences: list[str]) -> torch.Tensor:
-        said = ["happiness" if "smile" in sentence else "neutral" for sentence in sentences]
-        return torch.tensor([[0.9 * (label == emotion) for label in ERV_LABELS] for emotion in said])
 
 
 def page_of(folders: list[Path]) -> str:
@@ -42,7 +31,7 @@ def page_of(folders: list[Path]) -> str:
 
 def test_a_report_holds_every_part_and_runs_no_text(run):
     page = page_of([run])
-    for part in ("Held-out results", "Paired differences", "Confusion matrices", "GRPO with R<sub>E</sub> − SFT",
+    for part in ("Held-out results", "Confusion matrices",
                  "Entropy", "R<sub>answer</sub>", "KL to the reference", "Completions over the training",
                  "sadness, anxiety", "group_size", "huggingface-hub", "data:image/jpeg;base64,",
                  "data:video/mp4;base64,"):
@@ -52,7 +41,7 @@ def test_a_report_holds_every_part_and_runs_no_text(run):
     assert "var(--run0)" in page  # the SVGs take the page's colours
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
-    assert "She smiles &amp; waves" in page and "No run names a verifier" in page
+    assert "She smiles &amp; waves" in page
 
 
 def test_the_shipped_curve_is_the_main_commands_and_lies_under_a_run(run):
@@ -88,15 +77,6 @@ def test_curves_by_hand():
     assert 'd="M44.0 94.0L332.0 94.0"' in report_parts.panel({0: (np.array([0.0, 9]), np.array([2.0, 2.0]))})
 
 
-def test_outputs_without_labels_go_through_the_verifier(run, monkeypatch, truths):
-    monkeypatch.setattr(report, "find_verifier", lambda runs, given: (Verifier(), report.RewardSettings(), ""))
-    page = page_of([run])
-    assert page.count("She smiles &amp; waves SFT.") == 4
-    happy = sum(t == "happy" for t in truths["test"].values())
-    assert page.count('SFT.<span class="tag">happiness ✓') == happy
-    assert page.count('SFT.<span class="tag">happiness</span>') == 4 - happy
-
-
 def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path, world, truths):
     other = make_run(tmp_path / "baseline", world, truths, w_explanation=0.0)
     rows = map(json.loads, (other / "metrics.jsonl").read_text().splitlines())
@@ -104,12 +84,12 @@ def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path
     lines(other / "predictions-GRPO-with-R_E.jsonl",
           [prediction(i, t, "No.", "fear", "fear") for i, t in truths["test"].items()])
     page = page_of([run, other])
-    table = page[page.index('<table class="scores">') : page.index("Paired differences")]
+    table = page[page.index('<table class="scores">') : page.index("Confusion matrices")]
     assert table.count("<th scope=row>") == 3
     assert all(f"{name}: GRPO with R<sub>E</sub>" in table for name in ("ours", "baseline"))
     assert "ours: SFT" in table and "baseline: SFT" not in table
     assert page.index(">w_explanation<") < page.index(">preset<")  # what differs comes first
-    assert "var(--run1)" in page and "R<sub>E</sub> (not rewarded)" in page
+    assert "var(--run1)" in page and "not rewarded" in page
 
 
 def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):

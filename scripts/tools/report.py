@@ -1,9 +1,9 @@
 """One page that shows what runs did: `scripts/tools/report.py RUN [RUN ...] [--out report.html]`
 
 RUN is a folder of scripts/grpo.py (or sft.py, erv.py) or of scripts/evaluate.py, or NAME=FOLDER. Several are overlaid.
-The page holds the metrics with 95% bootstrap intervals and paired differences, confusion matrices, the curves, held-out
-clips with each system's explanation (as figures 8 to 11), completions over the training, settings and versions. Each
-sentence stands with its verifier's labels beside it, each completion with R_E. The page is one file, asks no network,
+The page holds the metrics with 95% bootstrap intervals, confusion matrices, the curves, held-out
+clips with each system's explanation (as figures 8 to 11), completions over the training with the
+labels of their sentences and R_E, settings and versions. The page is one file, asks no network,
 and goes dark with the reader's system. What a run does not hold is named on it; a damaged file is an error.
 
 Its size is bounded, however long the runs: 8 runs; 12 steps and 2 completions of each; 6 held-out clips; 4 frames per
@@ -11,7 +11,7 @@ clip; a clip of up to 1 MB has a player, until 16 MB of the page are used; 400 p
 """
 
 import argparse
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import report_parts as parts
@@ -22,9 +22,8 @@ from erv_min.base.files import atomic_write, read_json
 from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.emotions import ERV_LABELS, normalize
-from erv_min.erv import Verifier
-from erv_min.metrics import bootstrap, paired, read_prediction, score
-from erv_min.rewards import RewardSettings, explanation_reward, extract_answer, select_labels, sentences_of
+from erv_min.metrics import bootstrap, read_prediction, score
+from erv_min.rewards import extract_answer
 
 RUNS, STEPS, COMPLETIONS, CLIPS = 8, 12, 2, 6
 CLIP_BYTES, MEDIA_BYTES = 1_000_000, 16_000_000  # of a clip that gets a player; of all players together
@@ -206,32 +205,6 @@ class Clips:
         return made
 
 
-def find_verifier(runs: list[Run], given: str) -> tuple[Verifier | None, RewardSettings, str]:
-    """The verifier that a run was trained with (a local folder), its settings, and a note if there is none."""
-    names = {f.name for f in fields(RewardSettings)}
-    rules, note = RewardSettings(), "No run names a verifier"
-    for run in runs:
-        folder = given or run.settings.get("erv") or ""
-        if not folder:
-            continue
-        own = {name: value for name, value in run.settings.items() if name in names}
-        rules = RewardSettings(**own)
-        if given or Path(folder, "config.json").exists():
-            return Verifier.load(folder), rules, ""
-        note = f"The verifier {folder} is not there"
-    return None, rules, note + ": sentences that were not labelled in training have no labels. --erv FOLDER gives one"
-
-
-def labelled(output: str, e_gt: str, verifier: Verifier | None, rules: RewardSettings):
-    """(sentences, labels, R_E or None) of an output that carries no labels of its own."""
-    if verifier is None:
-        return [], [], None
-    sentences = sentences_of(output, rules)
-    sets = select_labels(verifier.probabilities(sentences), verifier.labels, rules.tau, rules.k) if sentences else []
-    return sentences, sets, explanation_reward(sets, e_gt, rules.neutral_rule,
-                                              rules.ablate != "neutral-filtering")
-
-
 def spread(items: list, count: int) -> list:
     """At most `count` of the items, evenly, the first and the last among them."""
     if len(items) <= count:
@@ -247,21 +220,12 @@ def results_section(systems: list[System]) -> str:
     out += ('<p class="note">Under each figure its 95% interval (percentile bootstrap over clips). EEA: the judge '
             "reads the true emotion in the explanation; FCR: explanation, answer and truth agree; EPC: explanation and "
             "answer agree; WAR: accuracy; UAR: mean recall; FCR/WAR: coherence among the right answers.</p>")
-    differences, first = [], {}
-    for system in systems:
-        base = first.setdefault(system.dataset, system)
-        if base is not system and {row["video_id"] for row in base.rows} == {row["video_id"] for row in system.rows}:
-            values = paired(base.rows, system.rows, system.dataset, RESAMPLES)
-            differences.append((f"{system.name} − {base.name}", values))
-    if differences:
-        out += f"<h3>Paired differences on the same clips</h3>{parts.paired_table(differences)}"
-        out += '<p class="note">With 95% intervals; bold if the interval leaves out 0.</p>'
     matrices = "".join(parts.confusion(system) for system in systems)
     return (f'{out}<h3>Confusion matrices</h3><div class="matrices">{matrices}</div><p class="note">A row per true '
             "label, a column per answer; the shade is the share of the row.</p>")
 
 
-def held_out_section(systems: list[System], clips: Clips, verifier, rules, chosen: list[str]) -> str:
+def held_out_section(systems: list[System], clips: Clips, chosen: list[str]) -> str:
     systems = [system for system in systems if system.dataset == systems[0].dataset]
     tables = [{row["video_id"]: row for row in system.rows} for system in systems]
     shared = [i for i in tables[0] if all(i in table for table in tables)]
@@ -273,67 +237,61 @@ def held_out_section(systems: list[System], clips: Clips, verifier, rules, chose
         for system, table in zip(systems, tables):
             row = table[video_id]
             e_gt, dataset = row["ground_truth"], row["dataset"]
-            sentences, sets, R_E = labelled(row["output"], e_gt, verifier, rules)
-            facts = [("R_E", f"{R_E:.2f}", None)] if R_E is not None else []
+            facts = []
             if "judged_emotion" in row:
                 judged = str(row["judged_emotion"] or "none")
                 facts.append(("Explanation", judged, normalize(judged, dataset) == e_gt))
             predicted = read_prediction(row["output"], dataset)[0]
             facts.append(("Answer", predicted or "none", predicted == e_gt))
-            columns.append(parts.completion(system.name, row["output"], e_gt, sentences, sets, facts))
+            columns.append(parts.completion(system.name, row["output"], e_gt, [], [], facts))
         out += parts.case(f"<span>Clip <b>{text(video_id)}</b></span><span>truth <b>{text(e_gt)}</b></span>",
                           clips.media("test", video_id), columns)
     how = "as asked for (--show)" if chosen else (f"{len(shown)} of {len(shared)}, evenly spaced in the file, not "
                                                   "selected by content")
     return (f'<p class="note">Held-out clips of {text(systems[0].dataset)}, {how}. “Explanation” is the '
-            "emotion that the judge reads in it. A sentence stands with its verifier's labels; ✓ marks the ones that "
-            f"count for the true emotion in R<sub>E</sub>.</p>{out}")
+            f"emotion that the judge reads in it.</p>{out}")
 
 
-def sampled_completion(run: Run, number: int, row: dict, title: str, verifier, rules) -> str:
-    """One row of completions.jsonl; if its run had no verifier (Baseline), labels and R_E of another run's."""
-    sentences, sets, R_E = row["sentences"], row["labels"], row["reward_explanation"]
+def sampled_completion(run: Run, number: int, row: dict, title: str) -> str:
+    """One row of completions.jsonl. A run without R_E (Baseline) asked no verifier: it has no labels."""
     rewarded = bool(run.settings.get("w_explanation", 1))
-    if not sentences:
-        sentences, sets, measured = labelled(row["completion"], row["ground_truth"], verifier, rules)
-        R_E = R_E if rewarded else measured
-    facts = [("R_E" if rewarded else "R_E (not rewarded)", "–" if R_E is None else f"{R_E:.2f}", None),
+    facts = [("R_E", f"{row['reward_explanation']:.2f}" if rewarded else "not rewarded", None),
              ("Answer", extract_answer(row["completion"]) or "none", row["reward_answer"] > 0),
              ("Format", "kept" if row["reward_format"] else "broken", row["reward_format"] > 0)]
-    return parts.completion(title, row["completion"], row["ground_truth"], sentences, sets, facts, number)
+    return parts.completion(title, row["completion"], row["ground_truth"], row["sentences"], row["labels"], facts,
+                            number)
 
 
-def training_section(runs: list[Run], clips: Clips, verifier, rules) -> str:
-    out = '<p class="note">The first completions of the group that was sampled at a step, not selected by content.</p>'
+def training_section(runs: list[Run], clips: Clips) -> str:
+    out = ('<p class="note">The first completions of the group that was sampled at a step, not selected by content. A '
+           "sentence stands with its verifier's labels; ✓ marks the ones that count for the true emotion in "
+           "R<sub>E</sub>.</p>")
     for number, run in enumerate(runs):
         for step in spread(sorted(run.sampled), STEPS):
             group = run.sampled[step]
             columns = []
             for at, row in enumerate(group[:COMPLETIONS], 1):
                 title = f"{run.name}, {at} of {len(group)} sampled"
-                columns.append(sampled_completion(run, number, row, title, verifier, rules))
+                columns.append(sampled_completion(run, number, row, title))
             heading = (f"<span>Step <b>{step + 1}</b></span><span>clip <b>{text(group[0]['video_id'])}</b></span>"
                        f"<span>truth <b>{text(group[0]['ground_truth'])}</b></span>")
             out += parts.case(heading, clips.media("train", group[0]["video_id"]), columns)
     return out
 
 
-def build(runs: list[Run], clips: Clips, erv: str = "", chosen: list[str] = ()) -> str:
+def build(runs: list[Run], clips: Clips, chosen: list[str] = ()) -> str:
     """The page as text."""
-    verifier, rules, note = find_verifier(runs, erv)
     systems, missing = all_systems(runs), [line for run in runs for line in run.missing] + clips.missing
     rows = [row for run in runs for group in run.sampled.values() for row in group]
-    if note and (systems or not all(row["sentences"] for row in rows)):
-        missing.append(note)
     sections = {}
     if systems:
         sections["results", "Held-out results"] = results_section(systems)
     if any(run.metrics for run in runs):
         sections["curves", "Training"] = parts.curves(runs)
     if systems:
-        sections["clips", "What each system says"] = held_out_section(systems, clips, verifier, rules, chosen)
+        sections["clips", "What each system says"] = held_out_section(systems, clips, chosen)
     if rows:
-        sections["completions", "Completions over the training"] = training_section(runs, clips, verifier, rules)
+        sections["completions", "Completions over the training"] = training_section(runs, clips)
     if any(run.config for run in runs):
         sections["settings", "Settings and versions"] = parts.settings_table(runs)
     about = []
@@ -349,7 +307,7 @@ def build(runs: list[Run], clips: Clips, erv: str = "", chosen: list[str] = ()) 
                                    for (name, heading), content in sections.items()),
                 missing=f'<div class="missing"><b>Not on this page</b><ul>{listed}</ul></div>' if missing else "",
                 footer="Made by scripts/tools/report.py of erv-min. The verifier's labels: "
-                + text(", ".join(verifier.labels if verifier else ERV_LABELS)) + ".")
+                + text(", ".join(ERV_LABELS)) + ".")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -358,7 +316,6 @@ def main(argv: list[str] | None = None) -> None:
     add("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation, or NAME=FOLDER")
     add("--out", default="report.html", help="the page")
     add("--data", default="", help="where the clips are, 'dfew:/path' (default: as the run's settings say)")
-    add("--erv", default="", help="verifier for outputs without labels (default: the run's)")
     add("--show", default="", metavar="ID,ID", help="held-out clips to show (default: evenly spaced ones)")
     args = parser.parse_args(argv)
     if len(args.runs) > RUNS:
@@ -368,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         if sum(other.name == run.name for other in runs) > 1:
             run.name = f"{run.folder.resolve().parent.name}/{run.name}"
     clips = Clips(runs, args.data)
-    page = build(runs, clips, args.erv, [x.strip() for x in args.show.split(",") if x.strip()])
+    page = build(runs, clips, [x.strip() for x in args.show.split(",") if x.strip()])
     atomic_write(args.out, page)
     print(f"{args.out}: {len(page.encode()) / 1e6:.1f} MB, {len(runs)} runs")
     for line in [line for run in runs for line in run.missing] + clips.missing:

@@ -166,16 +166,6 @@ def score_table(systems: list) -> str:
     return figures_table("Percent", rows)
 
 
-def paired_table(differences: list[tuple[str, dict]]) -> str:
-    """(what is compared, metrics.paired of it) -> a table; a difference whose interval leaves out 0 is bold."""
-    rows = []
-    for name, values in differences:
-        cells = {metric: (f"{point:+.1f}".replace("-", "−"), f"{low:+.1f} to {high:+.1f}".replace("-", "−"),
-                          low > 0 or high < 0) for metric, (point, low, high) in values.items()}
-        rows.append((symbols(name), cells))
-    return figures_table("Points", rows)
-
-
 def confusion(system) -> str:
     """A row per true label, a column per prediction; the shade is the share of the row."""
     names, score, rows = [*system.score["labels"], "unknown"], system.score, ""
