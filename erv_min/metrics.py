@@ -128,48 +128,20 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
             "recall": {name: 100 * r / c if c else None for name, r, c in zip(s.labels, right, counted)}}
 
 
-def _resampled(s: Scored, n: int, seed: int) -> dict[str, np.ndarray]:
-    """metric -> float [n]: the metrics of n draws of N clips with replacement, 256 draws at a time."""
-    rng, N = np.random.default_rng(seed), len(s.truth)
-    parts = [weighted(s, rng.multinomial(N, np.full(N, 1 / N), size=min(256, n - at)).astype(float))  # [<=256, N]
-             for at in range(0, n, 256)]
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
-
-def _intervals(drawn: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """metric -> (low, high): what the middle 95% of its draws span."""
-    return {name: tuple(np.nanquantile(drawn[name], [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
-            for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
-
-
 def bootstrap(rows: list[dict], dataset: str, n: int = 1000, seed: int = 0,
               rule: str = "paper") -> dict[str, tuple[float, float]]:
     """metric -> (low, high), percent: the 95% percentile interval over n resamples of the clips. Raises as score.
 
     It holds for this one trained model on other clips; another training seed's model moves the figures as well, often
     further, and only runs over several seeds show by how much."""
-    return _intervals(_resampled(read_rows(rows, dataset, rule), n, seed))
-
-
-def paired(rows_a: list[dict], rows_b: list[dict], dataset: str, n: int = 1000, seed: int = 0,
-           rule: str = "paper") -> dict[str, tuple[float, float, float]]:
-    """metric -> (b - a, low, high), in points: two systems on the same clips, matched by video_id and resampled
-    together, which leaves out the spread that both share. The interval takes both models as they are (see bootstrap).
-    Raises DataError if the clips or their labels differ."""
-    by_id_a, by_id_b = ({row["video_id"]: row for row in rows} for rows in (rows_a, rows_b))
-    if alone := sorted(map(str, by_id_a.keys() ^ by_id_b.keys())):
-        raise DataError(f"the two prediction files must hold the same clips; only one holds {', '.join(alone[:3])}")
-    if len(rows_a) != len(by_id_a) or len(rows_b) != len(by_id_b):
-        raise DataError("a prediction file must hold each clip once; a video_id is there twice")
-    a, b = read_rows(list(by_id_a.values()), dataset, rule), read_rows([by_id_b[i] for i in by_id_a], dataset, rule)
-    if (a.truth != b.truth).any():
-        raise DataError("the two prediction files disagree about ground_truth; were they made from one split?")
-    once = np.ones((1, len(a.truth)))
-    of_a, of_b = weighted(a, once), weighted(b, once)
-    drawn_a, drawn_b = _resampled(a, n, seed), _resampled(b, n, seed)
-    both = of_a.keys() & of_b.keys()  # one of them may not be judged
-    spans = _intervals({name: drawn_b[name] - drawn_a[name] for name in both})
-    return {name: ((of_b[name] - of_a[name]).item(), *span) for name, span in spans.items()}
+    s, rng = read_rows(rows, dataset, rule), np.random.default_rng(seed)
+    N, parts = len(s.truth), []
+    for start in range(0, n, 256):  # draws of N clips with replacement, 256 at a time
+        counts = rng.multinomial(N, np.full(N, 1 / N), size=min(256, n - start)).astype(float)  # [<= 256, N]
+        parts.append(weighted(s, counts))
+    drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: tuple(np.nanquantile(drawn[name], [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
+            for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
 
 
 def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:

@@ -24,12 +24,12 @@ from erv_min.sentences import split_sentences
 
 
 def extract_explanation(completion: str) -> str:
-    """E: the text between the first <think> and the next </think>; "" where there is none or it is not closed."""
+    """E: the text between the first <think> and the next </think>; "" if there is none or it is not closed."""
     return between(completion, "<think>", "</think>") or ""
 
 
 def between(text: str, opening: str, closing: str) -> str | None:
-    """What stands between the first `opening` and the first `closing` after it, stripped; None where one is missing."""
+    """What stands between the first `opening` and the first `closing` after it, stripped; None if one is missing."""
     _, found, rest = text.partition(opening)
     inside, closed, _ = rest.partition(closing)
     return inside.strip() if found and closed else None
@@ -38,8 +38,8 @@ def between(text: str, opening: str, closing: str) -> str | None:
 def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
     """EL_k, algorithm 1 lines 7-14: u [S, K] -> for each sentence its labels, best first.
 
-    The k best of those strictly over tau; the best one where none is. Of equal probabilities the later label goes
-    first, as in the release. Raises SettingsError where K is not len(labels), or a probability is not a number."""
+    The k best of those strictly over tau; the best one if none is. Of equal probabilities the later label goes
+    first, as in the release. Raises SettingsError if K is not len(labels), or a probability is not a number."""
     u = torch.as_tensor(probs)
     if u.shape[1:] != (len(labels),) or u.isnan().any():
         raise SettingsError(f"the verifier gave {tuple(u.shape)} probabilities for {len(labels)} labels, or some that "
@@ -51,7 +51,7 @@ def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int
 
 def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_rule: str = "only",
                        neutral_filter: bool = True) -> float:
-    """R_E of one completion, algorithm 1 lines 15-26 (Eq. 4): c / (N - N_neu), or c / N where e_gt is neutral.
+    """R_E of one completion, algorithm 1 lines 15-26 (Eq. 4): c / (N - N_neu), or c / N if e_gt is neutral.
 
     label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
     labels. N: sentences. N_neu: those whose only label is neutral ("only"), or that have it among them ("any", as line
@@ -73,7 +73,7 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
 
 
 def format_reward(completion: str) -> float:
-    """R_format: 1 where the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0.
+    """R_format: 1 if the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0.
 
     The released regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking."""
     middle = re.search(r"</think>\s*<answer>", completion.removeprefix("<think>"))
@@ -82,7 +82,7 @@ def format_reward(completion: str) -> float:
 
 def extract_answer(completion: str, rule: str = "paper") -> str | None:
     """The text of the first <answer>...</answer>. "released": it must stand on one line, and without one the whole
-    completion is the answer. None ("paper" only) where there is no closed answer."""
+    completion is the answer. None ("paper" only) if there is no closed answer."""
     if rule == "paper":
         return between(completion, "<answer>", "</answer>")
     lines = (between(line, "<answer>", "</answer>") for line in completion.split("\n"))
@@ -90,8 +90,8 @@ def extract_answer(completion: str, rule: str = "paper") -> str | None:
 
 
 def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper") -> float:
-    """R_answer: 1 where the answer names e_gt, else 0. "paper" reads both through `emotions.normalize`; "released"
-    compares the normalised answer with the label as it stands. Raises DataError where e_gt is no label of `dataset`."""
+    """R_answer: 1 if the answer names e_gt, else 0. "paper" reads both through `emotions.normalize`; "released"
+    compares the normalised answer with the label as it stands. Raises DataError if e_gt is no label of `dataset`."""
     answer = extract_answer(completion, rule)
     if rule == "released":
         return float(normalize(answer, dataset, rule) == e_gt)

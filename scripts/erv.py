@@ -125,8 +125,7 @@ class Epochs:
 
     def ended(self, step: int, report: dict) -> None:
         at_tau = report["at_tau"]
-        line = {"step": step, "macro_f1": at_tau["macro_f1"], "micro_f1": at_tau["micro_f1"], "loss": report["loss"],
-                "ece": report["ece"]}
+        line = {"step": step, "macro_f1": at_tau["macro_f1"], "micro_f1": at_tau["micro_f1"], "loss": report["loss"]}
         self.lines.append(line)
         if self.processes.main:
             append_jsonl(self.file, line)

@@ -129,10 +129,10 @@ def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
 def figures(rows: list[dict], settings: EvaluateSettings) -> dict[str, dict]:
     """Data set -> score, with "intervals" beside it."""
     results = {}
-    for dataset, part in by_data_set(rows).items():
-        results[dataset] = score(part, dataset, settings.rule)
+    for dataset, some in by_data_set(rows).items():
+        results[dataset] = score(some, dataset, settings.rule)
         if settings.bootstrap:
-            results[dataset]["intervals"] = bootstrap(part, dataset, settings.bootstrap, settings.seed, settings.rule)
+            results[dataset]["intervals"] = bootstrap(some, dataset, settings.bootstrap, settings.seed, settings.rule)
     return results
 
 
@@ -141,9 +141,10 @@ def agreements_of(judged: dict[str, list[dict]]) -> dict[str, dict]:
     found = {}
     for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):
         part_b = by_data_set(rows_b)
-        for dataset, part in by_data_set(rows_a).items():
-            said = [[row["judged_emotion"] for row in rows] for rows in (part, part_b[dataset])]
-            found.setdefault(dataset, {})[f"{a} and {b}"] = agreement(*said)
+        for dataset, some in by_data_set(rows_a).items():
+            said_a = [row["judged_emotion"] for row in some]
+            said_b = [row["judged_emotion"] for row in part_b[dataset]]
+            found.setdefault(dataset, {})[f"{a} and {b}"] = agreement(said_a, said_b)
     return found
 
 

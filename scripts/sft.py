@@ -56,22 +56,20 @@ def train(settings: SFTSettings, processes: Processes) -> None:
         # x: the frozen towers run here, once per clip; y: the targets' tokens.
         with policy.unsharded(*frozen):
             batch = collate(clips.next())
-        targets = [encode_targets(clips.unit_at(place), collate.tokenizer) for place in clips.taken]
-        lengths = [len(y) for unit in targets for y in unit]
-        totals = all_reduce_sum({"tokens": sum(lengths), "targets": len(lengths)})
+        targets, names = encode_targets(clips, collate.tokenizer)
+        totals = all_reduce_sum({"tokens": sum(map(len, targets)), "targets": len(targets)})
         denominator = totals["tokens" if settings.loss_reduction == "mean" else "targets"]
         clips.check_failed()
 
         # L_SFT = - sum_t log pi_theta(y_t | x, y_<t) / denominator, in passes whose gradients add up.
         loss_sum = 0.0
-        for start in range(0, len(targets), units_per_pass):
-            part = slice(start, start + units_per_pass)
-            rows = [y for unit in targets[part] for y in unit]
-            y = Completions(*pad_rows(rows, collate.tokenizer.pad_id, processes.device))
+        for start in range(0, len(clips.taken), units_per_pass):
+            some = slice(start, start + units_per_pass)
+            rows = slice(start * settings.targets_per_clip, (start + units_per_pass) * settings.targets_per_clip)
+            y = Completions(*pad_rows(targets[rows], collate.tokenizer.pad_id, processes.device))
             with policy.forward_pass():
-                logps, _ = completion_logps(policy.model, embed(policy.model, batch[part]), y)
-            run.track_rows([f"{x.video_id}, target {i}" for x in batch.examples[part]
-                            for i in range(settings.targets_per_clip)], logps)
+                logps, _ = completion_logps(policy.model, embed(policy.model, batch[some]), y)
+            run.track_rows(names[rows], logps)
             loss = sft_loss(logps, y.mask, denominator)
             (loss * processes.size).backward()  # `update` takes the mean over processes
             loss_sum += loss.item()
@@ -87,9 +85,14 @@ def train(settings: SFTSettings, processes: Processes) -> None:
     run.finish()
 
 
-def encode_targets(unit: list[Example], tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of each target of a clip, up to the end of the turn."""
-    return [tokenizer.encode(sft_target(x.explanation, x.label)) + tokenizer.turn_end for x in unit]
+def encode_targets(clips: TrainingClips, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str]]:
+    """The tokens of each target of a step's clips, up to the end of the turn, and its name for messages."""
+    targets, names = [], []
+    for place in clips.taken:
+        for number, x in enumerate(clips.unit_at(place)):
+            targets.append(tokenizer.encode(sft_target(x.explanation, x.label)) + tokenizer.turn_end)
+            names.append(f"{x.video_id}, target {number}")
+    return targets, names
 
 
 def explained(examples: list[Example], answers_only: bool) -> list[Example]:

@@ -6,7 +6,7 @@ from conftest import GOLDEN
 from equations.test_metrics_eea_fcr_epc_war_uar import EIGHT, row
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_json
-from erv_min.metrics import agreement, bootstrap, moved, next_with_another, paired, score, table
+from erv_min.metrics import agreement, bootstrap, moved, next_with_another, score, table
 
 RECORDED = read_json(GOLDEN / "text/metrics.json")
 
@@ -54,21 +54,6 @@ def test_bootstrap_interval():
     assert bootstrap([row("sad", "sad", "sad")] * 5, "DFEW", n=20)["UAR"] == (100, 100)
     released = bootstrap(EIGHT, "DFEW", n=200, rule="released")
     assert released["EEA"] == released["EEA_answered"] != bootstrap(EIGHT, "DFEW", n=200)["EEA"]
-
-
-def test_paired_difference():
-    """b is right where a is, and on 10 of 100 clips more: exactly 10 points, and far surer than two lone intervals."""
-    a = [row("sad", "sad" if i < 50 else "fear", "sad", i) for i in range(100)]
-    b = [row("sad", "sad" if i < 60 else "fear", "sad", i) for i in range(100)][::-1]  # the order does not matter
-    difference, low, high = paired(a, b, "DFEW", n=2000)["WAR"]
-    assert difference == pytest.approx(10)
-    assert 3 < low < 6 and 14 < high < 18  # standard error sqrt(0.1 * 0.9 / 100) = 3 points
-    assert paired(a, b, "DFEW", n=50)["EEA"] == (0, 0, 0)
-    assert paired(a, a, "DFEW", n=50, rule="released")["UAR"] == (0, 0, 0)
-    relabelled = [r | {"ground_truth": "fear"} for r in b]
-    for other, why in ((b[1:], "99"), (b + b[:1], "twice"), (relabelled, "ground_truth")):
-        with pytest.raises(DataError, match=why):
-            paired(a, other, "DFEW")
 
 
 def test_agreement_by_hand():

@@ -1,4 +1,4 @@
-"""A hosted model asked many prompts: cache, retries, cost. What is asked and how a reply is read: judge.py, augment.py.
+"""A hosted model asked many prompts: cache, retries. What is asked and how a reply is read: judge.py, augment.py.
 
 Requests go through huggingface_hub's InferenceClient, which tries each once: the retries are here. Every answer is
 appended to the cache as it comes in: a stopped run asks nothing twice. A failure is not kept. Keys come from the
@@ -22,9 +22,6 @@ PROVIDERS = {  # name -> its OpenAI-compatible server, the environment variable 
     "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "gemini": ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
     "hf": ("https://router.huggingface.co/v1", "HF_TOKEN")}
-PRICES = {  # model -> USD per million tokens in and out, mid 2025
-    "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60), "gpt-4.1-nano": (0.10, 0.40),
-    "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-pro": (1.25, 10.00)}
 MAX_WAIT = 300  # seconds; if a server asks for more, the prompt fails
 HOPELESS = {  # status of a response, or words in it -> why asking on is pointless
     401: "the key is refused", 403: "the key is not allowed to", 404: "no such model or address",
@@ -86,14 +83,10 @@ class ChatClient:
         limit, seeds = self.reply_tokens or max_tokens, seeds or [None] * len(prompts)
         keys = [self.key(prompt, temperature, seed) for prompt, seed in zip(prompts, seeds)]
         todo = {key: (prompt, seed) for key, prompt, seed in zip(keys, prompts, seeds) if key not in self.answers}
-        # What it costs, told first: 4 characters per token, and 8 tokens of the chat's own around each prompt.
+        # Told first: 4 characters per token, and 8 tokens of the chat's own around each prompt.
         tokens_in = sum(len(prompt) for prompt, _ in todo.values()) // 4 + 8 * len(todo)
-        tokens_out, cost = limit * len(todo), "unknown price"
-        if self.model in PRICES:
-            price_in, price_out = PRICES[self.model]
-            cost = f"at most ${(tokens_in * price_in + tokens_out * price_out) / 1e6:.2f}"
         self.show(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated), "
-                  f"about {tokens_in:,} tokens in, at most {tokens_out:,} out: {cost}")
+                  f"about {tokens_in:,} tokens in, at most {limit * len(todo):,} out")
         failed, in_a_row = {}, 0
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)

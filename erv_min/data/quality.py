@@ -1,5 +1,5 @@
 """The verifier's quality on held-out descriptions, of which the paper says nothing: F1 of the labels that the reward
-would read, by threshold, on texts that were not in training, and calibration."""
+would read, and on texts that were not in training."""
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +29,6 @@ def f1_report(predicted: Tensor, truth: Tensor) -> dict:
                           for i, label in enumerate(ERV_LABELS[:len(there)])}}
 
 
-def best_tau(probs: Tensor, truth: Tensor, k: int = 2) -> tuple[float, float]:
-    """The threshold of 0.05, 0.10, ... 0.95 with the best macro F1 (the one nearest 0.5 of equals), and that F1."""
-    scores = {tau / 100: f1_report(selected(probs, tau / 100, k), truth)["macro_f1"] for tau in range(5, 100, 5)}
-    tau = max(scores, key=lambda t: (scores[t], -abs(t - 0.5)))
-    return tau, scores[tau]
-
-
-def calibration_error(probs: Tensor, truth: Tensor, bins: int = 10) -> float:
-    """Probabilities and outcomes of one shape -> expected calibration error over equal bins (Guo et al. 2017).
-
-    ECE = sum over bins of (share of cases) * |mean probability - share of true cases|."""
-    p, y = probs.flatten().double(), truth.flatten().double()
-    place, error = (p * bins).long().clamp(max=bins - 1), 0.0
-    for b in place.unique():
-        inside = place == b
-        error += inside.double().mean().item() * abs(p[inside].mean().item() - y[inside].mean().item())
-    return error
-
-
 def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, seen: Tensor | None = None) -> dict:
     """Held-out quality: probs float [S, 11] in ERV_LABELS order, truth bool [S, 11].
 
@@ -56,13 +37,10 @@ def verifier_report(probs: Tensor, truth: Tensor, tau: float = 0.5, k: int = 2, 
     """
     chosen = selected(probs, tau, k)
     new = torch.ones(len(probs), dtype=torch.bool) if seen is None else ~seen
-    tau_best, f1_best = best_tau(probs, truth, k)
     return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": f1_report(chosen, truth),
             "unseen": {"sentences": int(new.sum()),
                        "macro_f1": f1_report(chosen[new], truth[new])["macro_f1"] if new.any() else None},
-            "best_tau": tau_best, "macro_f1_at_best_tau": f1_best,
-            "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item(),
-            "ece": calibration_error(probs, truth)}
+            "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), truth.float()).item()}
 
 
 def print_report(report: dict) -> None:
@@ -72,8 +50,7 @@ def print_report(report: dict) -> None:
     for name, x in at_tau["per_class"].items():
         if x["support"] or x["precision"]:
             print(f"{name:>14}  {x['precision']:9.3f}  {x['recall']:6.3f}  {x['f1']:5.3f}  {x['support']:7d}")
-    print(f"macro F1 {at_tau['macro_f1']:.3f}, micro F1 {at_tau['micro_f1']:.3f}; best tau {report['best_tau']} "
-          f"(macro F1 {report['macro_f1_at_best_tau']:.3f}); ECE {report['ece']:.3f} over all pairs; "
+    print(f"macro F1 {at_tau['macro_f1']:.3f}, micro F1 {at_tau['micro_f1']:.3f}; "
           f"{report['sentences']} held-out rows")
     print(f"{unseen['sentences']} of these texts are not in training"
           + (f": macro F1 {unseen['macro_f1']:.3f} on them" if unseen["sentences"] else ""))

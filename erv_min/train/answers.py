@@ -66,7 +66,7 @@ def outputs(collate: Collator, examples: list[Example], numbers: list[int], sett
 class Answer:
     """What a policy says about one clip."""
 
-    explanation: str  # "" where it is not between <think> and </think>
+    explanation: str  # "" if it is not between <think> and </think>
     emotion: str | None  # as it was written; None without a closed <answer>
     text: str  # the whole output
 
@@ -79,7 +79,7 @@ def load_policy(settings: AnswerSettings) -> Collator:
 
 def answer(policy: Collator, clip: str | Path, settings: AnswerSettings = AnswerSettings(),
            subtitle: str = "") -> Answer:
-    """One clip's Answer. Raises ClipError where it cannot be decoded."""
+    """One clip's Answer. Raises ClipError if it cannot be decoded."""
     said = next(answers(policy, [clip], settings, subtitle))
     if isinstance(said, ClipError):
         raise said

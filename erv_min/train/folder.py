@@ -43,7 +43,7 @@ FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "wor
 
 
 def provenance(settings) -> dict:
-    """What config.json keeps of a run. The commit has a "+" where the source was changed; "" outside a checkout."""
+    """What config.json keeps of a run. The commit has a "+" if the source was changed; "" outside a checkout."""
     installed = {(x.name or "").lower().replace("_", "-"): x.version for x in metadata.distributions()}
     versions = {"python": platform.python_version()} | {x: installed.get(x, "not installed") for x in PACKAGES}
     versions["torch"] = torch.__version__  # with its build, which the package's version may leave out (2.15.0+cu132)
@@ -59,10 +59,10 @@ LOCKS: dict = {}  # folder -> open file whose lock this process holds until it e
 
 
 def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
-    """Locks the folder of a run for this job, on every process; returns whether to resume: where asked to, and where
+    """Locks the folder of a run for this job, on every process; returns whether to resume: if asked to, and if
     torchrun starts the job again (--max-restarts).
 
-    Raises SettingsError where a run lies there and nobody asked to go on with it, or where one is still writing.
+    Raises SettingsError if a run lies there and nobody asked to go on with it, or if one is still writing.
     """
     out, resume = Path(out), resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     problem = ""
@@ -92,7 +92,7 @@ class Run:
     """A run's logs and states. The main process writes; every process must call each method."""
 
     def __init__(self, out: str | Path, settings, processes: Processes, total_steps: int, towers: dict | None = None):
-        """Keeps the settings in config.json. Raises SettingsError where a resume changes one that it may not."""
+        """Keeps the settings in config.json. Raises SettingsError if a resume changes one that it may not."""
         self.out, self.settings, self.processes, self.total_steps = Path(out), settings, processes, total_steps
         self.metrics, self.config = self.out / "metrics.jsonl", self.out / "config.json"
         self.about = provenance(settings) | ({"towers": towers} if towers else {})
@@ -202,7 +202,7 @@ class Run:
                                "help")
 
     def checkpoint(self, done: int) -> None:
-        """After `done` steps: writes the state where it is due. After a signal, too, and then ends with STOPPED."""
+        """After `done` steps: writes the state if it is due. After a signal, too, and then ends with STOPPED."""
         stop = next((name for name in all_gather_object(self.stop) if name), "")
         if stop or done % self.settings.save_every == 0 or done == self.total_steps:
             if self.processes.main and self.metrics.exists():

@@ -31,7 +31,7 @@ def update(policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: f
     """One optimizer step on gradients averaged over processes and clipped to a global norm; returns the norm before.
 
     `policy` is one of train/sharding.py's. `loss` is the sum over processes, so that every process knows where one of
-    theirs is not finite: then, or where the norm is not, the weights stay as they are, and NaN is returned. Gradients
+    theirs is not finite: then, or if the norm is not, the weights stay as they are, and NaN is returned. Gradients
     are cleared.
     """
     norm = policy.clip_gradients(max_grad_norm)

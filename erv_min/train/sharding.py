@@ -7,7 +7,7 @@ does not ask which it has:
     with policy.unsharded(*parts):     the whole model in the compute type, without gradients: for sampling; or the
                                        root and the parts of it whose names begin so
     policy.named_parameters()          what the optimizer trains: tensors by name, whole or this process's shards
-    policy.clip_gradients(max_norm)    mean over processes where that is still to do, scaled to a global norm of at most
+    policy.clip_gradients(max_norm)    mean over processes if that is still to do, scaled to a global norm of at most
                                        max_norm; returns the norm before
     policy.full_shapes()               released name -> an empty tensor of the parameter's shape and type
     policy.full_tensors()              (name, parameter) in that order, on process 0; all must run through it

@@ -28,7 +28,7 @@ def saved_states(folder: str | Path) -> list[Path]:
 
 
 def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Optimizer, keep: int = 2) -> None:
-    """Writes the state after `step` steps and keeps `keep` in all. Raises DiskError on every process where one has no
+    """Writes the state after `step` steps and keeps `keep` in all. Raises DiskError on every process if one has no
     room: the states there were are left as they are."""
     folder, rank = Path(folder), rank_and_size()[0]
     place, target = folder / f".state-{step:06d}", folder / f"state-{step:06d}"
@@ -44,7 +44,7 @@ def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Opt
             written = {path.name: {"bytes": path.stat().st_size, "crc32": crc}}
     except DiskError as error:
         problem = str(error)
-    for _ in stream:  # what to_full() gathers needs every process, also where writing failed
+    for _ in stream:  # what to_full() gathers needs every process, also if writing failed
         pass
     parts = all_gather_object((written, problem))
     if problem := next((p for _, p in parts if p), ""):
@@ -65,9 +65,9 @@ def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Opt
 
 
 def load_state(folder: str | Path, policy, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest state that is whole back, naming damaged ones; returns its steps, 0 where there is no state.
+    """Puts the newest state that is whole back, naming damaged ones; returns its steps, 0 if there is no state.
 
-    Raises CheckpointError where there are only damaged ones, or where it is of other parameters."""
+    Raises CheckpointError if there are only damaged ones, or if it is of other parameters."""
     found = saved_states(folder)
     for place in found:
         damage = [x for x in all_gather_object(_damage(place)) if x]
