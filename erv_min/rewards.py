@@ -9,7 +9,7 @@ paper's parameters, its ablations (table 2) and the divergences.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -123,11 +123,6 @@ class RewardSettings:
 
     def __post_init__(self):
         check(self)
-
-    @classmethod
-    def released(cls, **changes) -> "RewardSettings":
-        """The released code's rewards; its labels are normalised with the MAFW rule, which ALIASES contain."""
-        return replace(cls(tau=0.1, answer_rule="released"), **changes)
 
 
 @dataclass

@@ -55,7 +55,6 @@ def test_score_completions_refuses_what_does_not_fit():
 def test_defaults_are_the_papers():
     s = RewardSettings()
     assert (s.tau, s.k, s.neutral_rule, s.ablate) == (0.5, 2, "only", "")
-    assert RewardSettings.released(k=3) == RewardSettings(tau=0.1, answer_rule="released", k=3)
 
 
 # ---- format and sentences against the released regexes, and in one pass ----

@@ -22,7 +22,7 @@ def test_recorded_groups(dtype):
     for g in GROUPS:
         scored = score_completions(g["completions"], [g["ground_truth"]] * 6, g["dataset"],
                                    lambda s: torch.tensor([g["probs"][x] for x in s], dtype=dtype), GOEMOTIONS,
-                                   RewardSettings.released())
+                                   RewardSettings(tau=0.1, answer_rule="released"))
         assert [r.sentences for r in scored] == g["sentences"]
         assert [r.explanation for r in scored] == pytest.approx(g["explanation_reward"], abs=1e-9)
         assert [r.answer for r in scored] == g["answer_reward"]
