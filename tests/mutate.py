@@ -263,7 +263,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/metrics.py", "(s.judged < C) & (s.judged == s.answered)", "s.judged == s.answered", METRICS),
     ("erv_min/metrics.py", "eea & (s.answered == s.truth)", "eea & (s.predicted == s.truth)", METRICS),
     ("erv_min/metrics.py", "(there > 0).sum(1), 1)", "(there >= 0).sum(1), 1)", METRICS),
-    ("erv_min/metrics.py", "(p_o - p_e) / (1 - p_e)}", "(p_o - p_e)}", "test_metrics.py"),
+    ("erv_min/data/comparisons.py", "(p_o - p_e) / (1 - p_e)}", "(p_o - p_e)}", "test_metrics.py"),
     ("erv_min/judge.py", "normalize(word, dataset)", "normalize(word, 'dfew')", "test_judge.py"),
     ("erv_min/judge.py", "labels[int(row.argmax())]", "labels[int(row.argmin())]", "test_judge.py"),
     ("erv_min/judge.py", "permuted(labels, text))", "labels)", "test_judge.py"),

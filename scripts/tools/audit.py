@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
-from erv_min import metrics
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_jsonl, write_json
 from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
+from erv_min.data.comparisons import agreement as agreement_of
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import targets
 from erv_min.data.quality import verifier_report
@@ -31,9 +31,9 @@ from erv_min.train.log import explanation_statistics
 
 
 def agreement(verifier: list[str], judge: list[str | None], labels: tuple[str, ...]) -> dict:
-    """One emotion per sentence from each -> `metrics.agreement`, and per class precision and recall with the judge as
+    """One emotion per sentence from each -> `comparisons.agreement`, and per class precision and recall with the judge as
     truth. Sentences that the judge left without an emotion (None) are counted apart and left out."""
-    found = metrics.agreement(verifier, judge)
+    found = agreement_of(verifier, judge)
     if not found["n"]:
         raise SettingsError("the judge gave no emotion for any sentence: nothing to compare the verifier with")
     pairs, per_class = [(v, j) for v, j in zip(verifier, judge) if j is not None], {}
