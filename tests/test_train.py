@@ -212,6 +212,14 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path):
     assert [row["step"] for row in rows] == list(range(6))
 
 
+def test_states_that_a_kill_left_over_go_at_the_resume(tmp_path):
+    small_run(tmp_path, steps=4)
+    (tmp_path / "state-000001").mkdir()
+    assert sorted(x.name for x in tmp_path.glob("state-*")) == ["state-000001", "state-000002", "state-000004"]
+    small_run(tmp_path, steps=4)
+    assert sorted(x.name for x in tmp_path.glob("state-*")) == ["state-000002", "state-000004"]
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     small_run(tmp_path)
     with pytest.raises(SettingsError, match="--resume"):

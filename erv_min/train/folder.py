@@ -154,6 +154,9 @@ class Run:
             write_jsonl(path, rows)
             for row in rows if path == self.metrics else []:
                 self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0
+        whole = [path for path in saved_states(self.out) if int(path.name.removeprefix("state-")) <= self.first_step]
+        for path in whole[self.settings.keep :]:  # a kill came between a state and the removal of older ones
+            shutil.rmtree(path)
         for path in self.out.glob(".*"):
             if re.fullmatch(r"\.state-\d+", path.name):
                 shutil.rmtree(path)
