@@ -372,6 +372,10 @@ def test_train_and_test_do_not_share_clips(tmp_path):
     check_disjoint(train, test)
     with pytest.raises(DataError, match="1 clips are in training and test data.*9.mp4"):
         check_disjoint([*train, replace(test[0], video_id="other")], test)  # the same file under another id
+    elsewhere = [replace(train[0], path=tmp_path / "copy" / train[0].path.name)]  # the same clip in another folder
+    with pytest.raises(DataError, match="1 clips are in training and test data"):
+        check_disjoint(train, elsewhere)
+    check_disjoint(train, [replace(elsewhere[0], dataset="mafw")])  # of another data set: another clip
 
 
 def test_summary_counts_clips_not_entries(tmp_path):
