@@ -142,7 +142,6 @@ def their_logps(model, prompt: Tensor, completions: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
 
-
 def rollout_ways(options: argparse.Namespace) -> Ways:
     model, video, audio = build(options)
     with torch.no_grad():
