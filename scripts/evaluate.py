@@ -155,8 +155,8 @@ def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
     if not data.startswith("toy:") or not (world / "params.jsonl").exists():
         return {}
     counts = count_sentences(rows, world)
-    return {part: counts[part] / len(rows)
-            for part in ("sentences", "formed", "face", "true face", "voice", "true voice")}
+    return {name: counts[name] / len(rows)
+            for name in ("sentences", "formed", "face", "true face", "voice", "true voice")}
 
 
 def confusion_text(result: dict) -> str:
@@ -255,8 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     for number, judged_rows in enumerate(judged.values(), 1):
         write_jsonl(out / f"judged-{number}.jsonl", judged_rows)
     write_json(out / "metrics.json", found)
-    atomic_write(out / "table.txt", report(found))
-    print(report(found), end="")
+    text = report(found)
+    atomic_write(out / "table.txt", text)
+    print(text, end="")
     for kind in ("missing", "unknown", "failed"):
         if lost[kind]:
             print(f"{len(lost[kind])} clips {kind}, e.g. {lost[kind][0]}")

@@ -2,7 +2,7 @@
 
 With no argument it runs the whole method on the embedded world, from nothing: renders clips, trains towers, SFT and
 the verifier, then GRPO, and prints a table like the paper's table 1 on held-out clips. With the paper's presets:
-`--data dfew:/path,mafw:/path --erv Rhatanii/Emo_Classifier --out FOLDER`, and --model where the preset names none.
+`--data dfew:/path,mafw:/path --erv Rhatanii/Emo_Classifier --out FOLDER`, and --model if the preset names none.
 Departures from the release, each with its switch: tau 0.5 (divergence 1), neutral as the only label (2), G = 16 (5),
 mu updates per batch (6), rollouts without top-k (9), the inference prompt (10), padded frames (11).
 Leaves in OUT: model.safetensors, config.json, tokenizers, metrics.jsonl, completions.jsonl; toy: evaluation.json.

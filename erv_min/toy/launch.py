@@ -23,7 +23,7 @@ def run(command: list[str], processes: int = 1) -> None:
 
     (Without torchrun itself, which is a big process more, and would not hand on the status STOPPED.)
     SIGTERM and Ctrl-C are handed on, and a process that fails ends the others. Raises SystemExit: STOPPED after a
-    signal and where one of them stopped in order, else naming the command that failed.
+    signal and if one of them stopped in order, else naming the command that failed.
     """
     started, jobs, signals = time.time(), [], []
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-
 from erv_min.base.errors import ClipError, SettingsError
 from erv_min.base.files import append_jsonl
 from erv_min.base.processes import Processes, gather_lists
