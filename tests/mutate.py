@@ -190,8 +190,8 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/logps.py", ".masked_fill(~mask, 0)", ".masked_fill(mask & False, 0)", NUMBERS),
     # ---- Eq. 1: sampling
     ("erv_min/generate.py", "dtype=torch.float64)", "dtype=torch.float32)", EQ1),
-    ("erv_min/generate.py", "before >= top_p", "before > top_p", EQ1),
-    ("erv_min/generate.py", "(logits.float() / temperature).softmax(-1)", "logits.float().softmax(-1)", EQ1),
+    ("erv_min/generate.py", "<= 1 - top_p", "< 1 - top_p", EQ1),
+    ("erv_min/generate.py", "scores = logits.float() / temperature", "scores = logits.float()", EQ1),
     ("erv_min/generate.py", "key=[seed, step]", "key=[seed, 0]", "test_generate.py"),
     ("erv_min/generate.py", "counter=[0, 0, prompt, sample]", "counter=[0, 0, prompt, 0]", "test_generate.py"),
     ("erv_min/generate.py", "mask = ended.cumsum(1) == ended", "mask = ended.cumsum(1) == 0", "test_generate.py"),
