@@ -131,7 +131,10 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
             atomic_write(new, old.read_bytes())
     write_json(folder / "towers.json", towers_json(model.config))
     stored_as = str(dtype or model.head_weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config_json(model.config) | {"torch_dtype": stored_as})
+    config = config_json(model.config) | {"torch_dtype": stored_as}
+    if "dtype" in config:  # transformers 5 reads this one
+        config["dtype"] = stored_as
+    write_json(folder / "config.json", config)
 
 
 def tower_sizes(tower: Tower, place: str):

@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from erv_min.base.errors import CheckpointError
 from erv_min.checkpoint import (ALL_TOWERS, check_checkpoint, load_erv, load_humanomni, resolve, save_erv, save_humanomni,
                                 text_gate_folder, tower_place)
-from erv_min.config import TOWERS, humanomni, roberta
+from erv_min.config import TOWERS, humanomni, read_qwen2, roberta
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.parameters import random_humanomni
 
@@ -63,14 +63,14 @@ def test_released_weights_round_trip_byte_for_byte(layout, loaded, tmp_path):
 
 
 def test_default_keeps_the_models_dtype_and_unknown_config_keys(folder, tmp_path):
-    change_json(folder / "config.json", somebodys_key={"x": 1})
+    change_json(folder / "config.json", somebodys_key={"x": 1}, dtype="bfloat16")  # transformers 5's torch_dtype
     model = load_humanomni(folder)
     with torch.no_grad():
         model.model.norm.weight += 1e-6  # not a bfloat16 number
     out = tmp_path / "out"
     save_humanomni(model, out)
     config = json.loads((out / "config.json").read_text())
-    assert config["somebodys_key"] == {"x": 1} and config["torch_dtype"] == "float32"
+    assert config["somebodys_key"] == {"x": 1} and config["torch_dtype"] == config["dtype"] == "float32"
     assert same(load_humanomni(out), model)
 
 
@@ -293,6 +293,48 @@ def test_configs_that_cannot_be_right(folder, file, values, message):
         load_humanomni(folder)
     (folder / file).write_text("{")
     with pytest.raises(CheckpointError, match=f"{file}: not a JSON"):
+        load_humanomni(folder)
+
+
+@pytest.mark.parametrize("values, theta", [
+    ({}, 1e6),
+    (dict(rope_theta=None), 1e4),  # of the format, Qwen2's own files name theirs
+    (dict(rope_theta=5e5, rope_scaling={"type": "default"}), 5e5),
+    (dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 2e5}), 2e5),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 3e5}), 3e5),
+    (dict(rope_parameters={"rope_type": "default"}), 1e6),
+    (dict(use_sliding_window=True, max_window_layers=3), 1e6),  # of 3 layers none
+    (dict(use_sliding_window=False, max_window_layers=0), 1e6),
+    (dict(use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 3), 1e6),
+    (dict(tie_word_embeddings=None), 1e6),
+])
+def test_configs_in_the_spellings_of_transformers_4_and_5(folder, values, theta):
+    change_json(folder / "config.json", **values)
+    raw = json.loads((folder / "config.json").read_text())
+    found = read_qwen2(raw, "config.json")
+    assert (found.rope_theta, found.tie_word_embeddings) == (theta, raw.get("tie_word_embeddings", False))
+    if found.tie_word_embeddings:  # written and read again
+        save_humanomni(load_humanomni(folder), folder / "out")
+        assert read_qwen2(json.loads((folder / "out" / "config.json").read_text()), "out") == found
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Config(**{k: v for k, v in raw.items() if k != "model_type"})
+    assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["rope_type"]) == (theta, "default")
+    assert set(theirs.layer_types) == {"full_attention"} and theirs.tie_word_embeddings == found.tie_word_embeddings
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling: 'yarn'"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_scaling: 'linear'"),
+    (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}), "rope_parameters: 'dynamic'"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters: 'full_attention'"),
+    (dict(rope_parameters="yarn"), "rope_parameters: expected a JSON object"),
+    (dict(use_sliding_window=True, sliding_window=32, max_window_layers=1), "sliding window"),
+    (dict(use_sliding_window=True, max_window_layers=0), "sliding window"),  # of the format's 4096
+    (dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), "sliding window"),
+])
+def test_attention_that_is_not_computed_here_is_refused_by_name(folder, values, message):
+    change_json(folder / "config.json", **values)
+    with pytest.raises(CheckpointError, match=f"config.json.*{message}"):
         load_humanomni(folder)
 
 
