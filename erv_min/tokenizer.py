@@ -62,9 +62,10 @@ class Tokenizer:
 
 
 class EncoderTokenizer:
-    """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ if it has one, else in the folder itself."""
+    """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ if it has one, else in the folder itself. Raises
+    CheckpointError naming the file, also if it has ids that a model of `model_ids` embeddings lacks."""
 
-    def __init__(self, folder: str | Path, max_length: int = 512):
+    def __init__(self, folder: str | Path, max_length: int = 512, model_ids: int | None = None):
         gate = Path(folder) / "text_gate"
         path = (gate if (gate / "tokenizer.json").exists() else Path(folder)) / "tokenizer.json"
         if not path.exists():
@@ -77,7 +78,9 @@ class EncoderTokenizer:
             raise CheckpointError(f"{path}: neither <pad> nor [PAD] is in its vocabulary; is it RoBERTa's or BERT's?")
         self.pad_id = self.backend.token_to_id(pad)
         self.backend.enable_padding(pad_id=self.pad_id, pad_token=pad)
-        self.vocab_size = self.backend.get_vocab_size()
+        self.vocab_size = max(self.backend.get_vocab().values()) + 1
+        if model_ids and self.vocab_size > model_ids:
+            raise CheckpointError(f"{path}: it has {self.vocab_size} ids, its model embeds {model_ids}: another model's?")
 
     def encode_batch(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids [S, L], mask [S, L]), int64, with the file's special tokens, cut and padded on the right. Half

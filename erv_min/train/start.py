@@ -35,7 +35,8 @@ def load_model(settings: ModelSettings, name: str, dtype: torch.dtype, device, p
     if processes.main:
         show(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
              + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()))
-    return model, Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
+    gate = EncoderTokenizer(model.gate_folder, model_ids=model.config.gate.vocab_size)
+    return model, Tokenizer(model.source_folder), gate
 
 
 def load_collator(settings: AnswerSettings, processes: Processes, show=print) -> Collator:
