@@ -98,9 +98,10 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     for tower, place in elsewhere.items():
         tensors = {name: x for name, x in tensors.items() if not name.startswith(tower.prefix)}
         for name, x in open_weights(resolve(place)).items():
-            name = tower.prefix + name.removeprefix(tower.strip)
-            if name in expected:  # not SigLIP's text half, nor Whisper's decoder
-                tensors[name] = x
+            name = name.removeprefix(tower.strip)
+            for full in (tower.prefix + name, f"{tower.prefix}vision_model.{name}"):  # transformers 5 leaves that out
+                if full in expected:  # not SigLIP's text half, nor Whisper's decoder
+                    tensors[full] = x
     if config.text.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         tensors.setdefault("model.embed_tokens.weight", head)  # if a file holds both, the embedding's counts
     absent = fill(model, tensors, unused_parameters(model), dtype, device,
@@ -139,7 +140,7 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
 
 def tower_sizes(tower: Tower, place: str):
     """A tower's dimensions: those of a known repository, else from the config.json of the folder or repository."""
-    if place in TOWERS:
+    if isinstance(TOWERS.get(place), tower.kind):
         return TOWERS[place]
     file = resolve(place, weights=False) / "config.json"
     return read_part(tower.kind, read_object(file), str(file))
@@ -147,13 +148,16 @@ def tower_sizes(tower: Tower, place: str):
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
     """The folder or repository of a tower that the config.json `raw` of `folder` names. Configs in the wild hold paths
-    of their authors' machines: a known tower's name in a path that is not here stands for that tower."""
+    of their authors' machines: one that is not here and ends in a known tower's name stands for that tower."""
     name = str(raw.get(tower.key) or (BERT if tower.name == "text" else ""))
     if name and os.path.exists(os.path.join(name, "config.json")):
         return name
-    known = [repository for repository in TOWERS if repository.split("/")[1] in name]
-    if known or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return known[0] if known else name
+    place = re.sub(r".*/models--([\w.-]+)--([\w.-]+)/snapshots/\w+$", r"\1/\2", name.rstrip("/"))  # the hub's cache
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
+        return place
+    for repository in TOWERS:
+        if place.split("/")[-1] == repository.split("/")[1]:
+            return repository
     raise CheckpointError(f"{folder}/config.json: {tower.key} is {name[:200]!r}, which is not here; name the tower's "
                           f"folder or repository by --{tower.name}-tower")
 
