@@ -76,15 +76,15 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     told = read_object(folder / "towers.json") if (folder / "towers.json").exists() else {}
     sizes, source, elsewhere = {}, {}, {}
     for tower, override in zip(ALL_TOWERS, (vision_tower, audio_tower, text_tower)):
-        own = not override and any(name.startswith(tower.prefix) for name in tensors)
         if tower.name in told and not override:
             sizes[tower.name] = read_part(tower.kind, told[tower.name], f"{folder}/towers.json, {tower.name}")
         else:
             sizes[tower.name] = tower_sizes(tower, override or tower_place(raw, tower, folder))
-        source[tower.name] = f"checkpoint {folder_or_repo}"
-        if not own:
+        if override or not any(name.startswith(tower.prefix) for name in tensors):
             elsewhere[tower] = override or tower_place(raw, tower, folder)
             source[tower.name] = f"{'override' if override else 'repository'} {elsewhere[tower]}"
+        else:
+            source[tower.name] = f"checkpoint {folder_or_repo}"
     if (last := tensors.get("model.audio_tower.audio_tower.classifier.weight")) is not None and last.dim() == 2:
         # Unused, and no released file states its size.
         sizes["audio"] = replace(sizes["audio"], num_labels=last.shape[0], classifier_proj_size=last.shape[1])

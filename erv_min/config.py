@@ -187,23 +187,18 @@ def read_qwen2(raw: dict, where: str) -> Qwen2Config:
     also for scaled rotary positions and sliding windows, which are not computed here."""
     if not any(key.startswith("mm_") for key in raw):
         raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r} without any mm_ key: not HumanOmni's")
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # of transformers 4 and 5
+    kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else repr(rope)
+    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):  # one per kind of layer
+        raise CheckpointError(f"{where}: rope_scaling or rope_parameters is {rope}, only type 'default' is supported")
     sizes = {"tie_word_embeddings": False, "rope_theta": 1e4} | {k: v for k, v in raw.items() if v is not None}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = raw.get(key) or {}
-        if not isinstance(rope, dict):
-            raise CheckpointError(f"{where}: {key}: expected a JSON object, found {rope!r}")
-        nested = [name for name, value in rope.items() if isinstance(value, dict)]
-        kind = nested[0] if nested else rope.get("rope_type") or rope.get("type") or "default"
-        if kind != "default":
-            raise CheckpointError(f"{where}: {key}: {kind!r} is not supported, only rope_type 'default'")
-        sizes["rope_theta"] = rope.get("rope_theta") or sizes["rope_theta"]
-    text = read_part(Qwen2Config, sizes, where)
-    full = ["full_attention"] * text.num_hidden_layers
+    text = read_part(Qwen2Config, sizes | {k: v for k, v in rope.items() if k == "rope_theta" and v}, where)
+    layers = text.num_hidden_layers
     slides = (raw.get("use_sliding_window") and raw.get("sliding_window", 4096)
-              and raw.get("max_window_layers", 28) in range(text.num_hidden_layers))
-    if (raw.get("layer_types") or full) != full or slides and not raw.get("layer_types"):
-        raise CheckpointError(f"{where}: its layer_types or use_sliding_window ask for a sliding window, which is not "
-                              "supported")
+              and raw.get("max_window_layers", 28) in range(layers))
+    types = raw.get("layer_types") or ["sliding_attention" if slides else "full_attention"] * layers
+    if types != ["full_attention"] * layers:
+        raise CheckpointError(f"{where}: layer_types or use_sliding_window is a sliding window, which is not supported")
     return text
 
 

@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError  # torch needs jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from erv_min.base.bpe import open_tokenizer, settings_of
@@ -18,7 +16,6 @@ from erv_min.config import AUDIO, VIDEO
 from erv_min.prompts import SYSTEM
 
 PLACEHOLDERS = {"<video>": VIDEO, "<audio>": AUDIO}
-JINJA = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 GENERATION = re.compile(r"(\{%-?\s*)(end)?generation\b")  # transformers' marks around what an assistant says
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -33,9 +30,6 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        if not any((self.folder / name).exists() for name in ("tokenizer.json", "merges.txt")):
-            raise CheckpointError(f"{self.folder}: no tokenizer.json, nor vocab.json with merges.txt; copy them from "
-                                  "the repository that the checkpoint came from")
         self.backend = open_tokenizer(self.folder)
         self.eos_id = self._id("<|im_end|>")
         self.pad_id = self._id("<|endoftext|>")
@@ -62,12 +56,11 @@ class Tokenizer:
 
 
 class EncoderTokenizer:
-    """BERT's or RoBERTa's tokenizer.json, in the folder's text_gate/ if it has one, else in the folder itself. Raises
-    CheckpointError naming the file, also if it has ids that a model of `model_ids` embeddings lacks."""
+    """A folder's tokenizer.json of BERT or RoBERTa. Raises CheckpointError naming the file, also if it has ids that a
+    model of `model_ids` embeddings lacks."""
 
     def __init__(self, folder: str | Path, max_length: int = 512, model_ids: int | None = None):
-        gate = Path(folder) / "text_gate"
-        path = (gate if (gate / "tokenizer.json").exists() else Path(folder)) / "tokenizer.json"
+        path = Path(folder) / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(f"{path}: no such file; a text gate needs google-bert/bert-base-uncased's "
                                   "tokenizer.json, a verifier that of its RoBERTa")
@@ -80,7 +73,7 @@ class EncoderTokenizer:
         self.backend.enable_padding(pad_id=self.pad_id, pad_token=pad)
         self.vocab_size = max(self.backend.get_vocab().values()) + 1
         if model_ids and self.vocab_size > model_ids:
-            raise CheckpointError(f"{path}: it has {self.vocab_size} ids, its model embeds {model_ids}: another model's?")
+            raise CheckpointError(f"{path}: it has {self.vocab_size} ids, the model {model_ids}: another model's?")
 
     def encode_batch(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids [S, L], mask [S, L]), int64, with the file's special tokens, cut and padded on the right. Half
@@ -99,12 +92,16 @@ def _default_system(folder: Path, template) -> str | None:
         template = file.read_text(encoding="utf-8")
     if template is None:
         return SYSTEM
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     try:
         if not isinstance(template, str):
             named = template if isinstance(template, dict) else {x["name"]: x["template"] for x in template}
             template = named["default"]
         template = GENERATION.sub(lambda mark: mark[1] + ("endif" if mark[2] else "if true"), template)
-        text = JINJA.from_string(template).render(messages=[{"role": "user", "content": "Hi"}], tools=None,
+        text = jinja.from_string(template).render(messages=[{"role": "user", "content": "Hi"}], tools=None,
                                                   documents=None, add_generation_prompt=True)
     except (TemplateError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: its chat template cannot be rendered ({error!r})") from None

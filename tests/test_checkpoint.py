@@ -358,11 +358,11 @@ def test_configs_in_the_spellings_of_transformers_4_and_5(folder, values, theta)
 
 
 @pytest.mark.parametrize("values, message", [
-    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling: 'yarn'"),
-    (dict(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_scaling: 'linear'"),
-    (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}), "rope_parameters: 'dynamic'"),
-    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters: 'full_attention'"),
-    (dict(rope_parameters="yarn"), "rope_parameters: expected a JSON object"),
+    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling.*'yarn'"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_scaling.*'linear'"),
+    (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}), "rope_parameters.*'dynamic'"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters.*'full_attention'"),
+    (dict(rope_parameters="yarn"), "rope_parameters is yarn"),
     (dict(use_sliding_window=True, sliding_window=32, max_window_layers=1), "sliding window"),
     (dict(use_sliding_window=True, max_window_layers=0), "sliding window"),  # of the format's 4096
     (dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), "sliding window"),
@@ -406,7 +406,7 @@ def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
 
 def test_a_checkpoint_is_checked_before_its_weights_are_there(folder, tmp_path, monkeypatch):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=f"{folder}: its tokenizer.json, or vocab.json"):
         check_checkpoint(folder, "humanomni")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(GOLDEN / "chat" / name, folder)

@@ -256,7 +256,7 @@ def test_a_tokenizer_larger_than_its_model_is_refused(trained, tmp_path):
     checkpoint.save_erv(erv.scratch("toy", vocabulary, 11), tmp_path, ERV_LABELS)
     assert len(erv.Verifier.load(tmp_path).probabilities(["He smiles.", "half \ud83d"])) == 2
     checkpoint.save_erv(erv.scratch("toy", vocabulary - 1, 11), tmp_path, ERV_LABELS)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/tokenizer.json: it has {vocabulary} ids, .* {vocabulary - 1}:"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/tokenizer.json: it has {vocabulary} ids, the model {vocabulary - 1}:"):
         erv.Verifier.load(tmp_path)
 
 

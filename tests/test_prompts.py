@@ -203,7 +203,7 @@ def test_missing_files_are_named(tmp_path):
         Tokenizer(tmp_path)
 
 
-def test_encoder_tokenizer_pads_cuts_and_prefers_the_gate(tmp_path):
+def test_encoder_tokenizer_pads_and_cuts(tmp_path):
     def save(folder, cls, sep, pad):
         folder.mkdir(exist_ok=True)
         backend = Backend(models.WordLevel({pad: 3, cls: 0, sep: 1, "a": 4, "b": 5, "?": 2}, unk_token="?"))
@@ -217,7 +217,9 @@ def test_encoder_tokenizer_pads_cuts_and_prefers_the_gate(tmp_path):
     assert mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert EncoderTokenizer(tmp_path).encode_batch([])[0].shape == (0, 0)
     assert EncoderTokenizer(tmp_path).encode_batch(["a \udc00 b", "a"])[0][0].tolist() == [0, 4, 2, 5, 1]
-    save(tmp_path / "text_gate", "[CLS]", "[SEP]", "[PAD]")
-    assert EncoderTokenizer(tmp_path).backend.token_to_id("[CLS]") == 0
+    save(tmp_path / "gate", "[CLS]", "[SEP]", "[PAD]")
+    assert EncoderTokenizer(tmp_path / "gate", model_ids=6).pad_id == 3
+    with pytest.raises(CheckpointError, match="gate/tokenizer.json: it has 6 ids, the model 5"):
+        EncoderTokenizer(tmp_path / "gate", model_ids=5)
     with pytest.raises(CheckpointError, match="bert-base-uncased"):
         EncoderTokenizer(tmp_path / "none")

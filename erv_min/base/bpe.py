@@ -16,41 +16,36 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an ad
 
 
 def settings_of(folder: Path) -> dict:
-    """A folder's tokenizer_config.json, {} if it has none; if that file has no added_tokens_decoder, the older
+    """A folder's tokenizer_config.json, {} if it has none. If that file has no added_tokens_decoder, the older
     special_tokens_map.json and added_tokens.json count, as in transformers."""
-    config = _optional(folder / "tokenizer_config.json")
+    config = _object(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
-        added = _optional(folder / "added_tokens.json")
-        config = _optional(folder / "special_tokens_map.json") | config
-        config["added_tokens_decoder"] = {id: {"content": content} for content, id in added.items()}
+        added = _object(folder / "added_tokens.json")
+        config = _object(folder / "special_tokens_map.json") | config
+        config["added_tokens_decoder"] = {id: {"content": text} for text, id in added.items()}
     return config
 
 
-def _optional(file: Path) -> dict:
+def _object(file: Path) -> dict:
     return read_object(file) if file.exists() else {}
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, without its padding and truncation. Raises CheckpointError naming the folder."""
-    file = folder / "tokenizer.json"
-    raw = _optional(file)
-    listed = raw.pop("added_tokens", None) or []
+    """The tokenizer of a folder, without its padding and truncation. Raises CheckpointError naming the file."""
+    raw, config = _object(folder / "tokenizer.json"), settings_of(folder)
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []})) if raw else _qwen2(folder)
-        tokens = added_tokens(listed, settings_of(folder))
+        tokens = added_tokens(raw.get("added_tokens") or [], config)
+        bare = raw | {"added_tokens": [], "padding": None, "truncation": None}
+        tokenizer = Tokenizer.from_str(json.dumps(bare)) if raw else _qwen2(folder)
         tokenizer.add_tokens([AddedToken(text, **{flag: token[flag] for flag in FLAGS if flag in token})
                               for text, token in tokens.items()])
-    except CheckpointError:
-        raise
     except Exception as error:  # tokenizers raises plain Exception, whatever the reason; JSON may hold anything
-        name = file if raw else f"{folder}/vocab.json and merges.txt"
-        raise CheckpointError(f"{name}, with its added tokens, is no tokenizer ({error!r}); fetch it again") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+        raise CheckpointError(f"{folder}: its tokenizer.json, or vocab.json with merges.txt, gives no tokenizer "
+                              f"({error!r}); copy them from the repository that the checkpoint came from") from None
     for text, token in tokens.items():
-        if token["id"] not in (None, tokenizer.token_to_id(text)):
-            raise CheckpointError(f"{folder}: among the added tokens {text} has the id {token['id']}, and here it would "
-                                  f"get {tokenizer.token_to_id(text)}")
+        found = tokenizer.token_to_id(text)
+        if token["id"] not in (None, found):
+            raise CheckpointError(f"{folder}: the added token {text} is to have the id {token['id']}, and gets {found}")
     return tokenizer
 
 
@@ -60,15 +55,15 @@ def added_tokens(in_file: list[dict], config: dict) -> dict[str, dict]:
     tokens = {token["content"]: token for token in in_file}
     for id, token in config["added_tokens_decoder"].items():
         tokens[token["content"]] = tokens.get(token["content"], {}) | token | {"id": int(id)}
+    tokens = dict(sorted(tokens.items(), key=lambda item: item[1]["id"]))
     named = [config.get(key) for key in NAMED]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(key) or []
         named += more.values() if isinstance(more, dict) else more
-    ordered = dict(sorted(tokens.items(), key=lambda item: item[1]["id"]))
     for value in filter(None, named):
         token = {"content": value} if isinstance(value, str) else value
-        ordered[token["content"]] = {"id": None} | ordered.get(token["content"], token) | {"special": True}
-    return ordered
+        tokens[token["content"]] = {"id": None} | tokens.get(token["content"], token) | {"special": True}
+    return tokens
 
 
 def _qwen2(folder: Path) -> Tokenizer:
