@@ -160,7 +160,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/sentences.py", "if after % 2 == 0", "if after % 2 == 1", EQ4),
     ("erv_min/sentences.py", "(?<=[.!?])\\s+", "(?<=[.!])\\s+", EQ4),
     ("erv_min/emotions.py", '"contempt": 10,', '"contempt": 11,', "test_emotions.py"),
-    ("erv_min/emotions.py", '"fearful": "fear", "calm": "neutral"}', '"fearful": "fear", "calm": "happiness"}', EQ4),
+    ("erv_min/emotions.py", '| {"calm": "neutral"}', '| {"calm": "happiness"}', EQ4),
     ("erv_min/emotions.py", "emotion and LABEL_NAMES.get(name) == emotion", "emotion and name == emotion",
      "test_emotions.py"),
     # ---- the verifier

@@ -78,7 +78,8 @@ def check_split(path: Path, split: str) -> None:
     """Raises DataError for an annotation file whose name, or else its folder's, says the other split."""
     words = re.findall("[a-z]+", path.name.lower())  # `single_trainset_5.csv` says train, `contest.csv` nothing
     said = [part for part in ("train", "test") if any(word.startswith(part) for word in words)]
-    said = said or re.findall(r"^(train|test)(?:_?(?:set|split|data|single\w*))?(?!\w)", path.absolute().parent.name.lower())
+    folder = path.absolute().parent.name.lower()  # `test(single-labeled)/set_5.csv`
+    said = said or re.findall(r"^(train|test)(?:_?(?:set|split|data|single\w*))?(?!\w)", folder)
     if said and split not in said:
         raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
                         "folder that holds both")
@@ -249,7 +250,7 @@ def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") 
     """The examples of a data set in FORMATS; `root` is its folder, or the annotation file. Raises DataError."""
     (rows, names, missing, prefer), root = FORMATS[dataset], Path(root)
     path = find_annotation(root, [name.format(split=split, fold=fold) for name in names], prefer)
-    if dataset in FOLDS:
+    if root.is_file() and dataset in FOLDS:
         check_split(path, split)
     if root.is_file():  # its clips: beside it, else the nearest folder of clips around it
         above = (up for up in path.absolute().parents[:5] if any(os.path.isdir(up / x) for x in CLIP_FOLDERS if x))
