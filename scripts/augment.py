@@ -46,14 +46,6 @@ def without_repeats(rows: list[dict]) -> list[dict]:
     return list({text_key(row["text"]): row for row in reversed(rows)}.values())[::-1]
 
 
-def training_only(rows: list[dict], where: str) -> None:
-    """Raises DataError on a row that comes from a test split."""
-    bad = [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]
-    if bad:
-        raise DataError(f"{where}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
-                        "the verifier must not see test clips")
-
-
 def annotated(examples) -> tuple[list[dict], Counter]:
     """Human descriptions -> rows, and how many of each label have no counterpart among the 11 (MERR's doubt)."""
     rows, left = [], Counter()
@@ -223,7 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     if step == "stats":
         return print(counts_table(read_rows(files)))
     rows = [row for file in files for row in read_jsonl(file)]
-    training_only(rows, args.input)
+    if bad := [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]:
+        raise DataError(f"{args.input}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
+                        "the verifier must not see test clips")
     client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency, reply_tokens=args.reply_tokens)
     if step == "label":
         for number, row in enumerate(rows, 1):

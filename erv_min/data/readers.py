@@ -60,18 +60,16 @@ def cell(value) -> str:
 
 
 def csv_rows(path: Path, *other_encodings: str) -> Iterator[tuple[str, list[str]]]:
-    """(the line that it begins on, its cells) of each row that is not blank. Raises DataError for a quote that is never
-    closed."""
+    """(the line that it begins on, its cells) of each row that is not blank. Raises DataError."""
     reader = csv.reader(io.StringIO(read_text(path, *other_encodings)), skipinitialspace=True, strict=True)
-    row = []
-    while row is not None:
-        place = f"line {reader.line_num + 1}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}, {place}: not CSV ({error}); look for a quote that is never closed") from None
-        if row and any(cells := [cell(text) for text in row]):
-            yield place, cells
+    line = 1
+    try:
+        for row in reader:
+            if any(cells := [cell(text) for text in row]):
+                yield f"line {line}", cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: not CSV ({error}); look for a quote that is never closed") from None
 
 
 def check_split(path: Path, split: str) -> None:
@@ -120,13 +118,11 @@ def index_clips(root: Path) -> dict[str, Path]:
     """clip_key -> clip, for the folders in which the data sets keep them."""
     found, skipped = {}, 0
     for folder in (root / name for name in CLIP_FOLDERS if (root / name).is_dir()):
-        rank = {suffix: place for place, suffix in enumerate(CLIP_SUFFIXES)}
-        for path in sorted(folder.iterdir(), key=lambda path: (rank.get(path.suffix.lower(), len(rank)), path.name)):
-            if path.suffix.lower() in rank or is_frame_folder(path):
-                if path.name.startswith("._"):
-                    skipped += 1
-                else:
-                    found.setdefault(clip_key(path.name), path)
+        paths = [x for x in sorted(folder.iterdir()) if x.suffix.lower() in CLIP_SUFFIXES or is_frame_folder(x)]
+        skipped += sum(path.name.startswith("._") for path in paths)
+        for path in sorted(paths, key=lambda x: (*CLIP_SUFFIXES, x.suffix.lower()).index(x.suffix.lower())):
+            if not path.name.startswith("._"):
+                found.setdefault(clip_key(path.name), path)
     if skipped:
         note("%s: %d files ._* skipped: macOS's own notes, no clips", root, skipped)
     return found
@@ -202,7 +198,7 @@ def _emer(path: Path) -> Iterator[Row]:
     """CSV with names, emotions, subtitles, reasons (UTF-8 or GB18030: it was edited in both).
 
     A cell with two labels is an error: e_gt is one label (Eq. 4, 5), and nothing says which is the main one."""
-    lines, doubtful = csv_rows(path, "gb18030"), []
+    lines = csv_rows(path, "gb18030")
     _, columns = next(lines, ("", []))
     if missing := [name for name in ("names", "emotions", "subtitles", "reasons") if name not in columns]:
         raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}. "
@@ -215,11 +211,10 @@ def _emer(path: Path) -> Iterator[Row]:
                             "reasons; quote commas")
         words = [word.strip() for word in re.split(r"[^\w ]+", row["emotions"]) if word.strip()] or [""]
         label, *others = dict.fromkeys(check_label(x, "emer", f"{path}, {place}, field emotions") for x in words)
-        doubtful += [place] if others else []
+        if others:
+            raise DataError(f"{path}, {place}, field emotions: more than one label; a clip has one ground truth: keep "
+                            "one, or take the line out")
         yield place, row["names"], label, row["reasons"], row["subtitles"]
-    if doubtful:
-        raise DataError(f"{path}, {', '.join(doubtful)}, field emotions: more than one label; a clip has one ground "
-                        "truth: keep one in each, or take the lines out")
 
 
 def _merr(path: Path) -> Iterator[Row]:
@@ -269,26 +264,17 @@ def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") 
 
 def read_ravdess(root: str | Path) -> list[Example]:
     """The clips' names are the annotation: `01-01-06-01-02-01-12.mp4` = modality (01: sound and picture), channel
-    (01: speech, 02: song), emotion, ... All full-AV speech below `root` (`Actor_01/` to `Actor_24/`).
-
-    Song beside it is left out and counted: the release's eight labels are those of speech, song has six of them.
-    """
-    paths = [x for x in sorted(Path(root).rglob("??-??-??-??-??-??-??.*")) if x.suffix.lower() in CLIP_SUFFIXES]
-    kinds, found = Counter(path.name[:5] for path in paths), {}
-    for path in (path for path in paths if path.name.startswith("01-01-")):
-        code = path.stem.split("-")[2]
-        if code not in RAVDESS_EMOTIONS:
-            raise DataError(f"{path}: emotion {code!r} (third field of the name) is not in 01..08")
-        if path.stem in found:
-            raise DataError(f"{path}: is there twice, also as {found[path.stem].path}; each clip may be there once")
-        found[path.stem] = Example(path.stem, path, RAVDESS_EMOTIONS[code], "ravdess", split="test")
+    (01: speech, 02: song), emotion, ... All full-AV speech below `root` (`Actor_01/` to `Actor_24/`); the release's
+    eight labels are those of speech."""
+    found = {}
+    for path in sorted(Path(root).rglob("01-01-??-??-??-??-??.*")):
+        if path.suffix.lower() in CLIP_SUFFIXES:
+            code = path.name[6:8]
+            if code not in RAVDESS_EMOTIONS or path.stem in found:
+                raise DataError(f"{path}: is there twice, or its emotion {code!r} (third field) is not in 01..08")
+            found[path.stem] = Example(path.stem, path, RAVDESS_EMOTIONS[code], "ravdess", split="test")
     if not found:
-        seen = ", ".join(f"{count} of modality {kind[:2]}, channel {kind[3:]}" for kind, count in kinds.items())
-        raise DataError(f"{root}: no clip of modality 01 (sound and picture), channel 01 (speech) like "
-                        f"01-01-06-01-02-01-12.mp4; found {seen or 'no RAVDESS file name at all'}. "
-                        "Unpack Video_Speech_Actor_*.zip there")
-    if kinds["01-02"]:
-        log.warning("%s: %d clips of song left out, %d of speech taken", root, kinds["01-02"], len(found))
+        raise DataError(f"{root}: no clip like 01-01-06-01-02-01-12.mp4; unpack Video_Speech_Actor_*.zip there")
     return list(found.values())
 
 
