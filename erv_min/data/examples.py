@@ -11,8 +11,7 @@ from pathlib import Path
 
 from erv_min.base.errors import DataError
 from erv_min.base.files import atomic_write
-from erv_min.data.readers import (FOLDS, FORMATS, is_frame_folder, note, read_annotated, read_ravdess,
-                                  read_training_json)
+from erv_min.data.readers import FOLDS, FORMATS, note, read_annotated, read_ravdess, read_training_json
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 
@@ -72,16 +71,12 @@ def too_many(failed: int, total: int, allow_missing: float, first="", what: str 
                         f"and clips, or allow more than {allow_missing:.1%} (--allow-missing)")
 
 
-def is_clip(path: Path) -> bool:
-    return path.is_file() or is_frame_folder(path)
-
-
 def check_clips(examples: list[Example], allow_missing: float = 0.01,
                 report: str | Path | None = None) -> list[Example]:
     """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, one per line.
     Raises as too_many."""
     clips = {example.path for example in examples}
-    found = set(filter(is_clip, clips))
+    found = set(filter(os.path.exists, clips))  # a file, or a folder of frames
     if missing := sorted(map(str, clips - found)):
         first = missing[0] + (f"; all of them: {report}" if report else "")
         if report:
@@ -107,7 +102,7 @@ def summary(examples: list[Example]) -> str:
     lines = []
     for dataset, split in dict.fromkeys((example.dataset, example.split) for example in examples):
         part = [example for example in examples if (example.dataset, example.split) == (dataset, split)]
-        there = [is_clip(path) for path in {example.path for example in part}]
+        there = [os.path.exists(path) for path in {example.path for example in part}]
         count = Counter(example.label for example in part)
         classes = ", ".join(f"{label} {count[label]}" for label in labels(dataset))
         lines.append(f"{dataset} {split}: {sum(there)} clips found, {len(there) - sum(there)} missing, "
