@@ -28,7 +28,7 @@ log = logging.getLogger("erv_min")
 CLIP_FOLDERS = (  # searched in this order under a data root; clips with sound before folders of frames
     "clip", "clips", "data/clips", "Clip/original", "video", "videos", "Clip/clip_224x224", "Clip/clip_224x224_16f",
     "data/frames", "frames", "Clip", "")
-CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".wav", ".flac")
+CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".wav", ".flac")
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 ABSENT = {"nan", "NaN", "NAN", "<NA>", "N/A", "n/a", "NULL", "null", "None"}  # how programs write an empty cell
 RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad",
@@ -114,17 +114,21 @@ def clip_key(name: str) -> str:
     return stem.lstrip("0") or "0" if stem.isdecimal() else stem
 
 
+def clips_in(folder: Path) -> list[Path]:
+    """The clips in a folder, by name: files, and folders of frames. macOS's own `._` files are left out and counted."""
+    paths = [x for x in sorted(folder.iterdir()) if x.suffix.lower() in CLIP_SUFFIXES or is_frame_folder(x)]
+    clips = [path for path in paths if not path.name.startswith("._")]
+    if len(clips) < len(paths):
+        note("%s: %d files ._* skipped: macOS's own notes, no clips", folder, len(paths) - len(clips))
+    return clips
+
+
 def index_clips(root: Path) -> dict[str, Path]:
     """clip_key -> clip, for the folders in which the data sets keep them."""
-    found, skipped = {}, 0
+    found = {}
     for folder in (root / name for name in CLIP_FOLDERS if (root / name).is_dir()):
-        paths = [x for x in sorted(folder.iterdir()) if x.suffix.lower() in CLIP_SUFFIXES or is_frame_folder(x)]
-        skipped += sum(path.name.startswith("._") for path in paths)
-        for path in sorted(paths, key=lambda x: (*CLIP_SUFFIXES, x.suffix.lower()).index(x.suffix.lower())):
-            if not path.name.startswith("._"):
-                found.setdefault(clip_key(path.name), path)
-    if skipped:
-        note("%s: %d files ._* skipped: macOS's own notes, no clips", root, skipped)
+        for path in sorted(clips_in(folder), key=lambda x: (*CLIP_SUFFIXES, x.suffix.lower()).index(x.suffix.lower())):
+            found.setdefault(clip_key(path.name), path)
     return found
 
 
