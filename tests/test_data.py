@@ -314,8 +314,8 @@ def test_emer_gb18030(tmp_path):
     ("names,emotions,subtitles,reasons\na,sad,x,y\na.avi,sad,x,y\n", "line 3: clip 'a' was already on line 2"),
     ("names,emotions,subtitles,reasons\na,sad,x,\n", "line 2: .* or none in names or reasons"),
     ("names,emotions,subtitles,reasons\na,\"['sad', 'angry']\",x,y\nb,sad,x,y\nc,happy/sad,x,y\n",
-     "line 2, field emotions: more than one label.*keep one"),
-    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'bored' is not"),
+     "line 2, field emotions: label .*'sad', 'angry'.* is not one of emer's"),
+    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'sad, bored' is not"),
     ("names,emotions,subtitles,reasons\n../../a,sad,x,y\n", "outside the data root"),
 ])
 def test_emer_damaged(tmp_path, text, message):

@@ -199,9 +199,7 @@ def _mafw(path: Path) -> Iterator[Row]:
 
 
 def _emer(path: Path) -> Iterator[Row]:
-    """CSV with names, emotions, subtitles, reasons (UTF-8 or GB18030: it was edited in both).
-
-    A cell with two labels is an error: e_gt is one label (Eq. 4, 5), and nothing says which is the main one."""
+    """CSV with names, emotions (one: e_gt of Eq. 4, 5), subtitles, reasons; UTF-8 or GB18030: it was edited in both."""
     lines = csv_rows(path, "gb18030")
     _, columns = next(lines, ("", []))
     if missing := [name for name in ("names", "emotions", "subtitles", "reasons") if name not in columns]:
@@ -213,19 +211,13 @@ def _emer(path: Path) -> Iterator[Row]:
         if len(cells) != len(columns) or not row["names"] or not row["reasons"]:
             raise DataError(f"{path}, {place}: {len(cells)} fields for {len(columns)} columns, or none in names or "
                             "reasons; quote commas")
-        words = [word.strip() for word in re.split(r"[^\w ]+", row["emotions"]) if word.strip()] or [""]
-        label, *others = dict.fromkeys(check_label(x, "emer", f"{path}, {place}, field emotions") for x in words)
-        if others:
-            raise DataError(f"{path}, {place}, field emotions: more than one label; a clip has one ground truth: keep "
-                            "one, or take the line out")
+        label = check_label(row["emotions"], "emer", f"{path}, {place}, field emotions")
         yield place, row["names"], label, row["reasons"], row["subtitles"]
 
 
 def _merr(path: Path) -> Iterator[Row]:
-    """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`.
-
-    `doubt` is among its labels and not among the verifier's 11: who trains the verifier leaves those clips out. Table
-    5's row, 4,132, is 355 short of section 4.1's 4,487, and the paper does not say why."""
+    """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`. `doubt` is among its labels and not among the
+    verifier's 11: who trains the verifier leaves those clips out."""
     for name, entry in read_unique_json(path, dict, '{clip: {"pseu_emotion": ..., ...}}').items():
         where = f"{path}, entry {name!r}"
         if not isinstance(entry, dict) or not isinstance(entry.get("pseu_emotion"), str):
