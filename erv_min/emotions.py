@@ -34,13 +34,14 @@ ALIASES = {name: name for name in ERV_LABELS} | {
     "angry": "anger", "happy": "happiness", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
     "disappointed": "disappointment", "contemptuous": "contempt"}
 SYNONYMS = {word: name for name, words in {
-    "happiness": "joy joyful glad cheerful delighted", "sadness": "sorrow sorrowful", "anger": "furious rage enraged",
-    "fear": "afraid scared frightened terrified", "surprise": "astonished astonishment", "disgust": "disgusted",
+    "happiness": "joy joyful glad cheerful delighted", "sadness": "saddened sorrow sorrowful",
+    "anger": "furious rage enraged", "fear": "fearful afraid scared frightened terrified",
+    "surprise": "surprised astonished astonishment", "disgust": "disgusted", "anxiety": "worried worry",
     "contempt": "scorn scornful disdain disdainful",
 }.items() for word in words.split()}
-# Labels of single data sets. As answers they count there alone: RAVDESS, for one, has `calm` beside `neutral`.
-DATASET_WORDS = {"worried": "anxiety", "surprised": "surprise", "fearful": "fear", "calm": "neutral"}
-LABEL_NAMES = ALIASES | SYNONYMS | DATASET_WORDS  # `doubt` (MERR) has no counterpart: table 5 leaves it out
+# RAVDESS has `calm` beside `neutral`: as an answer it counts there alone. `doubt` (MERR) has no counterpart: table 5
+# leaves it out.
+LABEL_NAMES = ALIASES | SYNONYMS | {"calm": "neutral"}
 _CANONICAL = {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()} | LABEL_NAMES
 
 
@@ -74,6 +75,11 @@ def to_erv(label: str) -> str:
     return name
 
 
+def trimmed(text: str) -> str:
+    """The text without what is neither letter nor digit at its ends, in one pass."""
+    return re.match(r"[\W_]*(.*[^\W_])?", text, re.DOTALL)[1] or ""
+
+
 def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     """An answer as it was written -> the data set's label.
 
@@ -87,7 +93,7 @@ def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     if rule != "paper":
         raise SettingsError(f"answer rule {rule!r} is unknown; there are 'paper' and 'released'")
     names = labels(dataset)
-    word = re.sub(r"^[\W_]+|[\W_]+$", "", text.lower())
+    word = trimmed(text.lower())
     if word in names:
         return word
     emotion = ALIASES.get(word) or SYNONYMS.get(word)

@@ -111,7 +111,8 @@ class Collator:
     def __call__(self, inputs: list[Inputs]) -> Batch:
         examples = [item.example for item in inputs]
         texts = [self.text(example) for example in examples]
-        rows = [ids + self.tokenizer.encode(example.begun) for (ids, _), example in zip(texts, examples)]
+        rows = [ids + self.tokenizer.encode(example.begun, placeholders=False)
+                for (ids, _), example in zip(texts, examples)]
         gate_texts = [gate for _, gate in texts]
         if len(set(gate_texts)) == 1:  # one question for all clips
             gate_texts = gate_texts[:1]

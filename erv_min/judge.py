@@ -14,7 +14,7 @@ from pathlib import Path
 
 from erv_min.base.chat import PROVIDERS, ChatClient
 from erv_min.base.errors import JudgeError
-from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
+from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv, trimmed
 from erv_min.erv import Verifier, erv_columns
 from erv_min.prompts import judge_prompt
 
@@ -44,7 +44,7 @@ def permuted(labels: tuple[str, ...], item: str, seed: int = 0) -> list[str]:
 
 def read_answer(text: str, labels: tuple[str, ...]) -> Judgement:
     """A judge's reply -> Judgement: one word, the label or an alias of it in the data set with these labels."""
-    word = re.sub(r"^\W*((answer\s+)?emotion\s*:)?\W*|\W+$", "", text.strip().lower())
+    word = trimmed(re.sub(r"^(answer\s+)?emotion\s*:", "", trimmed(text.lower())))
     dataset = next((name for name, names in LABELS.items() if set(names) == set(labels)), None)
     if word not in labels and dataset and re.fullmatch(r"\w+", word):
         word = normalize(word, dataset)

@@ -24,7 +24,7 @@ def user_turn(question: str, modality: str = "video_audio", stage: str = "infere
         raise SettingsError(f"modality {modality!r} is unknown; there are {', '.join(MODALITIES)}")
     if PLACEHOLDER.search(question):
         raise SettingsError(f"the question holds {PLACEHOLDER.search(question)[0]!r}, which the prompt itself places; "
-                            "clean it with prompts.human_question or question_with_subtitle")
+                            "leave it out")
     before = {"inference": MODALITIES[modality], "sft": VIDEO_TURN + AUDIO_TURN + "\n\n",
               "grpo": QWEN2_VL + MODALITIES[modality]}
     if stage not in before:
@@ -49,11 +49,6 @@ def gate_text(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = 
     if stage != "sft":
         return question
     return user_turn(question, modality, stage).replace("<video>", "").replace("\n", "")
-
-
-def human_question(value: str) -> str:
-    """The question inside a human turn of the released training JSON (`<video>\\n<audio>\\n...`)."""
-    return value.replace("<video>", "").replace("<audio>", "").strip()
 
 
 def question_with_subtitle(question: str, subtitle: str) -> str:

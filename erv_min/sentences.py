@@ -54,7 +54,7 @@ def _extended_ends(line: str) -> Iterator[re.Match]:
         continues = line[m.end() : m.end() + 1].islower()
         if continues and (mark[-1] not in ".!?" or mark.startswith("..")):  # `"Stop!" she cries`, `dim... and quiet`
             continue
-        word = line[max(0, m.start() - 12) : m.start()].rpartition(" ")[2].lstrip("\"“'(")
+        word = re.search(r"[\w.]*$", line[max(0, m.start() - 12) : m.start()])[0]
         initial = len(word) == 1 and word.isupper() and word != "I"
         if mark == "." and (initial or word.lower() in ABBREVIATIONS or re.fullmatch(r"(\w\.)+\w", word)):
             continue  # J., Dr., U.S.

@@ -41,12 +41,13 @@ class Tokenizer:
             raise CheckpointError(f"{self.folder}: the tokenizer has no {token}; is it Qwen2's?")
         return found
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> ids; the text on each side of a placeholder is tokenized by itself (Eq. 1). Half a surrogate pair,
-        which JSON may hold and UTF-8 may not, is read as U+FFFD."""
-        ids = []
-        for part in re.split("(<video>|<audio>)", LONE_SURROGATE.sub("\ufffd", text)):
-            ids += ([PLACEHOLDERS[part]] if part in PLACEHOLDERS
+    def encode(self, text: str, placeholders: bool = True) -> list[int]:
+        """Text -> ids; the text on each side of a placeholder is tokenized by itself (Eq. 1). placeholders=False: for
+        text of data or of a policy, in which `<video>` is no more than what it reads. Half a surrogate pair, which JSON
+        may hold and UTF-8 may not, is read as U+FFFD."""
+        text, ids = LONE_SURROGATE.sub("\ufffd", text), []
+        for part in re.split("(<video>|<audio>)", text) if placeholders else [text]:
+            ids += ([PLACEHOLDERS[part]] if placeholders and part in PLACEHOLDERS
                     else self.backend.encode(part, add_special_tokens=False).ids)
         return ids
 

@@ -26,6 +26,7 @@ from erv_min.base.options import add_options, checked, option
 from erv_min.base.processes import join_processes, run_script
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
 from erv_min.data.pairs import counts_table, read_rows
+from erv_min.data.readers import cell
 from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.judge import permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
@@ -43,14 +44,6 @@ def text_key(text: str) -> str:
 def without_repeats(rows: list[dict]) -> list[dict]:
     """The first row of each text."""
     return list({text_key(row["text"]): row for row in reversed(rows)}.values())[::-1]
-
-
-def training_only(rows: list[dict], where: str) -> None:
-    """Raises DataError on a row that comes from a test split."""
-    bad = [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]
-    if bad:
-        raise DataError(f"{where}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
-                        "the verifier must not see test clips")
 
 
 def annotated(examples) -> tuple[list[dict], Counter]:
@@ -106,11 +99,11 @@ def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
     two); the draw depends on seed, class and number alone. Raises DataError if a class has less than two examples.
     """
     plan = []
-    counts = Counter(label for row in rows for label in row["labels"])
     for emotion in classes:
-        pool = [row["text"] for row in rows if emotion in row["labels"] and row.get("prompt") == "figure 6"]
-        pool = pool if len(pool) > 1 else [row["text"] for row in rows if emotion in row["labels"]]
-        missing = max(0, target - counts[emotion])
+        of_class = [row for row in rows if emotion in map(to_erv, row["labels"])]
+        pool = [row["text"] for row in of_class if row.get("prompt") == "figure 6"]
+        pool = pool if len(pool) > 1 else [row["text"] for row in of_class]
+        missing = max(0, target - len(of_class))
         if missing and len(pool) < 2:
             raise DataError(f"--input holds {len(pool)} descriptions of {emotion}: figure 7 shows two; give more data, "
                             "or name other --classes")
@@ -222,11 +215,13 @@ def main(argv: list[str] | None = None) -> None:
     if step == "stats":
         return print(counts_table(read_rows(files)))
     rows = [row for file in files for row in read_jsonl(file)]
-    training_only(rows, args.input)
+    if bad := [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]:
+        raise DataError(f"{args.input}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
+                        "the verifier must not see test clips")
     client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency, reply_tokens=args.reply_tokens)
     if step == "label":
         for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not str(row.get("text") or "").strip():
+            if not isinstance(row, dict) or not cell(row.get("text")):
                 raise DataError(f"{args.input}, row {number}: no text in field text; `describe` writes such rows")
         good, rejected = labelled(rows, client, args.seed)
     else:

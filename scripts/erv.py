@@ -116,7 +116,7 @@ class Epochs:
     def __init__(self, out: Path, patience: int, model: torch.nn.Module, processes: Processes):
         self.file, self.best, self.patience = out / "epochs.jsonl", out / "best.safetensors", patience
         self.model, self.processes = model, processes
-        self.lines = read_jsonl(self.file) if self.file.exists() else []
+        self.lines = read_jsonl(self.file, log=True) if self.file.exists() else []
 
     def waited(self) -> int:
         """Epochs since the best macro F1, of equals the first."""

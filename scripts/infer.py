@@ -16,7 +16,7 @@ import torch
 from erv_min.base.errors import ClipError, DataError, SettingsError
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
-from erv_min.data.readers import CLIP_SUFFIXES, read_text
+from erv_min.data.readers import CLIP_SUFFIXES, clips_in, is_frame_folder, read_text
 from erv_min.emotions import to_erv
 from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of
@@ -26,11 +26,11 @@ from erv_min.train.start import load_collator
 
 
 def find_clips(names: list[str]) -> list[Path]:
-    """Files, folders (their clips, sorted) and lists (.txt, a path per line, relative to the list) -> clips."""
+    """Files, folders (of frames, or of clips, sorted) and lists (.txt, a path per line, relative to it) -> clips."""
     clips = []
     for path in map(Path, names):
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in (*CLIP_SUFFIXES, ".gif"))
+            found = [path] if is_frame_folder(path) else clips_in(path)
             if not found:
                 raise DataError(f"{path}: no clip in it ({', '.join(CLIP_SUFFIXES)})")
             clips += found

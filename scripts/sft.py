@@ -90,7 +90,8 @@ def encode_targets(clips: TrainingClips, tokenizer: Tokenizer) -> tuple[list[lis
     targets, names = [], []
     for place in clips.taken:
         for number, x in enumerate(clips.unit_at(place)):
-            targets.append(tokenizer.encode(sft_target(x.explanation, x.label)) + tokenizer.turn_end)
+            target = sft_target(x.explanation, x.label)
+            targets.append(tokenizer.encode(target, placeholders=False) + tokenizer.turn_end)
             names.append(f"{x.video_id}, target {number}")
     return targets, names
 

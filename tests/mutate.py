@@ -162,7 +162,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/sentences.py", "if after % 2 == 0", "if after % 2 == 1", EQ4),
     ("erv_min/sentences.py", "(?<=[.!?])\\s+", "(?<=[.!])\\s+", EQ4),
     ("erv_min/emotions.py", '"contempt": 10,', '"contempt": 11,', "test_emotions.py"),
-    ("erv_min/emotions.py", '"fearful": "fear", "calm": "neutral"}', '"fearful": "fear", "calm": "happiness"}', EQ4),
+    ("erv_min/emotions.py", '| {"calm": "neutral"}', '| {"calm": "happiness"}', EQ4),
     ("erv_min/emotions.py", "emotion and LABEL_NAMES.get(name) == emotion", "emotion and name == emotion",
      "test_emotions.py"),
     # ---- the verifier
@@ -296,7 +296,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/inputs.py", "if len(self.gate_ids) == 1 else", "if len(self.gate_ids) >= 1 else", "test_inputs.py"),
     ("erv_min/inputs.py", "vision.dim() == 5", "vision.dim() == 4", "test_inputs.py"),
     ("erv_min/inputs.py", "attention_mask=batch.attention_mask)", "attention_mask=None)", "test_inputs.py"),
-    ("erv_min/inputs.py", "self.tokenizer.encode(example.begun)", 'self.tokenizer.encode("")', "test_inputs.py"),
+    ("erv_min/inputs.py", "encode(example.begun, placeholders=False)", 'encode("")', "test_inputs.py"),
     ("erv_min/checkpoint.py", "if override or not any(", "if not any(", "test_checkpoint.py"),
     ("erv_min/config.py", "half = (self.vision.grid + 1) // 2", "half = self.vision.grid // 2", "test_model.py"),
     ("erv_min/config.py", "rope_theta: float = 1e6", "rope_theta: float = 1e4", "test_model.py"),

@@ -91,6 +91,15 @@ def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monke
     assert "150 rows, 0 rejected" in capsys.readouterr().out
 
 
+def test_a_row_without_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    for text in ("NaN", "null", '"nan"', '" "'):
+        (tmp_path / "raw.jsonl").write_text(f'{{"text": {text}}}\n')
+        with pytest.raises(DataError, match="row 1: no text in field text"):
+            augment.main(["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out",
+                          str(tmp_path / "o")])
+
+
 def test_test_clips_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     write_jsonl(tmp_path / "raw.jsonl", rows_of("a", "b", split="test"))
@@ -115,6 +124,8 @@ def test_complement_fills_up_to_the_target_with_two_random_examples():
     assert plan == augment.complement_plan(pool()[::-1], 5, ("disgust", "fear"), seed=0)
     pairs = {tuple(examples) for _, examples, _ in augment.complement_plan(pool(), 60, ("disgust",), seed=0)}
     assert len(pairs) == 6  # of 3 texts, in both orders
+    spelled = [row | {"labels": ["afraid", "fear"]} if "fear" in row["labels"] else row for row in pool()]
+    assert augment.complement_plan(spelled, 5, ("disgust", "fear"), seed=0) == plan  # other words of the same emotion
     with pytest.raises(DataError, match="holds 0 descriptions of contempt"):
         augment.complement_plan(pool(), 5, ("contempt",), seed=0)
 

@@ -16,6 +16,7 @@ import torch
 
 from erv_min.base.errors import ClipError, DataError
 from erv_min.base.files import read_jsonl
+from erv_min.base.options import check as settings_check
 from erv_min.base.processes import Processes
 from erv_min.config import humanomni
 from erv_min.data import loader
@@ -86,6 +87,80 @@ def test_no_annotation_and_two_annotations(tmp_path):
         write(tmp_path / folder / "single_trainset_5.csv", "1,1\n")
     with pytest.raises(DataError, match="more than one annotation file"):
         load_examples(f"dfew:{tmp_path}", "train")
+
+
+def official_dfew(root: Path, clips: str = "Clip/original/{}.mp4") -> Path:
+    """As its authors ship it: fold 3 has other labels than fold 5; ids are numbers without leading zeros."""
+    for fold, label in ((1, 1), (3, 2), (5, 4)):
+        write(root / f"EmoLabel_DataSplit/train(single-labeled)/set_{fold}.csv", f"video_name,label\n1,{label}\n12,3\n")
+        write(root / f"EmoLabel_DataSplit/test(single-labeled)/set_{fold}.csv", f"video_name,label\n16372,{label}\n")
+    for name in ("1", "12", "16372"):
+        write(root / clips.format(name, name.zfill(5)))
+    return root
+
+
+@pytest.mark.parametrize("clips", ["Clip/original/{}.mp4", "Clip/original/{1}.mp4", "clip/{}.mp4",
+                                   "Clip/clip_224x224/{1}/{1}_00001.jpg", "Clip/clip_224x224_16f/{1}/{1}_00001.jpg"])
+def test_dfew_as_its_authors_ship_it(tmp_path, clips):
+    """From the folder, from a file, in another fold; the folder of a file says which split it is."""
+    root = official_dfew(tmp_path / "DFEW", clips)
+    files = {split: root / f"EmoLabel_DataSplit/{split}(single-labeled)/set_5.csv" for split in ("train", "test")}
+    for spec in (f"dfew:{root}", f"dfew:{files['train']}"):
+        assert [(e.video_id, e.label) for e in load_examples(spec, "train")] == [("1", "angry"), ("12", "neutral")]
+    for spec, label in ((f"dfew:{root}", "angry"), (f"dfew:{files['test']}", "angry"), (f"dfew:{root}@set_3", "sad")):
+        (example,) = check_clips(load_examples(spec, "test"))
+        assert (example.video_id, example.label, example.split) == ("16372", label, "test")
+        assert example.path == (root / clips.format("16372", "16372") if clips.endswith("mp4") else
+                                (root / clips.format("16372", "16372")).parent)
+    with pytest.raises(DataError, match="is the train split, and test was asked for"):
+        load_examples(f"dfew:{files['train']}", "test")
+
+
+def test_another_set_than_the_papers(tmp_path, caplog):
+    official_mafw(tmp_path / "MAFW"), official_dfew(tmp_path / "DFEW")
+    assert [e.label for e in load_examples(f"mafw:{tmp_path}/MAFW@set_1,dfew:{tmp_path}/DFEW@set_1", "test")] == [
+        "anger", "happy"]
+    assert "the paper has" not in caplog.text
+    settings_check(SFTSettings(data=f"dfew:{tmp_path}/DFEW@set_3,json:{tmp_path}@{tmp_path}"))
+    for spec, message in ((f"dfew:{tmp_path}/DFEW@set_2", "no single_trainset_2.csv in it"),
+                          (f"dfew:{tmp_path}/DFEW@set_6", "no such folder"),
+                          (f"dfew:{tmp_path}/DFEW/EmoLabel_DataSplit/train(single-labeled)/set_5.csv@set_3",
+                           "a file is one set already"), (f"emer:{tmp_path}@set_3", "no such folder")):
+        with pytest.raises(DataError, match=message):
+            load_examples(spec, "train")
+
+
+def test_clips_of_frames_and_files_of_macos(tmp_path, caplog):
+    """A file with sound goes before a folder of frames; `._clip.mp4` is no clip; NFD names find NFC files and the
+    reverse; a folder without pictures is none."""
+    write(tmp_path / "set_5" / "train.txt", "00001.mp4 anger\n00002.mp4 fear\n00003.mp4 fear\n")
+    write(tmp_path / "data/frames/00001/1.jpg"), write(tmp_path / "data/frames/00002/1.PNG")
+    write(tmp_path / "data/frames/00003/n_frames"), write(tmp_path / "clips/._00001.mp4")
+    write(tmp_path / "clips/00001.mp4"), write(tmp_path / "set_5" / "._train.txt")
+    examples = load_examples(f"mafw:{tmp_path}", "train")
+    assert [e.path.relative_to(tmp_path).as_posix() for e in examples] == [
+        "clips/00001.mp4", "data/frames/00002", "clips/00003.mp4"]
+    assert check_clips(examples, 0.5) == examples[:2] and "2 clips found, 1 missing" in summary(examples)
+    assert "1 files ._* skipped" in caplog.text
+    for annotated, file in (("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")):
+        root = tmp_path / file
+        write(root / "EMER.csv", f"names,emotions,subtitles,reasons\n{annotated},sad,,She weeps.\n")
+        write(root / "._EMER.csv"), write(root / "video" / f"{file}.mp4")
+        write(root / "train.json", json.dumps([entry(f"video/{annotated}.mp4", "sad")]))
+        for spec in (f"emer:{root}", f"json:emer:{root}/train.json"):
+            assert [e.path.name for e in check_clips(load_examples(spec, "sft"))] == [f"{file}.mp4"]
+
+
+def test_what_all_processes_read_is_said_once(tmp_path, caplog, monkeypatch):
+    write(tmp_path / "EMER.csv", EMER)
+    write(tmp_path / "sample_0001.avi"), write(tmp_path / "._sample_0001.avi")
+    monkeypatch.setenv("RANK", "1")
+    check_clips(load_examples(f"emer:{tmp_path}", "sft"), 0.5)
+    assert not caplog.text
+    monkeypatch.setenv("RANK", "0")
+    check_clips(load_examples(f"emer:{tmp_path}", "sft"), 0.5)
+    for said in ("the paper has 332", "1 of 2 clips are missing", "1 files ._*"):
+        assert caplog.text.count(said) == 1
 
 
 def test_mafw_words_and_ids(tmp_path, caplog):
@@ -176,6 +251,45 @@ def test_emer_quotes_newlines_and_subtitles(tmp_path):
     assert second.explanation == 'He smiles "broadly",\nthen laughs.' and second.path.name == "sample_0002.avi"
 
 
+@pytest.mark.parametrize("written", ["nan", "NaN", "None", "null", "N/A", "<NA>", ""])
+def test_an_absent_cell_is_no_text(tmp_path, written):
+    """pandas writes NaN for it, JSON null or NaN, Python None: the prompt must not quote them as a subtitle."""
+    write(tmp_path / "EMER.csv", f"names,emotions,subtitles,reasons\ns1,sad,{written},She weeps.\n")
+    (example,) = load_examples(f"emer:{tmp_path}")
+    assert (example.subtitle, example.explanation) == ("", "She weeps.")
+    write(tmp_path / "EMER.csv", f"names,emotions,subtitles,reasons\ns1,sad,x,{written}\n")
+    with pytest.raises(DataError, match="or none in names or reasons"):
+        load_examples(f"emer:{tmp_path}")
+    for value in (json.dumps(written), "NaN", "null"):
+        write(tmp_path / "MERR_fine_grained.json",
+              f'{{"s1": {{"pseu_emotion": "angry", "smp_reason_caption": {value}, "text": {value}}}}}')
+        (example,) = load_examples(f"merr:{tmp_path}")
+        assert (example.subtitle, example.explanation) == ("", "")
+    path = write(tmp_path / "a.json", json.dumps([entry("a.mp4", f"<think>{written}</think><answer>sad</answer>")]))
+    assert load_examples(f"json:dfew:{path}")[0].explanation == ""
+
+
+@pytest.mark.parametrize("rows", [
+    'a,sad,x,y\nb,sad,,"She weeps.\nc,happy,,He smiles.\n', 'a,sad,x,y\nb,sad,,"She weeps.\nc,happy,,"He smiles."\n',
+    'a,sad,x,y\nb,sad,"Wait,She weeps.\n'])
+def test_a_quote_that_is_never_closed(tmp_path, rows):
+    write(tmp_path / "EMER.csv", "names,emotions,subtitles,reasons\n" + rows)
+    with pytest.raises(DataError, match=r"EMER.csv, line 3: not CSV \(.*a quote that is never closed"):
+        load_examples(f"emer:{tmp_path}")
+    write(tmp_path / "single_trainset_5.csv", 'order,label\n1,1\n"2,1\n3,1\n')
+    with pytest.raises(DataError, match="single_trainset_5.csv, line 3: not CSV"):
+        load_examples(f"dfew:{tmp_path}")
+
+
+def test_ov_merd_is_no_emer(tmp_path):
+    """MER2025's folder: open labels, several per clip, in files of their own."""
+    for name, columns in (("track2_train_ovmerd", "name,openset"), ("track3_train_ovmerd", "name,reason"),
+                          ("subtitle_chieng", "name,chinese,english")):
+        write(tmp_path / f"{name}.csv", f"{columns}\na,b,c\n")
+    with pytest.raises(DataError, match="track3_train_ovmerd.csv, line 1: no column names.*track1_train_disdim"):
+        load_examples(f"emer:{tmp_path}")
+
+
 def test_a_file_given_as_root_finds_its_clips(tmp_path):
     """Beside it, or in a folder of clips around it; a folder of clips further up is not in the way of the first."""
     path = write(tmp_path / "a" / "EMER" / "EMER.csv", EMER)
@@ -200,8 +314,8 @@ def test_emer_gb18030(tmp_path):
     ("names,emotions,subtitles,reasons\na,sad,x,y\na.avi,sad,x,y\n", "line 3: clip 'a' was already on line 2"),
     ("names,emotions,subtitles,reasons\na,sad,x,\n", "line 2: .* or none in names or reasons"),
     ("names,emotions,subtitles,reasons\na,\"['sad', 'angry']\",x,y\nb,sad,x,y\nc,happy/sad,x,y\n",
-     "line 2, line 4, field emotions: more than one label.*keep one"),
-    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'bored' is not"),
+     "line 2, field emotions: label .*'sad', 'angry'.* is not one of emer's"),
+    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'sad, bored' is not"),
     ("names,emotions,subtitles,reasons\n../../a,sad,x,y\n", "outside the data root"),
 ])
 def test_emer_damaged(tmp_path, text, message):
@@ -245,25 +359,18 @@ def test_ravdess_names(tmp_path):
         load_examples(f"ravdess:{tmp_path}", "train")
 
 
-def test_ravdess_song_is_left_out_and_counted(tmp_path, caplog):
+def test_ravdess_takes_speech_alone(tmp_path):
     """The release's eight labels are those of speech: song has no disgust and no surprise."""
+    write(tmp_path / "Actor_12" / "01-02-03-01-02-01-12.mp4"), write(tmp_path / "03-01-06-01-02-01-12.wav")
+    with pytest.raises(DataError, match="no clip like 01-01-06-01-02-01-12.mp4; unpack Video_Speech"):
+        read_ravdess(tmp_path)
     write(tmp_path / "Actor_12" / "01-01-06-01-02-01-12.mp4")
-    song = [write(tmp_path / "Actor_12" / f"01-02-0{i}-01-02-01-12.mp4") for i in (3, 4)]
     assert [e.path.name for e in load_examples(f"ravdess:{tmp_path}", "test")] == ["01-01-06-01-02-01-12.mp4"]
-    assert "2 clips of song left out" in caplog.text
-    write(tmp_path / "Actor_12" / "01-01-06-01-02-01-12.mp4").unlink()
-    with pytest.raises(DataError, match="no clip of modality 01.*2 of modality 01, channel 02"):
-        read_ravdess(tmp_path)
-    assert all(path.is_file() for path in song)
-
-
-def test_ravdess_damaged(tmp_path):
-    write(tmp_path / "03-01-06-01-02-01-12.wav")
-    with pytest.raises(DataError, match="no clip of modality 01.*1 of modality 03, channel 01"):
-        read_ravdess(tmp_path)
-    write(tmp_path / "01-01-09-01-02-01-12.mp4")
-    with pytest.raises(DataError, match="emotion '09'"):
-        read_ravdess(tmp_path)
+    for twice_or_odd in ("01-01-06-01-02-01-12.mp4", "01-01-09-01-02-01-12.mp4"):
+        path = write(tmp_path / twice_or_odd)
+        with pytest.raises(DataError, match="is there twice, or its emotion '0[69]'"):
+            read_ravdess(tmp_path)
+        path.unlink()
 
 
 def entry(video: str, answer: str) -> dict:

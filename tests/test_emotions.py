@@ -7,6 +7,7 @@ from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_json
 from erv_min.emotions import (ALIASES, ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, LABELS, SYNONYMS, canonical, labels,
                               normalize, to_erv)
+from erv_min.judge import read_answer
 from erv_min.rewards import explanation_reward
 
 
@@ -55,7 +56,13 @@ def test_every_label_but_doubt_has_a_name_of_the_verifier():
     ("furious.", "MERR", "angry", "furious."),
     ("afraid", "MAFW", "fear", "afraid"),
     ("scared", "EMER", None, "scared"),  # EMER has no fear
-    ("surprised", "DFEW", None, "surprised"),  # a label of RAVDESS: an answer only there
+    ("surprised", "DFEW", "surprise", "surprised"),  # another form of the word is the label
+    ("Fearful.", "DFEW", "fear", "fearful."),
+    ("fearful", "MAFW", "fear", "fearful"),
+    ("worried", "MAFW", "anxiety", "worried"),
+    ("saddened", "DFEW", "sad", "saddened"),
+    ("__disgusted__", "DFEW", "disgust", "__disgusted__"),
+    ("unsurprised", "DFEW", None, "unsurprised"),
     ("calm", "DFEW", None, "calm"),
     ("joy and fear", "DFEW", None, "joy and fear"),
     ("calm", "RAVDESS", "calm", "calm"),
@@ -65,6 +72,13 @@ def test_every_label_but_doubt_has_a_name_of_the_verifier():
 def test_normalize(text, dataset, paper, released):
     assert normalize(text, dataset) == paper
     assert normalize(text, dataset, "released") == released
+
+
+def test_long_answers_take_linear_time():
+    """40,000 stops between two letters took 13 s."""
+    for text in ("a" + "." * 10**6 + "b", "." * 10**6, "_" * 10**6 + "sad" + " " * 10**6):
+        assert normalize(text, "dfew") == ("sad" if "sad" in text else None)
+        assert read_answer(text, LABELS["dfew"]).emotion == ("sad" if "sad" in text else None)
 
 
 def test_normalize_refuses_another_rule():

@@ -168,6 +168,17 @@ def test_bad_rows_are_named(tmp_path, row, field):
     assert field in str(error.value)
 
 
+def test_absent_fields_of_rows(tmp_path):
+    """NaN for a clip is no clip: such rows do not all fall on one side of the split."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "She smiles.", "labels": ["joy"], "source": NaN, "clip": NaN}\n')
+    (row,) = pairs.read_rows([path])
+    assert (row.source, row.key) == ("rows", "She smiles.")
+    path.write_text('{"text": "nan", "labels": ["joy"]}\n')
+    with pytest.raises(DataError, match="row 1: field 'text' must be"):
+        pairs.read_rows([path])
+
+
 def test_no_rows_is_an_error(tmp_path):
     with pytest.raises(DataError, match="no training pair"):
         pairs.read_rows([write(tmp_path / "empty.jsonl", [])])

@@ -497,7 +497,11 @@ def test_infer_one_clip_a_folder_and_a_list(world, tmp_path, capsys):
         infer.main([str(clip), str(tmp_path / "bad.mp4"), *options])
     shown = capsys.readouterr()
     assert json.loads(shown.out)["output"] == first["output"] and "bad.mp4" in shown.err
-    assert [p.name for p in infer.find_clips([str(tmp_path)])] == ["bad.mp4"]
+    write(tmp_path / "._bad.mp4", "of macOS")
+    (tmp_path / "00001").mkdir()
+    write(tmp_path / "00001" / "1.jpg", "a frame")
+    assert [p.name for p in infer.find_clips([str(tmp_path)])] == ["00001", "bad.mp4"]
+    assert infer.find_clips([str(tmp_path / "00001")]) == [tmp_path / "00001"]
     with pytest.raises(DataError, match="verifier"):
         infer.main([str(clip), *options, "--explain-reward", "bored", "--erv", "x"])
     with pytest.raises(SettingsError, match="go together"):

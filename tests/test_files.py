@@ -15,13 +15,24 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert read_json(tmp_path / "a.json") == {"x": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_partial_last_line_is_left_out_and_then_replaced(tmp_path):
+@pytest.mark.parametrize("cut", ['{"n": 2, "te', '{"n": 2}'])
+def test_a_partial_last_line_of_a_log_is_left_out_and_then_replaced(tmp_path, cut):
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, {"n": 1})
-    path.write_text(path.read_text() + '{"n": 2, "te')
-    assert read_jsonl(path) == [{"n": 1}]
+    path.write_text(path.read_text() + cut)
+    assert read_jsonl(path, log=True) == [{"n": 1}]
     append_jsonl(path, {"n": 3})
     assert read_jsonl(path) == [{"n": 1}, {"n": 3}]
+
+
+def test_a_cut_last_line_of_given_data_is_an_error(tmp_path):
+    """A prediction, a training pair: what was cut is not dropped without a word. A whole one needs no newline."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n\n{"n": 2}')
+    assert read_jsonl(path) == [{"n": 1}, {"n": 2}]
+    path.write_text('{"n": 1}\n{"n": 2, "te')
+    with pytest.raises(DataError, match="rows.jsonl, line 2: not a JSON object, or cut off"):
+        read_jsonl(path)
 
 
 def test_rows_are_written_whole_or_not_at_all(tmp_path):

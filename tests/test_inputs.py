@@ -1,16 +1,23 @@
 """What a clip's prompt is made of: question, subtitle, modality and stage, and what the text gate reads."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
+from conftest import GOLDEN
 from erv_min.base.processes import Processes
 from erv_min.inputs import Batch, Collator, Example, Inputs, embed
 from erv_min.media import Clip
 from erv_min.prompts import gate_text, question_with_subtitle, render
+from erv_min.tokenizer import Tokenizer
 from erv_min.train.settings import SFTSettings
 from erv_min.train.start import training_examples
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import sft  # noqa: E402
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 CLIP = Example("a", Path("a.mp4"), "sad", "emer", subtitle="Leave me!")
@@ -31,7 +38,7 @@ class Words:
 class Numbers(Words):
     """One id per letter."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, placeholders: bool = True) -> list[int]:
         return [ord(letter) for letter in text]
 
 
@@ -119,3 +126,14 @@ def test_an_answer_that_has_begun_stands_at_the_end_of_the_prompt():
     plain, begun = ([Inputs(replace(CLIP, begun=said), None, (None, None))] for said in ("", "<think>He"))
     ids = collate(begun).input_ids[0].tolist()
     assert ids == collate(plain).input_ids[0].tolist() + Numbers().encode("<think>He")
+
+
+def test_text_of_data_and_policy_places_no_clip():
+    """An explanation with `<video>` in it: as an SFT target, and as what the policy goes on from (--think)."""
+    tokenizer, text = Tokenizer(GOLDEN / "chat"), "He <video> smiles. <audio>"
+    example = replace(CLIP, explanation=text, begun=f"<think>{text}", subtitle=text)
+    ids = Collator(Recorder(), tokenizer, Words())([Inputs(example, None, (None, None))]).input_ids[0].tolist()
+    assert (ids.count(-201), ids.count(-202)) == (1, 1)  # the prompt's own
+    clips = SimpleNamespace(taken=[0], unit_at=lambda place: [example])
+    ((target,), _) = sft.encode_targets(clips, tokenizer)
+    assert min(target) >= 0 and text in tokenizer.decode(target)

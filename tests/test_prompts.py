@@ -33,6 +33,9 @@ def test_defaults_are_the_papers_question():
 def test_placeholders_split_the_text(tokenizer):
     ids = tokenizer.encode("a<video>b<audio>")
     assert ids == [*tokenizer.encode("a"), -201, *tokenizer.encode("b"), -202]
+    for text in ("a<video>b<audio>", "<video>"):
+        plain = tokenizer.encode(text, placeholders=False)  # text of data or of a policy places no clip
+        assert min(plain) >= 0 and tokenizer.decode(plain) == text
     assert tokenizer.decode(tokenizer.encode("<|im_start|>é 你好<|im_end|>"), skip_special=True) == "é 你好"
     assert (tokenizer.eos_id, tokenizer.pad_id) == (802, 800)
 

@@ -62,7 +62,7 @@ class ChatClient:
         self._client = InferenceClient(base_url=f"{self.url}/chat/completions", api_key=self._key or "none",
                                        timeout=timeout)
         self._lock, self._stop, self._reached = threading.Lock(), threading.Event(), False
-        rows = read_jsonl(self.cache) if self.cache and self.cache.exists() else []
+        rows = read_jsonl(self.cache, log=True) if self.cache and self.cache.exists() else []
         self.answers = {row["key"]: row["raw"] for row in rows  # what is no answer is asked again
                         if isinstance(row, dict) and isinstance(row.get("key"), str)
                         and isinstance(row.get("raw"), str) and row["raw"].strip()}

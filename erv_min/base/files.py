@@ -114,11 +114,10 @@ def read_object(path: str | Path) -> dict:
     return value
 
 
-def read_jsonl(path: str | Path) -> list:
-    """Reads one JSON value per line. Raises DataError naming the line; a partial last one (a cut write) is left out."""
+def read_jsonl(path: str | Path, log: bool = False) -> list:
+    """Reads one JSON value per line. Raises DataError naming the line. `log`: a file of append_jsonl, in which what
+    follows the last newline was cut by a stop: it is left out here, and removed there."""
     *lines, last = _bytes(path).split(b"\n")
-    rows = [_parsed(line, f"{path}, line {number}: not a JSON object")
+    lines += [] if log else [last]
+    return [_parsed(line, f"{path}, line {number}: not a JSON object, or cut off")
             for number, line in enumerate(lines, 1) if line.strip()]
-    with contextlib.suppress(DataError):  # it has no newline at its end: its write was cut
-        rows += [_parsed(last, "")] if last.strip() else []
-    return rows

@@ -58,7 +58,8 @@ PATHS = {  # kind of text -> the paths in it
     "hub": lambda text: [text],  # a folder, or a hub repository
     "hubs": lambda text: text.split(","),
     "data": lambda text: [path for part in re.split(r",(?=\w+:)", text) for path in  # examples.load_examples
-                          re.fullmatch(r"json:(?:\w+:)?(.+?)(?:@(.+))?|(?:\w+:)?(.*)", part.strip()).groups() if path]}
+                          re.fullmatch(r"json:(?:\w+:)?(.+?)(?:@(.+))?|(?:\w+:)?(.*?)(?:@set_[1-5])?",
+                                       part.strip()).groups() if path]}
 
 
 def check(settings) -> None:

@@ -4,7 +4,6 @@ Annotations are read by readers.py; `check_clips` leaves out and lists what is n
 that, or what cannot be decoded, is more than the user allows.
 """
 
-import logging
 import os
 import re
 from collections import Counter
@@ -12,23 +11,23 @@ from pathlib import Path
 
 from erv_min.base.errors import DataError
 from erv_min.base.files import atomic_write
-from erv_min.data.readers import FORMATS, read_annotated, read_ravdess, read_training_json
+from erv_min.data.readers import FOLDS, FORMATS, note, read_annotated, read_ravdess, read_training_json
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 
-log = logging.getLogger("erv_min")
 PAPER_COUNTS = {("dfew", "train"): 9362, ("dfew", "test"): 2342, ("mafw", "train"): 7341, ("mafw", "test"): 1831,
                 ("emer", "train"): 332, ("merr", "train"): 4487}  # section 4.1
 ONE_SPLIT = {"emer": "train", "merr": "train", "ravdess": "test"}
-SPEC = ("name:/path with name one of toy, dfew, mafw, emer, merr, ravdess, or json:mafw:/file.json; "
-        "several joined by commas")
+SPEC = ("name:/path with name one of toy, dfew, mafw, emer, merr, ravdess (dfew:/path@set_3: another set than the "
+        "paper's 5), or json:mafw:/file.json; several joined by commas")
 
 
 def load_examples(spec: str, split: str = "train") -> list[Example]:
     """Reads a mixture such as "dfew:/path,mafw:/path". Raises DataError.
 
     split: "train" | "test" | "sft" (the world's train.json for toy, else the training split) | "tune" (a toy world's
-    clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test.
+    clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test. `dfew:/path@set_3`, `mafw:/path@set_3`:
+    another of the five sets than the paper's, 5.
     `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split; `dataset`
     (`json:mafw:/file.json`) may be left out if every clip lies below a folder called like its data set.
     """
@@ -42,6 +41,9 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
             raise DataError(f"--data {part!r}, split {split!r}: expected train, test or sft (of toy: tune)")
         if official != ONE_SPLIT.get(name, official):
             raise DataError(f"--data {part}: {name} has no {split} split; its clips are {ONE_SPLIT[name]} data alone")
+        path, fold = re.fullmatch(r"(.+?)(?:@set_([1-5]))?", path).groups() if name in FOLDS else (path, None)
+        if fold and os.path.isfile(path):
+            raise DataError(f"--data {part}: a file is one set already; give its folder, or leave @set_{fold} out")
         if name == "toy":
             if not (Path(path) / "world.json").is_file():
                 raise DataError(f"{path}: no finished toy world (world.json is written last); render it again")
@@ -51,12 +53,12 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
             dataset, file, clips = re.fullmatch(r"(?:(\w+):)?(.+?)(?:@(.+))?", path).groups()
             found = read_training_json(file, clips, dataset, split)
         else:
-            found = read_ravdess(path) if name == "ravdess" else read_annotated(name, path, official)
+            found = read_ravdess(path) if name == "ravdess" else read_annotated(name, path, official, fold or "5")
         if not found:
             raise DataError(f"--data {part}: no example in it")
-        if len(found) != PAPER_COUNTS.get((name, official), len(found)):
-            log.warning("%s %s: %d examples, the paper has %d (section 4.1): another version, or a part of it?",
-                        name, official, len(found), PAPER_COUNTS[name, official])
+        if fold in (None, "5") and len(found) != PAPER_COUNTS.get((name, official), len(found)):
+            note("%s %s: %d examples, the paper has %d (section 4.1): another version, or a part of it?",
+                 name, official, len(found), PAPER_COUNTS[name, official])
         examples += found
     return examples
 
@@ -74,13 +76,13 @@ def check_clips(examples: list[Example], allow_missing: float = 0.01,
     """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, one per line.
     Raises as too_many."""
     clips = {example.path for example in examples}
-    found = {path for path in clips if path.is_file()}
+    found = set(filter(os.path.exists, clips))  # a file, or a folder of frames
     if missing := sorted(map(str, clips - found)):
         first = missing[0] + (f"; all of them: {report}" if report else "")
         if report:
             atomic_write(report, "".join(f"{path}\n" for path in missing))
         too_many(len(missing), len(clips), allow_missing, first, "are missing")
-        log.warning("%d of %d clips are missing, the first: %s", len(missing), len(clips), first)
+        note("%d of %d clips are missing, the first: %s", len(missing), len(clips), first)
     return [example for example in examples if example.path in found]
 
 
@@ -100,7 +102,7 @@ def summary(examples: list[Example]) -> str:
     lines = []
     for dataset, split in dict.fromkeys((example.dataset, example.split) for example in examples):
         part = [example for example in examples if (example.dataset, example.split) == (dataset, split)]
-        there = [path.is_file() for path in {example.path for example in part}]
+        there = [os.path.exists(path) for path in {example.path for example in part}]
         count = Counter(example.label for example in part)
         classes = ", ".join(f"{label} {count[label]}" for label in labels(dataset))
         lines.append(f"{dataset} {split}: {sum(there)} clips found, {len(there) - sum(there)} missing, "

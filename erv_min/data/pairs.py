@@ -13,6 +13,7 @@ from torch import Tensor
 
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
+from erv_min.data.readers import cell
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS, GOEMOTIONS_INDEX, to_erv
 
 
@@ -37,11 +38,11 @@ def read_rows(paths: list[str | Path]) -> list[Row]:
     for path in paths:
         for number, raw in enumerate(read_jsonl(path), 1):
             where = f"{path}, row {number}"
-            if not isinstance(raw, dict) or not isinstance(raw.get("text"), str) or not raw["text"].strip():
+            if not isinstance(raw, dict) or not isinstance(raw.get("text"), str) or not cell(raw["text"]):
                 raise DataError(f"{where}: field 'text' must be a non-empty string")
-            text, labels = raw["text"].strip(), _emotions(raw, "labels", where)
+            text, labels = cell(raw["text"]), _emotions(raw, "labels", where)
             truth = _emotions(raw, "truth", where) if "truth" in raw else labels
-            source, key = str(raw.get("source") or Path(path).stem), str(raw.get("clip") or text)
+            source, key = cell(raw.get("source")) or Path(path).stem, cell(raw.get("clip")) or text
             rows.append(Row(text, labels, source, key, truth))
     if not rows:
         raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no training pair found")

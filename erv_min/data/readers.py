@@ -1,10 +1,11 @@
 """The data sets' own files -> `Example`s (section 4.1; formats as users already have them).
 
-DFEW (split 5), MAFW (set 5), EMER, MERR-fine, RAVDESS and the training JSON of the released code. A reader reads
-annotations only: whether the clips are there is `examples.check_clips`'s question. Every label is checked against the
-data set's list, every clip stays inside the data root, an id may occur once (the training JSON may repeat a clip:
-one `Example` per entry). What cannot be read raises DataError with file, line or entry, field and the way out.
-A data root is the data set's folder, or an annotation file, whose name must not be that of the other split.
+DFEW, MAFW (five sets each; the paper's is 5), EMER, MERR-fine, RAVDESS and the training JSON of the released code. A
+reader reads annotations only: whether the clips are there is `examples.check_clips`'s question. Every label is checked
+against the data set's list, every clip stays inside the data root, an id may occur once (the training JSON may repeat
+a clip: one `Example` per entry). What cannot be read raises DataError with file, line or entry, field and the way out.
+A data root is the data set's folder, or an annotation file, whose name must not be that of the other split. A clip is
+a file, or a folder of frames.
 """
 
 import csv
@@ -13,19 +14,31 @@ import json
 import logging
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from erv_min.base.errors import DataError
 from erv_min.emotions import LABELS, labels, normalize
 from erv_min.inputs import Example
+from erv_min.rewards import between
 
 log = logging.getLogger("erv_min")
-CLIP_FOLDERS = ("clip", "clips", "data/clips", "video", "videos", "")  # searched in this order under a data root
-CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".wav", ".flac")
+CLIP_FOLDERS = (  # searched in this order under a data root; clips with sound before folders of frames
+    "clip", "clips", "data/clips", "Clip/original", "video", "videos", "Clip/clip_224x224", "Clip/clip_224x224_16f",
+    "data/frames", "frames", "Clip", "")
+CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".wav", ".flac")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+ABSENT = {"nan", "NaN", "NAN", "<NA>", "N/A", "n/a", "NULL", "null", "None"}  # how programs write an empty cell
 RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad",
                     "05": "angry", "06": "fearful", "07": "disgust", "08": "surprised"}  # third field of a file name
+
+
+def note(text: str, *values) -> None:
+    """A warning, by the first process of a job alone: all of them read the same files."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(text, *values)
 
 
 def read_text(path: str | Path, *other_encodings: str) -> str:
@@ -40,48 +53,96 @@ def read_text(path: str | Path, *other_encodings: str) -> str:
     raise DataError(f"{path}: not UTF-8 text (byte {failure.start}); save it as UTF-8")
 
 
-def find_annotation(root: Path, names: list[str], split: str, prefer: str) -> Path:
+def cell(value) -> str:
+    """The text of a cell, stripped; "" for an absent one: None, NaN, or what programs write for them."""
+    text = str(value).strip()
+    return "" if text in ABSENT else text
+
+
+def csv_rows(path: Path, *other_encodings: str) -> Iterator[tuple[str, list[str]]]:
+    """(the line that it begins on, its cells) of each row that is not blank. Raises DataError."""
+    reader = csv.reader(io.StringIO(read_text(path, *other_encodings)), skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if any(cells := [cell(text) for text in row]):
+                yield f"line {line}", cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: not CSV ({error}); look for a quote that is never closed") from None
+
+
+def check_split(path: Path, split: str) -> None:
+    """Raises DataError for an annotation file whose name, or else its folder's, says the other split."""
+    words = re.findall("[a-z]+", path.name.lower())  # `single_trainset_5.csv` says train, `contest.csv` nothing
+    said = [part for part in ("train", "test") if any(word.startswith(part) for word in words)]
+    folder = path.absolute().parent.name.lower()  # `test(single-labeled)/set_5.csv`
+    said = said or re.findall(r"^(train|test)(?:_?(?:set|split|data|single\w*))?(?!\w)", folder)
+    if said and split not in said:
+        raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
+                        "folder that holds both")
+
+
+def find_annotation(root: Path, names: list[str], prefer: str) -> Path:
     """The annotation file: `root` itself, else the first of `names` that is in root or up to three folders below it; of
-    several on one level the one with `prefer` in its path. Raises DataError for none, for more than one, and for a file
-    whose name says the other split."""
+    several on one level the one with `prefer` in its path. Raises DataError for none, and for more than one."""
     if root.is_file():
-        words = re.findall("[a-z]+", root.name.lower())  # `single_trainset_5.csv` says train, `contest.csv` nothing
-        said = [part for part in ("train", "test") if any(word.startswith(part) for word in words)]
-        if said and split not in said:
-            raise DataError(f"{root}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
-                            "folder that holds both")
         return root
     for pattern in (depth + name for depth in ("", "*/", "*/*/", "*/*/*/") for name in names):
-        found = sorted(path for path in root.glob(pattern) if path.is_file())
+        found = sorted(path for path in root.glob(pattern) if path.is_file() and not path.name.startswith("._"))
         found = [path for path in found if prefer and prefer in path.as_posix()] or found
         if len(found) > 1:
             raise DataError(f"{root}: more than one annotation file ({', '.join(map(str, found[:5]))}); "
                             "give the file itself instead of the folder")
         if found:
             return found[0]
-    raise DataError(f"{root}: no {' or '.join(names)} in it, nor in the three levels below"
+    others = "".join(f", nor {name}" for name in names[1:])
+    raise DataError(f"{root}: no {names[0]} in it{others}, nor in the three levels below"
                     f"{'' if root.is_dir() else ' (no such folder)'}; give the folder that holds the official files")
 
 
+def is_frame_folder(path: Path) -> bool:
+    """Whether `path` is a folder with pictures in it; one that may not be read is none."""
+    _, _, files = next(os.walk(path), ("", [], []))
+    return any(name.lower().endswith(FRAME_SUFFIXES) for name in files)
+
+
+def clip_key(name: str) -> str:
+    """A clip's name however a system writes it: without folders, suffix and leading zeros, composed (NFC)."""
+    path = PurePosixPath(unicodedata.normalize("NFC", str(name)).strip().replace("\\", "/"))
+    stem = path.stem if path.suffix.lower() in CLIP_SUFFIXES else path.name
+    return stem.lstrip("0") or "0" if stem.isdecimal() else stem
+
+
+def clips_in(folder: Path) -> list[Path]:
+    """The clips in a folder, by name: files, and folders of frames. macOS's own `._` files are left out and counted."""
+    paths = [x for x in sorted(folder.iterdir()) if x.suffix.lower() in CLIP_SUFFIXES or is_frame_folder(x)]
+    clips = [path for path in paths if not path.name.startswith("._")]
+    if len(clips) < len(paths):
+        note("%s: %d files ._* skipped: macOS's own notes, no clips", folder, len(paths) - len(clips))
+    return clips
+
+
 def index_clips(root: Path) -> dict[str, Path]:
-    """File name without suffix -> clip, for the folders in which the data sets keep them."""
+    """clip_key -> clip, for the folders in which the data sets keep them."""
     found = {}
     for folder in (root / name for name in CLIP_FOLDERS if (root / name).is_dir()):
-        files = [path for path in folder.iterdir() if path.suffix.lower() in CLIP_SUFFIXES]
-        for path in sorted(files, key=lambda path: CLIP_SUFFIXES.index(path.suffix.lower())):
-            found.setdefault(path.stem, path)
+        for path in sorted(clips_in(folder), key=lambda x: (*CLIP_SUFFIXES, x.suffix.lower()).index(x.suffix.lower())):
+            found.setdefault(clip_key(path.name), path)
     return found
 
 
 def inside(root: Path, name: str, where: str) -> Path:
-    """root/name. Raises DataError if that leaves `root`. Symbolic links are kept: data roots are full of them."""
+    """root/name, as it is spelled on the disk: composed (NFC) or, by macOS, not (NFD). Raises DataError if that leaves
+    `root`. Symbolic links are kept: data roots are full of them."""
     if "\0" in name or any(len(part.encode(errors="replace")) > 250 for part in Path(name).parts):
         raise DataError(f"{where}: {name[:80]!r}... cannot be a file's name")
     path = Path(os.path.abspath(root / name))
     if not path.is_relative_to(os.path.abspath(root)):
         raise DataError(f"{where}: {name!r} lies outside the data root {root}; "
                         "move the clip below it, or give a root that holds all clips")
-    return path
+    spellings = (path, *(Path(os.path.abspath(root / unicodedata.normalize(form, name))) for form in ("NFC", "NFD")))
+    return next((spelling for spelling in spellings if os.path.exists(spelling)), path)
 
 
 def check_label(text: str, dataset: str, where: str, ids: bool = False) -> str:
@@ -118,13 +179,12 @@ Row = tuple[str, str, str, str, str]  # place in the file, clip, label, explanat
 
 def _dfew(path: Path) -> Iterator[Row]:
     """A header, then `clip number,label id` (1..7)."""
-    for line, text in enumerate(read_text(path).splitlines(), 1):
-        row = [field.strip(' \t"') for field in text.split(",")]
-        if not any(row) or (line == 1 and not row[-1].isdecimal()):  # blank, or the header
+    for place, row in csv_rows(path):
+        if place == "line 1" and not row[-1].isdecimal():  # the header
             continue
         if len(row) != 2 or not all(field.isdecimal() for field in row) or len(row[0]) > 20:
-            raise DataError(f"{path}, line {line}: expected `clip number,label id`, found {text!r}")
-        yield f"line {line}", row[0], check_label(row[1], "dfew", f"{path}, line {line}", ids=True), "", ""
+            raise DataError(f"{path}, {place}: expected `clip number,label id`, found {','.join(row)!r}")
+        yield place, row[0], check_label(row[1], "dfew", f"{path}, {place}", ids=True), "", ""
 
 
 def _mafw(path: Path) -> Iterator[Row]:
@@ -139,95 +199,78 @@ def _mafw(path: Path) -> Iterator[Row]:
 
 
 def _emer(path: Path) -> Iterator[Row]:
-    """CSV with names, emotions, subtitles, reasons (UTF-8 or GB18030: it was edited in both).
-
-    A cell with two labels is an error: e_gt is one label (Eq. 4, 5), and nothing says which is the main one."""
-    reader, doubtful = csv.reader(io.StringIO(read_text(path, "gb18030")), skipinitialspace=True), []
-    try:
-        lines = [(f"line {reader.line_num}", [cell.strip() for cell in row]) for row in reader if row]
-    except csv.Error as error:
-        raise DataError(f"{path}: not a CSV file ({error}); look for an unclosed quote") from None
-    columns = lines[0][1] if lines else []
+    """CSV with names, emotions (one: e_gt of Eq. 4, 5), subtitles, reasons; UTF-8 or GB18030: it was edited in both."""
+    lines = csv_rows(path, "gb18030")
+    _, columns = next(lines, ("", []))
     if missing := [name for name in ("names", "emotions", "subtitles", "reasons") if name not in columns]:
-        raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}")
-    for place, cells in lines[1:]:
+        raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}. "
+                        "OV-MERD (MER2025) gives open labels, several per clip: join its reasons with the one label of "
+                        "track1_train_disdim.csv and the subtitles by name")
+    for place, cells in lines:
         row = dict(zip(columns, cells))
         if len(cells) != len(columns) or not row["names"] or not row["reasons"]:
             raise DataError(f"{path}, {place}: {len(cells)} fields for {len(columns)} columns, or none in names or "
                             "reasons; quote commas")
-        words = [word.strip() for word in re.split(r"[^\w ]+", row["emotions"]) if word.strip()] or [""]
-        label, *others = dict.fromkeys(check_label(x, "emer", f"{path}, {place}, field emotions") for x in words)
-        doubtful += [place] if others else []
+        label = check_label(row["emotions"], "emer", f"{path}, {place}, field emotions")
         yield place, row["names"], label, row["reasons"], row["subtitles"]
-    if doubtful:
-        raise DataError(f"{path}, {', '.join(doubtful)}, field emotions: more than one label; a clip has one ground "
-                        "truth: keep one in each, or take the lines out")
 
 
 def _merr(path: Path) -> Iterator[Row]:
-    """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`.
-
-    `doubt` is among its labels and not among the verifier's 11: who trains the verifier leaves those clips out. Table
-    5's row, 4,132, is 355 short of section 4.1's 4,487, and the paper does not say why."""
+    """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`. `doubt` is among its labels and not among the
+    verifier's 11: who trains the verifier leaves those clips out."""
     for name, entry in read_unique_json(path, dict, '{clip: {"pseu_emotion": ..., ...}}').items():
         where = f"{path}, entry {name!r}"
         if not isinstance(entry, dict) or not isinstance(entry.get("pseu_emotion"), str):
             raise DataError(f"{where}: no text in field pseu_emotion")
         label = check_label(entry["pseu_emotion"], "merr", f"{where}, field pseu_emotion")
-        texts = (str(entry.get(key) or "").strip() for key in ("smp_reason_caption", "text"))
+        texts = (cell(entry.get(key)) for key in ("smp_reason_caption", "text"))
         yield f"entry {name!r}", name, label, *texts
 
 
 FORMATS = {  # rows of a file, names of the annotation file, where a missing clip should be, which copy is meant
-    "dfew": (_dfew, ["single_{split}set_5.csv"], "clip/{}.mp4", ""),
+    "dfew": (_dfew, ["single_{split}set_{fold}.csv", "{split}(single-labeled)/set_{fold}.csv",
+                     "{split}(single_labeled)/set_{fold}.csv"], "clip/{}.mp4", ""),
     # `Train & Test Set/single/no_caption` of the official archive: section 4.1's counts are of single labels
-    "mafw": (_mafw, ["set_5/{split}.txt"], "clips/{}.mp4", "/single/no_caption/"),
-    "emer": (_emer, ["EMER.csv", "*.csv"], "{}.avi", ""),
+    "mafw": (_mafw, ["set_{fold}/{split}.txt"], "clips/{}.mp4", "/single/no_caption/"),
+    "emer": (_emer, ["EMER.csv", "track3_train_ovmerd.csv", "*.csv"], "{}.avi", ""),
     "merr": (_merr, ["MERR_fine_grained.json", "*.json"], "{}.avi", "")}
+FOLDS = ("dfew", "mafw")  # come in five sets, each of a training and a test file
 
 
-def read_annotated(dataset: str, root: str | Path, split: str) -> list[Example]:
+def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") -> list[Example]:
     """The examples of a data set in FORMATS; `root` is its folder, or the annotation file. Raises DataError."""
     (rows, names, missing, prefer), root = FORMATS[dataset], Path(root)
-    path = find_annotation(root, [name.format(split=split) for name in names], split, prefer)
+    path = find_annotation(root, [name.format(split=split, fold=fold) for name in names], prefer)
+    if root.is_file() and dataset in FOLDS:
+        check_split(path, split)
     if root.is_file():  # its clips: beside it, else the nearest folder of clips around it
-        above = (up for up in path.parents[:5] if any(os.path.isdir(up / x) for x in CLIP_FOLDERS if x))
+        above = (up for up in path.absolute().parents[:5] if any(os.path.isdir(up / x) for x in CLIP_FOLDERS if x))
         root = path.parent if index_clips(path.parent) else next(above, path.parent)
     clips, places, examples = index_clips(root), {}, []  # places: clip -> where it is annotated
     for place, name, label, explanation, subtitle in rows(path):
         inside(root, name, f"{path}, {place}")
-        stem = Path(name).stem if Path(name).suffix.lower() in CLIP_SUFFIXES else name
-        number = stem.lstrip("0") or "0" if stem.isdecimal() else stem  # DFEW's 1 and 00001 are one clip
-        if number in places:
-            raise DataError(f"{path}, {place}: clip {stem!r} was already on {places[number]}; each may be there once")
-        places[number] = place
-        clip = next((clips[x] for x in (stem, number, number.zfill(5)) if x in clips), root / missing.format(stem))
+        stem, key = Path(name).stem if Path(name).suffix.lower() in CLIP_SUFFIXES else name, clip_key(name)
+        if key in places:  # DFEW's 1 and 00001 are one clip
+            raise DataError(f"{path}, {place}: clip {stem!r} was already on {places[key]}; each may be there once")
+        places[key] = place
+        clip = clips.get(key, root / missing.format(stem))
         examples.append(Example(stem, clip, label, dataset, explanation, subtitle, split))
     return examples
 
 
 def read_ravdess(root: str | Path) -> list[Example]:
     """The clips' names are the annotation: `01-01-06-01-02-01-12.mp4` = modality (01: sound and picture), channel
-    (01: speech, 02: song), emotion, ... All full-AV speech below `root` (`Actor_01/` to `Actor_24/`).
-
-    Song beside it is left out and counted: the release's eight labels are those of speech, song has six of them.
-    """
-    paths = [x for x in sorted(Path(root).rglob("??-??-??-??-??-??-??.*")) if x.suffix.lower() in CLIP_SUFFIXES]
-    kinds, found = Counter(path.name[:5] for path in paths), {}
-    for path in (path for path in paths if path.name.startswith("01-01-")):
-        code = path.stem.split("-")[2]
-        if code not in RAVDESS_EMOTIONS:
-            raise DataError(f"{path}: emotion {code!r} (third field of the name) is not in 01..08")
-        if path.stem in found:
-            raise DataError(f"{path}: is there twice, also as {found[path.stem].path}; each clip may be there once")
-        found[path.stem] = Example(path.stem, path, RAVDESS_EMOTIONS[code], "ravdess", split="test")
+    (01: speech, 02: song), emotion, ... All full-AV speech below `root` (`Actor_01/` to `Actor_24/`); the release's
+    eight labels are those of speech."""
+    found = {}
+    for path in sorted(Path(root).rglob("01-01-??-??-??-??-??.*")):
+        if path.suffix.lower() in CLIP_SUFFIXES:
+            code = path.name[6:8]
+            if code not in RAVDESS_EMOTIONS or path.stem in found:
+                raise DataError(f"{path}: is there twice, or its emotion {code!r} (third field) is not in 01..08")
+            found[path.stem] = Example(path.stem, path, RAVDESS_EMOTIONS[code], "ravdess", split="test")
     if not found:
-        seen = ", ".join(f"{count} of modality {kind[:2]}, channel {kind[3:]}" for kind, count in kinds.items())
-        raise DataError(f"{root}: no clip of modality 01 (sound and picture), channel 01 (speech) like "
-                        f"01-01-06-01-02-01-12.mp4; found {seen or 'no RAVDESS file name at all'}. "
-                        "Unpack Video_Speech_Actor_*.zip there")
-    if kinds["01-02"]:
-        log.warning("%s: %d clips of song left out, %d of speech taken", root, kinds["01-02"], len(found))
+        raise DataError(f"{root}: no clip like 01-01-06-01-02-01-12.mp4; unpack Video_Speech_Actor_*.zip there")
     return list(found.values())
 
 
@@ -250,8 +293,8 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
             video = said = ""
         if not video or not said:
             raise DataError(f"{where}: expected {form} with one gpt turn, found {str(entry)[:80]}")
-        think, answer = (re.search(f"<{tag}>(.*?)</{tag}>", said, re.DOTALL) for tag in ("think", "answer"))
-        if "<" in said and not (think and answer):
+        think, answer = (between(said, f"<{tag}>", f"</{tag}>") for tag in ("think", "answer"))
+        if "<" in said and (think is None or answer is None):
             raise DataError(f"{where}: the gpt turn is neither <think>..</think><answer>..</answer> nor a bare label: "
                             f"{said[:80]!r}")
         clip = inside(root, video, f"{where}, field video")
@@ -259,8 +302,8 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
         name = dataset or next((name for name in LABELS if name in folders), "")
         if not name:
             raise DataError(f"{where}: no folder of {video!r} is a data set's name; name one: json:mafw:{path}")
-        label = check_label(answer[1].strip() if answer else said, name, where)
-        rows.append((clip, label, name, think[1].strip() if think else ""))
+        label = check_label(said if answer is None else answer, name, where)
+        rows.append((clip, label, name, cell(think)))
     stems = Counter(clip.stem for clip in {row[0] for row in rows})  # equal ones get the whole path as id
     ids = {clip: clip.stem if stems[clip.stem] == 1 else clip.relative_to(root).with_suffix("").as_posix()
            for clip, *_ in rows}

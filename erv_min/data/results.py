@@ -9,21 +9,14 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
-from erv_min.data.readers import CLIP_SUFFIXES, check_label, read_text
+from erv_min.data.readers import check_label, clip_key, read_text
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 from erv_min.judge import read_answer
-
-
-def clip_key(name: str) -> str:
-    """A clip's name however a system writes it: without folders, suffix and leading zeros."""
-    path = PurePosixPath(str(name).strip().replace("\\", "/"))
-    stem = path.stem if path.suffix.lower() in CLIP_SUFFIXES else path.name
-    return stem.lstrip("0") or "0" if stem.isdecimal() else stem
 
 
 def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], dict]:

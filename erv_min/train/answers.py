@@ -150,7 +150,7 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
             raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
         if read_json(about) != made_by:
             raise SettingsError(f"{about}: made with other settings or clips; give another --out")
-        rows, failed = read_jsonl(file), read_jsonl(failures) if failures.exists() else []
+        rows, failed = (read_jsonl(path, log=True) if path.exists() else [] for path in (file, failures))
     done = Counter(row["chunk"] for row in rows + failed)
     whole = {n for n, part in enumerate(chunks) if done[n] == len(part)}
     rows, failed = ([row for row in part if row["chunk"] in whole] for part in (rows, failed))

@@ -150,7 +150,7 @@ class Run:
     def _cut_logs(self) -> None:
         """Leaves the logs' rows of the steps before the state, and nothing that was being written at a kill."""
         for path in [self.out / name for name in LOGS if (self.out / name).exists()]:
-            rows = [row for row in read_jsonl(path) if row["step"] < self.first_step]
+            rows = [row for row in read_jsonl(path, log=True) if row["step"] < self.first_step]
             write_jsonl(path, rows)
             for row in rows if path == self.metrics else []:
                 self.skipped, self.in_a_row = row["skipped"], self.in_a_row + 1 if "skipped_because" in row else 0

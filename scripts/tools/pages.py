@@ -47,7 +47,7 @@ def json_script(value) -> str:
 
 def read_objects(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
     """The rows of a JSONL file, each with these fields of these types. Raises DataError naming file, row and field."""
-    rows = read_jsonl(path)
+    rows = read_jsonl(path, log=True)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected a JSON object, found {str(row)[:60]}")

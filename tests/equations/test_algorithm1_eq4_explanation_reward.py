@@ -75,6 +75,8 @@ def test_eq4_compares_names_of_every_list():
     ("वह दुखी है। वह रोता है।", ["वह दुखी है। वह रोता है।"], ["वह दुखी है।", "वह रोता है।"]),
     ("He lives in the U.S. now. Is it? Yes.", ["He lives in the U.S.", "now.", "Is it?", "Yes."],
      ["He lives in the U.S. now.", "Is it?", "Yes."]),
+    *[(f"He sees{mark}Dr. Lee. He nods.", [f"He sees{mark}Dr.", "Lee.", "He nods."],
+       [f"He sees{mark}Dr. Lee.", "He nods."]) for mark in ("\t", "\u00a0", " [", " («", " ‘", " „", "—", "-", "/", " *")],
     ("", [], []), (" . ", ["."], ["."]),
 ])
 def test_sentence_rules(text, released, extended):

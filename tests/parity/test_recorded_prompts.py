@@ -3,7 +3,7 @@
 import pytest
 from conftest import GOLDEN
 from erv_min.base.files import read_json
-from erv_min.prompts import gate_text, human_question, render, user_turn
+from erv_min.prompts import gate_text, render, user_turn
 from erv_min.tokenizer import Tokenizer
 
 
@@ -29,7 +29,7 @@ def test_inference_prompts_and_ids(tokenizer):
 
 def test_sft_prompts_ids_labels_and_gate_text(tokenizer):
     for x in PROMPTS["sft"]:
-        question = human_question(x["human"])
+        question = x["human"].replace("<video>", "").replace("<audio>", "").strip()
         assert user_turn(question, "video", "sft") == x["rendered_human"]  # both tags, even where the clip has one
         assert gate_text(question, "video", "sft") == x["gate_prompt"]
         prompt = tokenizer.encode(render(question, "video", "sft"))
