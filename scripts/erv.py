@@ -8,7 +8,6 @@ Departures: the paper names neither schedule, dropout nor validation; ours are l
 What the reward made from a verifier pays for: scripts/tools/audit.py.
 """
 
-import math
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.files import append_jsonl, atomic_write, read_jsonl, write_json
 from erv_min.base.options import parse
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
-from erv_min.data.loader import batch_of_step
+from erv_min.data.loader import batch_of_step, steps_per_epoch
 from erv_min.data.pairs import Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets
 from erv_min.data.quality import print_report, verifier_report
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
@@ -61,7 +60,7 @@ def train(settings: ERVSettings, processes: Processes) -> None:
 
     policy = Replicated(model, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
-    per_epoch = math.ceil(len(rows) / settings.batch_size)
+    per_epoch = steps_per_epoch(len(rows), settings.batch_size)
     total_steps = settings.steps or per_epoch * settings.epochs
     run = Run(out, settings, processes, total_steps)
     run.begin(policy, optimizer)

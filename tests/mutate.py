@@ -269,7 +269,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/judge.py", "permuted(labels, text))", "labels)", "test_judge.py"),
     ("scripts/tools/survey_score.py", "max(0, top - above) / level", "max(0, top - above)", "test_survey.py"),
     # ---- training: schedule, update, processes, shards, states
-    ("erv_min/train/optimizer.py", "peak * (step + 1) / rising", "peak * step / rising", "test_train.py"),
+    ("erv_min/train/optimizer.py", "peak * step / rising", "peak * (step + 1) / rising", "test_train.py"),
     ("erv_min/train/optimizer.py", "0.5 * (1 - math.cos(", "0.5 * (1 + math.cos(", "test_train.py"),
     ("erv_min/train/optimizer.py", "weight_decay=0.0,", "weight_decay=0.1,", "test_train.py"),
     ("erv_min/train/optimizer.py", "betas=(0.9, 0.999)", "betas=(0.9, 0.99)", "test_train.py"),

@@ -74,16 +74,18 @@ def reward(text, e_gt, table, o):
 
 
 def places(count, o, step, per_step):
-    """Which items step `step` reads: epoch after epoch, each in an order drawn from seed and epoch."""
-    for place in range(step * per_step, (step + 1) * per_step):
-        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + place // count)
-        yield int(torch.randperm(count, generator=generator)[place % count])
+    """Which items step `step` reads: epochs of whole steps, each in an order drawn from seed and epoch, whose first
+    items stand at the end of the last step again."""
+    epoch, step_of_epoch = divmod(step, math.ceil(count / per_step))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)).tolist()
+    for at in range(step_of_epoch * per_step, (step_of_epoch + 1) * per_step):
+        yield order[at % count]
 
 
 def rate(step, total, o):
     rising = math.ceil(total * o.warmup)
     if step < rising:
-        return o.lr * (step + 1) / rising
+        return o.lr * step / rising
     done = (step - rising) / (total - rising)
     return o.lr * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[o.schedule]
 

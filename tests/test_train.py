@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,29 +36,53 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def test_learning_rate_by_hand():
-    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
+    # 10 steps, warm-up 20% = 2 steps: 0, 1/2, then 8 from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
     rates = [learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[:3] == [0.0, 0.5, 1.0]
     assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert learning_rate(6, 10, 1.0, 0.2, "linear") == pytest.approx(0.5)
     assert learning_rate(9, 10, 3.0, 0.0, "constant") == 3.0
 
 
-def test_the_first_step_has_a_rate_and_the_last_one_too():
-    # 3% of 7 steps is 0.21: one step of warm-up. A warm-up of the whole run: 1/4 to 4/4. Linear without one: 1 to 1/4.
-    assert learning_rate(0, 7, 2.0) == 2.0
-    assert [learning_rate(s, 4, 1.0, 1.0) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+def test_the_warm_up_rounds_up_and_the_last_step_has_a_rate():
+    # 3% of 7 steps is 0.21: one step of warm-up. A warm-up of the whole run: 0 to 3/4. Linear without one: 1 to 1/4.
+    assert [learning_rate(s, 7, 2.0) for s in (0, 1)] == [0.0, 2.0]
+    assert [learning_rate(s, 4, 1.0, 1.0) for s in range(4)] == [0.0, 0.25, 0.5, 0.75]
     assert [learning_rate(s, 4, 1.0, 0.0, "linear") for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert learning_rate(1, 3, 1.0, 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))  # 0.75: no half of 1 - x
 
 
-def test_every_epoch_visits_every_item_once_and_a_step_knows_its_batch():
-    stream = [i for step in range(10) for i in batch_of_step(7, 3, seed=1, step=step)]
-    for epoch in range(4):
-        assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert stream[:7] != stream[7:14]
-    assert stream != [i for step in range(10) for i in batch_of_step(7, 3, seed=2, step=step)]
-    assert len({tuple(stream[7 * epoch : 7 * epoch + 7]) for epoch in range(4)}) == 4
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rates_are_those_of_transformers(schedule):
+    """Those of the Trainer that made the released checkpoints: its number of warm-up steps, its schedules."""
+    transformers = pytest.importorskip("transformers")
+    name = schedule + "_with_warmup" * (schedule == "constant")
+    for total, warmup in ((55, 0.03), (2088, 0.0), (7, 0.03), (100, 0.15), (1, 0.5)):
+        rising = transformers.TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=warmup), total)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2e-5)
+        scheduler = transformers.get_scheduler(name, optimizer, rising, total)
+        for step in range(total):
+            assert learning_rate(step, total, 2e-5, warmup, schedule) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+            optimizer.step()
+            scheduler.step()
+
+
+def test_an_epoch_is_whole_steps_that_visit_every_item_and_a_step_knows_its_batch():
+    """7 items, 3 a step: an epoch is 3 steps, and its last two places hold the first two items of its order again."""
+    epochs = [[i for step in range(3 * e, 3 * e + 3) for i in batch_of_step(7, 3, seed=1, step=step)] for e in range(4)]
+    for places in epochs:
+        assert sorted(places[:7]) == list(range(7)) and places[7:] == places[:2]
+    assert len({tuple(places) for places in epochs}) == 4
+    assert epochs[0] != [i for step in range(3) for i in batch_of_step(7, 3, seed=2, step=step)]
+    assert sorted(batch_of_step(2, 5, 0, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])  # fewer items than places
+    assert batch_of_step(2, 5, 0, 0)[:2] == batch_of_step(2, 5, 0, 0)[2:4]
+
+
+def test_the_steps_of_the_papers_runs():
+    """5 epochs of EMER's 332 clips at 32: 5 * 11. 2 of DFEW's and MAFW's 16,703 at 16: 2 * 1,044."""
+    for settings, clips, per_step, steps in ((SFTSettings(), 332, 32, 55), (SFTSettings(epochs=10), 332, 32, 110),
+                                             (GRPOSettings(), 16_703, 16, 2088), (SFTSettings(steps=9), 332, 32, 9)):
+        assert TrainingClips(settings, None, ALONE, [[]] * clips, per_step).total_steps == steps
 
 
 def test_presets_hold_table_8():

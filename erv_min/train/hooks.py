@@ -7,7 +7,7 @@ from erv_min.base.errors import ClipError, SettingsError
 from erv_min.base.files import append_jsonl
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.data.examples import check_clips, load_examples, too_many
-from erv_min.data.loader import item_at, training_inputs
+from erv_min.data.loader import item_at, steps_per_epoch, training_inputs
 from erv_min.decoding import prompts_at_once
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier
@@ -35,12 +35,12 @@ class TrainingClips:
         """per_step: units per step over all processes."""
         self.settings, self.collate, self.units, self.per_step = settings, collate, units, per_step
         self.places = processes.share(per_step)  # of the places 0 .. per_step - 1 of a step
-        self.total_steps = settings.steps or max(1, settings.epochs * len(units) // per_step)
+        self.total_steps = settings.steps or settings.epochs * steps_per_epoch(len(units), per_step)
         self.failed: list[str] = []
 
     def unit_at(self, place: int) -> list[Example]:
         """What stands at a place of the endless order."""
-        return self.units[item_at(place, len(self.units), self.settings.seed)]
+        return self.units[item_at(place, len(self.units), self.per_step, self.settings.seed)]
 
     def example_at(self, place: int) -> Example:
         """Whose clip it is."""
