@@ -20,10 +20,11 @@ from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
 from erv_min.base.weights import WEIGHTS, fill, open_weights, write_safetensors
 from erv_min.config import (TOWERS, BertConfig, SiglipConfig, WhisperConfig, config_json, read_humanomni, read_part,
-                            read_roberta, towers_json)
+                            read_qwen2, read_roberta, towers_json)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import unused_parameters
+from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 
 BERT = "google-bert/bert-base-uncased"
 
@@ -42,6 +43,20 @@ class Tower:
 ALL_TOWERS = (Tower("vision", SiglipConfig, "mm_vision_tower", "model.vision_tower.vision_tower.", ""),
               Tower("audio", WhisperConfig, "mm_audio_tower", "model.audio_tower.audio_tower.", "model."),
               Tower("text", BertConfig, "mm_text_tower", "model.bert_model.", "bert."))
+
+def check_checkpoint(name: str | Path, kind: str, revision: str | None = None) -> dict:
+    """What can be known of a checkpoint before its weights are fetched or read; returns its config.json.
+
+    kind: "humanomni" or "erv". Raises CheckpointError if there is no such folder or repository, if its config.json is
+    not of that kind, or if its tokenizer cannot be read.
+    """
+    folder = resolve(name, revision, weights=False)
+    read, tokenizer = {"humanomni": (read_qwen2, Tokenizer), "erv": (read_roberta, EncoderTokenizer)}[kind]
+    raw = read_object(folder / "config.json")
+    read(raw, f"{folder}/config.json")
+    tokenizer(folder)
+    return raw
+
 
 # ---- HumanOmni ------------------------------------------------------------------------------------------------------
 

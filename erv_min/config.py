@@ -182,10 +182,17 @@ def read_roberta(raw: dict, where: str) -> BertConfig:
     return read_part(BertConfig, {"num_labels": 2, "pad_token_id": 1} | raw | count, where, roberta=True)
 
 
+def read_qwen2(raw: dict, where: str) -> Qwen2Config:
+    """The language model's sizes from HumanOmni's config.json; errors as `read_part`."""
+    if not any(key.startswith("mm_") for key in raw):
+        raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r} without any mm_ key: not HumanOmni's")
+    return read_part(Qwen2Config, {"tie_word_embeddings": False} | raw, where)
+
+
 def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,
                    where: str) -> HumanOmniConfig:
     """A released config.json and the towers' sizes -> HumanOmniConfig; errors as `read_part`."""
-    text = read_part(Qwen2Config, {"tie_word_embeddings": False} | raw, where)
+    text = read_qwen2(raw, where)
     for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
         if raw.get(key, width) != width:
             raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")

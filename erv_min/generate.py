@@ -30,19 +30,21 @@ def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, le
 def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """One token per row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
-    Temperature 0 is greedy. top_k and top_p cut the distribution first (0 and 1.0: off). Sums are float64: in float32
-    tokens of probability under 6e-8 would never be drawn.
+    Temperature 0 is greedy. top_k, then top_p, cut the distribution first (0 and 1.0: off), to the same tokens as in
+    transformers: of those that tie at top_p's border, some may stay and some go. Sums are float64: in float32 tokens of
+    probability under 6e-8 would never be drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_k and top_k < probs.shape[-1]:
-        probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
+    scores = logits.float() / temperature
+    if top_k and top_k < scores.shape[-1]:
+        scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered = probs.sort(-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered  # mass that stands before each token: the set that first reaches top_p
-        least = ordered.masked_fill(before >= top_p, float("inf")).amin(-1, keepdim=True)
-        probs = probs.masked_fill(probs < least, 0)
+        ascending, order = scores.sort(-1)
+        cut = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        cut[:, -1] = False  # the best token stays
+        scores = scores.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+    probs = scores.softmax(-1)
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     picked = torch.searchsorted(cumulative, noise.to(cumulative)[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return picked.clamp_max(probs.shape[-1] - 1)

@@ -51,7 +51,8 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Estimator k2: d^2 / 2 with d = ref_logps - logps. Biased; its gradient on policy is Eq. 3's (divergence 21)."""
+    """Estimator k2: d^2 / 2 with d = ref_logps - logps. Biased; its gradient, weighted by pi_theta / pi_old as in
+    `grpo_loss`, is Eq. 3's (divergence 21)."""
     return (ref_logps - logps) ** 2 / 2
 
 
@@ -85,6 +86,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
         ratio = pi_theta(o_t) / pi_old(o_t)
         loss  = mean_i mean_t [ -min(ratio * A_i, clip(ratio, 1 - epsilon, 1 + epsilon) * A_i) + beta * k3 ]
 
+    kl_term="k2" has ratio * k2 in place of k3, in which the ratio is a weight without gradient.
     logps, old_logps, ref_logps, mask: [R, T]; advantages: [R]. Positions outside the mask take no part, whatever
     stands there: they are set to 0 first, since a gradient through exp of a padding value could be 0 * inf.
     """
@@ -94,8 +96,8 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
     ratio = log_ratio.masked_fill((log_ratio > MAX_LOG_RATIO) & (A >= 0), MAX_LOG_RATIO).exp()
     surrogate = (ratio * A).minimum(ratio.clamp(1 - epsilon, 1 + epsilon) * A)
     ref_logps = ref_logps.detach()
-    kl = beta * (kl_k2(logps, ref_logps) if kl_term == "k2" else kl_k3(logps, ref_logps)) if beta else 0
-    return masked_mean(kl - surrogate, inside, length)
+    kl = ratio.detach() * kl_k2(logps, ref_logps) if kl_term == "k2" else kl_k3(logps, ref_logps)
+    return masked_mean(beta * kl - surrogate if beta else -surrogate, inside, length)
 
 
 @dataclass

@@ -160,7 +160,7 @@ def grpo_step(model, reference, optimizer, lr, batch, eos, o):
                 assert drawn(logits, ids, noise, o), f"completion {i} is not this policy's"
             ratio, d = (logps - old[i]).exp(), ref_logps - logps
             k3 = d.exp() - d - 1
-            kl = k3 if o.kl == "k3" else d**2 / 2
+            kl = k3 if o.kl == "k3" else ratio.detach() * d**2 / 2
             gain = torch.minimum(ratio * A, ratio.clamp(1 - o.epsilon, 1 + o.epsilon) * A)
             total = (o.beta * kl - gain).sum() * kept[i]
             lengths = {"grpo": len(ids) * len(batch), "dapo": tokens_kept, "dr-grpo": o.max_new_tokens * len(batch)}

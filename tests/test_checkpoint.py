@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
 from erv_min.base.errors import CheckpointError
-from erv_min.checkpoint import (ALL_TOWERS, load_erv, load_humanomni, resolve, save_erv, save_humanomni,
+from erv_min.checkpoint import (ALL_TOWERS, check_checkpoint, load_erv, load_humanomni, resolve, save_erv, save_humanomni,
                                 text_gate_folder, tower_place)
 from erv_min.config import TOWERS, humanomni, roberta
 from erv_min.model.bert import RobertaClassifier
@@ -325,6 +325,32 @@ def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert resolve("a/b") == tmp_path and len(asked) == 3
     assert [x for x in asked[2] if "safetensors" in x] == ["model.safetensors", "model-*-of-*.safetensors"]
+
+
+def test_a_checkpoint_is_checked_before_its_weights_are_there(folder, tmp_path, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer.json"):
+        check_checkpoint(folder, "humanomni")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(GOLDEN / "chat" / name, folder)
+    assert check_checkpoint(folder, "humanomni") == json.loads((SMALL / "config.json").read_text())
+    asked = []
+    monkeypatch.setattr("erv_min.base.hub.snapshot_download",
+                        lambda name, revision, allow_patterns: asked.extend(allow_patterns) or str(folder))
+    assert check_checkpoint("a/b", "humanomni", "main") == check_checkpoint(folder, "humanomni")
+    assert asked and not any(pattern.endswith((".safetensors", ".bin")) for pattern in asked)
+    with pytest.raises(CheckpointError, match="model_type is 'HumanOmni_qwen2', a verifier is 'roberta'"):
+        check_checkpoint(folder, "erv")
+    with pytest.raises(CheckpointError, match="typo: no such folder"):
+        check_checkpoint(tmp_path / "typo", "erv")
+    (tmp_path / "erv").mkdir()
+    with pytest.raises(CheckpointError, match="config.json: no such file"):
+        check_checkpoint(tmp_path / "erv", "erv")
+    shutil.copy(GOLDEN / "roberta" / "config.json", tmp_path / "erv")
+    with pytest.raises(CheckpointError, match="tokenizer.json: no such file"):
+        check_checkpoint(tmp_path / "erv", "erv")
+    with pytest.raises(CheckpointError, match="model_type is 'roberta' without any mm_ key: not HumanOmni's"):
+        check_checkpoint(tmp_path / "erv", "humanomni")
 
 
 # ---- the verifier ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from erv_min import decoding
 from erv_min.base import graphs as graphs_of_cuda
 from erv_min.base.errors import SettingsError
 from erv_min.decoding import Decoder, prompt_bytes, prompts_at_once, unfinished
-from erv_min.generate import generate, rollout, sampling_noise
+from erv_min.generate import generate, rollout, sample_token, sampling_noise
 from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
 from erv_min.model.attention import GroupCache
 from erv_min.train.hooks import sample
@@ -266,6 +266,26 @@ def test_cuts_and_temperature_reach_the_sampler():
     for cut in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-4)):
         assert torch.equal(rollout(model, prompts, 3, 8, 17, noise, **cut).ids, greedy), cut
     assert not torch.equal(rollout(model, prompts, 3, 8, 17, noise).ids[:, :2], greedy[:, :2])
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_cuts_keep_the_tokens_that_transformers_keeps(dtype):
+    """In bfloat16 and in whole numbers many logits tie."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.linspace(0, 1, 200, dtype=torch.float64)[:-1]
+    for case in range(300):
+        size, spread, temperature, top_p = torch.rand(4, generator=draw).tolist()
+        top_k = case % 7 * 3
+        logits = (torch.randn(int(2 + 60 * size), generator=draw) * 6 * spread).to(dtype)
+        logits = logits.round() if case % 2 else logits
+        scores = logits.float()[None] / (temperature + 0.1)
+        scores = process.TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+        probs = process.TopPLogitsWarper(top_p)(None, scores).softmax(-1)[0]
+        expected = torch.searchsorted(probs.cumsum(-1, dtype=torch.float64), noise * probs.sum(dtype=torch.float64),
+                                      right=True).clamp_max(len(probs) - 1)
+        drawn = sample_token(logits.expand(len(noise), -1), noise, temperature + 0.1, top_k, top_p)
+        assert torch.equal(drawn, expected), (case, dtype)
 
 
 def test_generate_is_a_rollout_of_one_prompt():

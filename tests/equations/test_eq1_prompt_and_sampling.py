@@ -40,6 +40,11 @@ def test_sample_token_by_hand():
     # top-p 0.6: 0.5 does not reach it, 0.5 + 0.3 does: the same two are left. top-p 0.5 leaves the best alone.
     assert sample_token(logits, cut, 1.0, top_p=0.6).tolist() == [1, 1, 2, 2, 2]
     assert sample_token(logits, noise, 1.0, top_p=0.5).tolist() == [2] * 5
+    # Of four equal tokens, the two that first reach 0.5; any two are as good.
+    assert len(set(sample_token(torch.zeros(5, 4), noise, 1.0, top_p=0.5).tolist())) == 2
+    # Of 3, 2, 1, 1, 1, 1, 1 tenths top-k 2 leaves 0.6 and 0.4 of what is left, of which 0.6 reaches 0.5.
+    tenths = torch.tensor([3.0, 2, 1, 1, 1, 1, 1]).log().expand(5, 7)
+    assert sample_token(tenths, noise, 1.0, top_k=2, top_p=0.5).tolist() == [0] * 5
     assert sample_token(logits, noise, 0).tolist() == [2] * 5
     # Temperature 1/2 squares them: 4, 9, 25 of 38, cumulative 0.105, 0.342, 1.
     assert sample_token(logits, torch.tensor([0.0, 0.1, 0.11, 0.34, 0.35]), 0.5).tolist() == [0, 0, 1, 1, 2]

@@ -69,6 +69,14 @@ def test_gradients_of_kl_estimators_by_hand():
     torch.testing.assert_close(gradient(k3), gradient(reverse))
     assert (gradient(k3) - gradient(forward)).norm() > 0.1 * gradient(forward).norm()
     torch.testing.assert_close(gradient(k2), gradient(forward))
+    # Tokens of an older policy, as from the second update on: their mean is pi's only if each is weighted by pi / old.
+    # TRL's default does the same by another road: pi / old * k3, with a gradient through both factors.
+    old = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log()
+    losses = [grpo_loss(*(x[i].view(1, 1) for x in (logp, old, ref)), torch.zeros(1), torch.ones(1, 1), beta=1.0,
+                        kl_term="k2") for i in range(4)]
+    torch.testing.assert_close(gradient((old.exp() * torch.stack(losses)).sum()), gradient(forward))
+    torch.testing.assert_close(gradient((old.exp() * (logp - old).exp() * kl_k3(logp, ref)).sum()), gradient(forward))
+
 
 
 def test_masked_mean_is_over_tokens_then_completions():
@@ -155,6 +163,13 @@ def test_padding_takes_no_part_whatever_stands_there():
         loss = grpo_loss(logps, torch.full((1, 3), -1.5), torch.full((1, 3), -1.2), torch.tensor([1.0]), mask)
         loss.backward()
         assert math.isfinite(loss.item()) and torch.isfinite(logps.grad).all() and logps.grad[0, 2] == 0
+
+
+def test_a_ratio_beyond_float32_takes_no_part_if_the_clip_holds_it():
+    logps = torch.full((2, 1), -1.0, requires_grad=True)
+    loss = grpo_loss(logps, torch.full((2, 1), -100.0), logps.detach(), torch.tensor([0.0, 1.0]), torch.ones(2, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.2 / 2) and logps.grad.tolist() == [[0.0], [0.0]]
 
 
 def test_neither_the_reference_nor_the_old_policy_gets_a_gradient():
