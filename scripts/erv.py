@@ -18,7 +18,7 @@ from torch import Tensor
 from erv_min import checkpoint
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import append_jsonl, atomic_write, read_jsonl, write_json
-from erv_min.base.options import parse
+from erv_min.base.options import file_list, parse
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
 from erv_min.data.loader import batch_of_step, steps_per_epoch
 from erv_min.data.pairs import Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets
@@ -41,12 +41,20 @@ def main(argv: list[str] | None = None) -> None:
     chain.prepare_erv(settings, processes)  # the embedded world: what of it is not there yet
     if not settings.data:
         raise SettingsError("--data: name JSONL files of {'text', 'labels', 'source'}; scripts/augment.py writes them")
+    if settings.init.startswith("scratch:") and not settings.tokenizer:
+        raise SettingsError(f"--init {settings.init} needs --tokenizer, a folder with a tokenizer.json")
+    if not settings.tokenizer:
+        checkpoint.check_checkpoint(settings.init, "erv")
     train(settings, processes)
 
 
 def train(settings: ERVSettings, processes: Processes) -> None:
     """Section 3.2: minimise the binary cross entropy of each of the 11 emotions on [CLS]."""
-    out, (rows, valid) = Path(settings.out), read_data(settings)
+    # What is cheap is checked before any weights are fetched or read.
+    rows, valid = read_data(settings)
+    per_epoch = steps_per_epoch(len(rows), settings.batch_size)
+    total_steps, places = settings.steps or per_epoch * settings.epochs, processes.share(settings.batch_size)
+    run = Run(settings.out, settings, processes, total_steps, [(x.key[:80], x) for x in rows + valid])
     verifier, tokenizer_folder = load_verifier(settings, processes)
     model, training_texts = verifier.model.requires_grad_(True), {row.text for row in rows}
     seen = torch.tensor([row.text in training_texts for row in valid])
@@ -60,12 +68,8 @@ def train(settings: ERVSettings, processes: Processes) -> None:
 
     policy = Replicated(model, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
-    per_epoch = steps_per_epoch(len(rows), settings.batch_size)
-    total_steps = settings.steps or per_epoch * settings.epochs
-    run = Run(out, settings, processes, total_steps)
     run.begin(policy, optimizer)
-    epochs = Epochs(out, settings.patience, model, processes)
-    places, began = processes.share(settings.batch_size), time.perf_counter()
+    epochs, began = Epochs(run.out, settings.patience, model, processes), time.perf_counter()
 
     for step in range(run.first_step, total_steps):
         model.train()
@@ -102,10 +106,7 @@ def train(settings: ERVSettings, processes: Processes) -> None:
     if processes.main:
         epochs.restore_best()
         report = evaluate(verifier, valid, seen, settings) | {"train_seconds": seconds, "training_rows": len(rows)}
-        write_json(out / "report.json", report)
-        save(verifier, out, tokenizer_folder)
-        print_report(report)
-        print(f"verifier in {out}, trained in {seconds:.1f} s")
+        save(verifier, run.out, tokenizer_folder, report)
     run.finish()
 
 
@@ -141,11 +142,9 @@ class Epochs:
 
 
 def load_verifier(settings: ERVSettings, processes: Processes) -> tuple[Verifier, Path]:
-    """The network to train, and the folder of its tokenizer.json. Raises SettingsError, CheckpointError."""
+    """The network to train, and the folder of its tokenizer.json. Raises CheckpointError."""
     torch.manual_seed(settings.seed)
     if settings.init.startswith("scratch:"):
-        if not settings.tokenizer:
-            raise SettingsError(f"--init {settings.init} needs --tokenizer, a folder with a tokenizer.json")
         folder = Path(settings.tokenizer)
         model = scratch(settings.init.removeprefix("scratch:"), EncoderTokenizer(folder).vocab_size, settings.head)
     else:
@@ -162,9 +161,9 @@ def load_verifier(settings: ERVSettings, processes: Processes) -> tuple[Verifier
 
 def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), the training rows of --sources only."""
-    rows = read_rows([x for x in settings.data.split(",") if x])
+    rows = read_rows(file_list(settings.data))
     if settings.valid:
-        valid = read_rows([x for x in settings.valid.split(",") if x])
+        valid = read_rows(file_list(settings.valid))
     else:
         rows, valid = split_rows(rows, settings.holdout, settings.seed)
     if settings.sources:
@@ -192,12 +191,15 @@ def batch_rows(settings: ERVSettings, weights: Tensor | None, count: int, step: 
     return torch.multinomial(weights, settings.batch_size, replacement=True, generator=generator).tolist()
 
 
-def save(verifier: Verifier, out: Path, tokenizer_folder: Path) -> None:
-    """Tokenizer first, weights last but for config.json: if they are there, the rest is."""
+def save(verifier: Verifier, out: Path, tokenizer_folder: Path, report: dict) -> None:
+    """Report and tokenizer first, weights last but for config.json: if they are there, the rest is."""
+    write_json(out / "report.json", report)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_folder / name).exists():
             atomic_write(out / name, (tokenizer_folder / name).read_bytes())
     checkpoint.save_erv(verifier.model, out, verifier.labels)
+    print_report(report)
+    print(f"verifier in {out}, trained in {report['train_seconds']:.1f} s")
 
 
 if __name__ == "__main__":
