@@ -32,7 +32,7 @@ from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.train.answers import predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import load_collator
+from erv_min.train.start import check_names, load_collator
 
 
 def text_key(text: str) -> str:
@@ -184,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def describe(settings: PredictionSettings) -> None:
+    check_names(settings)
     examples = load_examples(settings.data, "train")
     for part in re.split(r",(?=\w+:)", settings.data):
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):

@@ -119,6 +119,17 @@ def _take_folder(out: Path, resume: bool) -> bool:
     return resume or again
 
 
+def check_disk(out: Path, keep: int, trained: float, whole: float) -> None:
+    """Raises DiskError without room for what a run writes; trained, whole: bytes of its parameters in float32."""
+    state = 3 * trained  # parameters and AdamW's two moments
+    needed = (keep + 1) * state + whole
+    there = [*out.glob("*state-*/*"), *out.glob("model.safetensors")]
+    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in there)
+    if needed > free:
+        raise DiskError(f"{out}: {gigabytes(needed)} are needed ({keep + 1} states of {gigabytes(state)} and the "
+                        f"model), {gigabytes(free)} are free: make room, give another --out or a smaller --keep")
+
+
 def changed_settings(before: dict, now: dict) -> list[str]:
     """Options that differ between two runs and change what is computed."""
     return sorted(option_name(name) for name in before.keys() & now.keys() - FREE_ON_RESUME
@@ -184,7 +195,7 @@ class Run:
     def begin(self, policy, optimizer: torch.optim.Optimizer) -> int:
         """Keeps settings and data, checks the disk, and acts on signals from here on; on a resume puts the last state
         back and cuts the logs to it. Returns the steps done."""
-        self.policy, self.optimizer, keep = policy, optimizer, self.settings.keep
+        self.policy, self.optimizer = policy, optimizer
         self.about |= {"towers": policy.model.tower_source} if hasattr(policy.model, "tower_source") else {}
         if self.processes.main:
             kept = read_json(self.config) if self.config.exists() else {}
@@ -195,14 +206,7 @@ class Run:
         writes = policy.every_process_writes or self.processes.main
         trained, whole = (writes * sum(p.numel() * p.element_size() for p in params)
                           for params in (policy.named_parameters().values(), policy.model.parameters()))
-        size = all_reduce_sum({"state": 3 * trained, "model": whole})  # 3: parameters and AdamW's two moments
-        needed = (keep + 1) * size["state"] + size["model"]
-        there = [*self.out.glob("*state-*/*"), *self.out.glob("model.safetensors")]
-        free = shutil.disk_usage(self.out).free + sum(path.stat().st_size for path in there)
-        if needed > free:
-            raise DiskError(f"{self.out}: {gigabytes(needed)} are needed ({keep + 1} states of "
-                            f"{gigabytes(size['state'])} and the model), {gigabytes(free)} are free: make room, give "
-                            "another --out or a smaller --keep")
+        check_disk(self.out, self.settings.keep, **all_reduce_sum({"trained": trained, "whole": whole}))
         if self.settings.resume:
             self.first_step = load_state(self.out, policy, optimizer)
             if self.processes.main:

@@ -9,7 +9,7 @@ import torch
 from erv_min.base.errors import SettingsError
 from erv_min.base.hub import resolve
 from erv_min.base.processes import Processes, gather_lists
-from erv_min.checkpoint import check_checkpoint, load_humanomni, text_gate_folder
+from erv_min.checkpoint import check_checkpoint, humanomni_config, load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary
@@ -20,6 +20,7 @@ from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import freeze_except, frozen_reference, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.train.folder import check_disk
 from erv_min.train.settings import (DIMENSIONS, STARTS, AnswerSettings, GRPOSettings, ModelSettings, PolicySettings,
                                     trained_parts)
 from erv_min.train.sharding import shard
@@ -64,7 +65,7 @@ def load_collator(settings: AnswerSettings, processes: Processes, show=print) ->
 
 def check_start(settings: PolicySettings, stage: str, processes: Processes) -> None:
     """Names in `settings` what a stage starts from, if the command does not: the preset's own start (section 4.3).
-    Raises SettingsError and CheckpointError on what a stage would stumble over after minutes of loading."""
+    Raises SettingsError, CheckpointError and DiskError on what a stage would stumble over after minutes of loading."""
     if settings.sharding == "torch" and processes.size == 1:
         raise SettingsError("--sharding torch needs two processes or more: torchrun --nproc_per_node=2")
     if not settings.random_weights:
@@ -80,6 +81,14 @@ def check_start(settings: PolicySettings, stage: str, processes: Processes) -> N
         raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or "
                             "--w-explanation 0")
     check_names(settings)
+    if settings.random_weights:
+        config = humanomni(DIMENSIONS[settings.preset])
+    else:
+        folder = resolve(settings.model, settings.revision, weights=False)
+        config = humanomni_config(folder, settings.vision_tower, settings.audio_tower, settings.text_tower)
+    model = random_humanomni(config, device="meta")  # shapes alone
+    trained = sum(p.numel() for _, p in freeze_except(model, trained_parts(stage, settings)))
+    check_disk(Path(settings.out), settings.keep, 4 * trained, 4 * sum(p.numel() for p in model.parameters()))
 
 
 def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmni, Collator]:
