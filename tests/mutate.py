@@ -168,7 +168,6 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     # ---- the verifier
     ("erv_min/erv.py", "torch.sigmoid(self.model(*batch).float())", "self.model(*batch).float()", "test_erv.py"),
     ("erv_min/erv.py", "probs[[place[s] for s in sentences]]", "probs[[place[s] for s in place]]", "test_erv.py"),
-    ("erv_min/erv.py", "targets, pos_weight=pos_weight)", "targets)", "test_erv.py"),
     ("erv_min/erv.py", "(model.config.pad_token_id + 1)", "model.config.pad_token_id", "test_erv.py"),
     ("erv_min/train/log.py", 'sum(EL == ["neutral"] for EL', 'sum("neutral" in EL for EL', "test_erv.py"),
     ("erv_min/train/log.py", "len(set(reward.sentences)) /", "1 /", "test_erv.py"),
@@ -368,10 +367,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("scripts/sft.py", '["tokens" if settings.loss_reduction == "mean" else "targets"]', '["tokens"]', SFT),
     ("scripts/sft.py", "(loss * processes.size).backward()", "loss.backward()", TWO),
     ("scripts/sft.py", "settings.warmup, settings.schedule)", 'settings.warmup, "cosine")', SFT),
-    ("scripts/erv.py", "wanted[part].to(processes.device), pos_weight)", "wanted[part].to(processes.device))", ERV),
     ("scripts/erv.py", "(len(part) / len(picked))", "1", TWO),
-    ("scripts/erv.py", "epochs.restore_best()", "pass", ERV),
-    ("scripts/erv.py", "self.waited() >= self.patience", "self.waited() > self.patience", ERV),
 ]
 
 

@@ -46,7 +46,7 @@ PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", 
 # numbers. (--steps and --epochs would change the learning rates; what lies in another --world is compared by itself.)
 FREE_ON_RESUME = {"out", "resume", "save_every", "keep", "workers", "device", "sample_every", "baseline",
                   "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature",
-                  "eval_clips", "watch_every", "watch_erv", "patience", "rollout_batch", "deterministic"}
+                  "eval_clips", "watch_every", "watch_erv", "rollout_batch", "deterministic"}
 
 
 def provenance(settings) -> dict:

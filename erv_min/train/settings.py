@@ -208,10 +208,6 @@ class ERVSettings(TrainingSettings):
     schedule: str = option("linear", "learning rate after the warm-up (the paper does not say)",
                            ("cosine", "linear", "constant"))
     dropout: float = option(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99, toy=0.0)
-    balance: str = variant("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
-                                   "or rows of rare classes drawn more often", ("none", "weight", "resample"))
-    patience: int = variant(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never",
-                            least=0)
     save_every: int = machine(200, "steps between checkpoints", least=1)
     tau: float = option(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
     k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)
