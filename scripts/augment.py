@@ -184,7 +184,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def describe(settings: PredictionSettings) -> None:
-    check_names(settings)
     examples = load_examples(settings.data, "train")
     for part in re.split(r",(?=\w+:)", settings.data):
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
@@ -194,6 +193,7 @@ def describe(settings: PredictionSettings) -> None:
         print(summary(examples), flush=True)
     examples = check_clips([replace(e, split="train") for e in examples], settings.allow_missing,
                            out / "missing_clips.txt" if processes.main else None)
+    check_names(settings)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
     rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)
     if processes.main:

@@ -26,7 +26,7 @@ from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy import chain
-from erv_min.train.folder import Run, open_folder
+from erv_min.train.folder import Run, check_disk, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import ERVSettings
 from erv_min.train.sharding import Replicated
@@ -56,6 +56,7 @@ def train(settings: ERVSettings, processes: Processes) -> None:
     run = Run(settings.out, settings, processes, total_steps, [(x.key[:80], x) for x in rows + valid])
     verifier, tokenizer_folder = load_verifier(settings, processes)
     model, training_texts = verifier.model.requires_grad_(True), {row.text for row in rows}
+    check_disk(run.out, settings.keep, model)
     seen = torch.tensor([row.text in training_texts for row in valid])
     ids, mask = verifier.tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
     wanted = targets([row.labels for row in rows], settings.head)  # [N, K]

@@ -28,12 +28,12 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erv_min.base.errors import STOPPED, DiskError, NumbersError, SettingsError
 from erv_min.base.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import option_name
-from erv_min.base.processes import Processes, all_gather_object, all_reduce_sum, barrier, gather_lists
+from erv_min.base.processes import Processes, all_gather_object, barrier, gather_lists
 from erv_min.train.state import load_state, save_state, saved_states
 
 log = logging.getLogger("erv_min")
@@ -119,10 +119,10 @@ def _take_folder(out: Path, resume: bool) -> bool:
     return resume or again
 
 
-def check_disk(out: Path, keep: int, trained: float, whole: float) -> None:
-    """Raises DiskError without room for what a run writes; trained, whole: bytes of its parameters in float32."""
-    state = 3 * trained  # parameters and AdamW's two moments
-    needed = (keep + 1) * state + whole
+def check_disk(out: str | Path, keep: int, model: nn.Module) -> None:
+    """Raises DiskError without room for what a run of this model writes, in float32. It may have shapes alone."""
+    out, state = Path(out), 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # 3: AdamW's moments
+    needed = (keep + 1) * state + 4 * sum(p.numel() for p in model.parameters())
     there = [*out.glob("*state-*/*"), *out.glob("model.safetensors")]
     free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in there)
     if needed > free:
@@ -163,7 +163,7 @@ class Run:
         problem = self._why_not() if processes.main else ""
         problems, lists = zip(*all_gather_object((problem, self.listed)))
         if problems[0]:
-            raise SettingsError(f"{problems[0]}; resume with the same, or give another --out")
+            raise SettingsError(f"{problems[0]}, or give another --out")
         if any(listed != lists[0] for listed in lists):
             raise SettingsError("the processes of this job read different data: every machine needs the same files")
 
@@ -174,9 +174,9 @@ class Run:
             return ""
         before = read_json(self.config).get("erv_min", {}).get("settings", {}) if self.config.exists() else {}
         if changed := changed_settings(before, json.loads(json.dumps(self.about["settings"]))):
-            return f"{self.config}: this run was started with other values of {', '.join(changed)}"
+            return f"{self.config}: this run was started with other values of {', '.join(changed)}; resume with the same"
         if self.data.exists() and (changed := changed_data(read_jsonl(self.data), self.listed)):
-            return f"{self.data}: this run was started on other data: {changed}"
+            return f"{self.data}: this run was started on other data: {changed}; resume with the same"
         finished = (self.out / "model.safetensors").exists()
         if not states and (finished or steps > before.get("save_every", steps)):
             return f"{self.metrics}: {steps} steps were made, and the state-* folders are gone: put them back"
@@ -193,8 +193,8 @@ class Run:
                 print("Ctrl-C: the step is finished and a state written; once more to end at once", flush=True)
 
     def begin(self, policy, optimizer: torch.optim.Optimizer) -> int:
-        """Keeps settings and data, checks the disk, and acts on signals from here on; on a resume puts the last state
-        back and cuts the logs to it. Returns the steps done."""
+        """Keeps settings and data, and acts on signals from here on; on a resume puts the last state back and cuts the
+        logs to it. Returns the steps done."""
         self.policy, self.optimizer = policy, optimizer
         self.about |= {"towers": policy.model.tower_source} if hasattr(policy.model, "tower_source") else {}
         if self.processes.main:
@@ -203,10 +203,6 @@ class Run:
             write_jsonl(self.data, self.listed)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        writes = policy.every_process_writes or self.processes.main
-        trained, whole = (writes * sum(p.numel() * p.element_size() for p in params)
-                          for params in (policy.named_parameters().values(), policy.model.parameters()))
-        check_disk(self.out, self.settings.keep, **all_reduce_sum({"trained": trained, "whole": whole}))
         if self.settings.resume:
             self.first_step = load_state(self.out, policy, optimizer)
             if self.processes.main:

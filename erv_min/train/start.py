@@ -87,8 +87,8 @@ def check_start(settings: PolicySettings, stage: str, processes: Processes) -> N
         folder = resolve(settings.model, settings.revision, weights=False)
         config = humanomni_config(folder, settings.vision_tower, settings.audio_tower, settings.text_tower)
     model = random_humanomni(config, device="meta")  # shapes alone
-    trained = sum(p.numel() for _, p in freeze_except(model, trained_parts(stage, settings)))
-    check_disk(Path(settings.out), settings.keep, 4 * trained, 4 * sum(p.numel() for p in model.parameters()))
+    freeze_except(model, trained_parts(stage, settings))
+    check_disk(settings.out, settings.keep, model)
 
 
 def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmni, Collator]:
