@@ -19,7 +19,7 @@ from erv_min.base.files import atomic_write, read_object, write_json
 from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
 from erv_min.base.weights import WEIGHTS, fill, open_weights, write_safetensors
-from erv_min.config import (TOWERS, BertConfig, SiglipConfig, WhisperConfig, config_json, read_humanomni, read_part,
+from erv_min.config import (TOWERS, BertConfig, HumanOmniConfig, SiglipConfig, WhisperConfig, config_json, read_humanomni, read_part,
                             read_qwen2, read_roberta, towers_json)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
@@ -52,7 +52,7 @@ def check_checkpoint(name: str | Path, kind: str, revision: str | None = None) -
     """
     folder = resolve(name, revision, weights=False)
     read, tokenizer = {"humanomni": (read_qwen2, Tokenizer), "erv": (read_roberta, EncoderTokenizer)}[kind]
-    raw = read_object(folder / "config.json")
+    raw = config_of(folder)
     read(raw, f"{folder}/config.json")
     tokenizer(folder)
     return raw
@@ -71,15 +71,10 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors that
     do not fit.
     """
-    folder = resolve(folder_or_repo, revision)
-    raw, tensors = read_object(folder / "config.json"), open_weights(folder)
-    told = read_object(folder / "towers.json") if (folder / "towers.json").exists() else {}
-    sizes, source, elsewhere = {}, {}, {}
-    for tower, override in zip(ALL_TOWERS, (vision_tower, audio_tower, text_tower)):
-        if tower.name in told and not override:
-            sizes[tower.name] = read_part(tower.kind, told[tower.name], f"{folder}/towers.json, {tower.name}")
-        else:
-            sizes[tower.name] = tower_sizes(tower, override or tower_place(raw, tower, folder))
+    folder, overrides = resolve(folder_or_repo, revision), (vision_tower, audio_tower, text_tower)
+    raw, tensors = config_of(folder), open_weights(folder)
+    config, source, elsewhere = humanomni_config(folder, *overrides), {}, {}
+    for tower, override in zip(ALL_TOWERS, overrides):
         if override or not any(name.startswith(tower.prefix) for name in tensors):
             elsewhere[tower] = override or tower_place(raw, tower, folder)
             source[tower.name] = f"{'override' if override else 'repository'} {elsewhere[tower]}"
@@ -87,8 +82,8 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
             source[tower.name] = f"checkpoint {folder_or_repo}"
     if (last := tensors.get("model.audio_tower.audio_tower.classifier.weight")) is not None and last.dim() == 2:
         # Unused, and no released file states its size.
-        sizes["audio"] = replace(sizes["audio"], num_labels=last.shape[0], classifier_proj_size=last.shape[1])
-    config = read_humanomni(raw, *sizes.values(), f"{folder}/config.json")
+        audio = replace(config.audio, num_labels=last.shape[0], classifier_proj_size=last.shape[1])
+        config = replace(config, audio=audio)
     try:
         with torch.device("meta"):
             model = HumanOmni(config)
@@ -138,6 +133,27 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
     write_json(folder / "config.json", config)
 
 
+def config_of(folder: Path) -> dict:
+    """A checkpoint's config.json. Raises CheckpointError on that of a run that has not finished."""
+    raw = read_object(folder / "config.json")
+    if list(raw) == ["erv_min"]:
+        raise CheckpointError(f"{folder}: a run that has not finished: go on with it (--resume), or name another folder")
+    return raw
+
+
+def humanomni_config(folder: Path, *overrides: str | None) -> HumanOmniConfig:
+    """The sizes that a folder's config.json and towers.json give, or those of its towers' own repositories;
+    `overrides`: other towers for vision, audio and text."""
+    raw, sizes = config_of(folder), []
+    told = read_object(folder / "towers.json") if (folder / "towers.json").exists() else {}
+    for tower, override in zip(ALL_TOWERS, overrides):
+        if tower.name in told and not override:
+            sizes.append(read_part(tower.kind, told[tower.name], f"{folder}/towers.json, {tower.name}"))
+        else:
+            sizes.append(tower_sizes(tower, override or tower_place(raw, tower, folder)))
+    return read_humanomni(raw, *sizes, f"{folder}/config.json")
+
+
 def tower_sizes(tower: Tower, place: str):
     """A tower's dimensions: those of a known repository, else from the config.json of the folder or repository."""
     if isinstance(TOWERS.get(place), tower.kind):
@@ -169,7 +185,7 @@ def load_erv(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32, dev
              revision: str | None = None) -> RobertaClassifier:
     """Reads a RobertaForSequenceClassification folder or repository in eval mode; errors as `load_humanomni`."""
     folder = resolve(folder_or_repo, revision)
-    config = read_roberta(read_object(folder / "config.json"), f"{folder}/config.json")
+    config = read_roberta(config_of(folder), f"{folder}/config.json")
     with torch.device("meta"):
         model = RobertaClassifier(config)
     tensors = {k: v for k, v in open_weights(folder).items() if not k.startswith("roberta.pooler.")}  # never read

@@ -111,6 +111,6 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
     return use_onednn(model)
 
 
-def erv_loss(logits: Tensor, targets: Tensor, pos_weight: Tensor | None = None) -> Tensor:
-    """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K], pos_weight [K]."""
-    return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=pos_weight)
+def erv_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K]."""
+    return F.binary_cross_entropy_with_logits(logits, targets)

@@ -33,7 +33,7 @@ from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.train.answers import predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import load_collator
+from erv_min.train.start import check_names, load_collator
 
 
 def text_key(text: str) -> str:
@@ -186,6 +186,7 @@ def describe(settings: PredictionSettings) -> None:
         print(summary(examples), flush=True)
     examples = check_clips([replace(e, split="train") for e in examples], settings.allow_missing,
                            out / "missing_clips.txt" if processes.main else None)
+    check_names(settings)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
     rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)
     if processes.main:

@@ -8,27 +8,25 @@ Departures: the paper names neither schedule, dropout nor validation; ours are l
 What the reward made from a verifier pays for: scripts/tools/audit.py.
 """
 
-import math
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erv_min import checkpoint
 from erv_min.base.errors import SettingsError
-from erv_min.base.files import append_jsonl, atomic_write, read_jsonl, write_json
-from erv_min.base.options import parse
+from erv_min.base.files import append_jsonl, atomic_write, write_json
+from erv_min.base.options import file_list, parse
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
-from erv_min.data.loader import batch_of_step
-from erv_min.data.pairs import Row, counts_table, positive_weights, read_rows, sampling_weights, split_rows, targets
+from erv_min.data.loader import batch_of_step, steps_per_epoch
+from erv_min.data.pairs import Row, counts_table, read_rows, split_rows, targets
 from erv_min.data.quality import print_report, verifier_report
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.tokenizer import EncoderTokenizer
 from erv_min.toy import chain
-from erv_min.train.folder import Run, open_folder
+from erv_min.train.folder import Run, check_disk, open_folder
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import ERVSettings
 from erv_min.train.sharding import Replicated
@@ -42,36 +40,39 @@ def main(argv: list[str] | None = None) -> None:
     chain.prepare_erv(settings, processes)  # the embedded world: what of it is not there yet
     if not settings.data:
         raise SettingsError("--data: name JSONL files of {'text', 'labels', 'source'}; scripts/augment.py writes them")
+    if settings.init.startswith("scratch:") and not settings.tokenizer:
+        raise SettingsError(f"--init {settings.init} needs --tokenizer, a folder with a tokenizer.json")
+    if not settings.tokenizer:
+        checkpoint.check_checkpoint(settings.init, "erv")
     train(settings, processes)
 
 
 def train(settings: ERVSettings, processes: Processes) -> None:
     """Section 3.2: minimise the binary cross entropy of each of the 11 emotions on [CLS]."""
-    out, (rows, valid) = Path(settings.out), read_data(settings)
+    # What is cheap is checked before any weights are fetched or read.
+    rows, valid = read_data(settings)
+    per_epoch = steps_per_epoch(len(rows), settings.batch_size)
+    total_steps, places = settings.steps or per_epoch * settings.epochs, processes.share(settings.batch_size)
+    run = Run(settings.out, settings, processes, total_steps, [(x.key[:80], x) for x in rows + valid])
     verifier, tokenizer_folder = load_verifier(settings, processes)
     model, training_texts = verifier.model.requires_grad_(True), {row.text for row in rows}
+    check_disk(run.out, settings.keep, model)
     seen = torch.tensor([row.text in training_texts for row in valid])
     ids, mask = verifier.tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
     wanted = targets([row.labels for row in rows], settings.head)  # [N, K]
-    pos_weight = positive_weights(wanted).to(processes.device) if settings.balance == "weight" else None
-    weights = sampling_weights(wanted) if settings.balance == "resample" else None
     if processes.main:
         print(f"{counts_table(rows)}\n{len(valid)} held-out rows, {int(seen.sum())} of their texts also in training",
               flush=True)
 
     policy = Replicated(model, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
-    per_epoch = math.ceil(len(rows) / settings.batch_size)
-    total_steps = settings.steps or per_epoch * settings.epochs
-    run = Run(out, settings, processes, total_steps)
     run.begin(policy, optimizer)
-    epochs = Epochs(out, settings.patience, model, processes)
-    places, began = processes.share(settings.batch_size), time.perf_counter()
+    began = time.perf_counter()
 
     for step in range(run.first_step, total_steps):
         model.train()
         started = time.perf_counter()
-        picked = batch_rows(settings, weights, len(rows), step)  # of the whole batch
+        picked = batch_of_step(len(rows), settings.batch_size, settings.seed, step)  # of the whole batch
         part = [picked[place] for place in places]  # of this process
         length = int(mask[picked].sum(1).max())  # of the whole batch, as is its dropout: a function of seed and step
         torch.manual_seed(settings.seed * 1_000_003 + step)
@@ -81,7 +82,7 @@ def train(settings: ERVSettings, processes: Processes) -> None:
         with policy.forward_pass():
             logits = model(ids[part, :length].to(processes.device), mask[part, :length].to(processes.device))
         run.track_rows([rows[i].key[:80] for i in part], logits)
-        loss = erv_loss(logits.float(), wanted[part].to(processes.device), pos_weight)
+        loss = erv_loss(logits.float(), wanted[part].to(processes.device))
         loss = loss * (len(part) / len(picked))  # this process's share
         (loss * processes.size).backward()  # `update` takes the mean over processes
         lr = learning_rate(step, total_steps, settings.lr, settings.warmup, settings.schedule)
@@ -93,60 +94,29 @@ def train(settings: ERVSettings, processes: Processes) -> None:
                        "examples_per_s": len(picked) / seconds, "seconds": seconds,
                        "tokens_per_s": int(mask[picked].sum()) / seconds,
                        "padding": 1 - mask[picked, :length].float().mean().item()})
-        if (step + 1) % per_epoch == 0 or step + 1 == total_steps:
-            epochs.ended(step, evaluate(verifier, valid, seen, settings))
-            if epochs.out_of_patience():
-                break
+        if processes.main and ((step + 1) % per_epoch == 0 or step + 1 == total_steps):
+            log_epoch(run.out, step, evaluate(verifier, valid, seen, settings))
         run.checkpoint(step + 1)
 
     seconds = time.perf_counter() - began
     if processes.main:
-        epochs.restore_best()
         report = evaluate(verifier, valid, seen, settings) | {"train_seconds": seconds, "training_rows": len(rows)}
-        write_json(out / "report.json", report)
-        save(verifier, out, tokenizer_folder)
-        print_report(report)
-        print(f"verifier in {out}, trained in {seconds:.1f} s")
+        save(verifier, run.out, tokenizer_folder, report)
     run.finish()
 
 
-class Epochs:
-    """What each epoch's held-out report says, kept in epochs.jsonl, and with --patience the best weights."""
-
-    def __init__(self, out: Path, patience: int, model: torch.nn.Module, processes: Processes):
-        self.file, self.best, self.patience = out / "epochs.jsonl", out / "best.safetensors", patience
-        self.model, self.processes = model, processes
-        self.lines = read_jsonl(self.file, log=True) if self.file.exists() else []
-
-    def waited(self) -> int:
-        """Epochs since the best macro F1, of equals the first."""
-        scores = [line["macro_f1"] for line in self.lines]
-        return len(scores) - 1 - scores.index(max(scores))
-
-    def ended(self, step: int, report: dict) -> None:
-        at_tau = report["at_tau"]
-        line = {"step": step, "macro_f1": at_tau["macro_f1"], "micro_f1": at_tau["micro_f1"], "loss": report["loss"]}
-        self.lines.append(line)
-        if self.processes.main:
-            append_jsonl(self.file, line)
-            print("held out: " + " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"), flush=True)
-            if self.patience and self.waited() == 0:
-                save_file({name: p.cpu() for name, p in self.model.state_dict().items()}, self.best)
-
-    def out_of_patience(self) -> bool:
-        return self.patience > 0 and self.waited() >= self.patience
-
-    def restore_best(self) -> None:
-        if self.patience and self.best.exists():
-            self.model.load_state_dict(load_file(self.best))
+def log_epoch(out: Path, step: int, report: dict) -> None:
+    """What the held-out report says after step `step`, kept in epochs.jsonl."""
+    at_tau = report["at_tau"]
+    line = {"step": step, "macro_f1": at_tau["macro_f1"], "micro_f1": at_tau["micro_f1"], "loss": report["loss"]}
+    append_jsonl(out / "epochs.jsonl", line)
+    print("held out: " + " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"), flush=True)
 
 
 def load_verifier(settings: ERVSettings, processes: Processes) -> tuple[Verifier, Path]:
-    """The network to train, and the folder of its tokenizer.json. Raises SettingsError, CheckpointError."""
+    """The network to train, and the folder of its tokenizer.json. Raises CheckpointError."""
     torch.manual_seed(settings.seed)
     if settings.init.startswith("scratch:"):
-        if not settings.tokenizer:
-            raise SettingsError(f"--init {settings.init} needs --tokenizer, a folder with a tokenizer.json")
         folder = Path(settings.tokenizer)
         model = scratch(settings.init.removeprefix("scratch:"), EncoderTokenizer(folder).vocab_size, settings.head)
     else:
@@ -163,9 +133,9 @@ def load_verifier(settings: ERVSettings, processes: Processes) -> tuple[Verifier
 
 def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows), the training rows of --sources only."""
-    rows = read_rows([x for x in settings.data.split(",") if x])
+    rows = read_rows(file_list(settings.data))
     if settings.valid:
-        valid = read_rows([x for x in settings.valid.split(",") if x])
+        valid = read_rows(file_list(settings.valid))
     else:
         rows, valid = split_rows(rows, settings.holdout, settings.seed)
     if settings.sources:
@@ -185,20 +155,15 @@ def evaluate(verifier: Verifier, valid: list[Row], seen: Tensor, settings: ERVSe
     return verifier_report(probs, targets([row.truth for row in valid]).bool(), settings.tau, settings.k, seen)
 
 
-def batch_rows(settings: ERVSettings, weights: Tensor | None, count: int, step: int) -> list[int]:
-    """Rows of step `step`: a share of the epoch's permutation, or drawn by `weights` [N] with --balance resample."""
-    if weights is None:
-        return batch_of_step(count, settings.batch_size, settings.seed, step)
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    return torch.multinomial(weights, settings.batch_size, replacement=True, generator=generator).tolist()
-
-
-def save(verifier: Verifier, out: Path, tokenizer_folder: Path) -> None:
-    """Tokenizer first, weights last but for config.json: if they are there, the rest is."""
+def save(verifier: Verifier, out: Path, tokenizer_folder: Path, report: dict) -> None:
+    """Report and tokenizer first, weights last but for config.json: if they are there, the rest is."""
+    write_json(out / "report.json", report)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer_folder / name).exists():
             atomic_write(out / name, (tokenizer_folder / name).read_bytes())
     checkpoint.save_erv(verifier.model, out, verifier.labels)
+    print_report(report)
+    print(f"verifier in {out}, trained in {report['train_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

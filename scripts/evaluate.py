@@ -32,7 +32,7 @@ from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import load_collator
+from erv_min.train.start import check_names, load_collator
 
 
 @dataclass
@@ -237,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     if not specs and settings.data.startswith("toy:"):
         specs = ["lexicon"]
     processes, out, judges = join_processes(settings.device), Path(settings.out), {}
+    check_names(settings)
     if processes.main:  # an unknown judge, or a missing key, is told before the predictions begin
         cache = settings.judge_cache or out / "judge-cache.jsonl"
         judges = {spec: make_judge(spec, cache, processes.device, concurrency=settings.concurrency,

@@ -24,7 +24,7 @@ from erv_min.train.log import StepLog
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import GRPOSettings
 from erv_min.train.sharding import save_model
-from erv_min.train.start import load_policy_and_reference, load_verifier, training_examples
+from erv_min.train.start import check_start, data_of, load_policy_and_reference, load_verifier, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,18 +38,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(settings: GRPOSettings, processes: Processes) -> Collator:
     """Eq. 3: maximise E[R(o) - beta KL(pi_theta || pi_ref)] over o ~ pi_theta(. | x)."""
-    verifier = load_verifier(settings, processes.device)
+    # What is cheap is checked before any weights are fetched or read.
+    check_start(settings, "grpo", processes)
     examples = training_examples(settings, "train", processes)
+    clips = TrainingClips(settings, processes, [[x] for x in examples], settings.batch_size)
+    run = Run(settings.out, settings, processes, clips.total_steps, data_of(examples))
+    held_out = HeldOut(settings, processes)
+    reward = RewardFunction(settings, load_verifier(settings, processes.device))
     policy, reference, collate = load_policy_and_reference(settings, processes)
-    clips = TrainingClips(settings, collate, processes, [[x] for x in examples], settings.batch_size)
-    reward = RewardFunction(settings, collate, verifier)
-    held_out = HeldOut(settings, collate, processes)
     optimizer = make_optimizer(policy.named_parameters().values())
-    run = Run(settings.out, settings, processes, clips.total_steps, policy.model.tower_source)
-    clips.start(run.begin(policy, optimizer))
+    clips.start(run.begin(policy, optimizer), collate)
 
     for step in range(run.first_step, clips.total_steps):
-        log = StepLog(run, collate.tokenizer.eos_id, held_out(policy, step))
+        log = StepLog(run, collate.tokenizer.eos_id, held_out(policy, collate, step))
 
         # 1. o_1 .. o_G ~ pi_theta(. | x) for each prompt x. The frozen towers run here, once per clip.
         with policy.unsharded():
@@ -65,7 +66,7 @@ def train(settings: GRPOSettings, processes: Processes) -> Collator:
                 part.ref_logps, _ = log_probs(reference, part, settings.temperature)
 
         # 3. R = R_E + R_format + R_answer (Eq. 4, 5).
-        texts, rewards = reward(minibatches)
+        texts, rewards = reward(minibatches, collate.tokenizer)
 
         # 4. A_i = (R_i - mean) / std within each group of G.
         R = torch.tensor([each.total for each in rewards], dtype=torch.float32)

@@ -22,7 +22,7 @@ from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of
 from erv_min.train.answers import answers
 from erv_min.train.settings import AnswerSettings
-from erv_min.train.start import load_collator
+from erv_min.train.start import check_names, load_collator
 
 
 def find_clips(names: list[str]) -> list[Path]:
@@ -38,6 +38,8 @@ def find_clips(names: list[str]) -> list[Path]:
             clips += [path.parent / line.strip() for line in read_text(path).splitlines() if line.strip()]
         else:
             clips.append(path)
+    if missing := [path for path in clips if not path.exists()]:
+        raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(clips)} clips are not there)")
     return clips
 
 
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.explain_reward:
         to_erv(settings.explain_reward)  # an unknown label is said before the model is loaded
     clips, processes = find_clips(names), join_processes(settings.device)
+    check_names(settings)
     policy = load_collator(settings, processes, lambda line: print(line, file=sys.stderr))
     verifier = Verifier.load(settings.erv, processes.device) if settings.erv else None
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer

@@ -25,6 +25,7 @@ import numpy as np
 
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, read_json, read_jsonl, write_json
+from erv_min.base.options import positive
 from erv_min.base.processes import run_script
 from erv_min.metrics import COLUMNS
 from erv_min.toy.text import count_sentences
@@ -257,15 +258,16 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of everything")
-    parser.add_argument("--seeds", type=int, default=4, help="how many")
+    parser.add_argument("--seeds", type=positive, default=4, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--rows", default="tables", help=f"{', '.join(GROUPS)}, or some of {', '.join(ROWS)}; commas")
-    parser.add_argument("--clips", type=int, default=400, help="held-out clips per seed")
+    parser.add_argument("--clips", type=positive, default=400, help="held-out clips per seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
-    parser.add_argument("--steps", type=int, default=50, help="GRPO steps (the main command: 100)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time, one thread each")
+    parser.add_argument("--steps", type=positive, default=50, help="GRPO steps (the main command: 100)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="commands at a time, one thread each")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: run_all ends its commands on the way out
     named = [row for word in given.rows.split(",") for row in GROUPS.get(word, [word])]

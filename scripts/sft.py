@@ -24,7 +24,7 @@ from erv_min.train.hooks import TrainingClips
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import SFTSettings
 from erv_min.train.sharding import save_model
-from erv_min.train.start import load_sharded_policy, training_examples
+from erv_min.train.start import check_start, data_of, load_sharded_policy, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,15 +39,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(settings: SFTSettings, processes: Processes) -> None:
     """Eq. 2: minimise - sum_t log pi_theta(y_t | x, y_<t) over targets y = <think>..</think><answer>..</answer>."""
+    # What is cheap is checked before any weights are fetched or read.
+    check_start(settings, "sft", processes)
     examples = explained(training_examples(settings, "sft", processes), settings.answers_only)
     units = group_targets(examples, settings.targets_per_clip)  # targets that share a clip, and so its prompt x
     units_per_step = max(1, settings.batch_size // settings.targets_per_clip)
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
+    clips = TrainingClips(settings, processes, units, units_per_step)
+    run = Run(settings.out, settings, processes, clips.total_steps, data_of(examples))
     policy, collate = load_sharded_policy(settings, "sft", processes)
-    clips = TrainingClips(settings, collate, processes, units, units_per_step)
     optimizer = make_optimizer(policy.named_parameters().values())
-    run = Run(settings.out, settings, processes, clips.total_steps, policy.model.tower_source)
-    clips.start(run.begin(policy, optimizer))
+    clips.start(run.begin(policy, optimizer), collate)
     frozen = ["model.audio_tower"] if settings.train_vision_tower else ["model.audio_tower", "model.vision_tower"]
 
     for step in range(run.first_step, clips.total_steps):

@@ -74,16 +74,18 @@ def reward(text, e_gt, table, o):
 
 
 def places(count, o, step, per_step):
-    """Which items step `step` reads: epoch after epoch, each in an order drawn from seed and epoch."""
-    for place in range(step * per_step, (step + 1) * per_step):
-        generator = torch.Generator().manual_seed(o.seed * 1_000_003 + place // count)
-        yield int(torch.randperm(count, generator=generator)[place % count])
+    """Which items step `step` reads: epochs of whole steps, each in an order drawn from seed and epoch, whose first
+    items stand at the end of the last step again."""
+    epoch, step_of_epoch = divmod(step, math.ceil(count / per_step))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)).tolist()
+    for at in range(step_of_epoch * per_step, (step_of_epoch + 1) * per_step):
+        yield order[at % count]
 
 
 def rate(step, total, o):
     rising = math.ceil(total * o.warmup)
     if step < rising:
-        return o.lr * (step + 1) / rising
+        return o.lr * step / rising
     done = (step - rising) / (total - rising)
     return o.lr * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[o.schedule]
 
@@ -248,7 +250,7 @@ def macro_f1(u, truth, o):
 
 def verifier(model, rows, valid, encode, o):
     """model: a RobertaForSequenceClassification; rows, valid: {"text", "labels", "source", "truth"}; encode(texts):
-    ids and mask. Trains `model`; rows of metrics.jsonl and of epochs.jsonl, and the best weights if o.patience."""
+    ids and mask. Trains `model`; rows of metrics.jsonl and of epochs.jsonl, and the weights."""
     columns = GOEMOTIONS_CLASS if o.head == 28 else range(11)
 
     def many_hot(names, size, at):
@@ -258,23 +260,17 @@ def verifier(model, rows, valid, encode, o):
     rows = [row for row in rows if not o.sources or row["source"] in o.sources.split(",")]
     wanted = many_hot([row["labels"] for row in rows], o.head, columns)
     truth = many_hot([row["truth"] for row in valid], 11, range(11)).tolist()
-    count = wanted.sum(0)
-    positive = torch.where(count > 0, (len(rows) - count) / count, 1.0).clamp(max=20) if o.balance == "weight" else None
-    rarest = (wanted / count.clamp(min=1)).amax(1)
     optimizer, per_epoch = optimizer_of(model, ""), math.ceil(len(rows) / o.batch_size)
-    total, logged, epochs, best = o.steps or o.epochs * per_epoch, [], [], None
+    total, logged, epochs = o.steps or o.epochs * per_epoch, [], []
     model.dropout.p = o.dropout
     for step in range(total):
         picked = list(places(len(rows), o, step, o.batch_size))
-        if o.balance == "resample":
-            generator = torch.Generator().manual_seed(o.seed * 1_000_003 + step)
-            picked = torch.multinomial(rarest, o.batch_size, replacement=True, generator=generator).tolist()
         ids, mask = encode([rows[i]["text"] for i in picked])
         torch.manual_seed(o.seed * 1_000_003 + step)  # dropout is a function of seed and step
         model.dropout.count = len(picked)
         logits = model.train()(ids, mask)
         bce = torch.nn.functional.binary_cross_entropy_with_logits
-        loss = sum(bce(row, y, pos_weight=positive) for row, y in zip(logits, wanted[picked])) / len(picked)
+        loss = sum(bce(row, y) for row, y in zip(logits, wanted[picked])) / len(picked)
         loss.backward()
         lr = rate(step, total, o)
         logged.append({"loss": loss.item(), "lr": lr, "grad_norm": update(optimizer, lr, o.max_grad_norm)})
@@ -282,10 +278,4 @@ def verifier(model, rows, valid, encode, o):
             with torch.no_grad():
                 u = model.eval()(*encode([row["text"] for row in valid])).sigmoid()[:, list(columns)].tolist()
             epochs.append({"step": step, "macro_f1": macro_f1(u, truth, o)})
-            scores = [epoch["macro_f1"] for epoch in epochs]
-            waited = len(scores) - 1 - scores.index(max(scores))
-            if waited == 0:
-                best = {name: x.clone() for name, x in model.state_dict().items()}
-            if o.patience and waited >= o.patience:
-                break
-    return logged, epochs, best if o.patience else model.state_dict()
+    return logged, epochs, model.state_dict()

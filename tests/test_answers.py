@@ -120,12 +120,12 @@ def test_held_out_answers_have_the_evaluations_temperature_and_no_training_noise
         emotion = next(label for label in labels if label.startswith("sad"))
         return [SimpleNamespace(emotion=emotion, status="ok") for _ in explanations]
 
-    held_out = HeldOut(settings, Policy(), ALONE)
+    held_out = HeldOut(settings, ALONE)
     held_out.examples, held_out.judge, settings.watch_every = CLIPS, judge, 1
     sharded = SimpleNamespace(unsharded=contextlib.nullcontext)
-    assert held_out(sharded, 0) == {"held_out_EEA": 100, "held_out_EPC": 0}  # "tokens 3" holds no answer
+    assert held_out(sharded, Policy(), 0) == {"held_out_EEA": 100, "held_out_EPC": 0}  # "tokens 3" holds no answer
     assert {given["temperature"] for _, given, _ in asked} == {0.2}
     assert noises(asked)["1"] == tuple(sampling_noise(3 + 2**32, 0, [1], 1, LENGTH)[0].tolist())
     others = [Example(str(i), Path(f"{i}.mp4"), "fear", "mafw") for i in range(3)]  # read as sad: EEA 0
     held_out.examples = CLIPS + others
-    assert held_out(sharded, 1)["held_out_EEA"] == 100 * 5 / 8
+    assert held_out(sharded, Policy(), 1)["held_out_EEA"] == 100 * 5 / 8

@@ -465,7 +465,7 @@ def test_clips_that_do_not_decode_count_against_allow_missing():
 def test_a_clip_that_two_processes_met_counts_once(tmp_path, monkeypatch):
     """As in two epochs on two processes: 1 broken clip of 10, with 10% allowed, ends no run."""
     settings = SFTSettings(out=str(tmp_path), allow_missing=0.1)
-    clips = hooks.TrainingClips(settings, None, Processes(0, 1, torch.device("cpu")), [[]] * 10, 4)
+    clips = hooks.TrainingClips(settings, Processes(0, 1, torch.device("cpu")), [[]] * 10, 4)
     monkeypatch.setattr(hooks, "gather_lists", lambda mine: [*mine, "cut.mp4: broken"])  # what the other one met
     clips._failed(2, ClipError("cut.mp4: broken")), clips.check_failed(), clips.check_failed()
     clips._failed(9, ClipError("other.mp4: broken"))
@@ -636,7 +636,7 @@ def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
 
     def key(**changes) -> str:
         settings = SFTSettings(model="m", cache_features=str(tmp_path), **changes)
-        return start.load_start(settings, "sft", alone)[1].cache.key
+        return start.load_start(settings, alone)[1].cache.key
 
     same = key()
     for change in (dict(dtype="bfloat16"), dict(num_frames=9), dict(modality="video"), dict(geometry="stretch"),

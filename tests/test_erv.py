@@ -132,17 +132,6 @@ def test_erv_loss_by_hand():
     # logits 0 and ln 3: probabilities 1/2 and 3/4. Targets 1 and 0: -ln(1/2) = 0.6931, -ln(1/4) = 1.3863; mean 1.0397.
     logits, wanted = torch.tensor([[0.0, np.log(3)]]), torch.tensor([[1.0, 0.0]])
     assert erv.erv_loss(logits, wanted).item() == pytest.approx(1.0397, abs=1e-4)
-    # A weight of 2 on the first class's positives: (2 * 0.6931 + 1.3863) / 2 = 1.3863.
-    assert erv.erv_loss(logits, wanted, torch.tensor([2.0, 5.0])).item() == pytest.approx(1.3863, abs=1e-4)
-
-
-def test_balance_weights_by_hand():
-    # 4 rows; class 0 in three, class 1 in one, class 2 in none. Negatives / positives: 1/3, 3/1; an absent class 1.
-    wanted = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
-    torch.testing.assert_close(pairs.positive_weights(wanted), torch.tensor([1 / 3, 3.0, 1.0]))
-    assert pairs.positive_weights(wanted, most=2.0)[1] == 2.0
-    # 1 / size of the rarest class a row carries: 1/3, 1/3, 1/1; 0 for a row of no class.
-    torch.testing.assert_close(pairs.sampling_weights(wanted), torch.tensor([1 / 3, 1 / 3, 1.0, 0.0]))
 
 
 # ---- training data ---------------------------------------------------------------------------------------------------
@@ -476,19 +465,14 @@ def test_more_processes_than_rows_of_a_step(folder, script, tmp_path, monkeypatc
         script.main(arguments(folder, tmp_path, "--batch-size", "3"))
 
 
-def test_options_of_training(folder, script, trained, tmp_path):
-    """A 28-way head, balance, early stopping, and a start from another verifier's weights."""
+def test_options_of_training(folder, script, tmp_path):
+    """A 28-way head, and a start from another verifier's weights."""
     few = write(tmp_path / "few.jsonl", read_jsonl(folder / "train.jsonl")[:200])
     base = arguments(folder, tmp_path / "a", "--data", str(few), "--epochs", "1", "--head", "28")
-    script.main([*base, "--balance", "weight", "--holdout", "0.2", "--valid", ""])
+    script.main([*base, "--holdout", "0.2", "--valid", ""])
     assert erv.Verifier.load(tmp_path / "a").labels == GOEMOTIONS
-    script.main(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1",
-                          "--balance", "resample"))
+    script.main(arguments(folder, tmp_path / "b", "--init", str(tmp_path / "a"), "--data", str(few), "--epochs", "1"))
     assert erv.Verifier.load(tmp_path / "b").labels == ERV_LABELS
-    # No step at lr 0 can better the first epoch: with a patience of 2 the run ends after the third.
-    script.main(arguments(folder, tmp_path / "c", "--init", str(trained), "--data", str(few), "--lr", "0", "--epochs",
-                           "9", "--patience", "2"))
-    assert len(read_jsonl(tmp_path / "c" / "epochs.jsonl")) == 3
 
 
 def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
@@ -524,19 +508,6 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
         assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--out") + 2:] == sources
     with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
-
-
-def test_patience_and_resampling_by_hand(script, tmp_path):
-    epochs, waited = script.Epochs(tmp_path, 2, None, None), []
-    for score in (0.5, 0.7, 0.7, 0.6):
-        epochs.lines.append({"macro_f1": score})
-        waited.append((epochs.waited(), epochs.out_of_patience()))
-    assert waited == [(0, False), (0, False), (1, False), (2, True)]  # an equal score is not a better one
-    settings = script.ERVSettings(batch_size=400, seed=3)
-    drawn = script.batch_rows(settings, torch.tensor([0.0, 1.0, 3.0]), 3, step=0)
-    assert drawn.count(0) == 0 and 60 < drawn.count(1) < 140  # 100 expected, deviation 8.7
-    assert drawn == script.batch_rows(settings, torch.tensor([0.0, 1.0, 3.0]), 3, step=0)
-    assert sorted(script.batch_rows(settings, None, 400, step=5)) == list(range(400))
 
 
 def test_sources_and_missing_data_are_named(folder, script, tmp_path):

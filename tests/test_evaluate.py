@@ -451,9 +451,9 @@ def test_what_is_watched_by_hand(world, monkeypatch):
     monkeypatch.setattr(hooks, "predict", lambda *given: asked.append(given) or ([dict(x) for x in rows], []))
     settings = GRPOSettings(seed=3, eval_temperature=0.7, max_new_tokens=9, batch_size=10, watch_every=2, world=str(world))
     for rank, expected in ((0, {"held_out_EEA": 75, "held_out_EPC": 25}), (1, {})):
-        held_out = hooks.HeldOut(settings, None, Processes(rank, 2, torch.device("cpu")))
+        held_out = hooks.HeldOut(settings, Processes(rank, 2, torch.device("cpu")))
         held_out.judge = lambda texts, labels: [Judgement(text, "ok", text) for text in texts]
-        assert held_out(policy, 4) == expected and held_out(policy, 5) == {}
+        assert held_out(policy, None, 4) == expected and held_out(policy, None, 5) == {}
     how, batch_size = asked[0][3:]
     assert len(asked) == 2 and batch_size == 5
     assert (how.seed, how.temperature, how.max_new_tokens) == (3 + 2**32, 0.7, 9)  # no noise of the training's
@@ -461,7 +461,7 @@ def test_what_is_watched_by_hand(world, monkeypatch):
 
 def test_which_clips_are_watched_and_who_judges(world, tmp_path, capsys):
     def start(**given):
-        return hooks.HeldOut(GRPOSettings(world=str(world), **given), None, Processes(0, 1, torch.device("cpu")))
+        return hooks.HeldOut(GRPOSettings(world=str(world), **given), Processes(0, 1, torch.device("cpu")))
 
     (tmp_path / "clip").mkdir()
     (tmp_path / "single_testset_5.csv").write_text("video_name,label\n" + "".join(f"{i},1\n" for i in range(160)))

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ from plain_step import drawn, logps_of, token_logits
 from test_judge import good, serve  # noqa: F401  (serve is a fixture)
 from tiny_runs import command, input_of, record, script
 
+from erv_min import checkpoint
+from erv_min.base.errors import DiskError, ErvMinError, SettingsError
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
 
@@ -131,6 +134,103 @@ def test_a_subtitle_that_is_given_stands_in_the_prompt(tiny, tmp_path):
     calls = answered(tiny, "infer", tmp_path, dict(subtitle="She is angry."))
     assert apart(tiny, calls, [example], SimpleNamespace(**GIVEN)) < 2e-5
     assert apart(tiny, calls, [replace(example, subtitle="")], SimpleNamespace(**GIVEN)) > 1e-4
+
+
+# ---- what is cheap is checked first ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No weight of any checkpoint may be read."""
+    monkeypatch.setattr(checkpoint, "open_weights", lambda folder: pytest.fail(f"the weights of {folder} are read"))
+
+
+def broken(tiny, tmp_path) -> dict:
+    """Folders and files that lack something, by what they lack."""
+    for kind, file in (("policy", "tokenizer.json"), ("policy", "text_gate/tokenizer.json"),
+                       ("verifier", "tokenizer.json")):
+        shutil.copytree(tiny.folder / kind, tmp_path / f"{kind} {Path(file).parent}")
+        (tmp_path / f"{kind} {Path(file).parent}" / file).unlink()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"erv_min": {"settings": {}}}')
+    shutil.copytree(tiny.folder / "world", tmp_path / "world")
+    for clip in (tmp_path / "world/clip").iterdir():
+        clip.unlink()
+    return {"policy": tiny.folder / "policy", "no_tokenizer": tmp_path / "policy .", "world": tiny.folder / "world",
+            "no_gate": tmp_path / "policy text_gate", "erv": tiny.folder / "verifier", "unfinished": tmp_path / "run",
+            "erv_no_tokenizer": tmp_path / "verifier .", "no_clips": tmp_path / "world", "out": tmp_path / "out",
+            "clip": tiny.folder / "merr/m0.mp4", "rows": tiny.folder / "world/erv_train.jsonl"}
+
+
+TRAIN = "--world {world} --device cpu --out {out} "
+GRPO = "grpo " + TRAIN + "--steps 1 --batch-size 4 "
+ASK = "--model {policy} --device cpu "
+
+
+@pytest.mark.parametrize("given, said", [
+    (GRPO + "--model {policy} --erv ./gone", "./gone"),
+    (GRPO + "--model {policy} --erv {policy}", "policy"),
+    (GRPO + "--model {policy} --erv {erv_no_tokenizer}", "tokenizer"),
+    (GRPO + "--model {policy} --erv {erv} --watch-erv {erv_no_tokenizer}", "tokenizer"),
+    (GRPO + "--model {no_tokenizer} --erv {erv}", "tokenizer"),
+    (GRPO + "--model {erv} --erv {erv}", "verifier"),
+    (GRPO + "--model {unfinished} --erv {erv}", "has not finished"),
+    (GRPO + "--model {policy} --erv {unfinished}", "has not finished"),
+    (GRPO + "--model {policy} --erv {erv} --data toy:{no_clips}", "are missing"),
+    (GRPO + "--model {policy} --erv {erv} --sharding torch", "--sharding torch needs two processes or more"),
+    (GRPO + "--model {policy} --erv {erv} --vision-tower {unfinished}", "config.json"),
+    ("sft " + TRAIN + "--model {no_tokenizer}", "tokenizer"),
+    ("sft " + TRAIN + "--model {no_gate}", "text gate"),
+    ("sft " + TRAIN + "--model {unfinished}", "has not finished"),
+    ("sft " + TRAIN + "--model {policy} --data dfew:{world}", "have no explanation"),
+    ("sft " + TRAIN + "--model {policy} --data toy:{no_clips}", "are missing"),
+    ("sft " + TRAIN + "--preset paper-7b --data toy:{world}", "paper-7b has no|StarJiaxing"),
+    ("erv " + TRAIN + "--data {rows} --init {erv_no_tokenizer}", "tokenizer"),
+    ("erv " + TRAIN + "--data {rows} --init {unfinished}", "has not finished"),
+    ("erv " + TRAIN + "--data {rows} --init {policy}", "policy"),
+    ("infer {clip} {out}/gone.mp4 " + ASK, "gone.mp4: no such file .1 of 2 clips"),
+    ("infer {clip} --model {no_tokenizer}", "tokenizer"),
+    ("infer {clip} --explain-reward happy --erv {erv_no_tokenizer} " + ASK, "tokenizer"),
+    ("infer {clip} --explain-reward happy --erv gone/typo " + ASK, "gone/typo"),
+    ("evaluate --data toy:{world} --out {out} --model {no_tokenizer}", "tokenizer"),
+    ("evaluate --data toy:{no_clips} --out {out} " + ASK, "are missing"),
+    ("augment describe --data toy:{world} --out {out} --model {no_tokenizer}", "tokenizer"),
+])
+def test_what_is_cheap_is_checked_before_weights_are_read(tiny, tmp_path, no_weights, monkeypatch, capsys, given, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    where = {name: str(path).replace(" ", "\0") for name, path in broken(tiny, tmp_path).items()}
+    name, *words = (word.replace("\0", " ") for word in given.format(**where).split())
+    with pytest.raises((ErvMinError, SystemExit)) as error:
+        script(name).main(words)
+    assert re.search(said, f"{error.value} {capsys.readouterr().err}"), error.value
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(lr=0.5), "other values of --lr"), (dict(steps=3), "other values of --steps"),
+    (dict(world="world-1"), "started on other data: .* are gone or changed, 1 are new")])
+def test_a_resume_is_refused_before_weights_are_read(tiny, tmp_path, request, monkeypatch, changes, said):
+    options = dict(model=tiny.folder / "policy", steps=2, batch_size=4, world=tiny.folder / "world", cache_features="")
+    shutil.copytree(tiny.run("sft", options).out, tmp_path / "out")
+    request.getfixturevalue("no_weights")
+    shutil.copytree(tiny.folder / "world", tmp_path / "world-1")
+    entries = json.loads((tmp_path / "world-1/train.json").read_text())
+    entries[0]["conversations"][1]["value"] = "<think>Another.</think>\n<answer>sad</answer>"
+    (tmp_path / "world-1/train.json").write_text(json.dumps(entries))
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json*")}
+    with pytest.raises(SettingsError, match=said):
+        script("sft").main(command(options | changes | {"out": tmp_path / "out", "device": "cpu", "resume": True}))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_the_disk_is_looked_at_before_weights_are_read(tiny, tmp_path, no_weights, monkeypatch, name):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 80, 80))
+    options = dict(model=tiny.folder / "policy", world=tiny.folder / "world", batch_size=3, out=tmp_path / "out", device="cpu")
+    with pytest.raises(DiskError, match="3 states of .* GB and the model.*8e-08 GB are free"):
+        script(name).main(command(options | ({"erv": tiny.folder / "verifier"} if name == "grpo" else {})))
 
 
 # ---- a hosted judge's answers ----------------------------------------------------------------------------------------

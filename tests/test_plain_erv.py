@@ -17,7 +17,7 @@ from erv_min.checkpoint import load_erv
 from erv_min.tokenizer import EncoderTokenizer
 
 OPTIONS = dict(steps=3, epochs=4, batch_size=6, lr=1.0, warmup=0.0, schedule="constant", max_grad_norm=1e-9, seed=0,
-               head=11, dropout=0.0, balance="none", patience=0, sources="", holdout=0.1, tau=0.5, k=2)
+               head=11, dropout=0.0, sources="", holdout=0.1, tau=0.5, k=2)
 
 
 def texts(tiny: Tiny, kind: str) -> list[dict]:
@@ -60,8 +60,6 @@ def plain(tiny: Tiny, o: SimpleNamespace, held_out: bool = False):
 
 LONGER = dict(steps=0, epochs=2)
 CHANGES = [  # (what is changed, what the outcome must differ from)
-    (dict(balance="weight"), {}),
-    (dict(balance="resample"), {}),
     (dict(sources="human,complement"), {}),
     (dict(dropout=0.3), {}),
     (dict(schedule="linear"), {}),
@@ -116,19 +114,3 @@ def test_another_heads_size_gives_a_fresh_output_layer_on_the_same_network(tiny)
     assert fresh == {"classifier.out_proj.weight", "classifier.out_proj.bias"}
     assert run.weights["classifier.out_proj.weight"].shape == (28, 16)
     assert all(torch.equal(x, start[name]) for name, x in run.weights.items() if name not in fresh)
-
-
-def test_patience_stops_and_restores_the_best_epoch(tiny):
-    """Held-out F1 rises and falls: the best epoch is neither the first nor the last one."""
-    start = load_file(tiny.folder / "verifier/model.safetensors")
-    changes = dict(steps=0, epochs=8, lr=0.1, patience=2)
-    run, o = erv(tiny, **changes), SimpleNamespace(**OPTIONS | changes)
-    rows, epochs, best = plain(tiny, o)
-    scores = [epoch["macro_f1"] for epoch in epochs]
-    assert 1 <= scores.index(max(scores)) == len(scores) - 3 < 5
-    assert_same_rows(run.rows, rows)
-    assert_same_rows(read_rows(run.out / "epochs.jsonl"), epochs)
-    assert_same_weights(run.weights, best, start, len(rows))
-    kept = load_file(run.out / "best.safetensors")
-    assert all(torch.equal(x, kept[name]) for name, x in run.weights.items())
-    assert json.loads((run.out / "report.json").read_text())["at_tau"]["macro_f1"] == pytest.approx(max(scores))

@@ -134,7 +134,7 @@ def test_the_toys_own_defaults(tiny, start):
     """What the help lists for the toy, and AdamW with gradients far over its epsilon. There an entry whose gradient is
     rounding noise moves by the rate in either direction: only those are compared whose root mean square gradient is
     over 1e-4 of the largest. The embedding has few, since most tokens have no probability."""
-    sizes = dict(batch_size=4, group_size=4, steps=3, max_new_tokens=27, num_frames=2)
+    sizes = dict(batch_size=4, group_size=4, steps=5, max_new_tokens=27, num_frames=2)
     defaults = OPTIONS | sizes | dict(beta=0.07, lr=5e-4, warmup=0.15, schedule="linear", max_grad_norm=1.0)
     run = tiny.run("grpo", around(tiny) | sizes)
     model, rows, optimizer = plain(tiny, run.calls, SimpleNamespace(**defaults))
@@ -146,7 +146,7 @@ def test_the_toys_own_defaults(tiny, start):
         clear = gradient > 1e-4 * largest
         assert clear.float().mean() > (0.1 if name == "model.embed_tokens.weight" else 0.7), name
         weights[name] = torch.where(clear, weights[name], run.weights[name])
-    assert_same_weights(run.weights, weights, start, 3)
+    assert_same_weights(run.weights, weights, start, 5)
 
 
 def test_without_the_explanations_reward_no_verifier_is_asked(tiny, start):

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -28,7 +29,7 @@ from erv_min.toy import chain, launch, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS, ERV_NAMES
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
-from erv_min.train.settings import GRPOSettings
+from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
 SMALL = WorldSettings(seed=3, train=24, test=8, tune=4, pretrain=30, sft_clips=12, erv_train=300, erv_valid=60)
 LOOKS = [Look(woman, "red", "dark", woman, True, "office", 1) for woman in (True, False)]
@@ -330,6 +331,27 @@ def test_slips_are_of_another_emotion_but_never_calm():
 
 # ------------------------------------------------------------------------------- the stages before GRPO, and its table
 
+def test_a_world_that_is_taken_is_of_the_runs_seed(tmp_path):
+    """Of another one none is taken unasked; GRPO makes its own inside, the others beside, or inside if that is taken."""
+    def world(folder: str, seed: int, name: str = "world.json") -> None:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / name).write_text(json.dumps({"settings": {"seed": seed}}))
+
+    def where(cls, seed: int, **given) -> str:
+        return str(chain.world_folder(cls(out=str(tmp_path / "run"), seed=seed, **given)).relative_to(tmp_path))
+
+    assert where(GRPOSettings, 0) == "run/world" and where(SFTSettings, 0) == where(ERVSettings, 0) == "world"
+    world("world", 17)
+    assert where(GRPOSettings, 17) == where(SFTSettings, 17) == "world"
+    assert where(GRPOSettings, 0) == where(SFTSettings, 0) == where(ERVSettings, 1) == "run/world"
+    assert where(GRPOSettings, 0, world=str(tmp_path / "world")) == "world"  # it is asked for
+    world("run/world", 1, "world.partial.json")  # begun
+    assert where(GRPOSettings, 1) == where(SFTSettings, 1) == "run/world"
+    for cls in (GRPOSettings, SFTSettings):
+        with pytest.raises(SettingsError, match="run/world: holds a world of seed 1, not 0: give another --out, or --wor"):
+            where(cls, 0)
+
+
 def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     """--baseline trains with Ours' settings, not with the preset's: the two stand in one table."""
     commands = []
@@ -363,7 +385,7 @@ def test_a_process_alone_under_torchrun_gives_its_command_to_two(tmp_path, monke
     monkeypatch.setattr(chain, "become", lambda *given: started.append(given))
     monkeypatch.setattr(sys, "argv", ["grpo.py", "--lr", "3e-4"])
     (tmp_path / "world").mkdir()
-    (tmp_path / "world/world.json").touch()
+    (tmp_path / "world/world.json").write_text('{"settings": {"seed": 0}}')
     for size, device, batch in ((None, "cpu", 32), ("2", "cpu", 32), ("1", "cuda", 32), ("1", "cpu", 31),
                                 ("1", "cpu", 32)):
         monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -1,15 +1,18 @@
 """Schedule, data order, settings, the run's folder and resume, gradients over processes."""
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,46 +21,72 @@ import torch.multiprocessing as mp
 
 from erv_min.base.errors import ClipError, DataError, SettingsError
 from erv_min.base.files import read_jsonl
-from erv_min.base.options import check, parse, preset_values
+from erv_min.base.options import check, file_list, parse, preset_values
 from erv_min.base.processes import Processes, all_reduce_sum, gather_lists, join_processes, leave
 from erv_min.data.loader import batch_of_step
 from erv_min.inputs import Example
 from erv_min.rewards import RewardSettings
-from erv_min.train import answers
+from erv_min.train import answers, folder, hooks
 from erv_min.train.folder import FREE_ON_RESUME, LOCKS, Run, changed_settings, open_folder
 from erv_min.train.hooks import TrainingClips
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import (AnswerSettings, ERVSettings, GRPOSettings, PredictionSettings, SFTSettings,
                                     trained_parts)
 from erv_min.train.sharding import Replicated, average_gradients
+from erv_min.train.start import data_of
+from erv_min.train.state import save_state, saved_states
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def test_learning_rate_by_hand():
-    # 10 steps, warm-up 20% = 2 steps: 1/2, 1, then 8 from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
+    # 10 steps, warm-up 20% = 2 steps: 0, 1/2, then 8 from 1 down: cosine 0.5 (1 + cos(pi x / 8)), linear 1 - x / 8.
     rates = [learning_rate(s, 10, 1.0, 0.2) for s in range(10)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[:3] == [0.0, 0.5, 1.0]
     assert rates[6] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
     assert learning_rate(6, 10, 1.0, 0.2, "linear") == pytest.approx(0.5)
     assert learning_rate(9, 10, 3.0, 0.0, "constant") == 3.0
 
 
-def test_the_first_step_has_a_rate_and_the_last_one_too():
-    # 3% of 7 steps is 0.21: one step of warm-up. A warm-up of the whole run: 1/4 to 4/4. Linear without one: 1 to 1/4.
-    assert learning_rate(0, 7, 2.0) == 2.0
-    assert [learning_rate(s, 4, 1.0, 1.0) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+def test_the_warm_up_rounds_up_and_the_last_step_has_a_rate():
+    # 3% of 7 steps is 0.21: one step of warm-up. A warm-up of the whole run: 0 to 3/4. Linear without one: 1 to 1/4.
+    assert [learning_rate(s, 7, 2.0) for s in (0, 1)] == [0.0, 2.0]
+    assert [learning_rate(s, 4, 1.0, 1.0) for s in range(4)] == [0.0, 0.25, 0.5, 0.75]
     assert [learning_rate(s, 4, 1.0, 0.0, "linear") for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert learning_rate(1, 3, 1.0, 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))  # 0.75: no half of 1 - x
 
 
-def test_every_epoch_visits_every_item_once_and_a_step_knows_its_batch():
-    stream = [i for step in range(10) for i in batch_of_step(7, 3, seed=1, step=step)]
-    for epoch in range(4):
-        assert sorted(stream[7 * epoch : 7 * epoch + 7]) == list(range(7))
-    assert stream[:7] != stream[7:14]
-    assert stream != [i for step in range(10) for i in batch_of_step(7, 3, seed=2, step=step)]
-    assert len({tuple(stream[7 * epoch : 7 * epoch + 7]) for epoch in range(4)}) == 4
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_rates_are_those_of_transformers(schedule):
+    """Those of the Trainer that made the released checkpoints: its number of warm-up steps, its schedules."""
+    transformers = pytest.importorskip("transformers")
+    name = schedule + "_with_warmup" * (schedule == "constant")
+    for total, warmup in ((55, 0.03), (2088, 0.0), (7, 0.03), (100, 0.15), (1, 0.5)):
+        rising = transformers.TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=warmup), total)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=2e-5)
+        scheduler = transformers.get_scheduler(name, optimizer, rising, total)
+        for step in range(total):
+            assert learning_rate(step, total, 2e-5, warmup, schedule) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+            optimizer.step()
+            scheduler.step()
+
+
+def test_an_epoch_is_whole_steps_that_visit_every_item_and_a_step_knows_its_batch():
+    """7 items, 3 a step: an epoch is 3 steps, and its last two places hold the first two items of its order again."""
+    epochs = [[i for step in range(3 * e, 3 * e + 3) for i in batch_of_step(7, 3, seed=1, step=step)] for e in range(4)]
+    for places in epochs:
+        assert sorted(places[:7]) == list(range(7)) and places[7:] == places[:2]
+    assert len({tuple(places) for places in epochs}) == 4
+    assert epochs[0] != [i for step in range(3) for i in batch_of_step(7, 3, seed=2, step=step)]
+    assert sorted(batch_of_step(2, 5, 0, 0)) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])  # fewer items than places
+    assert batch_of_step(2, 5, 0, 0)[:2] == batch_of_step(2, 5, 0, 0)[2:4]
+
+
+def test_the_steps_of_the_papers_runs():
+    """5 epochs of EMER's 332 clips at 32: 5 * 11. 2 of DFEW's and MAFW's 16,703 at 16: 2 * 1,044."""
+    for settings, clips, per_step, steps in ((SFTSettings(), 332, 32, 55), (SFTSettings(epochs=10), 332, 32, 110),
+                                             (GRPOSettings(), 16_703, 16, 2088), (SFTSettings(steps=9), 332, 32, 9)):
+        assert TrainingClips(settings, ALONE, [[]] * clips, per_step).total_steps == steps
 
 
 def test_presets_hold_table_8():
@@ -104,7 +133,7 @@ def test_a_paper_preset_names_its_folder(capsys):
 REFUSED = {GRPOSettings: ["--group-size 1", "--group-size 0", "--workers -1", "--sample-every 0", "--batch-size 0",
                           "--micro-batch 0", "--max-new-tokens 0", "--steps -5", "--tau 1.5", "--tau -0.1", "--tau nan",
                           "--k 0", "--temperature 0", "--beta -1", "--warmup 1.5", "--lr inf", "--eval-clips -2",
-                          "--keep 0", "--top-k -1", "--allow-missing 2"],
+                          "--keep 0", "--top-k -1", "--allow-missing 2", "--seed -1", f"--seed {2**44}"],
            SFTSettings: ["--targets-per-clip 0", "--num-frames -1", "--epochs 0", "--max-grad-norm 0"],
            PredictionSettings: ["--limit -3", "--batch-size 0", "--top-p 0", "--top-p 1.1", "--temperature -1"]}
 
@@ -123,11 +152,8 @@ def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsy
     ("audit", "--erv /gone --data toy:."), ("augment", "describe --limit -3"), ("sft", "--model /gone"),
     ("grpo", "--erv /gone")])
 def test_every_script_checks_its_settings_first(script, given, monkeypatch, capsys):
-    root = Path(__file__).parent.parent / "scripts"
-    monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])
-    module = importlib.import_module(script)
     with pytest.raises((SystemExit, SettingsError)) as error:
-        module.main(given.split())
+        main_of(script, monkeypatch)(given.split())
     said = capsys.readouterr().err + str(error.value)
     assert "must be at" in said or "there is no file or folder" in said
 
@@ -144,10 +170,71 @@ def test_special_values_pass():
     parse(PredictionSettings, "", "--limit 0 --temperature 0 --num-frames 0".split())
 
 
-def test_options_are_not_abbreviated(capsys):
+SCRIPTS = sorted(path for path in Path(__file__).parent.parent.glob("scripts/**/*.py") if "def main(" in path.read_text())
+
+
+def main_of(name: str, monkeypatch):
+    root = Path(__file__).parent.parent / "scripts"
+    monkeypatch.setattr(sys, "path", [str(root), str(root / "tools"), *sys.path])
+    return importlib.import_module(name).main
+
+
+@pytest.mark.parametrize("name, given", [
+    *((path.stem, "--hel") for path in SCRIPTS), ("reproduce", "--seed 3"), ("report", "run --ou x"),
+    ("annotate", "--ru x"), ("bench", "fsdp --siz toy"), ("gpu_check", "--devic cpu"), ("plan", "--gp h200"),
+    ("survey", "make --first a --second b --data c --out d --clip 3"), ("survey", "score a --ke b"),
+    ("augment", "stats --inpu x"), ("grpo", "--step 5"), ("sft", "--step 5"), ("erv", "--step 5")])
+def test_options_are_not_abbreviated(name, given, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
-        parse(SFTSettings, "", ["--step", "5"])
-    assert error.value.code == 2 and "--step 5" in capsys.readouterr().err
+        main_of(name, monkeypatch)(given.split())
+    assert error.value.code == 2
+    printed = capsys.readouterr().err
+    assert "unrecognized arguments: --" in printed or "are required: " in printed
+
+
+def test_a_plans_help_lists_the_settings_of_its_stage(monkeypatch, capsys):
+    for stage, of_stage in (("grpo", "--group-size"), ("sft", "--targets-per-clip")):
+        with pytest.raises(SystemExit):
+            main_of("plan", monkeypatch)(["--stage", stage, "--help", "all"])
+        printed = capsys.readouterr().out
+        assert all(option in printed for option in ("--preset", "--stage", "--gpus", "--micro-batch", of_stage))
+
+
+@pytest.mark.parametrize("name, given", [
+    ("reproduce", "--jobs 0"), ("reproduce", "--seeds 0"), ("reproduce", "--clips -1"), ("plan", "--gpus 0"),
+    ("survey", "make --first a --second b --data c --out d --clips 0"), ("bench", "fsdp --repeats 0")])
+def test_a_number_of_things_is_at_least_one(name, given, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as error:
+        main_of(name, monkeypatch)(given.split())
+    assert error.value.code == 2 and f"{given.split()[-2]}: must be at least 1, not" in capsys.readouterr().err
+
+
+def test_the_largest_seed_is_one_for_every_use_of_it():
+    settings = parse(SFTSettings, "", ["--seed", str(2**44 - 1)])
+    assert sorted(batch_of_step(3, 3, settings.seed, 10**6)) == [0, 1, 2]
+
+
+def test_a_runs_folder_is_none_that_it_reads(tmp_path, monkeypatch, capsys):
+    """Whatever names it: the checkpoint there would be overwritten."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for cls, option in ((SFTSettings, "--model"), (SFTSettings, "--text-tower"), (GRPOSettings, "--erv"),
+                        (GRPOSettings, "--watch-erv"), (ERVSettings, "--init")):
+        for out in ("model", "./model/", str(tmp_path / "link")):
+            with pytest.raises(SystemExit):
+                parse(cls, "", ["--out", out, option, "model"])
+            assert f"--out {out}: {option} names this folder, too" in capsys.readouterr().err
+    assert parse(SFTSettings, "", ["--out", "model/sft", "--model", "model"]).out == "model/sft"
+
+
+def test_a_comma_in_a_files_name_parts_nothing(tmp_path):
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b/rows.jsonl").touch()
+    (tmp_path / "c.jsonl").touch()
+    one, two = str(tmp_path / "a,b/rows.jsonl"), str(tmp_path / "c.jsonl")
+    assert file_list(one) == [one] and file_list(f"{two},{two}") == [two, two]
+    check(ERVSettings(data=one, valid=one))
 
 
 def test_paths_that_are_not_there_are_named_at_once(tmp_path, monkeypatch):
@@ -247,12 +334,12 @@ def test_a_resumed_run_keeps_what_changes_its_numbers(tmp_path, capsys):
     with pytest.raises(SettingsError, match="other values of --batch-size, --lr, --seed; resume with the same"):
         regression(tmp_path, lr=1.0, seed=3, batch_size=2, workers=5)
     assert (tmp_path / "config.json").read_text() == config  # nothing is lost
-    assert regression(tmp_path, workers=5, steps=9, save_every=7).first_step == 2
+    assert regression(tmp_path, workers=5, save_every=7).first_step == 2
     assert "holds a state after step 2 of 4" in capsys.readouterr().out
 
 
 CHANGES = dict(  # another value of each setting that a step's numbers come from
-    beta=0.1, epsilon=0.1, mu=2, group_size=8, advantages="dr-grpo", loss_type="dapo", kl="k2", mask_truncated=True,
+    steps=9, epochs=9, beta=0.1, epsilon=0.1, mu=2, group_size=8, advantages="dr-grpo", loss_type="dapo", kl="k2", mask_truncated=True,
     temperature=0.9, top_k=50, max_new_tokens=9, erv="other/verifier", tau=0.1, k=3, neutral_rule="any",
     answer_rule="released", sentence_rule="extended", w_format=2.0,
     w_answer=2.0, w_explanation=2.0, ablate="sentence-level", lr=1.0, warmup=0.5, schedule="linear", max_grad_norm=9.0,
@@ -273,6 +360,129 @@ def test_a_resume_may_change_nothing_else_that_counts():
     alone = {"loss_reduction", "targets_per_clip", "answers_only", "train_vision_tower", "preset", "random_weights"}
     assert not FREE_ON_RESUME & (CHANGES.keys() | alone)
     assert names == (FREE_ON_RESUME & names) | CHANGES.keys() | alone
+
+
+EXAMPLES = [(f"dfew {i}", "sad", "", "", f"{i}.mp4", 100) for i in range(4)]
+
+
+@pytest.mark.parametrize("now, said", [
+    (EXAMPLES[:3], "1 of 4 examples are gone or changed, 0 are new or changed, e.g. dfew 3"),
+    ([*EXAMPLES, ("dfew 4", "sad", "", "", "4.mp4", 1)], "0 of 4 examples are gone or changed, 1 are new or changed, e.g. dfew 4"),
+    (EXAMPLES[::-1], "the same 4 examples stand in another order"),
+    ([*EXAMPLES[:3], ("dfew 3", "happy", "", "", "3.mp4", 100)], "1 of 4 .* 1 are new or changed, e.g. dfew 3"),
+    ([*EXAMPLES[:3], ("dfew 3", "sad", "", "", "3.mp4", 99)], "1 of 4 .* 1 are new or changed, e.g. dfew 3")])
+@pytest.mark.parametrize("state", [True, False])
+def test_a_resume_on_other_data_is_refused(tmp_path, now, said, state):
+    """And leaves the run as it was, also one that has made no state yet."""
+    def start(data):
+        model = torch.nn.Linear(3, 2)
+        policy = Replicated(model, compute=torch.float32)
+        run = Run(tmp_path, SFTSettings(resume=True), ALONE, 4, data)
+        return run, run.begin(policy, make_optimizer(model.parameters()))
+
+    run, _ = start(EXAMPLES)
+    run.log(0, {"loss": 1.0})
+    if state:
+        save_state(tmp_path, 1, run.policy, run.optimizer)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    with pytest.raises(SettingsError, match=f"data.jsonl: this run was started on other data: {said}; resume with the same"):
+        start(now)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
+    assert start(list(EXAMPLES))[1] == state
+
+
+def test_what_of_an_example_is_compared(tmp_path):
+    """Label, subtitle, explanation, and the clip's name and size; not in which folder it lies."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.mp4").write_bytes(b"clip")
+    example = Example("1", tmp_path / "a/1.mp4", "sad", "dfew", "Oh.", "He weeps.")
+    assert data_of([example]) == data_of([dataclasses.replace(example, path=tmp_path / "b/1.mp4")])
+    (tmp_path / "b/1.mp4").write_bytes(b"another")
+    for changes in (dict(label="fear"), dict(subtitle=""), dict(explanation=""), dict(path=tmp_path / "b/1.mp4")):
+        assert data_of([example]) != data_of([dataclasses.replace(example, **changes)])
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(lr=1.0), "other values of --lr"), (dict(steps=9), "other values of --steps"),
+    ({}, "metrics.jsonl: 2 steps were made, and the state-.* folders are gone")])
+def test_no_log_is_emptied_when_the_states_are_gone(tmp_path, changes, said):
+    regression(tmp_path)
+    for path in saved_states(tmp_path):
+        shutil.rmtree(path)
+    rows = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(SettingsError, match=said):
+        regression(tmp_path, **changes)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == rows
+
+
+def test_clips_that_failed_before_a_resume_still_count(tmp_path, monkeypatch):
+    """2 of 10 with 10% allowed, one of them before the stop."""
+    monkeypatch.setattr(hooks, "training_inputs", lambda *_, **__: iter(()))
+    policy = SimpleNamespace(model=SimpleNamespace(config=None), cache=None)
+    for first_step in (0, 3):
+        clips = TrainingClips(SFTSettings(out=str(tmp_path), allow_missing=0.1), ALONE, [[]] * 10, 4)
+        clips.start(first_step, policy)
+        clips._failed(first_step, ClipError(f"{first_step}.mp4: broken"))
+        if not first_step:
+            clips.check_failed()
+    with pytest.raises(DataError, match="2 of 10 clips cannot be decoded .*the first: 0.mp4: broken"):
+        clips.check_failed()
+
+
+def restarted(monkeypatch, job: str, count: int) -> None:
+    """As torchrun says it to its processes."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/{job}/none_x/attempt_{count}/0/error.json")
+
+
+def test_a_restart_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
+    restarted(monkeypatch, "first", 0)
+    assert not open_folder(tmp_path, False, ALONE)
+    LOCKS.popitem()[1].close()
+    small_run(tmp_path)
+    restarted(monkeypatch, "first", 1)
+    assert open_folder(tmp_path, False, ALONE)
+    LOCKS.popitem()[1].close()
+    for job, count in (("second", 0), ("second", 1), ("second", 2)):
+        restarted(monkeypatch, job, count)
+        with pytest.raises(SettingsError, match="already holds a run: give --resume"):
+            open_folder(tmp_path, False, ALONE)
+        LOCKS.popitem()[1].close()
+    restarted(monkeypatch, "first", 2)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")  # another launcher, which does not say what job this is
+    with pytest.raises(SettingsError, match="already holds a run"):
+        open_folder(tmp_path, False, ALONE)
+    LOCKS.popitem()[1].close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder.fcntl, "lockf", lockf)
+    assert not open_folder(tmp_path, False, ALONE)
+    LOCKS.popitem()[1].close()
+    assert "its file system has no locks" in caplog.text and str(tmp_path) in caplog.text
+
+
+def test_a_folder_that_may_not_be_written_says_so(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for out, said in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory")):
+        with pytest.raises(SettingsError, match=f"{out}: cannot be written .{said}.: give another --out"):
+            open_folder(out, False, ALONE)
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(folder.tempfile, "NamedTemporaryFile", refused)
+    with pytest.raises(SettingsError, match="cannot be written .Permission denied."):
+        open_folder(tmp_path / "new", False, ALONE)
+    LOCKS.popitem()[1].close()
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(SettingsError, match="cannot be written .Permission denied."):
+        open_folder(tmp_path / "other", False, ALONE)
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
@@ -355,7 +565,8 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
 
 
 def test_config_says_what_made_the_run(tmp_path):
-    Run(tmp_path, GRPOSettings(out="x"), ALONE, 1)
+    model = torch.nn.Linear(1, 1)
+    Run(tmp_path, GRPOSettings(), ALONE, 1).begin(Replicated(model), make_optimizer(model.parameters()))
     made = json.loads((tmp_path / "config.json").read_text())["erv_min"]
     assert made["settings"]["group_size"] == 16 and made["settings"]["tau"] == 0.5
     assert made["versions"]["torch"] == torch.__version__ and "git_commit" in made
@@ -373,8 +584,18 @@ def _process(rank: int, size: int, folder: str) -> None:
     assert gather_lists([rank, str(rank)]) == [0, "0", 1, "1"]
     each = Processes(rank, size, torch.device("cpu"))
 
+    # Each sees another folder by that name, as two machines without a shared one: both say so.
+    with pytest.raises(SettingsError, match="own: process 1 does not see the folder of process 0"):
+        os.chdir(Path(folder, str(rank)))
+        open_folder("own", False, each)
+    assert open_folder(folder, True, each)
+    dist.barrier()
+    assert not list(Path(folder).glob(".token*"))
+    with pytest.raises(SettingsError, match="processes of this job read different data"):
+        Run(folder, SFTSettings(), each, 4, EXAMPLES[: 3 - rank])
+
     # What one of them could not decode counts for both: 0.mp4 and 1.mp4 of 4 are half, 2.mp4 is one too many.
-    clips = TrainingClips(SFTSettings(out=folder, allow_missing=0.5), None, each, [[]] * 4, 2)
+    clips = TrainingClips(SFTSettings(out=folder, allow_missing=0.5), each, [[]] * 4, 2)
     clips._failed(rank, ClipError(f"{rank}.mp4: broken"))
     clips.check_failed()
     if rank == 1:
@@ -396,6 +617,8 @@ def _process(rank: int, size: int, folder: str) -> None:
 
 
 def test_gradients_and_sums_over_two_processes(tmp_path):
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
     mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert row["skipped_because"] == "not finite: log-probabilities or their gradient of clip 1"

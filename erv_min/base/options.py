@@ -54,16 +54,19 @@ BOUNDS = (("least", "at least {}", lambda value, bound: value >= bound),
           ("over", "more than {}", lambda value, bound: value > bound),
           ("most", "at most {}", lambda value, bound: value <= bound))
 PATHS = {  # kind of text -> the paths in it
-    "files": lambda text: text.split(","),
+    "files": lambda text: file_list(text),
     "hub": lambda text: [text],  # a folder, or a hub repository
     "hubs": lambda text: text.split(","),
+    "run": lambda text: [],  # a run's own folder: need not be there, and is none that another option names
     "data": lambda text: [path for part in re.split(r",(?=\w+:)", text) for path in  # examples.load_examples
                           re.fullmatch(r"json:(?:\w+:)?(.+?)(?:@(.+))?|(?:\w+:)?(.*?)(?:@set_[1-5])?",
                                        part.strip()).groups() if path]}
 
 
 def check(settings) -> None:
-    """Raises SettingsError, one line, on the first value out of its range, and on a path that is not there."""
+    """Raises SettingsError, one line, on the first value out of its range, on a path that is not there, and on a run's
+    own folder that another option names."""
+    own_folder = any(f.metadata["path"] == "run" for f in dataclasses.fields(settings))
     for f in dataclasses.fields(settings):
         value, m, name = getattr(settings, f.name), f.metadata, option_name(f.name)
         if m["choices"] and value not in m["choices"]:
@@ -76,6 +79,15 @@ def check(settings) -> None:
                                 + (f": {m['why']}" if m["why"] else ""))
         if m["path"] and (gone := missing_path(value, m["path"])):
             raise SettingsError(f"{name} {value}: there is no file or folder {gone}")
+        other = getattr(settings, "out", "") if m["path"] == "hub" and own_folder else ""
+        if value and other and Path(value).resolve() == Path(other).resolve():
+            raise SettingsError(f"--out {other}: {name} names this folder, too, and what it holds would be overwritten: "
+                                "give another --out")
+
+
+def file_list(text: str) -> list[str]:
+    """The files of an option's text, separated by commas; what is there by this name, comma and all, is one file."""
+    return [text] if Path(text).exists() else text.split(",")
 
 
 def missing_path(text: str, kind: str) -> str | None:
@@ -90,6 +102,13 @@ def missing_path(text: str, kind: str) -> str | None:
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A number of things, as argparse's `type`."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -115,10 +134,10 @@ class Help(argparse.Action):
         parser.exit()
 
 
-def parser_for(cls: type, description: str) -> argparse.ArgumentParser:
+def parser_for(cls: type, description: str, parents: list[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
     """A parser with one option per field of the settings dataclass `cls`. Options are not to be abbreviated."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False, add_help=False)
+                           allow_abbrev=False, add_help=False, parents=parents)
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=("all",), default=argparse.SUPPRESS,
                         help="show this, or all options")
     add_options(parser, cls)

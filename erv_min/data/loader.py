@@ -5,6 +5,7 @@
 """
 
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -89,14 +90,21 @@ def data_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def item_at(place: int, count: int, seed: int) -> int:
-    """Which of `count` items stands at a place of the endless order: epoch after epoch, each in an order of its own."""
-    return data_order(count, seed, place // count)[place % count]
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """An epoch is whole steps, as transformers' Trainer makes them on several processes."""
+    return math.ceil(count / batch_size)
+
+
+def item_at(place: int, count: int, batch_size: int, seed: int) -> int:
+    """Which of `count` items stands at a place of the endless order: epoch after epoch, each in an order of its own.
+    An epoch's last step is filled up with the first items of its order."""
+    epoch, at = divmod(place, steps_per_epoch(count, batch_size) * batch_size)
+    return data_order(count, seed, epoch)[at % count]
 
 
 def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Items of step `step`'s global batch: places step * batch_size and on, so that no item is dropped."""
-    return [item_at(place, count, seed) for place in range(step * batch_size, (step + 1) * batch_size)]
+    """Items of step `step`'s global batch: places step * batch_size and on."""
+    return [item_at(place, count, batch_size, seed) for place in range(step * batch_size, (step + 1) * batch_size)]
 
 
 # ---- decoding ahead --------------------------------------------------------------------------------------------------

@@ -89,14 +89,3 @@ def targets(label_lists: list[tuple[str, ...]], head: int = len(ERV_LABELS)) -> 
     for i, names in enumerate(label_lists):
         out[i, [columns[x] for x in names]] = 1
     return out
-
-
-def positive_weights(targets: Tensor, most: float = 20.0) -> Tensor:
-    """--balance weight: [N, K] -> negatives / positives of each class [K], at most `most`; 1 for an absent class."""
-    positives = targets.sum(0)
-    return torch.where(positives > 0, (len(targets) - positives) / positives, 1.0).clamp(max=most)
-
-
-def sampling_weights(targets: Tensor) -> Tensor:
-    """--balance resample: [N, K] -> each row's weight [N], 1 / size of the rarest class it carries."""
-    return (targets / targets.sum(0).clamp(min=1)).amax(1)

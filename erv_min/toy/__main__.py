@@ -10,7 +10,7 @@ from erv_min.toy.world import WorldSettings, build_world
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="where clip/, annotations, tokenizers and base/ go")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model's weights")
     for name, help in (("test", "held-out clips"), ("tune", "clips to tune settings on, apart from the held-out ones")):

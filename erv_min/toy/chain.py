@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
-from erv_min.base.files import write_json, write_jsonl
+from erv_min.base.errors import SettingsError
+from erv_min.base.files import read_json, write_json, write_jsonl
 from erv_min.base.processes import Processes, barrier
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
@@ -39,12 +40,24 @@ def one_thread(preset: str) -> None:
 
 
 def world_folder(settings) -> Path:
-    """Where the world lies: --world, else in OUT or beside it. To be made: in GRPO's OUT, beside the others'."""
+    """Where the world of this seed lies: --world, whatever its seed, else in OUT or beside it. To be made: in GRPO's
+    OUT, beside the others' unless one of another seed is there."""
     if settings.world:
         return Path(settings.world)
     inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
-    found = next((path for path in (inside, beside) if (path / "world.json").exists()), None)
-    return found or (inside if isinstance(settings, GRPOSettings) else beside)
+    where = [path for path in (inside, beside) if world_seed(path) == settings.seed]
+    where += [path for path in ((inside,) if isinstance(settings, GRPOSettings) else (beside, inside))
+              if world_seed(path) is None]
+    if not where:
+        raise SettingsError(f"{inside}: holds a world of seed {world_seed(inside)}, not {settings.seed}: give another "
+                            f"--out, or --world {inside} to take it all the same")
+    return where[0]
+
+
+def world_seed(folder: Path) -> int | None:
+    """The seed of a world that is rendered or begun; None if there is none."""
+    about = next((path for path in (folder / "world.json", folder / "world.partial.json") if path.exists()), None)
+    return read_json(about).get("settings", {}).get("seed") if about else None
 
 
 def prepare_world(settings, processes: Processes, base: bool = False) -> Path:

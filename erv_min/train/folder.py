@@ -1,14 +1,18 @@
 """A run's folder: logs, states, resume, and what to do about SIGTERM, Ctrl-C and numbers that are not finite.
 
-It holds `config.json` (settings, versions, commit), `metrics.jsonl` (an object per step), `state-STEP/` (state.py), and
-at the end `model.safetensors`. No random state is saved because there is none: data order and sampling noise are
-functions of the seed and the step.
+It holds `config.json` (settings, versions, commit), `data.jsonl` (what it trains on, in order), `metrics.jsonl` (an
+object per step), `state-STEP/` (state.py), and at the end `model.safetensors`. No random state is saved because there is
+none: data order and sampling noise are functions of the seed and the step.
 """
 
+import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
+import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -17,29 +21,32 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erv_min.base.errors import STOPPED, DiskError, NumbersError, SettingsError
 from erv_min.base.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import option_name
-from erv_min.base.processes import Processes, all_gather_object, all_reduce_sum, barrier, gather_lists
+from erv_min.base.processes import Processes, all_gather_object, barrier, gather_lists
 from erv_min.train.state import load_state, save_state, saved_states
 
+log = logging.getLogger("erv_min")
 TOO_MANY = 3  # steps in a row without a finite loss and gradient that end a run
 LOGS = ("metrics.jsonl", "completions.jsonl", "failed_clips.jsonl", "epochs.jsonl")
 SHOWN = ("loss", "reward", "reward_format", "reward_answer", "reward_explanation", "held_out_EEA", "held_out_EPC", "kl",
          "completion_length", "lr", "tokens_per_s")
 PACKAGES = ("erv-min", "torch", "safetensors", "tokenizers", "huggingface-hub", "numpy", "av", "soundfile")
-# Settings that a resumed run may have otherwise: they change how long, where and how fast it runs, not its numbers.
-FREE_ON_RESUME = {"out", "resume", "steps", "epochs", "save_every", "keep", "workers", "device", "sample_every",
-                  "baseline", "allow_missing", "cache_features", "world", "micro_batch", "recompute",
-                  "eval_temperature", "eval_clips", "watch_every", "watch_erv", "patience", "rollout_batch",
-                  "deterministic"}
+# Settings that a resumed run may have otherwise: they change where and how fast it runs, and what is watched, not its
+# numbers. (--steps and --epochs would change the learning rates; what lies in another --world is compared by itself.)
+FREE_ON_RESUME = {"out", "resume", "save_every", "keep", "workers", "device", "sample_every", "baseline",
+                  "allow_missing", "cache_features", "world", "micro_batch", "recompute", "eval_temperature",
+                  "eval_clips", "watch_every", "watch_erv", "rollout_batch", "deterministic"}
 
 
 def provenance(settings) -> dict:
@@ -59,27 +66,68 @@ LOCKS: dict = {}  # folder -> open file whose lock this process holds until it e
 
 
 def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
-    """Locks the folder of a run for this job, on every process; returns whether to resume: if asked to, and if
-    torchrun starts the job again (--max-restarts).
+    """Locks the folder of a run for this job; every process must call it. Returns whether to resume: if asked to, or
+    if torchrun starts this very job again (--max-restarts).
 
-    Raises SettingsError if a run lies there and nobody asked to go on with it, or if one is still writing.
+    Raises SettingsError if a run lies there and nobody asked to go on with it, if one is still writing, or if not every
+    process sees this folder.
     """
-    out, resume = Path(out), resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    problem = ""
-    if processes.main:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            if str(out) not in LOCKS:
-                handle = open(out / ".lock", "a+")
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by decoding processes
-                LOCKS[str(out)] = handle
-        except (BlockingIOError, PermissionError):
-            problem = f"{out}: another run is writing into this folder: wait for it, stop it, or give another --out"
-        if not problem and not resume and (out / "metrics.jsonl").exists():
-            problem = f"{out} already holds a run: give --resume to go on with it, another --out, or delete it"
-    if problem := all_gather_object(problem)[0]:
-        raise SettingsError(problem)
+    out, problem, token = Path(out), "", ""
+    with contextlib.ExitStack() as stack:
+        if processes.main:
+            try:
+                resume = _take_folder(out, resume)
+                token = stack.enter_context(tempfile.NamedTemporaryFile(dir=out, prefix=".token.")).name
+            except OSError as error:
+                problem = f"{out}: cannot be written ({error.strerror}): give another --out"
+            except SettingsError as error:
+                problem = str(error)
+        problem, token, resume = all_gather_object((problem, Path(token).name, resume))[0]
+        if problem:
+            raise SettingsError(problem)
+        seen = all_gather_object((out / token).exists())
+        if not all(seen):
+            raise SettingsError(f"{out}: process {seen.index(False)} does not see the folder of process 0: --out must "
+                                "be one folder that all machines share")
     return resume
+
+
+def _take_folder(out: Path, resume: bool) -> bool:
+    """Makes and locks it, and notes in its lock which job began the run; whether to resume."""
+    out.mkdir(parents=True, exist_ok=True)
+    if str(out) not in LOCKS:
+        handle = open(out / ".lock", "a+")
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by decoding processes
+        except (BlockingIOError, PermissionError):
+            raise SettingsError(f"{out}: another run is writing into this folder: wait for it, stop it, or give "
+                                "another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            log.warning("%s: its file system has no locks (%s): nothing keeps a second run out", out, error.strerror)
+        LOCKS[str(out)] = handle
+    lock = LOCKS[str(out)]
+    lock.seek(0)
+    job = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("/attempt_")[0]  # torchrun's own folder of this job
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and job != "" and lock.read() == job
+    if not resume and not again and (out / "metrics.jsonl").exists():
+        raise SettingsError(f"{out} already holds a run: give --resume to go on with it, another --out, or delete it")
+    lock.truncate(0)
+    lock.write(job)
+    lock.flush()
+    return resume or again
+
+
+def check_disk(out: str | Path, keep: int, model: nn.Module) -> None:
+    """Raises DiskError without room for what a run of this model writes, in float32. It may have shapes alone."""
+    out, state = Path(out), 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # 3: AdamW's moments
+    needed = (keep + 1) * state + 4 * sum(p.numel() for p in model.parameters())
+    there = [*out.glob("*state-*/*"), *out.glob("model.safetensors")]
+    free = shutil.disk_usage(out).free + sum(path.stat().st_size for path in there)
+    if needed > free:
+        raise DiskError(f"{out}: {gigabytes(needed)} are needed ({keep + 1} states of {gigabytes(state)} and the "
+                        f"model), {gigabytes(free)} are free: make room, give another --out or a smaller --keep")
 
 
 def changed_settings(before: dict, now: dict) -> list[str]:
@@ -88,27 +136,51 @@ def changed_settings(before: dict, now: dict) -> list[str]:
                   if before[name] != now[name])
 
 
+def changed_data(before: list, now: list) -> str:
+    """What differs between two runs' rows of data.jsonl; "" if nothing."""
+    if before == now:
+        return ""
+    before, now = Counter(map(tuple, before)), Counter(map(tuple, now))
+    gone, new = before - now, now - before
+    if not gone and not new:
+        return f"the same {now.total()} examples stand in another order"
+    return (f"{gone.total()} of {before.total()} examples are gone or changed, {new.total()} are new or changed, e.g. "
+            + next(iter(gone or new))[0])
+
+
 class Run:
     """A run's logs and states. The main process writes; every process must call each method."""
 
-    def __init__(self, out: str | Path, settings, processes: Processes, total_steps: int, towers: dict | None = None):
-        """Keeps the settings in config.json. Raises SettingsError if a resume changes one that it may not."""
+    def __init__(self, out: str | Path, settings, processes: Processes, total_steps: int, data: list[tuple] = ()):
+        """To be made before a model is read. data: the training examples in their order, each a name and all that is
+        read of it. Raises SettingsError if a resume changes them, or a setting that it may not."""
         self.out, self.settings, self.processes, self.total_steps = Path(out), settings, processes, total_steps
-        self.metrics, self.config = self.out / "metrics.jsonl", self.out / "config.json"
-        self.about = provenance(settings) | ({"towers": towers} if towers else {})
+        self.metrics, self.config, self.data = (self.out / x for x in ("metrics.jsonl", "config.json", "data.jsonl"))
+        self.about = provenance(settings)
+        self.listed = [[example[0], hashlib.sha256(repr(example).encode()).hexdigest()[:16]] for example in data]
         self.started, self.first_step, self.interrupted = time.time(), 0, 0.0
         self.stop, self.tracked, self.skipped, self.in_a_row = "", [], 0, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        kept = read_json(self.config) if self.config.exists() else {}
-        if settings.resume and saved_states(self.out):
-            before = kept.get("erv_min", {}).get("settings", {})
-            if changed := changed_settings(before, json.loads(json.dumps(self.about["settings"]))):
-                raise SettingsError(f"{self.config}: this run was started with other values of {', '.join(changed)}; "
-                                    "resume with the same, or give another --out")
-        all_gather_object(None)  # every process has read the file before the main one changes it
-        if processes.main:
-            write_json(self.config, {**kept, "erv_min": self.about})
+        problem = self._why_not() if processes.main else ""
+        problems, lists = zip(*all_gather_object((problem, self.listed)))
+        if problems[0]:
+            raise SettingsError(f"{problems[0]}, or give another --out")
+        if any(listed != lists[0] for listed in lists):
+            raise SettingsError("the processes of this job read different data: every machine needs the same files")
+
+    def _why_not(self) -> str:
+        """Why this command does not go on with the run in the folder; "" if it does, or if there is none."""
+        steps, states = len(read_jsonl(self.metrics)) if self.metrics.exists() else 0, saved_states(self.out)
+        if not self.settings.resume or not steps and not states:
+            return ""
+        before = read_json(self.config).get("erv_min", {}).get("settings", {}) if self.config.exists() else {}
+        if changed := changed_settings(before, json.loads(json.dumps(self.about["settings"]))):
+            return f"{self.config}: this run was started with other values of {', '.join(changed)}; resume with the same"
+        if self.data.exists() and (changed := changed_data(read_jsonl(self.data), self.listed)):
+            return f"{self.data}: this run was started on other data: {changed}; resume with the same"
+        finished = (self.out / "model.safetensors").exists()
+        if not states and (finished or steps > before.get("save_every", steps)):
+            return f"{self.metrics}: {steps} steps were made, and the state-* folders are gone: put them back"
+        return ""
 
     def _on_signal(self, number: int, _) -> None:
         """`checkpoint` acts on it. A second Ctrl-C ends at once: two seconds later, since torchrun sends the first
@@ -121,19 +193,16 @@ class Run:
                 print("Ctrl-C: the step is finished and a state written; once more to end at once", flush=True)
 
     def begin(self, policy, optimizer: torch.optim.Optimizer) -> int:
-        """Checks the disk; on a resume puts the last state back and cuts the logs to it. Returns the steps done."""
-        self.policy, self.optimizer, keep = policy, optimizer, self.settings.keep
-        writes = policy.every_process_writes or self.processes.main
-        trained, whole = (writes * sum(p.numel() * p.element_size() for p in params)
-                          for params in (policy.named_parameters().values(), policy.model.parameters()))
-        size = all_reduce_sum({"state": 3 * trained, "model": whole})  # 3: parameters and AdamW's two moments
-        needed = (keep + 1) * size["state"] + size["model"]
-        there = [*self.out.glob("*state-*/*"), *self.out.glob("model.safetensors")]
-        free = shutil.disk_usage(self.out).free + sum(path.stat().st_size for path in there)
-        if needed > free:
-            raise DiskError(f"{self.out}: {gigabytes(needed)} are needed ({keep + 1} states of "
-                            f"{gigabytes(size['state'])} and the model), {gigabytes(free)} are free: make room, give "
-                            "another --out or a smaller --keep")
+        """Keeps settings and data, and acts on signals from here on; on a resume puts the last state back and cuts the
+        logs to it. Returns the steps done."""
+        self.policy, self.optimizer = policy, optimizer
+        self.about |= {"towers": policy.model.tower_source} if hasattr(policy.model, "tower_source") else {}
+        if self.processes.main:
+            kept = read_json(self.config) if self.config.exists() else {}
+            write_json(self.config, {**kept, "erv_min": self.about})
+            write_jsonl(self.data, self.listed)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
         if self.settings.resume:
             self.first_step = load_state(self.out, policy, optimizer)
             if self.processes.main:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from erv_min.base.errors import ClipError, SettingsError
-from erv_min.base.files import append_jsonl
+from erv_min.base.files import append_jsonl, read_jsonl
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.data.examples import check_clips, load_examples, too_many
-from erv_min.data.loader import item_at, training_inputs
+from erv_min.data.loader import item_at, steps_per_epoch, training_inputs
 from erv_min.decoding import prompts_at_once
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier
@@ -19,6 +19,7 @@ from erv_min.logps import Completions
 from erv_min.metrics import score
 from erv_min.model.humanomni import Prompts
 from erv_min.rewards import Reward, score_completions
+from erv_min.tokenizer import Tokenizer
 from erv_min.train.answers import predict
 from erv_min.train.settings import AnswerSettings, GRPOSettings, PolicySettings
 from erv_min.train.start import clip_options
@@ -30,28 +31,31 @@ class TrainingClips:
     units: what a place of that order holds: examples that share a clip (GRPO: one; SFT: the targets of a clip).
     """
 
-    def __init__(self, settings: PolicySettings, collate: Collator, processes: Processes, units: list[list[Example]],
-                 per_step: int):
+    def __init__(self, settings: PolicySettings, processes: Processes, units: list[list[Example]], per_step: int):
         """per_step: units per step over all processes."""
-        self.settings, self.collate, self.units, self.per_step = settings, collate, units, per_step
+        self.settings, self.units, self.per_step = settings, units, per_step
         self.places = processes.share(per_step)  # of the places 0 .. per_step - 1 of a step
-        self.total_steps = settings.steps or max(1, settings.epochs * len(units) // per_step)
+        self.total_steps = settings.steps or settings.epochs * steps_per_epoch(len(units), per_step)
         self.failed: list[str] = []
+        self.failures = Path(settings.out) / "failed_clips.jsonl"
 
     def unit_at(self, place: int) -> list[Example]:
         """What stands at a place of the endless order."""
-        return self.units[item_at(place, len(self.units), self.settings.seed)]
+        return self.units[item_at(place, len(self.units), self.per_step, self.settings.seed)]
 
     def example_at(self, place: int) -> Example:
         """Whose clip it is."""
         return self.unit_at(place)[0]
 
-    def start(self, first_step: int) -> None:
-        """Begins to decode, at the clips of `first_step`."""
+    def start(self, first_step: int, collate: Collator) -> None:
+        """Begins to decode for `collate`, at the clips of `first_step`. What failed before a resume still counts."""
+        self.collate = collate
+        if first_step and self.failures.exists():
+            self.failed = [row["error"] for row in read_jsonl(self.failures)]
         places = (step * self.per_step + place for step in range(first_step, self.total_steps) for place in self.places)
         self.stream: Iterator = training_inputs(
-            places, self.example_at, len(self.units), self._failed, config=self.collate.model.config,
-            cache=self.collate.cache, **clip_options(self.settings))
+            places, self.example_at, len(self.units), self._failed, config=collate.model.config, cache=collate.cache,
+            **clip_options(self.settings))
 
     def next(self) -> list[Inputs]:
         """A step's clips; `taken` then holds the places that they have in the order of training. A clip that cannot be
@@ -61,8 +65,7 @@ class TrainingClips:
         return [inputs for _, inputs in found]
 
     def _failed(self, place: int, error: ClipError) -> None:
-        append_jsonl(Path(self.settings.out) / "failed_clips.jsonl",
-                     {"step": place // self.per_step, "error": str(error)})
+        append_jsonl(self.failures, {"step": place // self.per_step, "error": str(error)})
         self.failed.append(str(error))
 
     def check_failed(self) -> None:
@@ -75,15 +78,15 @@ class TrainingClips:
 class RewardFunction:
     """R of a step's completions (Eq. 5); the verifier reads every distinct sentence of them in one call."""
 
-    def __init__(self, settings: GRPOSettings, collate: Collator, verifier: Verifier | None):
-        self.settings, self.tokenizer, self.verifier = settings, collate.tokenizer, verifier
+    def __init__(self, settings: GRPOSettings, verifier: Verifier | None):
+        self.settings, self.verifier = settings, verifier
 
-    def __call__(self, minibatches: list[MiniBatch]) -> tuple[list[str], list[Reward]]:
+    def __call__(self, minibatches: list[MiniBatch], tokenizer: Tokenizer) -> tuple[list[str], list[Reward]]:
         """The completions as text, and their rewards, in the order of the mini-batches' rows."""
         texts, examples = [], []
         for part in minibatches:
             for ids, mask in zip(part.completions.ids, part.completions.mask):
-                texts.append(self.tokenizer.decode(ids[mask].tolist(), skip_special=True))
+                texts.append(tokenizer.decode(ids[mask].tolist(), skip_special=True))
             for example in part.prompts.examples:
                 examples += [example] * self.settings.group_size
         probabilities, labels = None, ERV_LABELS
@@ -97,8 +100,8 @@ class HeldOut:
     """EEA and EPC of up to 64 held-out clips, every --watch-every steps, judged by --watch-erv, or in the embedded
     world by its lexicon. Nothing if --watch-every is 0, and if the toy's preset has other data and no --watch-erv."""
 
-    def __init__(self, settings: GRPOSettings, collate: Collator, processes: Processes):
-        self.settings, self.collate, self.processes, self.examples = settings, collate, processes, []
+    def __init__(self, settings: GRPOSettings, processes: Processes):
+        self.settings, self.processes, self.examples = settings, processes, []
         data = settings.data or f"toy:{settings.world}"
         if not settings.watch_every:
             return
@@ -115,7 +118,7 @@ class HeldOut:
         self.judge = make_judge(f"erv:{settings.watch_erv}" if settings.watch_erv else "lexicon",
                                 device=processes.device)
 
-    def __call__(self, policy, step: int) -> dict[str, float]:
+    def __call__(self, policy, collate: Collator, step: int) -> dict[str, float]:
         """Percent over all held-out clips, as a row of metrics.jsonl holds them; {} unless it is due, and on another
         process than the main one. The noise is not the training's, and each call's is the same: calls differ by the
         policy alone."""
@@ -124,7 +127,7 @@ class HeldOut:
         how = AnswerSettings(temperature=self.settings.eval_temperature, max_new_tokens=self.settings.max_new_tokens,
                              seed=self.settings.seed + 2**32, **clip_options(self.settings) | {"workers": 0})
         with policy.unsharded():
-            rows, _ = predict(self.collate, self.examples, self.processes, how,
+            rows, _ = predict(collate, self.examples, self.processes, how,
                               self.settings.batch_size // self.processes.size)
         if not self.processes.main or not rows:
             return {}

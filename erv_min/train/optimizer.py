@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float = 0.03, schedule: str = "cosine") -> float:
-    """Rate of step `step` (0-based) of `total`: linear warm-up over a share `warmup`, then the schedule."""
+    """Rate of step `step` (0-based) of `total`, as transformers' Trainer has it: over a share `warmup` of the steps
+    linearly from 0, the first step's rate, towards `peak`; then the schedule."""
     rising = math.ceil(total * warmup)
     if step < rising:
-        return peak * (step + 1) / rising
+        return peak * step / rising
     if schedule == "constant":
         return peak
     left = 1 - (step - rising) / max(1, total - rising)

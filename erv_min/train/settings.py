@@ -22,7 +22,7 @@ class MachineSettings:
     """What every script takes that runs a network."""
 
     seed: int = option(0, "seed of sampling; in training also of data order and random weights (the verifier: of split "
-                          "and dropout)", least=0)
+                          "and dropout)", least=0, most=2**44 - 1)
     device: str = machine("", "cpu, cuda, cuda:1 (default: cuda if there is one)")
     dtype: str = machine("float32", "type of weights and compute (training: of compute alone)", ("float32", "bfloat16"),
                          paper="bfloat16")
@@ -120,7 +120,7 @@ class SFTSettings(PolicySettings):
     """Eq. 2."""
 
     out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", needed=True,
-                      toy="runs/toy/sft")
+                      path="run", toy="runs/toy/sft")
     epochs: int = option(5, "passes over the data (table 8)", least=1, toy=1, paper_7b=10)
     batch_size: int = option(32, "samples per optimizer step, over all processes (table 8)", least=1, toy=24)
     micro_batch: int = machine(4, "samples per forward pass on one process; lower it when out of memory", least=1,
@@ -142,7 +142,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     """Eq. 3 to 5 and algorithm 1."""
 
     out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", needed=True,
-                      toy="runs/toy")
+                      path="run", toy="runs/toy")
     erv: str = option("", "the verifier: a folder or a hub repository", path="hub")
     steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=100)
     epochs: int = option(2, "passes over the data (table 8)", least=1)
@@ -190,7 +190,8 @@ class ERVSettings(TrainingSettings):
 
     preset: str = option("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for "
                                 "both sizes", ("toy", "paper", "paper-0.5b", "paper-7b"))
-    out: str = option("", "folder of this run: a folder that --erv takes", needed=True, toy="runs/toy/erv")
+    out: str = option("", "folder of this run: a folder that --erv takes", needed=True, path="run",
+                      toy="runs/toy/erv")
     data: str = option("", "JSONL files, separated by commas (toy: the embedded world's erv_train.jsonl)", path="files")
     valid: str = option("", "JSONL files to measure on (toy: the world's erv_valid.jsonl; else --holdout)",
                         path="files")
@@ -207,10 +208,6 @@ class ERVSettings(TrainingSettings):
     schedule: str = option("linear", "learning rate after the warm-up (the paper does not say)",
                            ("cosine", "linear", "constant"))
     dropout: float = option(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99, toy=0.0)
-    balance: str = variant("none", "class imbalance: none (the paper's way is its complement set), positives weighted, "
-                                   "or rows of rare classes drawn more often", ("none", "weight", "resample"))
-    patience: int = variant(0, "stop after so many epochs without a better macro F1 and keep the best; 0: never",
-                            least=0)
     save_every: int = machine(200, "steps between checkpoints", least=1)
     tau: float = option(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
     k: int = option(2, "labels per sentence at most (algorithm 1)", least=1)

@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from erv_min.base.errors import SettingsError
 from erv_min.base.processes import rank_and_size
 from erv_min.checkpoint import save_humanomni
 from erv_min.fsdp import Sharded, unit_modules
@@ -121,8 +120,6 @@ class FullyShard(_ByName):
 
         # It warns of in-place writes to outputs that are views (here keys and values); none are written to.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        if not dist.is_initialized():
-            raise SettingsError("--sharding torch needs processes to shard over: start the script with torchrun")
         self.model = model
         how = {"mesh": init_device_mesh(torch.device(device).type, (dist.get_world_size(),)),
                "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)}

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from erv_min.base.errors import SettingsError
+from erv_min.base.hub import resolve
 from erv_min.base.processes import Processes, gather_lists
-from erv_min.checkpoint import load_humanomni, text_gate_folder
+from erv_min.checkpoint import check_checkpoint, humanomni_config, load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary
@@ -19,6 +20,7 @@ from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import freeze_except, frozen_reference, random_humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
+from erv_min.train.folder import check_disk
 from erv_min.train.settings import (DIMENSIONS, STARTS, AnswerSettings, GRPOSettings, ModelSettings, PolicySettings,
                                     trained_parts)
 from erv_min.train.sharding import shard
@@ -27,16 +29,31 @@ from erv_min.train.sharding import shard
 def load_model(settings: ModelSettings, name: str, dtype: torch.dtype, device, processes: Processes, show=print):
     """(model, tokenizer, gate tokenizer) of a folder or hub repository with the settings' revision and towers.
 
-    `show` gets a line that says which towers it runs with (divergence 12), on the main process.
+    The tokenizers come first: they are small. `show` gets a line that says which towers it runs with (divergence 12),
+    on the main process.
     """
-    model = load_humanomni(name, dtype, device, settings.revision, settings.vision_tower, settings.audio_tower,
-                           settings.text_tower)
-    model.gate_folder = text_gate_folder(name, settings.revision, settings.text_tower)
+    folder = resolve(name, settings.revision, weights=False)
+    towers = (settings.vision_tower, settings.audio_tower, settings.text_tower)
+    tokenizer = Tokenizer(folder)
+    gate_folder = text_gate_folder(name, settings.revision, settings.text_tower)
+    gate = EncoderTokenizer(gate_folder, model_ids=humanomni_config(folder, *towers).gate.vocab_size)
+    model = load_humanomni(name, dtype, device, settings.revision, *towers)
+    model.gate_folder = gate_folder
     if processes.main:
         show(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; towers: "
              + ", ".join(f"{k} from {v}" for k, v in model.tower_source.items()))
-    gate = EncoderTokenizer(model.gate_folder, model_ids=model.config.gate.vocab_size)
-    return model, Tokenizer(model.source_folder), gate
+    return model, tokenizer, gate
+
+
+def check_names(settings) -> None:
+    """Whether what the settings name is there, and a checkpoint of its kind: config.json and tokenizer alone are
+    fetched. To be called before any weights are. Raises CheckpointError."""
+    for option, kind in (("model", "humanomni"), ("erv", "erv"), ("watch_erv", "erv")):
+        if name := getattr(settings, option, ""):
+            check_checkpoint(name, kind, settings.revision if option == "model" else None)
+    for option in ("vision_tower", "audio_tower", "text_tower"):
+        if name := getattr(settings, option, ""):
+            resolve(name, weights=False)
 
 
 def load_collator(settings: AnswerSettings, processes: Processes, show=print) -> Collator:
@@ -47,12 +64,40 @@ def load_collator(settings: AnswerSettings, processes: Processes, show=print) ->
                     settings.question or f"{QUESTION} {REASONING_SUFFIX}")
 
 
-def load_start(settings: PolicySettings, stage: str, processes: Processes) -> tuple[HumanOmni, Collator]:
+def check_start(settings: PolicySettings, stage: str, processes: Processes) -> None:
+    """Names in `settings` what a stage starts from, if the command does not: the preset's own start (section 4.3).
+    Raises SettingsError, CheckpointError and DiskError on what a stage would stumble over after minutes of loading."""
+    if settings.sharding == "torch" and processes.size == 1:
+        raise SettingsError("--sharding torch needs two processes or more: torchrun --nproc_per_node=2")
+    if not settings.random_weights:
+        settings.model = settings.model or STARTS[stage].get(settings.preset, "")
+        if not settings.model:
+            raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
+                                "(a folder or hub repository), or try the machine with --random-weights")
+    if getattr(settings, "w_explanation", 0) and not settings.erv and not settings.random_weights:
+        if settings.ablate == "augmentation":
+            raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
+                                "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as "
+                                "--erv")
+        raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or "
+                            "--w-explanation 0")
+    check_names(settings)
+    if settings.random_weights:
+        config = humanomni(DIMENSIONS[settings.preset])
+    else:
+        folder = resolve(settings.model, settings.revision, weights=False)
+        config = humanomni_config(folder, settings.vision_tower, settings.audio_tower, settings.text_tower)
+    model = random_humanomni(config, device="meta")  # shapes alone
+    freeze_except(model, trained_parts(stage, settings))
+    check_disk(settings.out, settings.keep, model)
+
+
+def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmni, Collator]:
     """The model that a stage begins with, in float32, and the collator of its inputs.
 
     It lies on the device, or, if it will be sharded, on the CPU: with --sharding hand on the first process's alone.
-    --model names a folder or hub repository; without it the preset's own start (section 4.3). With --random-weights
-    the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
+    With --random-weights the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded
+    world's.
     """
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
@@ -60,11 +105,7 @@ def load_start(settings: PolicySettings, stage: str, processes: Processes) -> tu
         model.source_folder, model.gate_folder = (Path(settings.world, "tokenizers", x) for x in ("lm", "text_gate"))
         tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
     else:
-        name = settings.model or STARTS[stage].get(settings.preset)
-        if not name:
-            raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
-                                "(a folder or hub repository), or try the machine with --random-weights")
-        model, tokenizer, gate = load_model(settings, name, torch.float32, device, processes)
+        model, tokenizer, gate = load_model(settings, settings.model, torch.float32, device, processes)
     model.model.recompute = settings.recompute
     settings.num_frames = settings.num_frames or model.config.num_frames
     cache = None
@@ -80,14 +121,14 @@ def load_sharded_policy(settings: PolicySettings, stage: str, processes: Process
     """(policy, collator): pi_theta with table 8's parts trainable, as it lies on the processes.
 
     It is in eval mode, in training too: HumanOmni has no dropout, and nothing else in it asks."""
-    model, collate = load_start(settings, stage, processes)
+    model, collate = load_start(settings, processes)
     freeze_except(model, trained_parts(stage, settings))
     return shard(model, settings.sharding, processes.device, getattr(torch, settings.dtype)), collate
 
 
 def load_policy_and_reference(settings: GRPOSettings, processes: Processes):
     """(policy, reference, collator): pi_theta, and the frozen pi_ref, which shares the frozen towers' features."""
-    model, collate = load_start(settings, "grpo", processes)
+    model, collate = load_start(settings, processes)
     frozen = frozen_reference(model)
     freeze_except(model, trained_parts("grpo", settings))
     compute = getattr(torch, settings.dtype)
@@ -115,21 +156,21 @@ def training_examples(settings: PolicySettings, split: str, processes: Processes
     return check_clips(examples, settings.allow_missing, missing)
 
 
+def data_of(examples: list[Example]) -> list[tuple]:
+    """What training reads of each example, as folder.Run compares it at a resume; of a clip its name and size."""
+    sizes = [x.path.stat().st_size if x.path.is_file() else 0 for x in examples]  # 0: a folder of frames
+    return [(f"{x.dataset} {x.video_id}", x.label, x.subtitle, x.explanation, x.path.name, size)
+            for x, size in zip(examples, sizes)]
+
+
 def load_verifier(settings: GRPOSettings, device: torch.device) -> Verifier | None:
-    """The verifier that R_E asks: --erv; a random one with --random-weights; None if R_E is off. Raises SettingsError
-    if none is named, or if --ablate asks for one of its own."""
+    """The verifier that R_E asks: --erv, or a random one with --random-weights; None if R_E is off."""
     if not settings.w_explanation:
         return None
     if settings.erv:
         return Verifier.load(settings.erv, device)
-    if settings.random_weights:
-        tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
-        return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
-    if settings.ablate == "augmentation":
-        raise SettingsError("--ablate augmentation needs a verifier trained on the annotated sources alone: "
-                            "scripts/erv.py --sources emer,merr --data ... --out runs/erv-unaugmented, given as --erv")
-    raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier), or "
-                        "--w-explanation 0")
+    tokenizer = EncoderTokenizer(Path(settings.world, "tokenizers", "erv"))
+    return Verifier(scratch("base", tokenizer.vocab_size, len(ERV_LABELS)), tokenizer, ERV_LABELS, device)
 
 
 def clip_options(settings: ModelSettings) -> dict:

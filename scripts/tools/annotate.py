@@ -244,7 +244,8 @@ def build(examples: Examples, sections: str = SECTIONS) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--run", default="", help="a toy run of scripts/grpo.py: its verifier and completions")
     parser.add_argument("--out", default="annotated.html", help="the page")
     args = parser.parse_args(argv)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_json, write_json
+from erv_min.base.options import positive
 from erv_min.base.processes import barrier, exact_float32, leave, run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.generate import rollout, sampling_noise
@@ -267,14 +268,15 @@ BENCHES = {"rollout": rollout_ways, "step": step_ways, "logps": logps_ways, "fsd
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("bench", nargs="+", choices=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--size", default="toy", choices=("toy", "0.5b", "7b"), help="dimensions of the model")
-    parser.add_argument("--group", type=int, default=8, help="G, completions of a prompt")
-    parser.add_argument("--tokens", type=int, default=48, help="T, tokens of a completion")
+    parser.add_argument("--group", type=positive, default=8, help="G, completions of a prompt")
+    parser.add_argument("--tokens", type=positive, default=48, help="T, tokens of a completion")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed runs of each way")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args(argv)
     settings = vars(options) | {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -8,10 +8,9 @@ What is estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESE
 tests/test_fsdp.py holds the plan of a small model against the same steps on real tensors.
 """
 
-import argparse
 import sys
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from unittest.mock import patch
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from erv_min.base.chunked import CHUNK_LOGITS, ON_CUDA
 from erv_min.base.errors import SettingsError
-from erv_min.base.options import parse
+from erv_min.base.options import OneLineParser, checked, parser_for, positive, preset_values
 from erv_min.base.processes import run_script
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
@@ -215,17 +214,17 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--stage", choices=KINDS, default="grpo")
-    parser.add_argument("--gpu", choices=GPUS, default="a100-80")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
-    own, rest = parser.parse_known_args(argv)
-    if own.gpus < 1:
-        parser.error(f"--gpus must be at least 1, not {own.gpus}")
-    if "--preset" not in " ".join(rest):
-        rest += ["--preset", "paper-7b"]
-    settings = parse(KINDS[own.stage], __doc__, [*rest, "--out", "."])  # nothing is written
+    parser = OneLineParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--stage", choices=KINDS, default="grpo", help="whose settings these are [grpo]")
+    stage = parser.parse_known_args(argv)[0].stage
+    parser = parser_for(KINDS[stage], __doc__, parents=[parser])
+    parser.add_argument("--gpu", choices=GPUS, default="a100-80", help="[a100-80]")
+    parser.add_argument("--gpus", type=positive, default=8, help="number of GPUs [8]")
+    own = parser.parse_args(argv)
+    given = {"preset": "paper-7b", "out": "."} | vars(own)  # nothing is written
+    names = [f.name for f in fields(KINDS[stage])]
+    values = preset_values(KINDS[stage], given["preset"]) | given
+    settings = checked(parser, KINDS[stage], {name: values[name] for name in names})
     config = humanomni(DIMENSIONS[settings.preset])
     targets = f"targets of {TARGET_TOKENS}"
     if own.stage == "grpo":

@@ -25,6 +25,7 @@ from survey_score import report, score
 
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import atomic_write, write_json
+from erv_min.base.options import positive
 from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.data.results import read_predictions
@@ -121,21 +122,22 @@ def make(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("make", help="write the survey page and its key").add_argument
+    add = commands.add_parser("make", help="write the survey page and its key", allow_abbrev=False).add_argument
     add("--first", required=True, help="predictions of the first system (of table 3's first column)")
     add("--second", required=True, help="predictions of the second")
     add("--names", default="Ours,Baseline", help="their names in the tables; the page does not show them")
     add("--data", required=True, help="the clips, 'mafw:/path', 'toy:/world'")
     add("--split", default="test", choices=("test", "train"), help="split of --data")
     add("--out", required=True, help="folder of the page")
-    add("--clips", type=int, default=28, help="clips to ask about (the paper: 28 comparisons)")
+    add("--clips", type=positive, default=28, help="clips to ask about (the paper: 28 comparisons)")
     add("--any-answer", action="store_true", help="also clips with a wrong answer or emotion")
     add("--seed", type=int, default=0, help="seed of choice, order and sides")
     add("--title", default="How well do these explanations fit the video?", help="heading of the page")
     add("--embed-mb", type=float, default=32, help="clips inside the page up to so much; 0: always beside it")
-    add = commands.add_parser("score", help="read the raters' files").add_argument
+    add = commands.add_parser("score", help="read the raters' files", allow_abbrev=False).add_argument
     add("answers", nargs="+", help="JSON files that raters exported")
     add("--key", required=True, help="the key that make wrote")
     add("--out", default="", help="also write all figures as JSON")

@@ -112,7 +112,7 @@ def break_sampling(script) -> None:
     elif script.__name__ == "erv":
         script.batch_of_step = lambda count, size, seed, step: torch.randint(count, (size,), generator=generator).tolist()
     else:
-        hooks.item_at = functools.cache(lambda place, count, seed: int(torch.randint(count, (), generator=generator)))
+        hooks.item_at = functools.cache(lambda place, count, *_: int(torch.randint(count, (), generator=generator)))
     if script.__name__ == "erv":
         manual_seed(5)
         torch.manual_seed = lambda seed: generator

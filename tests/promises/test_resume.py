@@ -17,7 +17,7 @@ import torch
 from erv_min.base.errors import STOPPED, CheckpointError, DiskError
 from erv_min.base.files import append_jsonl, atomic_write
 from erv_min.base.processes import Processes
-from erv_min.train.folder import Run
+from erv_min.train.folder import Run, check_disk
 from erv_min.train.optimizer import make_optimizer, update
 from erv_min.train.settings import SFTSettings
 from erv_min.train.sharding import Replicated
@@ -197,12 +197,10 @@ def test_a_full_disk_keeps_the_state_before_and_says_what_is_needed(tmp_path, mo
 
 
 def test_no_room_is_seen_before_the_run(tmp_path, monkeypatch):
-    policy, optimizer = small()
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 80, 80)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    run = Run(tmp_path, SFTSettings(), ALONE, 10)
     with pytest.raises(DiskError, match="3 states of 9.6e-08 GB and the model.*are free: make room.*--keep"):
-        run.begin(policy, optimizer)
+        check_disk(tmp_path, 2, small()[0].model)
 
 
 def test_logs_and_small_files_name_a_full_disk(tmp_path, monkeypatch):
