@@ -31,7 +31,7 @@ from erv_min.train.log import explanation_statistics
 
 
 def agreement(verifier: list[str], judge: list[str | None], labels: tuple[str, ...]) -> dict:
-    """One emotion per sentence from each -> `comparisons.agreement`, and per class precision and recall with the judge as
+    """One emotion per sentence from each -> `comparisons.agreement`, and per class precision and recall, the judge as
     truth. Sentences that the judge left without an emotion (None) are counted apart and left out."""
     found = agreement_of(verifier, judge)
     if not found["n"]:
