@@ -83,6 +83,8 @@ def _read_judgement(row: dict, output: str | None) -> None:
 def _rows(path: Path, names) -> Iterator[tuple[str, dict]]:
     """(place in the file, row) of a file in any of the three forms."""
     text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: no prediction in it")
     if text.lstrip().startswith("{"):
         return _jsonl_rows(path)
     if not names:
