@@ -415,6 +415,10 @@ def test_undecodable_and_missing_clips_are_listed(world, tmp_path):
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(rows) == 4 and metrics["missing"] == [test[2].video_id] and test[1].path.name in metrics["failed"][0]
     assert (tmp_path / "out" / "missing_clips.txt").read_text() == f"{test[2].path}\n"
+    for example in test[:2] + test[3:]:
+        example.path.write_bytes(b"not a clip")
+    with pytest.raises(DataError, match="5 of 6 clips could not be decoded .* and 1 are missing"):  # nothing is left
+        run_model(copy, tmp_path / "none", "--allow-missing", "1")
 
 
 def test_a_wrong_judge_is_told_before_the_predictions_begin(world, tmp_path, monkeypatch):
