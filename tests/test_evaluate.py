@@ -267,7 +267,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     build_world(folder,
                 WorldSettings(train=8, test=6, pretrain=2, sft_clips=4, resamples=1, erv_train=60, erv_valid=10),
-                workers=1, progress=False)
+                workers=1)
     config = humanomni("toy")
     lm = json.loads((folder / "tokenizers" / "lm" / "tokenizer.json").read_text())
     size = len(lm["model"]["vocab"]) + len(lm["added_tokens"])

@@ -8,7 +8,6 @@
 """
 
 import copy
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -21,6 +20,7 @@ from erv_min.base.errors import ClipError, SettingsError
 from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import check
 from erv_min.base.processes import Processes, gather_lists, join_processes
+from erv_min.base.progress import Progress
 from erv_min.data.loader import clip_inputs
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Collator, Example, embed
@@ -96,19 +96,17 @@ def answers(policy: Collator, clips: list, settings: AnswerSettings = AnswerSett
 
 
 def predict(collate: Collator, examples: list[Example], processes: Processes, settings: AnswerSettings,
-            batch_size: int = 8, progress: str = "") -> tuple[list[dict], list[ClipError]]:
+            batch_size: int = 8, progress: str = "answers") -> tuple[list[dict], list[ClipError]]:
     """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
 
     Returns rows {"video_id", "output", "ground_truth", "dataset"} and the errors of clips that could not be decoded.
     """
     mine = list(range(processes.rank, len(examples), processes.size))
-    found, started = {}, time.time()
-    for i, said in zip(mine, outputs(collate, [examples[i] for i in mine], mine, settings, batch_size)):
-        found[i] = said
-        if progress and processes.main and (len(found) % batch_size == 0 or len(found) == len(mine)):
-            rate = len(found) / (time.time() - started)
-            print(f"{progress}: {len(found)}/{len(mine)} clips, {rate:.1f} clips/s, "
-                  f"{(len(mine) - len(found)) / rate:.0f} s left", flush=True)
+    found = {}
+    with Progress(progress, len(mine), "clip") as shown:
+        for i, said in zip(mine, outputs(collate, [examples[i] for i in mine], mine, settings, batch_size)):
+            found[i] = said
+            shown.add()
     said = [x for _, x in sorted(gather_lists(list(found.items())), key=lambda pair: pair[0])]
     rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
             for e, x in zip(examples, said) if isinstance(x, str)]
