@@ -38,6 +38,8 @@ def find_clips(names: list[str]) -> list[Path]:
             clips += [path.parent / line.strip() for line in read_text(path).splitlines() if line.strip()]
         else:
             clips.append(path)
+    if not clips:
+        raise DataError(f"{', '.join(names)}: no clip is named there")
     return clips
 
 

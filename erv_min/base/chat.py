@@ -14,7 +14,7 @@ import threading
 import time
 from calendar import timegm
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from email.utils import parsedate
 from pathlib import Path
@@ -23,13 +23,13 @@ from huggingface_hub.utils import get_session
 
 from erv_min.base.errors import JudgeError
 from erv_min.base.files import append_jsonl, read_jsonl
+from erv_min.base.progress import Progress
 
 PROVIDERS = {  # name -> its OpenAI-compatible server, the environment variable of its key
     "openai": ("https://api.openai.com/v1", "OPENAI_API_KEY"),
     "gemini": ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
     "hf": ("https://router.huggingface.co/v1", "HF_TOKEN")}
 MAX_WAIT = 300  # seconds; if a server asks for more, the prompt fails
-SHOW_EVERY = 5  # seconds between two lines of progress, twice that while no request ends
 HOPELESS = {  # status of a response, or words in it -> why asking on is pointless
     401: "the key is refused", 402: "no credit left", 403: "access is refused, by the server or a proxy before it",
     404: "no such model or address", "insufficient_quota": "no credit left",
@@ -104,28 +104,24 @@ class ChatClient:
         tokens_in = sum(len(request["messages"][0]["content"]) for request in todo.values()) // 4 + 8 * len(todo)
         self.show(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated), "
                   f"about {tokens_in:,} tokens in, at most {limit * len(todo):,} out")
-        failed, ended, in_a_row, shown = {}, 0, 0, time.monotonic()
+        failed, in_a_row = {}, 0
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            for part in (list(todo)[:1], list(todo)[1:]):  # what the first learns of a server the others need not
-                if failed and not self._reached:
-                    break
-                futures = {pool.submit(self._one, key, todo[key], whole): key for key in part}
-                waiting = set(futures)
-                while waiting:
-                    done, waiting = wait(waiting, SHOW_EVERY, FIRST_COMPLETED)
-                    for future in done:
-                        ended, error = ended + 1, future.result()
+            with Progress(self.name, len(todo), "request") as progress:
+                for part in (list(todo)[:1], list(todo)[1:]):  # what the first learns of a server others need not
+                    if failed and not self._reached:
+                        break
+                    futures = {pool.submit(self._one, key, todo[key], whole): key for key in part}
+                    for future in as_completed(futures):
+                        progress.add()
+                        error = future.result()
                         if error:
                             failed[futures[future]] = error
                         in_a_row = in_a_row + 1 if error else 0
                         if in_a_row == self.give_up:
                             raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: {error}. "
                                              "What was answered is kept; run again to go on")
-                    if time.monotonic() - shown >= SHOW_EVERY or ended == len(todo):
-                        self.show(f"{self.name}: {ended - len(failed)} of {len(todo)} answered, {len(failed)} failed")
-                        shown = time.monotonic()
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -134,6 +130,8 @@ class ChatClient:
             if not self._reached or not any(key in self.answers for key in keys):
                 raise JudgeError(f"{self.name}: none of {len(todo)} requests was answered, the first: {first}")
             self.show(f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {first}")
+        elif todo:
+            self.show(f"{self.name}: {len(todo)} of {len(todo)} answered")
         return [Reply(self.answers.get(key, ""), failed.get(key, "")) for key in keys]
 
     def _one(self, key: str, request: dict, whole: Callable[[str], bool]) -> str:
