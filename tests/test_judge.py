@@ -245,9 +245,13 @@ def test_what_a_model_refuses_is_left_out_from_then_on(serve):
     assert len(api.bodies) == 13 + 2 and api.bodies[-1]["max_completion_tokens"] == 16  # learned once
     assert sum("max_tokens is refused, asked with max_completion_tokens" in line for line in shown) == 1
     assert sum("temperature is refused, asked without it" in line for line in shown) == 1
-    serve(lambda prompt, times: bad(400, "temperature, max_tokens, max_completion_tokens, seed: all wrong"))
-    with pytest.raises(JudgeError, match="all wrong"):
-        ask(["x"])
+    for words, times_asked in (("'temperature', 'max_tokens', 'max_completion_tokens', 'seed': all wrong", 3),
+                               ("invalid temperature: only 1 is all wrong", 2),
+                               ("'She has a high temperature' is all wrong", 1)):  # about the prompt
+        api = serve(lambda prompt, times: bad(400, words))
+        with pytest.raises(JudgeError, match="all wrong"):
+            ask(["x"])
+        assert len(api.bodies) == times_asked
 
 
 def test_slow_answers_time_out_and_are_asked_again(serve):
@@ -307,7 +311,7 @@ def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
 @pytest.mark.parametrize("answer, message", [
     (bad(401, f"Incorrect API key provided: {KEY}"), "the key is refused"),
     (bad(404, "model_not_found"), "no such model"),
-    (bad(429, "insufficient_quota"), "no credit left")])
+    (bad(429, 400 * "x" + "insufficient_quota"), "no credit left"), (bad(402, "top up"), "no credit left .*top up")])
 def test_hopeless_answers_end_the_run(serve, answer, message):
     api = serve(lambda prompt, times: answer)
     with pytest.raises(JudgeError, match=message):

@@ -34,7 +34,8 @@ HOPELESS = {  # status of a response, or words in it -> why asking on is pointle
     401: "the key is refused", 402: "no credit left", 403: "access is refused, by the server or a proxy before it",
     404: "no such model or address", "insufficient_quota": "no credit left",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to ask a hosted model"}
-REFUSABLE = ("max_tokens", "temperature", "seed", "reasoning_effort")  # some models answer 400 to one of these
+REFUSABLE = ("max_tokens", "temperature", "seed", "reasoning_effort")  # some models answer 400 to one of these:
+REFUSED = r"['\"`]{0}['\"`]|\b(?:invalid|unsupported|unknown)\W+{0}\b|\b{0} (?:is|does|must)\b"
 THOUGHT = r"[<\[◁]{}(?:think|thinking|thought|reasoning)[>\]▷]"  # a reasoning model's tags: {} is "" or "/"
 
 
@@ -67,8 +68,8 @@ class ChatClient:
             raise JudgeError(f"{spec}: no key; set {variable} in the environment"
                              + (" (or ERV_JUDGE_BASE_URL for a server without one)" if provider == "openai" else ""))
         self.name, self.cache, self.reply_tokens, self.show = spec, cache and Path(cache), reply_tokens, show
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self.backoff, self.give_up = backoff, give_up
+        self.concurrency, self.timeout = concurrency, timeout
+        self.retries, self.backoff, self.give_up = retries, backoff, give_up
         self.extra = {"reasoning_effort": "none"} if "2.5-flash" in self.model else {}  # else thoughts eat max_tokens
         self._lock, self._stop, self._reached, self._refused = threading.Lock(), threading.Event(), False, set()
         rows = read_jsonl(self.cache) if self.cache and self.cache.exists() else []
@@ -152,7 +153,7 @@ class ChatClient:
             status = int(code[1]) if code else status  # some send an error as 200 with the true status inside
             self._reached = self._reached or status >= 400
             for sign, why in HOPELESS.items():
-                if sign == status or isinstance(sign, str) and sign in reason:
+                if sign == status or isinstance(sign, str) and sign in body:
                     raise JudgeError(f"{self.name}: {why} ({self.url}: {reason})")
             if 400 <= status < 500 and status not in (408, 409, 425, 429):
                 break  # about this prompt: asking again gives the same
@@ -175,7 +176,7 @@ class ChatClient:
                 body = response.text
             except Exception as error:  # of the HTTP library that this huggingface_hub uses: requests, httpx, ...
                 return 0, f"{type(error).__name__}: {error}", ""
-            refused = [name for name in REFUSABLE if name in sent and re.search(rf"\b{name}\b", body)]
+            refused = [name for name in REFUSABLE if name in sent and re.search(REFUSED.format(name), body)]
             if response.status_code not in (400, 422) or not refused:
                 return response.status_code, body, response.headers.get("Retry-After", "")
             if refused[0] not in self._refused:

@@ -16,7 +16,6 @@ from erv_min.base.weights import LAYOUTS
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",
               "text_gate/tokenizer_config.json"]
-REFUSED = (401, 403, 404)
 WAITS = (1, 2, 4, 8, 16)  # seconds before a file whose connection broke is asked for again
 
 
@@ -47,7 +46,7 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
     except Exception as error:  # network, permission, name, revision, disk: the cause is in the message
         told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         reason = " ".join(f"{type(told).__name__}: {told}".split())
-        if _status(error) in REFUSED:
+        if _refused(error):
             way = ("Check the name (and --revision); if it is private or asks for consent, get access on its page, and "
                    "log in with 'hf auth login' or set HF_TOKEN")
         elif "No space left" in reason or "quota exceeded" in reason:
@@ -71,18 +70,17 @@ def _listed(name: str, revision: str | None) -> tuple[Path | None, list[str]]:
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:
     """One file, in this thread: Ctrl-C ends it at once, but not a pool of threads (the hub's `snapshot_download`)."""
-    for wait in WAITS:
+    for wait in (*WAITS, None):
         try:
             return Path(hf_hub_download(name, file, revision=revision))
         except Exception as error:
-            if _status(error) in REFUSED or getattr(error, "errno", None):  # the hub's refusal, or the disk's
+            if wait is None or _refused(error) or getattr(error, "errno", None):  # by the hub, or by the disk
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"{name}: {file}: {reason}; asking again in {wait} s, whole files are kept", file=sys.stderr)
-        time.sleep(wait)
-    return Path(hf_hub_download(name, file, revision=revision))
+            time.sleep(wait)
 
 
-def _status(error: Exception) -> int:
-    """Of the hub's response; 0 if there was none."""
-    return getattr(getattr(error, "response", None), "status_code", 0)
+def _refused(error: Exception) -> bool:
+    """Whether the hub answered that there is no such thing, or not for this user: asking again gives the same."""
+    return getattr(getattr(error, "response", None), "status_code", 0) in (401, 403, 404)
