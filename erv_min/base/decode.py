@@ -75,7 +75,10 @@ def _frame_folder(folder: Path, choose: Callable[[int], list[int]]) -> torch.Ten
     for i in kept:
         with _opened(files[i]) as container:
             _video_stream(container, files[i]).codec_context.options = {"err_detect": "explode"}  # a cut picture fails
-            kept[i] = to_rgb(next(container.decode(video=0)))
+            for frame in container.decode(video=0):
+                kept[i] = to_rgb(frame)
+        if kept[i] is None:
+            raise ClipError(f"{files[i]}: has no frame that can be decoded; replace the file or leave the clip out")
     return torch.from_numpy(np.stack([kept[i] for i in indices]))
 
 
@@ -253,6 +256,8 @@ def _sound_file(path: Path, max_samples: int) -> torch.Tensor | None:
         cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # a WAV too short
         if cut and int(cut[2]) < 0.95 * int(cut[1]) < 2e9:  # near 2 or 4 GiB: not a size, but written to a pipe
             raise ClipError(f"{path}: cut off after {cut[2]} of {cut[1]} bytes; replace the file or leave the clip out")
+        if not header.streams.audio or not header.streams.audio[0].codec_context:
+            raise ClipError(f"{path}: no decoder for its sound; convert it to PCM")
         layout = header.streams.audio[0].layout
         while samples < max_samples and len(block := file.read(2**16, "float32", always_2d=True)):  # [n, C]
             frame = av.AudioFrame.from_ndarray(block.reshape(1, -1), "flt", layout)

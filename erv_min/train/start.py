@@ -12,6 +12,7 @@ from erv_min.checkpoint import load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary
+from erv_min.data.loader import start_workers
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier, scratch
 from erv_min.inputs import Collator, Example
@@ -53,6 +54,7 @@ def load_start(settings: PolicySettings, stage: str, processes: Processes) -> tu
     --model names a folder or hub repository; without it the preset's own start (section 4.3). With --random-weights
     the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded world's.
     """
+    start_workers(settings.workers)
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
         model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
