@@ -10,7 +10,7 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.checkpoint import load_humanomni, text_gate_folder
 from erv_min.config import humanomni
-from erv_min.data.cache import FeatureCache
+from erv_min.data.cache import FEATURES, FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary
 from erv_min.data.loader import start_workers
 from erv_min.emotions import ERV_LABELS
@@ -73,7 +73,8 @@ def load_start(settings: PolicySettings, stage: str, processes: Processes) -> tu
         folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
         about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
-        cache = FeatureCache(folder, ":".join(map(str, (towers, *about))))
+        shape = (model.config.vision, model.config.audio, model.config.select_layer)  # not all of it shows in weights
+        cache = FeatureCache(folder, ":".join(map(str, (FEATURES, towers, *shape, *about))))
     return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
 
