@@ -626,6 +626,12 @@ def test_a_changed_clip_has_no_cached_features(tmp_path):
     write(clip.path, b"a clip")
     os.utime(clip.path, ns=(10**18, 10**18))
     assert not cache.has(clip)
+    folder = replace(clip, path=tmp_path / "2")  # of frames: the folder's own time says nothing of a changed frame
+    frame = write(folder.path / "1.jpg", b"frame")
+    cache.put(folder, torch.zeros(1))
+    assert cache.has(folder)
+    write(frame, b"a frame")
+    assert not cache.has(folder)
 
 
 def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
@@ -643,6 +649,15 @@ def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
                    dict(silence="error")):
         assert key(**change) != same, change
     assert key(lr=1.0, seed=3, prompt_stage="sft") == same  # these shape no feature
+    whole = model.config
+    for changes in (dict(select_layer=-3), dict(vision=replace(whole.vision, num_attention_heads=2)),
+                    dict(vision=replace(whole.vision, image_size=50)), dict(vision=replace(whole.vision, layer_norm_eps=1)),
+                    dict(audio=replace(whole.audio, encoder_attention_heads=2))):
+        model.config = replace(whole, **changes)  # none of them changes the weights' bytes
+        assert key() != same, changes
+    model.config = whole
+    monkeypatch.setattr(start, "FEATURES", "another")
+    assert key() != same
     for tower in (model.model.vision_tower, model.model.audio_tower):
         before = key()
         with torch.no_grad():

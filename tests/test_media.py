@@ -64,10 +64,14 @@ def write_clip(path, n=12, size=(64, 48), fps=12, codec="libx264", preset="mediu
     return path
 
 
-def turn(path, angle):
-    """Writes a phone's rotation mark, clockwise, into the header of an MP4 or MOV file."""
+MATRICES = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0), "hflip": (-1, 0, 0, 1),
+            "vflip": (1, 0, 0, -1), "transpose": (0, 1, 1, 0), "antitranspose": (0, -1, -1, 0)}
+
+
+def turn(path, how):
+    """Writes a phone's display matrix (angles clockwise) into the header of an MP4 or MOV file."""
     data = bytearray(path.read_bytes())
-    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[angle]
+    a, b, c, d = MATRICES[how]
     at = data.find(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, version 0's times and id, layer and volume
     data[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
@@ -227,11 +231,67 @@ def test_sound_files(tmp_path, name, rate):
     assert abs(waveform[8000:24000].abs().max() - 0.25 * 2 * 0.7071) < 2e-3  # (L + R) * 0.7071, louder than the mean
     soundfile.write(tmp_path / name, tone, rate)
     assert abs(load_waveform(tmp_path / name)[8000:24000].abs().max() - 0.25) < 2e-3
-    soundfile.write(tmp_path / f"5{name}", np.stack([tone] * 5, 1), rate)  # more channels mix too
-    assert abs(pitch(load_waveform(tmp_path / f"5{name}")) - 440) < 1
     assert load_clip(tmp_path / name, "audio", n_mels=32, n_frames=100).audio.shape == (32, 100)
     with pytest.raises(ClipError, match="has no video"):
         load_frames(tmp_path / name, 4)
+
+
+def one_after_the_other(channels: int) -> np.ndarray:
+    """0.5 in one channel after the other, 1,600 samples each: [1600 * channels, channels]."""
+    return np.repeat(np.eye(channels), 1600, 0) * 0.5
+
+
+def weights(path) -> list[float]:
+    """How much of each channel is in the mix."""
+    return [round(part[800].item() / 0.5, 3) for part in load_waveform(path).split(1600)]
+
+
+# The masks' channels in order, and what `ffmpeg -ac 1 -c:a pcm_f32le` (9.0.2) makes of them. FL FR BL BR SL SR: .707 or
+# .5, FC: 1, LFE: 0. Without a mask ffmpeg takes the usual places of so many channels, and so it does if the mask has
+# fewer (last row). The plain mean if ffmpeg refuses: no usual places (9), one side alone (FL FC).
+MIXES = [
+    (0x4, [1]), (0x8, [1]), (0x3, [.707, .707]), (0xC, [1, 0]), (0x7, [.707, .707, 1]), (0xB, [.707, .707, 0]),
+    (0x103, [.707, .707, .5]), (0x33, [.707, .707, .5, .5]), (0x107, [.707, .707, 1, .5]),
+    (0x3F, [.707, .707, 1, 0, .5, .5]), (0x60F, [.707, .707, 1, 0, .5, .5]), (0x63F, [.707, .707, 1, 0] + [.5] * 4),
+    (0xFF, [.707, .707, 1, 0, .5, .5, .707, .707]), (0x2D63F, [.707, .707, 1, 0] + [.5] * 4 + [.707, .707, 0, 0]),
+    (0, [.707, .707, 0]), (0, [.707, .707, 1, .5]), (0, [.707, .707, 1, .5, .5]), (0, [.707, .707, 1, 0] + [.5] * 4),
+    (0, [.707, .707, 1, 0, .5, .5, .707, .707, .5, .5, .707, .707, 0, 0, 0, 0]), (0x3, [.707, .707, 1, .5]),
+    (0, [.111] * 9), (0x5, [.5, .5])]
+
+
+@pytest.mark.parametrize("mask, mix", MIXES)
+def test_each_channel_of_a_wav_is_mixed_by_its_place(tmp_path, mask, mix):
+    pcm = (one_after_the_other(len(mix)) * 32768).astype("<i2").tobytes()
+    form = struct.pack("<HHIIHHHHI", 0xFFFE, len(mix), 16000, 32000 * len(mix), 2 * len(mix), 16, 22, 16, mask)
+    form += bytes.fromhex("0100000000001000800000aa00389b71")  # PCM
+    chunks = b"WAVEfmt " + struct.pack("<I", 40) + form + b"data" + struct.pack("<I", len(pcm)) + pcm
+    (tmp_path / "a.wav").write_bytes(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+    assert weights(tmp_path / "a.wav") == mix
+
+
+def test_each_channel_of_a_flac_or_a_stream_is_mixed_by_its_place(tmp_path):
+    """FLAC has places of its own for three channels and more; others stand in a tag, or in the container."""
+    soundfile.write(tmp_path / "a.flac", one_after_the_other(3), 16000)
+    assert weights(tmp_path / "a.flac") == [.707, .707, 1]
+    for name, codec in (("b.flac", "flac"), ("b.mov", "pcm_s16le")):
+        with av.open(str(tmp_path / name), "w") as out:
+            stream = out.add_stream(codec, rate=16000, layout="3.0(back)")
+            samples = (one_after_the_other(3) * 32768).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), "s16", "3.0(back)")
+            frame.sample_rate = 16000
+            out.mux([*stream.encode(frame), *stream.encode(None)])
+        assert weights(tmp_path / name) == [.707, .707, .5]
+
+
+def test_sound_that_changes_layout_and_rate_midway(tmp_path):
+    """Both halves, 0.5 in each channel: 0.5 of mono, 0.5 * 2 * 0.7071 of stereo."""
+    halves = [write_clip(tmp_path / "1.ts", layout="mono", rate=16000),
+              write_clip(tmp_path / "2.ts", layout="stereo", rate=44100)]
+    (tmp_path / "a.ts").write_bytes(b"".join(half.read_bytes() for half in halves))
+    waveform = load_waveform(tmp_path / "a.ts")
+    assert len(waveform) == sum(len(load_waveform(half)) for half in halves)
+    assert abs(waveform[4000:12000].abs().max() - 0.5) < 0.03 and abs(pitch(waveform) - 440) < 2
+    assert abs(waveform[20000:28000].abs().max() - 0.7071) < 0.03
 
 
 def test_stereo_in_a_clip_mixes_the_same_way(tmp_path):
@@ -255,14 +315,17 @@ def test_odd_sizes(tmp_path, name):
     assert load_clip(clip, "video", 4, 48).video.shape == (4, 3, 48, 48)
 
 
-def test_a_rotated_clip_stands_upright(tmp_path):
-    corners = {90: (0, -1), 180: (-1, -1), 270: (-1, 0)}  # where the upper left corner belongs
-    for angle in corners:
-        clip = write_clip(tmp_path / "a.mp4", rotate=angle)
-        frames = load_frames(clip, 4)
-        assert frames.shape[1:3] == ((48, 64) if angle == 180 else (64, 48))
-        bright = frames[0, :, :, 0] > 200
-        assert bright[corners[angle]] and bright.sum() < 0.1 * bright.numel()
+# where the upper left corner belongs, as ffmpeg 9.0.2 shows it; the first four keep 64 x 48
+CORNERS = {0: (0, 0), "hflip": (0, -1), "vflip": (-1, 0), 180: (-1, -1),
+           "transpose": (0, 0), 90: (0, -1), 270: (-1, 0), "antitranspose": (-1, -1)}
+
+
+@pytest.mark.parametrize("how", CORNERS)
+def test_a_turned_or_mirrored_clip_stands_as_ffmpeg_shows_it(tmp_path, how):
+    frames = load_frames(write_clip(tmp_path / "a.mp4", sound=None, rotate=how), 4)
+    assert frames.shape[1:3] == ((48, 64) if how in list(CORNERS)[:4] else (64, 48))
+    bright = frames[0, :, :, 0] > 200
+    assert bright[CORNERS[how]] and bright.sum() < 0.1 * bright.numel()
 
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.gif", "gif")])
@@ -286,6 +349,41 @@ def test_frames_hidden_by_an_edit_list(tmp_path):
     assert near(load_frames(clip, 4), [8, 23, 37, 52], 2)
 
 
+@pytest.mark.parametrize("from_first", [False, True])
+def test_a_matroska_file_need_not_begin_at_0(tmp_path, from_first):
+    """Its duration counts from 0 (FFmpeg's, 8 s) or from the first frame (others', 4 s); a cut one is found out."""
+    path = write_clip(tmp_path / "a.mkv", n=48, start=48, sound=None, gop=6)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x44\x89\x88") + 3
+    assert struct.unpack(">d", data[at:at + 8]) == (8000,)
+    if from_first:
+        data[at:at + 8] = struct.pack(">d", 4000)
+    path.write_bytes(data)
+    assert near(load_frames(path, 4), sample_frame_indices(48, 4))
+    for part in (0.5, 0.85):
+        path.write_bytes(data[:int(part * len(data))])
+        fails(path, "cut off")
+
+
+def test_transport_streams_joined_by_cat(tmp_path):
+    """FFmpeg marks packets at the joint as corrupt, since counters jump there; packets that are missing are damage."""
+    parts = [write_clip(tmp_path / f"{n}.ts", n=n) for n in (12, 20, 7)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with av.open(str(joined)) as container:
+        assert any(packet.is_corrupt for packet in container.demux())
+    assert torch.equal(load_frames(joined, 39).sort(0)[0], torch.cat([load_frames(part, n) for part, n in zip(
+        parts, (12, 20, 7))]).sort(0)[0])
+    assert len(load_waveform(joined)) == sum(len(load_waveform(part)) for part in parts)
+    data = bytearray(joined.read_bytes())
+    middles = [at for at in range(0, len(data), 188) if not data[at + 1] & 0x40]  # packets in the middle of a unit
+    for at in middles[::len(middles) // 5]:
+        for put in (b"", bytes(188)):
+            joined.write_bytes(data[:at] + put + data[at + 188:])
+            with pytest.raises(ClipError, match="joined.ts"):
+                load_clip(joined)
+
+
 def test_sound_longer_and_shorter_than_the_picture(tmp_path):
     for i, (n, seconds) in enumerate([(12, 4.0), (48, 1.0)]):
         for name in (f"{i}.mp4", f"{i}.mkv", f"{i}.avi"):
@@ -296,10 +394,10 @@ def test_sound_longer_and_shorter_than_the_picture(tmp_path):
 
 
 def test_sound_beyond_the_log_mel_is_not_decoded(tmp_path, monkeypatch):
-    clip, decoded, real = write_clip(tmp_path / "a.mp4", n=24, seconds=20), [], decode._resample
-    monkeypatch.setattr(decode, "_resample", lambda *a: [real(*a), decoded.append(1)][0])
+    clip, decoded, real = write_clip(tmp_path / "a.mp4", n=24, seconds=20), [], decode._Mono.add
+    monkeypatch.setattr(decode._Mono, "add", lambda *a: [real(*a), decoded.append(1)][0])
     load_clip(clip, "video_audio", 4, n_frames=100)
-    assert len(decoded) <= 16000 / 1024 + 2  # packets of 1024 samples, and the resampler's rest
+    assert len(decoded) <= 16000 / 1024 + 2  # packets of 1024 samples
 
 
 def test_a_size_that_changes_midway_is_scaled_to_the_first(tmp_path):
@@ -386,6 +484,40 @@ def test_tags_in_another_encoding_and_names_like_protocols(tmp_path, monkeypatch
     assert near(load_frames("http:a b%20.mp4", 4), [1, 4, 7, 10])
 
 
+def write_pictures(folder, names, size=(64, 48)):
+    """Grey frames as `write_clip`'s, in the order of `names`."""
+    folder.mkdir(exist_ok=True)
+    for i, name in enumerate(names):
+        codec = {"jpg": "mjpeg", "jpeg": "mjpeg", "png": "png"}[name.rsplit(".")[-1].lower()]
+        with av.open(str(folder / name), "w", format="image2", options={"update": "1"}) as out:
+            stream = out.add_stream(codec, rate=1)
+            stream.width, stream.height, stream.pix_fmt = *size, "yuvj420p" if codec == "mjpeg" else "rgb24"
+            image = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), grey(i), np.uint8), format="rgb24")
+            out.mux([*stream.encode(image), *stream.encode(None)])
+    return folder
+
+
+@pytest.mark.parametrize("names", [[f"{i + 1}.jpg" for i in range(12)], [f"{i:05}.PNG" for i in range(12)]])
+def test_a_folder_of_frames_is_a_clip(tmp_path, names):
+    """In natural order, without sound; what macOS and Windows leave there is none of them."""
+    folder = write_pictures(tmp_path / "00001", names)
+    (folder / "._1.jpg").write_bytes(b"\0\5\x16\7"), (folder / "Thumbs.db").write_bytes(b"")
+    assert decode.is_frame_folder(folder) and not decode.is_frame_folder(tmp_path)
+    frames = load_frames(folder, 4)
+    assert frames.shape == (4, 48, 64, 3) and near(frames, [1, 4, 7, 10], 1)
+    assert near(load_frames(folder, 16), sample_frame_indices(12, 16), 1)  # more than there are
+    clip = load_clip(folder, "video_audio", 4, 48)
+    assert clip.silent and torch.equal(clip.video, pixel_values(frames, 48)) and clip.audio.eq(-1.5).all()
+    with pytest.raises(ClipError, match="00001: has no sound"):
+        load_clip(folder, silence="error")
+    write_pictures(folder, names[:1], (32, 24))
+    assert load_frames(folder, 12).shape == (12, 24, 32, 3)  # scaled to the first
+    cut = folder / names[1]
+    cut.write_bytes(cut.read_bytes()[:-40])
+    with pytest.raises(ClipError, match=names[1]):
+        load_frames(folder, 12)
+
+
 # ---- load_clip ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])  # with and without a declared number of frames
@@ -453,6 +585,15 @@ def fails(path, match=None) -> str:
 def test_what_is_no_clip(tmp_path):
     fails(tmp_path / "missing.mp4", "no such file")
     fails(tmp_path, "not a file")
+    for name, content, what in (("a.mp4", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+                                ("._a.mp4", b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4000), "macOS")):
+        (tmp_path / name).write_bytes(content)
+        fails(tmp_path / name, what)
+    animation = struct.pack("<4sI4s4sI10s", b"RIFF", 62, b"WEBP", b"VP8X", 10, b"\2\0\0\0\x3f\0\0\x2f\0\0")
+    animation += struct.pack("<4sI6s4sI16s", b"ANIM", 6, bytes(6), b"ANMF", 16, bytes(16))
+    (tmp_path / "a.webp").write_bytes(animation)
+    if "webp_anim" not in av.codecs_available:  # FFmpeg 9 reads them
+        fails(tmp_path / "a.webp", "animated WebP")
     for name in ("a.mp4", "a.avi", "a.mkv", "a.gif"):
         for content in (b"", b"\0" * 5000, b"not a clip\n" * 500, np.random.default_rng(0).bytes(5000)):
             (tmp_path / name).write_bytes(content)

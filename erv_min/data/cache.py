@@ -10,10 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from erv_min.base.decode import frame_files
 from erv_min.base.files import atomic_write
 from erv_min.inputs import Example, Inputs
 
 log = logging.getLogger("erv_min")
+FEATURES = 2  # part of the key; to be raised if decoding or the towers' arithmetic makes others of the same clip
 
 
 class FeatureCache:
@@ -29,10 +31,12 @@ class FeatureCache:
     def _name(self, example: Example) -> str:
         """The clip's key, and its file's name in `folder`; "" for a clip that is not there."""
         try:
-            stat = example.path.stat()
+            files = frame_files(example.path) if example.path.is_dir() else [example.path]
+            stats = [file.stat() for file in files]
         except OSError:
             return ""
-        text = f"{os.path.realpath(example.path)}|{stat.st_size}|{stat.st_mtime_ns}|{self.key}"
+        state = [f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}|" for file, stat in zip(files, stats)]
+        text = f"{os.path.realpath(example.path)}|{''.join(state)}|{self.key}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return f"{name[:2]}/{name}.safetensors"
 

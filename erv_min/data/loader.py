@@ -122,16 +122,11 @@ def clip_loader(paths: Iterable[Path | None], load: Callable, workers: int = 2, 
         for path in paths:
             yield _load_twice(load, path)
         return
-    paths, waiting, pool = iter(paths), deque(), _pool(workers, load)  # waiting: (path, future)
+    paths, waiting = iter(paths), deque()  # waiting: (path, future)
     try:
         while True:
             for path in islice(paths, workers * prefetch - len(waiting)):
-                try:
-                    future = pool.submit(_decode, path)
-                except BrokenProcessPool:  # a worker ended since the last clip was handed in
-                    pool = _pool(workers, load)
-                    future = pool.submit(_decode, path)
-                waiting.append((path, future))
+                waiting.append((path, _submit(workers, load, path)))
             if not waiting:
                 return
             path, future = waiting.popleft()
@@ -141,7 +136,29 @@ def clip_loader(paths: Iterable[Path | None], load: Callable, workers: int = 2, 
                 clip = _decode_alone(load, path)
             yield clip
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _, future in waiting:
+            future.cancel()
+
+
+_pools: dict[tuple[int, int], ProcessPoolExecutor] = {}  # by process and number of workers; they live as long as it does
+
+
+def start_workers(workers: int) -> ProcessPoolExecutor | None:
+    """Forks the decoding processes, if they do not run yet. Called before a model is loaded that will train on the CPU:
+    what is forked later keeps the weights as they were then, beside those that change."""
+    if workers and (os.getpid(), workers) not in _pools:
+        pool = _pools[os.getpid(), workers] = _pool(workers)
+        for _ in range(workers):
+            pool.submit(time.sleep, 0.1)  # a process starts if no other is idle
+    return _pools.get((os.getpid(), workers))
+
+
+def _submit(workers: int, load: Callable, path: Path | None):
+    try:
+        return start_workers(workers).submit(_decode, load, path)
+    except BrokenProcessPool:  # a worker ended since the last clip was handed in
+        del _pools[os.getpid(), workers]
+        return start_workers(workers).submit(_decode, load, path)
 
 
 def _load_twice(load: Callable, path: Path | None):
@@ -157,15 +174,13 @@ def _load_twice(load: Callable, path: Path | None):
     return failure
 
 
-def _pool(workers: int, load: Callable) -> ProcessPoolExecutor:
-    # Forked if there is fork: workers start at once and `load` may be a closure; they never touch CUDA.
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Forked if there is fork: workers start at once, and never touch CUDA.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (load, os.getpid()))
+    return ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (os.getpid(),))
 
 
-def _start_worker(load: Callable, parent: int) -> None:
-    global _load
-    _load = load
+def _start_worker(parent: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
@@ -177,14 +192,14 @@ def _start_worker(load: Callable, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _decode(path: Path) -> bytes:
-    return pickle.dumps(_load_twice(_load, path), protocol=pickle.HIGHEST_PROTOCOL)
+def _decode(load: Callable, path: Path | None) -> bytes:
+    return pickle.dumps(_load_twice(load, path), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _decode_alone(load: Callable, path: Path):
     """One clip in a process of its own, whose death is this clip's error."""
-    with _pool(1, load) as pool:
+    with _pool(1) as pool:
         try:
-            return pickle.loads(pool.submit(_decode, path).result())
+            return pickle.loads(pool.submit(_decode, load, path).result())
         except BrokenProcessPool:
             return ClipError(f"{path}: the decoder process died twice on it (a crash in a codec, or out of memory)")

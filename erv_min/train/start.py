@@ -12,8 +12,9 @@ from erv_min.base.processes import Processes, gather_lists
 from erv_min.base.progress import Progress
 from erv_min.checkpoint import check_checkpoint, humanomni_config, load_humanomni, text_gate_folder
 from erv_min.config import humanomni
-from erv_min.data.cache import FeatureCache
+from erv_min.data.cache import FEATURES, FeatureCache
 from erv_min.data.examples import check_clips, load_examples, summary
+from erv_min.data.loader import start_workers
 from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier, scratch
 from erv_min.inputs import Collator, Example
@@ -100,6 +101,7 @@ def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmn
     With --random-weights the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded
     world's.
     """
+    start_workers(settings.workers)
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
         with Progress("random weights are drawn"):
@@ -115,7 +117,8 @@ def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmn
         folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
         about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
-        cache = FeatureCache(folder, ":".join(map(str, (towers, *about))))
+        shape = (model.config.vision, model.config.audio, model.config.select_layer)  # not all of it shows in weights
+        cache = FeatureCache(folder, ":".join(map(str, (FEATURES, towers, *shape, *about))))
     return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 
 
