@@ -79,14 +79,28 @@ def test_rows_that_go_on_keep_their_own_keys_and_their_prompts(lengths):
     seen, rows = [], torch.tensor([1, 4])
     for drops in (False, True):
         cache = GroupCache(prefix, mask, 2, 3)
-        cache.attend(0, *first)
+        cache.attend(0, cache.mask_of_step(), *first)
         cache.length += 1
         if drops:
             cache.keep(torch.tensor([0, 2]), rows)
-            seen.append(cache.attend(0, *(x[rows] for x in second)))
+            seen.append(cache.attend(0, cache.mask_of_step(), *(x[rows] for x in second)))
         else:
-            seen.append(cache.attend(0, *second)[rows])
+            seen.append(cache.attend(0, cache.mask_of_step(), *second)[rows])
     torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bfloat16_step_attends_as_the_training_pass(autocast):
+    """Real key biases put all scores of a head near -120, where bfloat16 has steps of a half: they stay float32."""
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(1, 2, 9, 64, generator=generator).bfloat16() for _ in range(3))
+    q, k = (q[:, :, :1] + 8).repeat(1, 2, 1, 1), k - 15 / 8
+    kept = torch.float32 if autocast else torch.bfloat16  # what rotary positions leave q and k in
+    cache = GroupCache([(k[:, :, :8].to(kept), v[:, :, :8])], torch.ones(1, 8, dtype=torch.bool), 1, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = cache.attend(0, cache.mask_of_step(), q.to(kept), k[:, :, 8:].to(kept), v[:, :, 8:])
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    assert found.dtype == torch.bfloat16 and (found - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("length, windows, steps", [(11, [4, 8], 8), (14, [4, 8, 14], 13), (20, [4, 8, 16], 16)])
