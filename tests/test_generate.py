@@ -173,6 +173,8 @@ def test_prompts_at_once(monkeypatch):
     for free, expected in ((0, 1), (2 * needed, 3), (2**40, 6)):  # and the 2 that the allocator holds unused; 90% of it
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**41))
         assert prompts_at_once(model, prompts, G, N) == expected
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)  # free memory differs from run to run
+    assert prompts_at_once(model, prompts, G, N) == 1 and prompts_at_once(model, tiny_prompts(model, (4,) * 6), G, N) == 6
 
 
 def collator(model) -> SimpleNamespace:
@@ -184,7 +186,6 @@ def test_tokens_do_not_depend_on_the_rollout_batch():
     model, places = tiny_model(3), [9, 4, 6]
     prompts = tiny_prompts(model, (3, 7, 5))
     settings = [GRPOSettings(group_size=4, max_new_tokens=12, rollout_batch=size) for size in (0, 1, 2, 3)]
-    settings.append(replace(settings[0], deterministic=True))
     found = [sample(collator(model), prompts, places, 2, each) for each in settings]
     assert all(torch.equal(found[0].ids, other.ids) and torch.equal(found[0].mask, other.mask) for other in found)
     assert len({tuple(row.tolist()) for row in found[0].ids}) == 12
