@@ -183,7 +183,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/sft.py", "(example.path, example.subtitle)", "(example.video_id,)", "test_logps.py"),
     ("erv_min/base/chunked.py", "if temperature == 1 else", "if temperature else", EQ2),
     ("erv_min/base/chunked.py", "= grad / ctx.temperature,", "= grad,", "test_logps.py"),
-    ("erv_min/base/chunked.py", "probs.mul_(-grad[part, None])", "probs.mul_(grad[part, None])", "test_logps.py"),
+    ("erv_min/base/chunked.py", "mul(probs, -grad[part, None],", "mul(probs, grad[part, None],", "test_logps.py"),
     ("erv_min/base/chunked.py", "= -log_probs.exp()", "= log_probs.exp()", EQ2),
     ("erv_min/logps.py", "len(prompts.embeds), prompts.lengths - 1", "len(prompts.embeds), prompts.lengths - 2", "test_logps.py"),
     ("erv_min/logps.py", "torch.arange(1, length, dev", "torch.arange(0, length - 1, dev", "test_logps.py"),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from erv_min.base.onednn import linear
+from erv_min.base.products import add_product
 
 CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 # On CUDA so many times as many. By arithmetic, not measured: a chunk of 110 rows (0.5B) multiplies for 0.5 ms of an
@@ -44,15 +45,14 @@ class TokenLogps(torch.autograd.Function):
         grad, grad_hidden, grad_weight = grad / ctx.temperature, torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # one buffer for all chunks, in float32: in bfloat16 later chunks would be lost
             grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device)
+        minus_one = grad.new_full((len(ids), 1), -1)
         for start in range(0, len(ids), ctx.size):
             part = slice(start, start + ctx.size)
             probs = scaled_logits(hidden[part], weight, ctx.temperature).softmax(-1, grad.dtype)
-            # d logp / d logits = onehot - probs
-            grad_logits = probs.mul_(-grad[part, None]).scatter_add_(1, ids[part, None], grad[part, None])
-            grad_logits = grad_logits.to(hidden.dtype)
+            # d logp / d logits = -(probs - onehot), in the type of the products
+            probs.scatter_add_(1, ids[part, None], minus_one[part])
+            grad_logits = torch.mul(probs, -grad[part, None], out=torch.empty_like(probs, dtype=hidden.dtype))
             grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None and grad_logits.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad_logits.T, hidden[part])
-            elif grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+            if grad_weight is not None:
+                add_product(grad_weight, grad_logits.T, hidden[part])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None

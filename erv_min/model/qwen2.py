@@ -34,8 +34,8 @@ def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype
     computed in float32."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
     angles = position_ids[:, None, :, None].float() * inverse  # [B, 1, L, head_dim / 2]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+    angles = torch.cat([-angles, angles], -1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         """x [B, L, D] -> output [B, L, D] and this layer's k, v [B, KV, L, d]."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, H, L, d], [B, KV, L, d] twice
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(torch.cat([q, k], 1), rope).split([q.shape[1], k.shape[1]], 1)
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2)), k, v
 
 
