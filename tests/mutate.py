@@ -200,7 +200,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/generate.py", "temperature, top_k, top_p)", "temperature, top_k)", "test_generate.py"),
     ("erv_min/generate.py", "eos_token_id, noise, temperature).ids", "eos_token_id, noise).ids", "test_generate.py"),
     # ---- Eq. 1: the model
-    ("erv_min/model/qwen2.py", "torch.cat([-sin, sin]", "torch.cat([sin, -sin]", RECORDED),
+    ("erv_min/model/qwen2.py", "torch.cat([-angles, angles]", "torch.cat([angles, -angles]", RECORDED),
     ("erv_min/model/qwen2.py", "inverse = theta ** -(", "inverse = 10000 ** -(", RECORDED),
     ("erv_min/model/attention.py", "v, is_causal=True,", "v, is_causal=False,", RECORDED),
     ("erv_min/model/attention.py", "alpha=width**-0.5", "alpha=1", "test_generate.py"),
