@@ -34,6 +34,7 @@ class TokenLogps(torch.autograd.Function):
             logps[part] = log_probs.gather(-1, ids[part, None])[:, 0]
             if with_entropy:  # - sum of p log p
                 entropy[part] = -log_probs.exp().mul_(log_probs).sum(-1)
+            del log_probs  # else it lives while the next chunk's is made
         ctx.save_for_backward(hidden, weight, ids)
         ctx.temperature, ctx.size = temperature, size
         ctx.mark_non_differentiable(entropy)
@@ -55,4 +56,5 @@ class TokenLogps(torch.autograd.Function):
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 add_product(grad_weight, grad_logits.T, hidden[part])
+            del probs, grad_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
