@@ -40,10 +40,12 @@ def test_cache_on_and_off_sample_the_same(lengths):
     assert len({tuple(row.tolist()) for row in on.ids}) > 3  # it did sample, and rows differ
 
 
-@pytest.mark.parametrize("lengths", [(7,), (7, 7, 7), (3, 7, 5)])
-def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
-    """Token 17 made likely, so that rows end at many steps: the plain loop's tokens, on fewer and fewer rows."""
+@pytest.mark.parametrize("lengths, every", [((7,), 1), ((7, 7, 7), 1), ((3, 7, 5), 1), ((7,), 8), ((3, 7, 5), 8)])
+def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths, every):
+    """Token 17 made likely, so that rows end at many steps: the plain loop's tokens, on fewer and fewer rows, also if
+    only each eighth token is looked at, as on CUDA."""
     model = tiny_model(3)
+    monkeypatch.setitem(generation.LOOKS, "cpu", every)
     monkeypatch.setattr(decoding, "WINDOW", 4)
     sample = generation.sample_token
     monkeypatch.setattr(generation, "sample_token", lambda logits, *args: sample(  # a bias on one token's logit
@@ -54,7 +56,8 @@ def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
     noise = sampling_noise(5, 0, list(range(len(lengths))), 8, 24)
     on, off = (sample(model, tiny_prompts(model, lengths), 8, 24, 17, noise) for sample in (rollout, plain_rollout))
     assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
-    assert rows[0] == 8 * len(lengths) and rows[-1] <= rows[0] // 4 and len(set(rows)) >= 3
+    assert rows[0] == 8 * len(lengths) and rows[-1] <= rows[0] // 2
+    assert every == 8 or len(set(rows)) >= 3
     assert rows == sorted(rows, reverse=True)
 
 
@@ -109,10 +112,9 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     filled in place, and shapes that change are captured again. The graphs themselves need a GPU."""
     captured, graphs, replayed = [], [], []
 
-    def capture(function, device, before):
+    def capture(function, device):
         result = torch.empty(len(decoder.replay.x), decoder.model.head_weight.shape[0])
         captured.append(decoder.cache.window)
-        assert before == (graphs[-1] if graphs else None)  # whose memory it takes over
         graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))
         return graphs[-1], result
 
@@ -143,16 +145,28 @@ def test_a_capture_is_on_the_tensors_device(monkeypatch):
         @contextmanager
         def block(*given):
             seen.append((name, *given))
-            yield
-            seen.append(f"end {name}")
+            try:
+                yield
+            finally:
+                seen.append(f"end {name}")
         return block
 
-    first, graph = SimpleNamespace(pool=lambda: (0, 7)), SimpleNamespace()
-    for name, value in {"CUDAGraph": lambda: graph, "device": within("device"), "graph": within("graph")}.items():
+    graph = SimpleNamespace(pool=lambda: (0, 7), capture_begin=lambda *pool: seen.append(("begin", *pool)),
+                            capture_end=lambda: seen.append("end"))
+    free = [2**40, 2**20]
+    for name, value in {"CUDAGraph": lambda: graph, "device": within("device"), "stream": within("stream"),
+                        "synchronize": lambda: None, "mem_get_info": lambda: (free.pop(0), 2**41),
+                        "empty_cache": lambda: seen.append("emptied")}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(graphs_of_cuda, "capture_stream", lambda device: ("stream of", device))
-    assert graphs_of_cuda.capture(lambda: "result", device, first) == (graph, "result")
-    assert seen == [("device", device), ("graph", graph, (0, 7), ("stream of", device)), "end graph", "end device"]
+    monkeypatch.setattr(graphs_of_cuda, "latest", {})
+    around = [("device", device), ("stream", ("stream of", device))], ["end", "end stream", "end device"]
+    assert graphs_of_cuda.capture(lambda: seen.append("recorded"), device) == (graph, None)
+    assert seen == [*around[0], ("begin",), "recorded", *around[1]]
+    seen.clear()
+    with pytest.raises(ZeroDivisionError):  # with little room left, in the memory of the one before
+        graphs_of_cuda.capture(lambda: 1 / 0, device)
+    assert seen == [*around[0], "emptied", ("begin", (0, 7)), *around[1]]
 
 
 def test_prompts_at_once(monkeypatch):
