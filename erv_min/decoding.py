@@ -86,11 +86,14 @@ def prompt_bytes(config: Qwen2Config, length: int, group_size: int, max_new_toke
 def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> int:
     """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, or 1; else all.
 
-    On a GPU a decode step of a small model takes as long for many rows as for one: the launches of its kernels.
+    On a GPU a decode step of a small model takes as long for many rows as for one: the launches of its kernels. Free
+    memory differs from run to run: with --deterministic it is 1.
     """
     embeds = prompts.embeds
     if not embeds.is_cuda:
         return len(embeds)
+    if torch.are_deterministic_algorithms_enabled():
+        return 1
     free = torch.cuda.mem_get_info(embeds.device)[0]
     free += torch.cuda.memory_reserved(embeds.device) - torch.cuda.memory_allocated(embeds.device)  # held, not in use
     needed = prompt_bytes(model.config.text, embeds.shape[1], group_size, max_new_tokens, embeds.itemsize)

@@ -23,11 +23,12 @@ wait for them and holds their memory.
 | shards, their gradients, sums over processes and passes, AdamW, norm    | float32                   |
 | gathered parameters, activations, matrix products, KV cache             | compute (bfloat16)        |
 | one unit's gradients of one pass, before they are summed                | compute                   |
-| statistics of norms and softmax, rotary angles                          | float32 inside the layer  |
+| statistics of norms, scores and their softmax, rotary angles            | float32 inside the layer  |
 | log-softmax, log-probs, entropy, KL, rewards, advantages, loss          | float32                   |
 | shards of the reference policy (frozen, never exported)                 | compute                   |
 
-compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order, in the
+compute=torch.float32 is the switch for float32 everywhere. Attention's kernels are PyTorch's own, not cuDNN's
+(processes.exact_kernels). Every process must use the units in the same order, in the
 same number of passes per step. A module is copied before it is sharded, not after. Left out: tensor and sequence
 parallelism, CPU offload; train/sharding.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
 """
@@ -41,6 +42,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from erv_min.base.errors import SettingsError
 from erv_min.base.processes import rank_and_size
 from erv_min.model.projector import VisualProjector
 
@@ -126,7 +128,11 @@ class Sharded:
         places = {p: [] for p in names}
         for name, p in model.named_parameters(remove_duplicate=False):
             prefix, _, attribute = name.rpartition(".")
-            places[p].append((model.get_submodule(prefix), attribute))
+            holder = model.get_submodule(prefix)
+            if owners[p] is not model and holder not in set(owners[p].modules()):
+                raise SettingsError(f"{names[p]} is tied to {name}: sharding by hand gathers one layer at a time, and "
+                                    "neither would find the other's weight; use --sharding none")
+            places[p].append((holder, attribute))
         for name, module in modules:
             units = []
             for trains in (True, False):

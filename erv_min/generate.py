@@ -17,6 +17,9 @@ from erv_min.logps import Completions
 from erv_min.model.humanomni import HumanOmni, Prompts
 
 
+LOOKS = {"cuda": 8}  # tokens between two looks at which rows are done: for each the GPU must wait for the host
+
+
 def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, length: int) -> Tensor:
     """Uniforms in [0, 1), float64 [len(prompts) * group_size, length], keyed by (seed, step, prompt, sample).
 
@@ -89,14 +92,15 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
         done = done | (ids[:, t] == eos_token_id)
         if on_token is not None:
             on_token(ids[:, t])
-        left = total - int(done.sum())
-        if not left:
-            break
-        decoder.drop_finished(done, left)
+        if (t + 1) % LOOKS.get(device.type, 1) == 0:
+            left = total - int(done.sum())
+            if not left:
+                break
+            decoder.drop_finished(done, left)
 
-    ids, ended = ids[:, : t + 1], (ids[:, : t + 1] == eos_token_id).int()
+    ended = (ids == eos_token_id).int()
     mask = ended.cumsum(1) == ended  # no EOS before this token
-    return Completions(ids, mask, logps[:, : t + 1].masked_fill(~mask, 0))
+    return Completions(ids, mask, logps.masked_fill(~mask, 0))[:]  # as wide as the longest
 
 
 @torch.no_grad()

@@ -71,7 +71,8 @@ def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor, mask: 
     batch, last = len(prompts.embeds), prompts.lengths - 1  # [B]
     hidden, kv = language(prompts.embeds, keep_kv=True)
     first = hidden[torch.arange(batch, device=ids.device), last].repeat_interleave(rows // batch, 0)  # [R, D]
-    past = PackedGroups.of(kv, prompts.mask, mask[:, 1:])  # N = 0 if each has one token: the layers still run
+    fold = model.config.text.num_attention_heads // model.config.text.num_key_value_heads
+    past = PackedGroups.of(kv, prompts.mask, mask[:, 1:], fold)  # N = 0 if each has one token: the layers still run
     positions = last.repeat_interleave(rows // batch)[:, None] + torch.arange(1, length, device=ids.device)
     rest, _ = language(language.embed_tokens(past.pack(ids[:, :-1])), past.pack(positions), past)
     return first, rest[0]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import erv_min.generate as generation
 from erv_min import decoding
 from erv_min.base import graphs
-from erv_min.base.processes import Processes, deterministic_kernels, exact_float32, join_processes
+from erv_min.base.processes import Processes, deterministic_kernels, exact_kernels, join_processes
 from erv_min.fsdp import Sharded
 from erv_min.generate import prefill, rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss, split_batch
@@ -32,6 +32,7 @@ from erv_min.train.log import token_sums
 from erv_min.train.optimizer import make_optimizer, update
 from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings
 from erv_min.train.sharding import Replicated
+from erv_min.train.state import load_state, save_state
 from tiny import tiny_model, tiny_prompts
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
@@ -47,7 +48,7 @@ EOS = 17
 
 @pytest.fixture(autouse=True)
 def no_tf32():
-    exact_float32()
+    exact_kernels()
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def plain_kernels(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def on_gpu(prompts: Prompts, dtype=torch.float32) -> Prompts:
@@ -180,7 +182,8 @@ def test_bfloat16_trains_what_it_sampled():
 @gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_sharded_is_replicated(nccl, recompute):
-    """fsdp.py's async collectives on an nccl group of one: the log-probs and gradients of the whole model."""
+    """The log-probs and gradients of the whole model, beside an nccl group of one. (Collectives between two GPUs:
+    gpu_check.py's part `pair`.)"""
     models = [trained(recompute) for _ in range(2)]
     whole = step_of(Replicated(models[0].cuda(), "cuda", torch.float32), "cuda")
     run = Sharded(models[1], "cuda", torch.float32)
@@ -343,11 +346,31 @@ def test_a_capture_of_a_decode_step_finds_nothing_to_wait_for():
                     breach()
 
 
-def test_float32_on_cuda_is_not_tf32(monkeypatch):
+def test_a_state_goes_back_to_the_device(tmp_path):
+    """AdamW's "step" too, where the fused one asks for it."""
+    policy, found = Replicated(tiny_model(), "cpu", torch.float32), Replicated(tiny_model(1), "cpu", torch.float32)
+    optimizer = make_optimizer(policy.named_parameters().values())
+    for p in policy.named_parameters().values():
+        p.grad = torch.ones_like(p)
+    update(policy, optimizer, 1e-3, 1.0)
+    save_state(tmp_path, 1, policy, optimizer)
+    with Device():
+        found.model._apply(There).tie_weights()
+        again = make_optimizer(found.named_parameters().values())
+        assert load_state(tmp_path, found, again) == 1
+    for name, p in policy.named_parameters().items():
+        for key, value in optimizer.state[p].items():
+            other = again.state[found.named_parameters()[name]][key]
+            assert isinstance(other, There) and torch.equal(other.here, value), key
+
+
+def test_float32_on_cuda_is_not_tf32_and_attention_not_cudnns(monkeypatch):
     """PyTorch lets cuDNN's convolutions round to TF32 by default: off where a script joins, and config.json says so."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     join_processes("cpu")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     assert provenance(SFTSettings())["tf32"] == {"matmul": False, "conv": False}
 
 
@@ -358,6 +381,7 @@ def test_deterministic_is_set_before_the_model_is_loaded(plain_kernels, monkeypa
         script.main(["--device", "cpu", "--deterministic", "--out", str(tmp_path)])
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # which would double a pass's kernels
 
 
 def test_sampling_needs_no_deterministic_kernels(plain_kernels, monkeypatch):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from erv_min.base.errors import CheckpointError, ClipError
+from erv_min.base.errors import CheckpointError, ClipError, SettingsError
 from erv_min.base.options import preset_values
 from erv_min.base.processes import join, leave, run_script
 from erv_min.config import humanomni
@@ -435,6 +435,14 @@ def test_bfloat16_gathers_and_float32_masters():
         run.model.head_weight
     sft(run, torch.optim.AdamW(run.named_parameters().values(), lr=LR), range(1))
     assert {type(state) for state in run.model.parameters()} == {nn.Parameter}
+
+
+def test_a_weight_that_two_layers_share_is_refused():
+    """Each layer's weights are there while it runs alone."""
+    model = Stack()
+    model.layers[1].weight = model.layers[0].weight
+    with pytest.raises(SettingsError, match=r"layers.0.weight .*layers\.1.*--sharding none"):
+        Sharded(model, compute=F32)
 
 
 def test_an_error_in_a_pass_leaves_nothing_full():

@@ -40,10 +40,12 @@ def test_cache_on_and_off_sample_the_same(lengths):
     assert len({tuple(row.tolist()) for row in on.ids}) > 3  # it did sample, and rows differ
 
 
-@pytest.mark.parametrize("lengths", [(7,), (7, 7, 7), (3, 7, 5)])
-def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
-    """Token 17 made likely, so that rows end at many steps: the plain loop's tokens, on fewer and fewer rows."""
+@pytest.mark.parametrize("lengths, every", [((7,), 1), ((7, 7, 7), 1), ((3, 7, 5), 1), ((7,), 8), ((3, 7, 5), 8)])
+def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths, every):
+    """Token 17 made likely, so that rows end at many steps: the plain loop's tokens, on fewer and fewer rows, also if
+    only each eighth token is looked at, as on CUDA."""
     model = tiny_model(3)
+    monkeypatch.setitem(generation.LOOKS, "cpu", every)
     monkeypatch.setattr(decoding, "WINDOW", 4)
     sample = generation.sample_token
     monkeypatch.setattr(generation, "sample_token", lambda logits, *args: sample(  # a bias on one token's logit
@@ -54,7 +56,8 @@ def test_dropping_finished_rows_samples_the_same(monkeypatch, lengths):
     noise = sampling_noise(5, 0, list(range(len(lengths))), 8, 24)
     on, off = (sample(model, tiny_prompts(model, lengths), 8, 24, 17, noise) for sample in (rollout, plain_rollout))
     assert torch.equal(on.ids, off.ids) and torch.equal(on.mask, off.mask)
-    assert rows[0] == 8 * len(lengths) and rows[-1] <= rows[0] // 4 and len(set(rows)) >= 3
+    assert rows[0] == 8 * len(lengths) and rows[-1] <= rows[0] // 2
+    assert every == 8 or len(set(rows)) >= 3
     assert rows == sorted(rows, reverse=True)
 
 
@@ -79,14 +82,28 @@ def test_rows_that_go_on_keep_their_own_keys_and_their_prompts(lengths):
     seen, rows = [], torch.tensor([1, 4])
     for drops in (False, True):
         cache = GroupCache(prefix, mask, 2, 3)
-        cache.attend(0, *first)
+        cache.attend(0, cache.mask_of_step(), *first)
         cache.length += 1
         if drops:
             cache.keep(torch.tensor([0, 2]), rows)
-            seen.append(cache.attend(0, *(x[rows] for x in second)))
+            seen.append(cache.attend(0, cache.mask_of_step(), *(x[rows] for x in second)))
         else:
-            seen.append(cache.attend(0, *second)[rows])
+            seen.append(cache.attend(0, cache.mask_of_step(), *second)[rows])
     torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_bfloat16_step_attends_as_the_training_pass(autocast):
+    """Real key biases put all scores of a head near -120, where bfloat16 has steps of a half: they stay float32."""
+    generator = torch.Generator().manual_seed(0)
+    k, v, q = (torch.randn(1, 2, 9, 64, generator=generator).bfloat16() for _ in range(3))
+    q, k = (q[:, :, :1] + 8).repeat(1, 2, 1, 1), k - 15 / 8
+    kept = torch.float32 if autocast else torch.bfloat16  # what rotary positions leave q and k in
+    cache = GroupCache([(k[:, :, :8].to(kept), v[:, :, :8])], torch.ones(1, 8, dtype=torch.bool), 1, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = cache.attend(0, cache.mask_of_step(), q.to(kept), k[:, :, 8:].to(kept), v[:, :, 8:])
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    assert found.dtype == torch.bfloat16 and (found - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("length, windows, steps", [(11, [4, 8], 8), (14, [4, 8, 14], 13), (20, [4, 8, 16], 16)])
@@ -95,10 +112,9 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     filled in place, and shapes that change are captured again. The graphs themselves need a GPU."""
     captured, graphs, replayed = [], [], []
 
-    def capture(function, device, before):
+    def capture(function, device):
         result = torch.empty(len(decoder.replay.x), decoder.model.head_weight.shape[0])
         captured.append(decoder.cache.window)
-        assert before == (graphs[-1] if graphs else None)  # whose memory it takes over
         graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))
         return graphs[-1], result
 
@@ -129,16 +145,28 @@ def test_a_capture_is_on_the_tensors_device(monkeypatch):
         @contextmanager
         def block(*given):
             seen.append((name, *given))
-            yield
-            seen.append(f"end {name}")
+            try:
+                yield
+            finally:
+                seen.append(f"end {name}")
         return block
 
-    first, graph = SimpleNamespace(pool=lambda: (0, 7)), SimpleNamespace()
-    for name, value in {"CUDAGraph": lambda: graph, "device": within("device"), "graph": within("graph")}.items():
+    graph = SimpleNamespace(pool=lambda: (0, 7), capture_begin=lambda *pool: seen.append(("begin", *pool)),
+                            capture_end=lambda: seen.append("end"))
+    free = [2**40, 2**20]
+    for name, value in {"CUDAGraph": lambda: graph, "device": within("device"), "stream": within("stream"),
+                        "synchronize": lambda: None, "mem_get_info": lambda: (free.pop(0), 2**41),
+                        "empty_cache": lambda: seen.append("emptied")}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(graphs_of_cuda, "capture_stream", lambda device: ("stream of", device))
-    assert graphs_of_cuda.capture(lambda: "result", device, first) == (graph, "result")
-    assert seen == [("device", device), ("graph", graph, (0, 7), ("stream of", device)), "end graph", "end device"]
+    monkeypatch.setattr(graphs_of_cuda, "latest", {})
+    around = [("device", device), ("stream", ("stream of", device))], ["end", "end stream", "end device"]
+    assert graphs_of_cuda.capture(lambda: seen.append("recorded"), device) == (graph, None)
+    assert seen == [*around[0], ("begin",), "recorded", *around[1]]
+    seen.clear()
+    with pytest.raises(ZeroDivisionError):  # with little room left, in the memory of the one before
+        graphs_of_cuda.capture(lambda: 1 / 0, device)
+    assert seen == [*around[0], "emptied", ("begin", (0, 7)), *around[1]]
 
 
 def test_prompts_at_once(monkeypatch):
@@ -159,6 +187,8 @@ def test_prompts_at_once(monkeypatch):
     for free, expected in ((0, 1), (2 * needed, 3), (2**40, 6)):  # and the 2 that the allocator holds unused; 90% of it
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**41))
         assert prompts_at_once(model, prompts, G, N) == expected
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)  # free memory differs from run to run
+    assert prompts_at_once(model, prompts, G, N) == 1 and prompts_at_once(model, tiny_prompts(model, (4,) * 6), G, N) == 6
 
 
 def collator(model) -> SimpleNamespace:
@@ -170,7 +200,6 @@ def test_tokens_do_not_depend_on_the_rollout_batch():
     model, places = tiny_model(3), [9, 4, 6]
     prompts = tiny_prompts(model, (3, 7, 5))
     settings = [GRPOSettings(group_size=4, max_new_tokens=12, rollout_batch=size) for size in (0, 1, 2, 3)]
-    settings.append(replace(settings[0], deterministic=True))
     found = [sample(collator(model), prompts, places, 2, each) for each in settings]
     assert all(torch.equal(found[0].ids, other.ids) and torch.equal(found[0].mask, other.mask) for other in found)
     assert len({tuple(row.tolist()) for row in found[0].ids}) == 12

@@ -73,13 +73,15 @@ def test_rollouts_put_together_and_cut_apart_by_hand():
 
 
 def test_packing_by_hand():
-    packed = PackedGroups.of([], torch.tensor([[True, False]]), torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool))
+    kv, mask = [(torch.ones(1, 1, 2, 1),) * 2], torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)
+    packed = PackedGroups.of(kv, torch.tensor([[True, False]]), mask, fold=2)
     assert packed.places.tolist() == [0, 1, 3, 4, 5]
     x = torch.arange(1.0, 6)[None, :, None]  # width 1: the tokens 1 to 5
     assert packed.unpack(x)[:, :, 0].tolist() == [[1, 2, 0], [3, 4, 5]]
     assert torch.equal(packed.pack(packed.unpack(x)), x)
     sees = [[1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]  # the prompt and its padding; itself
-    assert packed.visible.int().tolist() == [[sees], [sees]]
+    assert packed.mask.exp().tolist() == [[sees * 2], [sees * 2]]  # for each of two query heads
+    assert all(stride % 16 == 0 for stride in packed.mask.stride()[:-1])  # else CUDA's kernel copies it in every layer
 
 
 def test_no_layer_computes_the_padding_of_completions():

@@ -377,7 +377,7 @@ def test_a_pass_without_packed_tokens_keeps_its_graph(toy, length, recompute):
     language.recompute = recompute
     try:
         _, kv = language(embeds, keep_kv=True)
-        past = PackedGroups.of(kv, torch.ones(2, 4).bool(), torch.zeros(6, length).bool())  # 3 completions per prompt
+        past = PackedGroups.of(kv, torch.ones(2, 4).bool(), torch.zeros(6, length).bool(), 2)  # 3 per prompt
         hidden, _ = language(language.embed_tokens(none), none, past)
     finally:
         language.recompute = False

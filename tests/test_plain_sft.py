@@ -49,7 +49,7 @@ CHANGES = [  # (what is changed, what the outcome must differ from)
     (dict(targets_per_clip=2), {}),
     (dict(answers_only=True), {}),
     (dict(train_projectors=True), {}),
-    (dict(train_vision_tower=True, cache_features=""), {}),
+    (dict(train_vision_tower=True, cache_features="", sharding="hand"), {}),
     (dict(steps=3, schedule="linear"), LONGER),
     (dict(steps=3, schedule="cosine"), LONGER),
     (dict(steps=3, warmup=0.5), LONGER),

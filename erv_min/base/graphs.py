@@ -29,20 +29,31 @@ class Replay:
         result, self.shape = function(x), None
         if x.is_cuda and left > WORTH:
             self.shape, self.x = shape, x.clone()
-            self.graph, self.result = capture(lambda: function(self.x), x.device, self.graph)
+            self.graph, self.result = capture(lambda: function(self.x), x.device)
         return result
 
 
 capture_stream = functools.cache(torch.cuda.Stream)  # one of a device: graphs share memory on the same stream alone
+latest = {}  # device -> the graph that was captured last, alive for its memory, which the next one takes over
+ROOM = 2**30  # bytes that must be free on the device; no capture of a decode step takes as many
 
 
-def capture(function: Callable, device: torch.device, before=None):
+def capture(function: Callable, device: torch.device):
     """(graph, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet.
 
-    It takes over the memory of the graph `before`, which must not be replayed again. Only what runs on a stream of the
-    tensors' own `device` is recorded.
+    Graphs of a device share memory, so they may take turns but not run side by side. Only what runs on a stream of the
+    tensors' own `device` is recorded. torch.cuda.graph would empty the allocator's cache each time, which cost the next
+    pass hundreds of cudaMalloc; here only if there is no room left, since none can be made during a capture.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, before and before.pool(), capture_stream(device)):
-        result = function()
+    graph, pool = torch.cuda.CUDAGraph(), (latest[device].pool(),) if device in latest else ()
+    with torch.cuda.device(device), torch.cuda.stream(capture_stream(device)):
+        torch.cuda.synchronize()
+        if torch.cuda.mem_get_info()[0] < ROOM:
+            torch.cuda.empty_cache()
+        graph.capture_begin(*pool)
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    latest[device] = graph
     return graph, result

@@ -43,7 +43,7 @@ class Processes:
 
 def join_processes(device: str = "", deterministic: bool = False) -> Processes:
     """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun."""
-    exact_float32()
+    exact_kernels()
     if deterministic:
         deterministic_kernels()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -59,10 +59,12 @@ def join_processes(device: str = "", deterministic: bool = False) -> Processes:
     return Processes(rank, size, chosen)
 
 
-def exact_float32() -> None:
-    """Float32 on CUDA keeps its 24 bits. By default cuDNN's convolutions have 11 (TF32), which moves the towers'
-    features by about 1e-3."""
+def exact_kernels() -> None:
+    """Float32 on CUDA keeps its 24 bits: by default cuDNN's convolutions have 11 (TF32), which moves the towers'
+    features by about 1e-3. And no attention of cuDNN, the first choice on an H100: with a mask its gradient can be NaN
+    (pytorch#196678), and it keeps a graph of each length."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def deterministic_kernels() -> None:
@@ -70,6 +72,7 @@ def deterministic_kernels() -> None:
     fixed order. To be called before the first product, since cuBLAS reads its workspace from the environment."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and it takes as many kernels again
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 

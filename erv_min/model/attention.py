@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erv_min.base.products import product
+
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
@@ -30,48 +32,60 @@ class GroupCache:
     Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph.
     """
 
-    def __init__(self, prefix: list, prefix_mask: Tensor | None, group_size: int, max_new_tokens: int):
+    def __init__(self, prefix: list, prefix_mask: Tensor, group_size: int, max_new_tokens: int):
         """Empty, for N = `max_new_tokens`. `prefix`: keys and values of a prefill, per layer k, v: [B, KV, P, d];
-        prefix_mask [B, P] bool, False at padding, None if no row is padded."""
+        prefix_mask [B, P] bool, False at padding."""
         batch, heads, _, width = prefix[0][0].shape
         shape = (batch, heads, group_size, max_new_tokens, width)  # [B, KV, G, N, d]
-        self.own = [(k.new_zeros(shape), v.new_zeros(shape)) for k, v in prefix]  # zeros, since 0 * NaN is NaN
-        self.prefix_mask = None if prefix_mask is None or bool(prefix_mask.all()) else prefix_mask
-        self.prefix = [(k.contiguous(), v.contiguous()) for k, v in prefix]
-        self.length = torch.zeros(1, dtype=torch.long, device=prefix[0][0].device)  # `own` is filled so far
+        self.own = [(v.new_zeros(shape), v.new_zeros(shape)) for _, v in prefix]  # zeros, since 0 * NaN is NaN
+        self.prefix = [(k.to(v.dtype).contiguous(), v.contiguous()) for k, v in prefix]  # autocast leaves k float32
+        self.prefix_mask = prefix_mask
+        self.length = torch.zeros(1, dtype=torch.long, device=prefix_mask.device)  # `own` is filled so far
         self.window = max_new_tokens  # a step looks at so much of `own`, and masks what is not filled
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
         """Goes on with these prompts [B'] and rows [B' * G'] alone: G' rows of each, one prompt after the other."""
         if len(prompts) < len(self.prefix[0][0]):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
-            self.prefix_mask = None if self.prefix_mask is None else self.prefix_mask[prompts]
+            self.prefix_mask = self.prefix_mask[prompts]
         _, heads, group_size, _, _ = self.own[0][0].shape
         columns = rows.view(len(prompts), 1, -1) % group_size
         at = (prompts[:, None, None], torch.arange(heads, device=rows.device)[:, None], columns)  # [B', KV, G']
         self.own = [(k[at], v[at]) for k, v in self.own]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mask_of_step(self) -> Tensor:
+        """What the queries of a step may not look at, as a term of their scores, 0 or -inf: [B, 1, 1, P + W]."""
+        own = torch.arange(self.window, device=self.length.device) <= self.length
+        seen = torch.cat([self.prefix_mask, own.expand(len(self.prefix_mask), -1)], 1)
+        dtype = torch.promote_types(self.own[0][0].dtype, torch.float32)
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))[:, None, None]
+
+    def attend(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts.
 
-        The H / KV query heads of a key head stand together; on the prompt's keys those of all G rows do, so that these
-        keys are read once.
+        `mask` is mask_of_step(), whose type the scores have. The H / KV query heads of a key head stand together; on
+        the prompt's keys those of all G rows do, so that these keys are read once.
         """
         batch, heads, group_size, _, width = self.own[layer][0].shape
-        q, k, v = (x.view(batch, group_size, heads, -1, width).transpose(1, 2) for x in (q, k, v))  # [B, KV, G, _, d]
+        q, k, v = (x.to(v.dtype).view(batch, group_size, heads, -1, width).transpose(1, 2) for x in (q, k, v))
         for store, new in zip(self.own[layer], (k, v)):
             store.index_copy_(3, self.length, new)
-        prefix_k, prefix_v = self.prefix[layer]  # [B, KV, P, d]
-        own_k, own_v = (x[:, :, :, : self.window] for x in self.own[layer])  # [B, KV, G, W, d]
+        prefix_k, prefix_v = (x.flatten(0, 1) for x in self.prefix[layer])  # [B * KV, P, d]
+        own_k, own_v = (x.flatten(0, 2)[:, : self.window] for x in self.own[layer])  # [B * KV * G, W, d]
 
-        q = q * width**-0.5
-        on_prefix = (q.flatten(2, 3) @ prefix_k.mT).unflatten(2, q.shape[2:4])  # [B, KV, G, H / KV, P]
-        if self.prefix_mask is not None:
-            on_prefix = on_prefix.masked_fill(~self.prefix_mask[:, None, None, None], float("-inf"))
-        on_own = (q @ own_k.mT).masked_fill(torch.arange(self.window, device=q.device) > self.length, float("-inf"))
-        weights = torch.cat([on_prefix, on_own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
-        on_prefix, on_own = weights.split([prefix_k.shape[2], self.window], -1)
-        out = (on_prefix.flatten(2, 3) @ prefix_v).view_as(q) + on_own @ own_v
+        length = prefix_k.shape[1]
+        q = q.reshape(batch * heads, -1, width)  # [B * KV, G * H / KV, d]
+        scores = torch.empty(*q.shape[:2], mask.shape[-1], dtype=mask.dtype, device=q.device)
+
+        def by_row(x: Tensor) -> Tensor:  # [B * KV, G * H / KV, _] -> [B * KV * G, H / KV, _]
+            return x.view(len(own_k), -1, x.shape[-1])
+
+        product(q, prefix_k.mT, scores[..., :length])
+        product(by_row(q), own_k.mT, by_row(scores)[..., length:])
+        scores = torch.add(mask, scores.unflatten(0, (batch, heads)), alpha=width**-0.5)
+        weights = scores.softmax(-1).to(v.dtype).flatten(0, 1)
+        out = by_row(weights[..., :length] @ prefix_v).baddbmm_(by_row(weights)[..., length:], own_v)
+        out = out.view(batch, heads, group_size, -1, width)
         return out.transpose(1, 2).reshape(batch * group_size, -1, 1, width)
 
 
@@ -87,20 +101,24 @@ class PackedGroups:
     """
 
     prompt: list[tuple[Tensor, Tensor]]  # per layer k, v: [B, KV, P, d]
-    visible: Tensor  # [1 or R, 1, T, P + T] bool, True if the query may look; one row if no prompt is padded
-    rows: int  # R
+    mask: Tensor  # [1 or R, 1, H / KV * T, P + T], a term of the scores: 0 or -inf; one row if no prompt is padded
+    shape: tuple[int, int]  # R, T
     places: Tensor  # [N] int64: which of the R * T tokens each packed one is
 
     @classmethod
-    def of(cls, prompt: list[tuple[Tensor, Tensor]], prompt_mask: Tensor, mask: Tensor) -> "PackedGroups":
-        """prompt_mask [B, P] and mask [R, T], bool, True at the tokens that are there."""
+    def of(cls, prompt: list[tuple[Tensor, Tensor]], prompt_mask: Tensor, mask: Tensor, fold: int) -> "PackedGroups":
+        """prompt_mask [B, P] and mask [R, T], bool, True at the tokens that are there; `fold` is H / KV."""
         rows, length = mask.shape
         whole = bool(prompt_mask.all())
         on_prompt = prompt_mask[:1] if whole else prompt_mask.repeat_interleave(rows // len(prompt_mask), 0)
         on_prompt = on_prompt[:, None, None].expand(-1, 1, length, -1)  # [1 or R, 1, T, P]
         on_own = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        visible = torch.cat([on_prompt, on_own.expand(len(on_prompt), 1, -1, -1)], -1)
-        return cls(prompt, visible, rows, mask.flatten().nonzero()[:, 0])
+        visible = torch.cat([on_prompt, on_own.expand(len(on_prompt), 1, -1, -1)], -1).repeat(1, 1, fold, 1)
+        # In the type of v, which is the kernel's, and with rows of a multiple of 16: CUDA would copy others every time.
+        row = -(-visible.shape[-1] // 16) * 16
+        term = torch.zeros(*visible.shape[:-1], row, dtype=prompt[0][1].dtype, device=mask.device)
+        term = term[..., : visible.shape[-1]].masked_fill_(~visible, float("-inf"))
+        return cls(prompt, term, mask.shape, mask.flatten().nonzero()[:, 0])
 
     def pack(self, x: Tensor) -> Tensor:
         """[R, T, ...] -> [1, N, ...], without padding."""
@@ -108,19 +126,20 @@ class PackedGroups:
 
     def unpack(self, x: Tensor) -> Tensor:
         """[1, N, ...] -> [R, T, ...], 0 at padding."""
-        length = self.visible.shape[2]
-        padded = x.new_zeros(self.rows * length, *x.shape[2:]).index_copy(0, self.places, x[0])
-        return padded.view(self.rows, length, *x.shape[2:])
+        rows, length = self.shape
+        return x.new_zeros(rows * length, *x.shape[2:]).index_copy(0, self.places, x[0]).unflatten(0, self.shape)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Packed queries, q [1, H, N, d], look at their prompt's keys and at their own. N and T may be 0.
 
         The H / KV query heads of a key head are folded into the query's length, so that no key is repeated for them.
         """
+        def on_prompt(prompt: Tensor, own: Tensor) -> Tensor:  # [B, KV, P, d], [R, KV, T, d] -> [R, KV, P + T, d]
+            own = own.unflatten(0, (len(prompt), -1))
+            return torch.cat([prompt[:, None].expand(-1, own.shape[1], -1, -1, -1), own], 3).flatten(0, 1)
+
         q, k, v = (self.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))  # [R, H or KV, T, d]
-        prompt_k, prompt_v = (x.repeat_interleave(self.rows // len(x), 0) for x in self.prompt[layer])
-        k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)  # [R, KV, P + T, d]
-        fold = q.shape[1] // k.shape[1]
-        folded = q.reshape(self.rows, k.shape[1], fold * q.shape[2], q.shape[3])
-        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=self.visible.repeat(1, 1, fold, 1))
+        k, v = map(on_prompt, self.prompt[layer], (k, v))
+        folded = q.reshape(len(q), k.shape[1], self.mask.shape[2], q.shape[3])  # [R, KV, H / KV * T, d]
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=self.mask)
         return self.pack(out.reshape(q.shape).transpose(1, 2)).transpose(1, 2)

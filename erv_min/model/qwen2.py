@@ -26,22 +26,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, L, head_dim] for positions [B, L] (RoPE, arXiv 2104.09864), computed in float32."""
+    """cos, and sin with its first half negated, [B, 1, L, head_dim] for positions [B, L] (RoPE, arXiv 2104.09864),
+    computed in float32."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
     angles = position_ids[:, None, :, None].float() * inverse  # [B, 1, L, head_dim / 2]
-    angles = torch.cat([angles, angles], -1)
+    angles = torch.cat([-angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates [B, H, L, head_dim] in the half-split form: dimension i pairs with i + head_dim / 2."""
     cos, sin = rope
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         """x [B, L, D] -> output [B, L, D] and this layer's k, v [B, KV, L, d]."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, H, L, d], [B, KV, L, d] twice
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(torch.cat([q, k], 1), rope).split([q.shape[1], k.shape[1]], 1)
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2)), k, v
 
 
@@ -119,7 +119,7 @@ class Qwen2(nn.Module):
         for i, layer in enumerate(self.layers):
             attend = attend_causal if past is None else partial(past.attend, i)
             if self.recompute and torch.is_grad_enabled():
-                x, k, v = checkpoint(layer, x, rope, attend, use_reentrant=False)
+                x, k, v = checkpoint(layer, x, rope, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, k, v = layer(x, rope, attend)
             if keep_kv:
@@ -129,8 +129,8 @@ class Qwen2(nn.Module):
     def decode(self, inputs_embeds: Tensor, position_ids: Tensor, cache: GroupCache) -> Tensor:
         """One step: embeddings [R, 1, D] at positions [R, 1] -> hidden [R, 1, D]; the cache grows by one."""
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
-        x = inputs_embeds
+        x, mask = inputs_embeds, cache.mask_of_step()
         for i, layer in enumerate(self.layers):  # layer.forward: FSDP's hooks cannot be captured in a CUDA graph
-            x, _, _ = layer.forward(x, rope, partial(cache.attend, i))
+            x, _, _ = layer.forward(x, rope, partial(cache.attend, i, mask))
         cache.length += 1
         return self.norm(x)

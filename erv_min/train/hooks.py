@@ -140,11 +140,10 @@ class HeldOut:
 
 
 def sample(collate: Collator, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings) -> Completions:
-    """G completions of each prompt of this process, as many prompts at once as memory allows (with --deterministic one,
-    since free memory differs from run to run); the noise of a completion is keyed by its prompt's place, so that tokens
-    do not depend on that."""
+    """G completions of each prompt of this process, as many prompts at once as memory allows; the noise of a completion
+    is keyed by its prompt's place, so that tokens do not depend on that."""
     parts, G, N, eos = [], settings.group_size, settings.max_new_tokens, collate.tokenizer.eos_id
-    size = settings.rollout_batch or (1 if settings.deterministic else prompts_at_once(collate.model, prompts, G, N))
+    size = settings.rollout_batch or prompts_at_once(collate.model, prompts, G, N)
     for start in range(0, len(places), size):
         some = slice(start, start + size)
         noise = sampling_noise(settings.seed, step, places[some], G, N)

@@ -171,7 +171,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     mask_truncated: bool = variant(False, "completions cut at --max-new-tokens leave the loss (DAPO's filtering)")
     top_k: int = variant(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 (divergence "
                             "9)", least=0)
-    rollout_batch: int = machine(0, "prompts that a process samples at once; 0: all, on CUDA as many as memory holds, "
+    rollout_batch: int = machine(0, "prompts that a process samples at once; 0: all; on CUDA as many as memory holds, "
                                     "with --deterministic one", least=0)
     sample_every: int = toy_option(20, "steps between completions that are printed and kept in completions.jsonl",
                                    least=1)

@@ -116,7 +116,7 @@ def _read_state(place: Path, policy, optimizer: torch.optim.Optimizer) -> int:
             for name, p in policy.named_parameters().items():
                 p.copy_(policy.read(files, f"param.{name}", name))
                 if f"step.{name}" in keys:
-                    optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}")} | {
+                    optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}").to(p.device)} | {
                         key: policy.read(files, f"{key}.{name}", name).to(p) for key in ("exp_avg", "exp_avg_sq")}
     except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{place}: its tensors are not those of a state ({error}); delete it") from None

@@ -33,7 +33,7 @@ from torch import Tensor
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_json, write_json
 from erv_min.base.options import positive
-from erv_min.base.processes import barrier, exact_float32, leave, run_script
+from erv_min.base.processes import barrier, exact_kernels, leave, run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import group_advantages, grpo_loss
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     options.dtype = getattr(torch, options.dtype)
     if {*options.bench} - {"fsdp"} and not importlib.util.find_spec("transformers"):
         raise SettingsError("there is no transformers to stand beside: pip install transformers (fsdp needs none)")
-    exact_float32()
+    exact_kernels()
     if options.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(options.device).index or 0)
     for name in options.bench:

@@ -146,16 +146,19 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         hidden, kv = model.model(prompts(clips), keep_kv=True)
         total = hidden.shape[1]
         ids = torch.zeros(clips * group, length, dtype=torch.long)
-        mask = torch.ones(1, 1, length - 1, total + length - 1, dtype=torch.bool)
+        text = config.text
+        mask = torch.zeros(1, 1, text.num_attention_heads // text.num_key_value_heads * (length - 1),
+                           total + length - 1, dtype=kv[0][1].dtype)
         places = torch.zeros(1, clips * group * (length - 1), dtype=torch.long)
-        past = PackedGroups(kv, mask, clips * group, places[0])
+        past = PackedGroups(kv, mask, (clips * group, length - 1), places[0])
         rest, _ = model.model(model.model.embed_tokens(places), places, past)
         hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0), rest[0]])
         return token_logps(hidden, model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
 
     def sample() -> int:
-        _, kv = model.model(prompts(sampled), keep_kv=True)
-        cache = GroupCache(kv, None, group, length)
+        embeds = prompts(sampled)
+        _, kv = model.model(embeds, keep_kv=True)
+        cache = GroupCache(kv, torch.ones(embeds.shape[:2], dtype=torch.bool), group, length)
         cache.length += length - 1
         rows = torch.zeros(sampled * group, 1, dtype=torch.long)
         hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
