@@ -75,11 +75,11 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     raw, tensors = config_of(folder), open_weights(folder)
     config, source, elsewhere = humanomni_config(folder, *overrides), {}, {}
     for tower, override in zip(ALL_TOWERS, overrides):
-        own = not override and any(name.startswith(tower.prefix) for name in tensors)
-        source[tower.name] = f"checkpoint {folder_or_repo}"
-        if not own:
+        if override or not any(name.startswith(tower.prefix) for name in tensors):
             elsewhere[tower] = override or tower_place(raw, tower, folder)
             source[tower.name] = f"{'override' if override else 'repository'} {elsewhere[tower]}"
+        else:
+            source[tower.name] = f"checkpoint {folder_or_repo}"
     if (last := tensors.get("model.audio_tower.audio_tower.classifier.weight")) is not None and last.dim() == 2:
         # Unused, and no released file states its size.
         audio = replace(config.audio, num_labels=last.shape[0], classifier_proj_size=last.shape[1])
@@ -93,9 +93,10 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     for tower, place in elsewhere.items():
         tensors = {name: x for name, x in tensors.items() if not name.startswith(tower.prefix)}
         for name, x in open_weights(resolve(place)).items():
-            name = tower.prefix + name.removeprefix(tower.strip)
-            if name in expected:  # not SigLIP's text half, nor Whisper's decoder
-                tensors[name] = x
+            name = name.removeprefix(tower.strip)
+            for full in (tower.prefix + name, f"{tower.prefix}vision_model.{name}"):  # transformers 5 leaves that out
+                if full in expected:  # not SigLIP's text half, nor Whisper's decoder
+                    tensors[full] = x
     if config.text.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         tensors.setdefault("model.embed_tokens.weight", head)  # if a file holds both, the embedding's counts
     absent = fill(model, tensors, unused_parameters(model), dtype, device,
@@ -126,7 +127,10 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
             atomic_write(new, old.read_bytes())
     write_json(folder / "towers.json", towers_json(model.config))
     stored_as = str(dtype or model.head_weight.dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config_json(model.config) | {"torch_dtype": stored_as})
+    config = config_json(model.config) | {"torch_dtype": stored_as}
+    if "dtype" in config:  # transformers 5 reads this one
+        config["dtype"] = stored_as
+    write_json(folder / "config.json", config)
 
 
 def config_of(folder: Path) -> dict:
@@ -152,7 +156,7 @@ def humanomni_config(folder: Path, *overrides: str | None) -> HumanOmniConfig:
 
 def tower_sizes(tower: Tower, place: str):
     """A tower's dimensions: those of a known repository, else from the config.json of the folder or repository."""
-    if place in TOWERS:
+    if isinstance(TOWERS.get(place), tower.kind):
         return TOWERS[place]
     file = resolve(place, weights=False) / "config.json"
     return read_part(tower.kind, read_object(file), str(file))
@@ -160,13 +164,16 @@ def tower_sizes(tower: Tower, place: str):
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
     """The folder or repository of a tower that the config.json `raw` of `folder` names. Configs in the wild hold paths
-    of their authors' machines: a known tower's name in a path that is not here stands for that tower."""
+    of their authors' machines: one that is not here and ends in a known tower's name stands for that tower."""
     name = str(raw.get(tower.key) or (BERT if tower.name == "text" else ""))
     if name and os.path.exists(os.path.join(name, "config.json")):
         return name
-    known = [repository for repository in TOWERS if repository.split("/")[1] in name]
-    if known or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return known[0] if known else name
+    place = re.sub(r".*/models--([\w.-]+)--([\w.-]+)/snapshots/\w+$", r"\1/\2", name.rstrip("/"))  # the hub's cache
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
+        return place
+    for repository in TOWERS:
+        if place.split("/")[-1] == repository.split("/")[1]:
+            return repository
     raise CheckpointError(f"{folder}/config.json: {tower.key} is {name[:200]!r}, which is not here; name the tower's "
                           f"folder or repository by --{tower.name}-tower")
 

@@ -183,10 +183,23 @@ def read_roberta(raw: dict, where: str) -> BertConfig:
 
 
 def read_qwen2(raw: dict, where: str) -> Qwen2Config:
-    """The language model's sizes from HumanOmni's config.json; errors as `read_part`."""
+    """The language model's sizes from HumanOmni's config.json, as transformers 4 or 5 wrote it; errors as `read_part`,
+    also for scaled rotary positions and sliding windows, which are not computed here."""
     if not any(key.startswith("mm_") for key in raw):
         raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r} without any mm_ key: not HumanOmni's")
-    return read_part(Qwen2Config, {"tie_word_embeddings": False} | raw, where)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # of transformers 4 and 5
+    kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else repr(rope)
+    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):  # one per kind of layer
+        raise CheckpointError(f"{where}: rope_scaling or rope_parameters is {rope}, only type 'default' is supported")
+    sizes = {"tie_word_embeddings": False, "rope_theta": 1e4} | {k: v for k, v in raw.items() if v is not None}
+    text = read_part(Qwen2Config, sizes | {k: v for k, v in rope.items() if k == "rope_theta" and v}, where)
+    layers = text.num_hidden_layers
+    slides = (raw.get("use_sliding_window") and raw.get("sliding_window", 4096)
+              and raw.get("max_window_layers", 28) in range(layers))
+    types = raw.get("layer_types") or ["sliding_attention" if slides else "full_attention"] * layers
+    if types != ["full_attention"] * layers:
+        raise CheckpointError(f"{where}: layer_types or use_sliding_window is a sliding window, which is not supported")
+    return text
 
 
 def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,

@@ -36,9 +36,9 @@ class Verifier:
     def load(cls, folder_or_repo: str | Path, device: str | torch.device = "cpu") -> "Verifier":
         """Reads weights, config.json, tokenizer.json of a head of 11 or 28; raises CheckpointError on another."""
         folder = checkpoint.resolve(folder_or_repo)
-        model = checkpoint.load_erv(folder)
         labels = head_labels(read_json(folder / "config.json"), folder)
-        return cls(model, EncoderTokenizer(folder, max_length=max_tokens(model)), labels, device)
+        model = checkpoint.load_erv(folder)
+        return cls(model, EncoderTokenizer(folder, max_tokens(model), model.config.vocab_size), labels, device)
 
     @torch.no_grad()
     def probabilities(self, sentences: list[str]) -> Tensor:
@@ -69,7 +69,11 @@ def max_tokens(model: RobertaClassifier) -> int:
 
 
 def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
-    """The head's class names from a Hugging Face config.json; names left at LABEL_i mean our order of 11 or 28."""
+    """The head's class names from a Hugging Face config.json; names left at LABEL_i mean our order of 11 or 28. Raises
+    CheckpointError on other names, and on a head that was not trained with a sigmoid per class, as algorithm 1 has."""
+    if (kind := raw.get("problem_type")) != "multi_label_classification":
+        raise CheckpointError(f"{where}/config.json: problem_type is {kind!r}; a verifier gives a probability per class "
+                              "by itself: if it was trained so, write \"multi_label_classification\" there")
     named = raw.get("id2label") or {}
     names = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named)))
     if sorted(names) == sorted(ERV_LABELS):  # maybe in another order

@@ -1,14 +1,8 @@
 """GRPO (Eq. 3; arXiv 2402.03300), as plain functions: advantages, KL, the clipped objective.
 
-Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]. A step of it (`scripts/grpo.py`):
-1. sample G completions of each prompt from pi_theta (generate.rollout);
-2. log pi_ref of the completions, once (logps.completion_logps);
-3. score them: R = R_E + R_format + R_answer (Eq. 5, rewards.score_completions);
-4. A_i = (R_i - mean) / (std + 1e-4) within each group (`group_advantages`);
-5. mu times: log pi_theta, descend `grpo_loss`, the clipped surrogate plus beta * k3.
-
-With mu = 1 the ratio is 1 and nothing is clipped: the gradient is then exactly the released one (divergence 6).
-The defaults are the paper's and the release's; named variants (README.md beside this file) are a line or three each.
+Eq. 3 asks for the policy that maximises E[R - beta KL(pi_theta || pi_ref)]; README.md beside this file walks through a
+step of it (`scripts/grpo.py`), and names the variants, which are a line or three each. With mu = 1 the ratio is 1 and
+nothing is clipped: the gradient is then exactly the released one (divergence 6).
 """
 
 from dataclasses import dataclass
@@ -42,9 +36,7 @@ def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KL(pi_theta || pi_ref) per token, estimator k3: exp(d) - d - 1 with d = ref_logps - logps; any shape, >= 0.
 
     Its value is unbiased under pi_theta and of low variance (Schulman, "Approximating KL divergence", 2020; divergence
-    7). Its gradient, as a term of a loss, is not Eq. 3's: on policy, the mean of d/dtheta k3 = (1 - pi_ref / pi_theta)
-    d/dtheta log pi_theta is the gradient of KL(pi_ref || pi_theta), the other direction (arXiv 2510.01555; divergence
-    21). The release trains with it, and so does this project.
+    7). Its gradient on policy is that of KL(pi_ref || pi_theta), the other direction (divergence 21).
     """
     d = ref_logps - logps
     return d.exp() - d - 1

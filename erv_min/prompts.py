@@ -33,12 +33,14 @@ def user_turn(question: str, modality: str = "video_audio", stage: str = "infere
 
 
 def render(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio", stage: str = "inference",
-           system: str = SYSTEM) -> str:
-    """The whole prompt P in ChatML, up to where the assistant's turn begins, in the released form of the stage.
+           system: str | None = SYSTEM) -> str:
+    """The whole prompt P in ChatML, up to where the assistant's turn begins, in the released form of the stage;
+    system None: without a system turn.
 
     Raises SettingsError on an unknown modality or stage, and on a question that holds a placeholder."""
-    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user_turn(question, modality, stage)}"
-            "<|im_end|>\n<|im_start|>assistant\n")
+    begin = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    return (f"{begin}<|im_start|>user\n{user_turn(question, modality, stage)}<|im_end|>\n"
+            "<|im_start|>assistant\n")
 
 
 def gate_text(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio",

@@ -127,7 +127,7 @@ def load_verifier(settings: ERVSettings, processes: Processes) -> tuple[Verifier
         folder = Path(settings.tokenizer or folder)
     model.dropout.p = settings.dropout
     labels = tuple(ERV_LABELS) if settings.head == len(ERV_LABELS) else tuple(GOEMOTIONS)
-    tokenizer = EncoderTokenizer(folder, max_length=max_tokens(model))
+    tokenizer = EncoderTokenizer(folder, max_tokens(model), model.config.vocab_size)
     return Verifier(model, tokenizer, labels, processes.device), folder
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from conftest import GOLDEN
 from erv_min.base.errors import CheckpointError
 from erv_min.checkpoint import (ALL_TOWERS, check_checkpoint, load_erv, load_humanomni, resolve, save_erv, save_humanomni,
-                                text_gate_folder, tower_place)
-from erv_min.config import TOWERS, humanomni, roberta
+                                text_gate_folder, tower_place, tower_sizes)
+from erv_min.config import TOWERS, humanomni, read_qwen2, roberta
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.parameters import random_humanomni
 
@@ -63,14 +63,14 @@ def test_released_weights_round_trip_byte_for_byte(layout, loaded, tmp_path):
 
 
 def test_default_keeps_the_models_dtype_and_unknown_config_keys(folder, tmp_path):
-    change_json(folder / "config.json", somebodys_key={"x": 1})
+    change_json(folder / "config.json", somebodys_key={"x": 1}, dtype="bfloat16")  # transformers 5's torch_dtype
     model = load_humanomni(folder)
     with torch.no_grad():
         model.model.norm.weight += 1e-6  # not a bfloat16 number
     out = tmp_path / "out"
     save_humanomni(model, out)
     config = json.loads((out / "config.json").read_text())
-    assert config["somebodys_key"] == {"x": 1} and config["torch_dtype"] == "float32"
+    assert config["somebodys_key"] == {"x": 1} and config["torch_dtype"] == config["dtype"] == "float32"
     assert same(load_humanomni(out), model)
 
 
@@ -144,11 +144,21 @@ def test_other_weight_layouts(folder, layout):
             load_humanomni(folder)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_of_what_wrapped_the_model_are_left_out(folder, prefix):
+    """DDP, PEFT, torch.compile and FSDP put theirs before a name, some also into it."""
+    named = {prefix + k.replace("layers.1.", "layers.1._orig_mod."): v for k, v in tensors().items()}
+    save_file(named, folder / "model.safetensors")
+    loaded = load_humanomni(folder)
+    assert same(loaded, load_humanomni(SMALL)) and loaded.tower_source["vision"].startswith("checkpoint")
+
+
 # ---- towers ---------------------------------------------------------------------------------------------------------
 
 
-def tower_folder(path, part, scale=1.0):
-    """A tower's own repository made of the golden weights, under Hugging Face's names."""
+def tower_folder(path, part, scale=1.0, bare=False):
+    """A tower's own repository made of the golden weights, under Hugging Face's names; `bare`: as transformers 5 saves
+    the class that holds a tower alone."""
     path.mkdir()
     sizes = json.loads((SMALL / "towers.json").read_text())[part]
     prefix, rename, other = {
@@ -160,13 +170,16 @@ def tower_folder(path, part, scale=1.0):
     if part == "text":
         own = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
                for k, v in own.items()}
+    if bare:
+        rename, other, own = "{}", {}, {k.removeprefix("vision_model."): v for k, v in own.items()}
     save_file({rename.format(k): v for k, v in own.items()} | other, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps({"vision_config": sizes} if part == "vision" else sizes))
     return path
 
 
-def test_towers_from_their_own_repositories(folder, tmp_path):
-    places = {part: str(tower_folder(tmp_path / part, part)) for part in ("vision", "audio", "text")}
+@pytest.mark.parametrize("bare", [False, True])
+def test_towers_from_their_own_repositories(folder, tmp_path, bare):
+    places = {part: str(tower_folder(tmp_path / part, part, bare=bare)) for part in ("vision", "audio", "text")}
     kept = {k: v for k, v in tensors().items() if not k.startswith((VISION, AUDIO, TEXT))}
     save_file(kept, folder / "model.safetensors")
     (folder / "towers.json").unlink()
@@ -195,6 +208,8 @@ def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
 
 @pytest.mark.parametrize("name, repository", [
     ("/nas/jiaxing/models/siglip-so400m-patch14-384", "google/siglip-so400m-patch14-384"),
+    ("../models/whisper-large-v3/", "openai/whisper-large-v3"),
+    ("bert-base-uncased", "google-bert/bert-base-uncased"),
     ("/nas/hub/models--openai--whisper-large-v3/snapshots/06f233fe", "openai/whisper-large-v3"),
     (None, "google-bert/bert-base-uncased")])
 def test_paths_of_the_authors_machines(name, repository):
@@ -203,10 +218,30 @@ def test_paths_of_the_authors_machines(name, repository):
 
 
 def test_a_tower_that_nobody_knows(folder):
+    """A name that only holds a known one is another tower's."""
     (folder / "towers.json").unlink()
-    change_json(folder / "config.json", mm_vision_tower="/data/secret/tower")
-    with pytest.raises(CheckpointError, match="config.json: mm_vision_tower is '/data/secret/tower'.*--vision-tower"):
-        load_humanomni(folder)
+    for name in ("/data/secret/tower", "/data/siglip-base-patch16-224-ours", "/data/siglip-base-patch16-224/ours", ""):
+        change_json(folder / "config.json", mm_vision_tower=name)
+        with pytest.raises(CheckpointError, match=f"config.json: mm_vision_tower is '{name}'.*--vision-tower"):
+            load_humanomni(folder)
+    for tower, name in zip(ALL_TOWERS, ("me/siglip-base-patch16-224", "openai/whisper-large-v3-turbo",
+                                        "someone/bert-base-uncased-goemotions")):
+        assert tower_place({tower.key: name}, tower, SMALL) == name
+    with pytest.raises(CheckpointError, match="google/siglip-base-patch16-224"):
+        tower_sizes(ALL_TOWERS[1], "google/siglip-base-patch16-224")  # which is no audio tower
+
+
+def test_weights_that_are_not_finite_are_named(folder):
+    for value in (float("nan"), float("inf"), -float("inf")):
+        t = tensors()
+        t["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        save_file(t, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"{folder}.*model.layers.1.mlp.up_proj.weight.*not finite"):
+            load_humanomni(folder)
+    t = tensors()
+    t["model.bert_model.pooler.dense.bias"][0] = float("nan")  # which nothing reads
+    save_file(t, folder / "model.safetensors")
+    assert load_humanomni(folder)
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
@@ -296,6 +331,48 @@ def test_configs_that_cannot_be_right(folder, file, values, message):
         load_humanomni(folder)
 
 
+@pytest.mark.parametrize("values, theta", [
+    ({}, 1e6),
+    (dict(rope_theta=None), 1e4),  # of the format, Qwen2's own files name theirs
+    (dict(rope_theta=5e5, rope_scaling={"type": "default"}), 5e5),
+    (dict(rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 2e5}), 2e5),
+    (dict(rope_parameters={"rope_type": "default", "rope_theta": 3e5}), 3e5),
+    (dict(rope_parameters={"rope_type": "default"}), 1e6),
+    (dict(use_sliding_window=True, max_window_layers=3), 1e6),  # of 3 layers none
+    (dict(use_sliding_window=False, max_window_layers=0), 1e6),
+    (dict(use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 3), 1e6),
+    (dict(tie_word_embeddings=None), 1e6),
+])
+def test_configs_in_the_spellings_of_transformers_4_and_5(folder, values, theta):
+    change_json(folder / "config.json", **values)
+    raw = json.loads((folder / "config.json").read_text())
+    found = read_qwen2(raw, "config.json")
+    assert (found.rope_theta, found.tie_word_embeddings) == (theta, raw.get("tie_word_embeddings", False))
+    if found.tie_word_embeddings:  # written and read again
+        save_humanomni(load_humanomni(folder), folder / "out")
+        assert read_qwen2(json.loads((folder / "out" / "config.json").read_text()), "out") == found
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Config(**{k: v for k, v in raw.items() if k != "model_type"})
+    assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["rope_type"]) == (theta, "default")
+    assert set(theirs.layer_types) == {"full_attention"} and theirs.tie_word_embeddings == found.tie_word_embeddings
+
+
+@pytest.mark.parametrize("values, message", [
+    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling.*'yarn'"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 4.0}), "rope_scaling.*'linear'"),
+    (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}), "rope_parameters.*'dynamic'"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "rope_parameters.*'full_attention'"),
+    (dict(rope_parameters="yarn"), "rope_parameters is yarn"),
+    (dict(use_sliding_window=True, sliding_window=32, max_window_layers=1), "sliding window"),
+    (dict(use_sliding_window=True, max_window_layers=0), "sliding window"),  # of the format's 4096
+    (dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), "sliding window"),
+])
+def test_attention_that_is_not_computed_here_is_refused_by_name(folder, values, message):
+    change_json(folder / "config.json", **values)
+    with pytest.raises(CheckpointError, match=f"config.json.*{message}"):
+        load_humanomni(folder)
+
+
 def test_offline_hub_says_what_to_do(monkeypatch):
     def offline(*_, **__):
         raise ConnectionError("offline mode is enabled")
@@ -329,7 +406,7 @@ def test_hub_fetches_one_weight_format(monkeypatch, tmp_path):
 
 def test_a_checkpoint_is_checked_before_its_weights_are_there(folder, tmp_path, monkeypatch):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=f"{folder}: its tokenizer.json, or vocab.json"):
         check_checkpoint(folder, "humanomni")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(GOLDEN / "chat" / name, folder)

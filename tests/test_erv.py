@@ -214,7 +214,7 @@ def test_length_batches_keep_the_budget():
 
 def test_head_labels():
     def raw(names):
-        return {"id2label": {str(i): name for i, name in enumerate(names)}}
+        return {"id2label": {str(i): name for i, name in enumerate(names)}, "problem_type": "multi_label_classification"}
 
     assert erv.head_labels(raw(f"LABEL_{i}" for i in range(28)), "x") == GOEMOTIONS
     assert erv.head_labels(raw(ERV_LABELS), "x") == ERV_LABELS
@@ -222,6 +222,9 @@ def test_head_labels():
     for names in (DFEW, [], [*GOEMOTIONS[1:], "admiration"]):
         with pytest.raises(CheckpointError, match="id2label"):
             erv.head_labels(raw(names), "x")
+    for kind in ("single_label_classification", "regression", None):  # softmax, none, or whichever it was trained with
+        with pytest.raises(CheckpointError, match=f"x/config.json: problem_type is {kind!r}.*multi_label_classification"):
+            erv.head_labels(raw(ERV_LABELS) | {"problem_type": kind}, "x")
     assert erv.erv_columns(ERV_LABELS[::-1]) == list(range(10, -1, -1))
     assert erv.erv_columns(GOEMOTIONS) == [GOEMOTIONS_INDEX[x] for x in ERV_LABELS]
 
@@ -234,6 +237,16 @@ def test_fresh_head_keeps_the_rest():
     assert new.pop("classifier.out_proj.bias").shape == (11,)
     for name, value in new.items():
         assert torch.equal(value, old.state_dict()[name]), name
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(trained, tmp_path):
+    vocabulary = EncoderTokenizer(trained).vocab_size
+    shutil.copy(trained / "tokenizer.json", tmp_path)
+    checkpoint.save_erv(erv.scratch("toy", vocabulary, 11), tmp_path, ERV_LABELS)
+    assert len(erv.Verifier.load(tmp_path).probabilities(["He smiles.", "half \ud83d"])) == 2
+    checkpoint.save_erv(erv.scratch("toy", vocabulary - 1, 11), tmp_path, ERV_LABELS)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/tokenizer.json: it has {vocabulary} ids, the model {vocabulary - 1}:"):
+        erv.Verifier.load(tmp_path)
 
 
 def test_max_tokens():

@@ -303,7 +303,7 @@ def input_of(example, model: HumanOmni, folder: Path, o: SimpleNamespace) -> tup
     prompt = render(question, o.modality, o.prompt_stage)
     turn = prompt.partition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
     gate = turn.replace("<video>", "").replace("\n", "") if o.prompt_stage == "sft" else question
-    clip["gate_ids"], clip["gate_mask"] = EncoderTokenizer(folder).encode_batch([gate])
+    clip["gate_ids"], clip["gate_mask"] = EncoderTokenizer(folder / "text_gate").encode_batch([gate])
     if "video" in o.modality:
         size = model.config.vision.image_size
         clip["video"] = pixel_values(load_frames(example.path, o.num_frames), size, o.geometry)[None]

@@ -23,12 +23,15 @@ WEIGHTS = "model.safetensors"
 LAYOUTS = [(WEIGHTS, "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin")]
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 BUFFERS = (".position_ids", ".inv_freq")  # what older transformers stored beside weights; computed here
+# What DDP, PEFT, torch.compile and FSDP put before a name, the last two also into it.
+WRAPPERS = re.compile(r"^((module|base_model\.model|_orig_mod)\.)+|\b_(orig_mod|fsdp_wrapped_module)\.")
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's weight files by name, on the CPU; its bytes are read from the disk when it is used.
 
-    Buffers are left out; TensorFlow's names of a layer norm (BERT's own repository) become torch's.
+    Buffers are left out, and the names of what wrapped the model; TensorFlow's names of a layer norm (BERT's own
+    repository) become torch's.
     """
     tensors = {}
     for file in weight_files(folder):
@@ -39,7 +42,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
                 raise CheckpointError(f"{file}: tensor {name} is {tensor.dtype}, weights must be one of "
                                       f"{', '.join(FLOATS.values())}")
             name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-            tensors[name] = tensor
+            tensors[WRAPPERS.sub("", name)] = tensor
     return tensors
 
 
@@ -80,7 +83,8 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype
     """Puts copies of `tensors` into a model on the meta device; returns which of `may_miss` were absent (now zeros).
 
     With `device` meta no byte is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
-    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part.
+    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part,
+    or with the name of one that is read and not finite.
     """
     expected = {k: p.shape for k, p in model.named_parameters()}
     absent = [k for k in expected if k not in tensors]
@@ -95,7 +99,12 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype
     if len(lines) > 1:
         raise CheckpointError("\n".join(lines))
     filled = {k: torch.zeros(expected[k], dtype=dtype, device=device) for k in absent}
-    filled |= {k: tensor.to(device, dtype, copy=True) for k, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        filled[name] = tensor.to(device, dtype, copy=True)
+        if filled[name].is_meta or name in may_miss:
+            continue
+        if not torch.stack(filled[name].aminmax()).isfinite().all():  # 25 times as fast as isfinite of every value
+            raise CheckpointError(f"{where}: tensor {name} holds values that are not finite, its training went astray")
     model.load_state_dict(filled, assign=True, strict=False)  # not strict: a tied parameter's other name is left out
     return absent
 

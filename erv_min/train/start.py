@@ -32,9 +32,10 @@ def load_model(settings: ModelSettings, name: str, dtype: torch.dtype, device, p
     The tokenizers come first: they are small. `show` gets a line that says which towers it runs with (divergence 12),
     on the main process.
     """
-    tokenizer = Tokenizer(resolve(name, settings.revision, weights=False))
+    folder = resolve(name, settings.revision, weights=False)
+    config = humanomni_config(folder, settings.vision_tower, settings.audio_tower, settings.text_tower)
     gate_folder = text_gate_folder(name, settings.revision, settings.text_tower)
-    gate = EncoderTokenizer(gate_folder)
+    tokenizer, gate = Tokenizer(folder), EncoderTokenizer(gate_folder, model_ids=config.gate.vocab_size)
     model = load_humanomni(name, dtype, device, settings.revision, settings.vision_tower, settings.audio_tower,
                            settings.text_tower)
     model.gate_folder = gate_folder

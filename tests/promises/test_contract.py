@@ -12,7 +12,8 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("erv_min/**/*.py"), *ROOT.glob("scripts/**/*.py")])
-RUNTIME = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "soundfile", "av", "tqdm"}
+RUNTIME = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "soundfile", "av"}
+RUNTIME |= {"tqdm", "jinja2"}  # which huggingface_hub and torch need themselves
 EXTRAS = {"transformers"}  # parity, inside functions of scripts only
 
 
