@@ -38,7 +38,8 @@ def permuted(labels: tuple[str, ...], item: str, seed: int = 0) -> list[str]:
     Figure 3 does not say in which order {Emotion List} stands, figure 6 permutes it, the release has one fixed order
     (divergence 20)."""
     order = list(labels)
-    random.Random(int.from_bytes(hashlib.sha256(f"{seed}\0{item}".encode()).digest()[:8], "big")).shuffle(order)
+    digest = hashlib.sha256(f"{seed}\0{item}".encode(errors="replace")).digest()
+    random.Random(int.from_bytes(digest[:8], "big")).shuffle(order)
     return order
 
 
@@ -55,9 +56,9 @@ def hosted_judge(client: ChatClient) -> Judge:
     """Figure 3's prompt to a hosted model."""
     def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
         prompts = {text: judge_prompt(text, permuted(labels, text)) for text in explanations if text.strip()}
-        replies = zip(prompts, client.ask(list(prompts.values())))
+        replies = client.ask(list(prompts.values()), whole=lambda said: read_answer(said, labels).status == "ok")
         said = {text: Judgement(None, "error", reply.error) if reply.error else read_answer(reply.text, labels)
-                for text, reply in replies}
+                for text, reply in zip(prompts, replies)}
         return [said.get(text, NOTHING) for text in explanations]
     return judge
 

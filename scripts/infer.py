@@ -6,7 +6,6 @@ prompt and the temperature are section 4.3's; released ones were evaluated with 
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,8 @@ def find_clips(names: list[str]) -> list[Path]:
             clips += [path.parent / line.strip() for line in read_text(path).splitlines() if line.strip()]
         else:
             clips.append(path)
+    if not clips:
+        raise DataError(f"{', '.join(names)}: no clip is named there")
     if missing := [path for path in clips if not path.exists()]:
         raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(clips)} clips are not there)")
     return clips
@@ -108,28 +109,25 @@ def main(argv: list[str] | None = None) -> None:
     live, failed = not settings.json and sys.stdout.isatty(), 0
     stream = Stream(policy.tokenizer) if live else None
     found = answers(policy, clips, settings, settings.subtitle, stream)
-    try:
-        for path in clips:
-            if not settings.json and len(clips) > 1:
-                print(f"== {path}", flush=True)
-            if live:
-                stream.start()
-            said = next(found)
-            if isinstance(said, ClipError):
-                failed += 1
-                print(f"ClipError: {said}", file=sys.stderr)
-                continue
-            row = {"clip": str(path), "emotion": said.emotion, "explanation": said.explanation, "output": said.text}
-            if verifier:
-                row["reward"] = explain_reward(said.text, settings.explain_reward, verifier,
-                                               RewardSettings(tau=settings.tau))
-            if settings.json:
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-            else:
-                print("" if live else said.text, flush=True)  # on a terminal it stands there already
-                show_reward(row.get("reward"))
-    except BrokenPipeError:  # the reader has seen enough (| head -1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed has no reader
+    for path in clips:
+        if not settings.json and len(clips) > 1:
+            print(f"== {path}", flush=True)
+        if live:
+            stream.start()
+        said = next(found)
+        if isinstance(said, ClipError):
+            failed += 1
+            print(f"ClipError: {said}", file=sys.stderr)
+            continue
+        row = {"clip": str(path), "emotion": said.emotion, "explanation": said.explanation, "output": said.text}
+        if verifier:
+            row["reward"] = explain_reward(said.text, settings.explain_reward, verifier,
+                                           RewardSettings(tau=settings.tau))
+        if settings.json:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        else:
+            print("" if live else said.text, flush=True)  # on a terminal it stands there already
+            show_reward(row.get("reward"))
     if failed:
         sys.exit(f"{failed} of {len(clips)} clips could not be decoded")
 

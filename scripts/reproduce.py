@@ -27,6 +27,7 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, read_json, read_jsonl, write_json
 from erv_min.base.options import positive
 from erv_min.base.processes import run_script
+from erv_min.base.progress import Progress
 from erv_min.metrics import COLUMNS
 from erv_min.toy.text import count_sentences
 
@@ -282,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     write_json(kept, about)
     started = time.time()
     plans = {seed: wanted(plan(given.out / f"seed-{seed}", seed, **about), rows) for seed in seeds}
-    run_all(plans, given.out, given.jobs)
+    with Progress("stages run"):
+        run_all(plans, given.out, given.jobs)
     text = tables(given.out, seeds, rows, given.split, given.clips)
     atomic_write(given.out / "tables.txt", text)
     print(f"\n{text}\n{(time.time() - started) / 60:.1f} minutes; files: {given.out}/tables.txt, results.json")

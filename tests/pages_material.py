@@ -36,7 +36,7 @@ def world(tmp_path_factory):
     """Seven real MP4 clips: 10001 to 10003 for training, 10004 to 10007 held out."""
     folder = tmp_path_factory.mktemp("pages") / "world"
     build_world(folder, WorldSettings(train=3, test=4, pretrain=2, sft_clips=2, resamples=1, erv_train=20, erv_valid=4),
-                workers=1, progress=False)
+                workers=1)
     return folder
 
 

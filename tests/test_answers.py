@@ -28,7 +28,7 @@ class Policy:
     tokenizer = SimpleNamespace(eos_id=EOS, decode=lambda ids, skip_special: f"tokens {len(ids)}")
 
     def __init__(self):
-        self.model = SimpleNamespace(eval=lambda: self.model, config=SimpleNamespace(num_frames=2))
+        self.model = SimpleNamespace(eval=lambda: self.model, state_dict=dict, config=SimpleNamespace(num_frames=2))
 
     def __call__(self, inputs):
         return inputs

@@ -24,7 +24,7 @@ from test_judge import good, reason, serve  # noqa: E402, F401  (serve is a fixt
 from erv_min.base.errors import ClipError, DataError, JudgeError, SettingsError
 from erv_min.base.files import read_json, read_jsonl
 from erv_min.base.processes import Processes
-from erv_min.checkpoint import save_erv, save_humanomni
+from erv_min.checkpoint import load_humanomni, save_erv, save_humanomni
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import load_examples
@@ -267,7 +267,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     build_world(folder,
                 WorldSettings(train=8, test=6, pretrain=2, sft_clips=4, resamples=1, erv_train=60, erv_valid=10),
-                workers=1, progress=False)
+                workers=1)
     config = humanomni("toy")
     lm = json.loads((folder / "tokenizers" / "lm" / "tokenizer.json").read_text())
     size = len(lm["model"]["vocab"]) + len(lm["added_tokens"])
@@ -295,8 +295,19 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
     assert run_model(world, tmp_path / "batched", "--batch-size", "5", "--workers", "0") == rows
     with pytest.raises(SettingsError, match="already exists: give --resume"):
         run_model(world, tmp_path / "whole")
-    with pytest.raises(SettingsError, match="other settings"):
+    with pytest.raises(SettingsError, match="predictions.json: .* with other values of temperature; give another"):
         run_model(world, tmp_path / "whole", "--resume", "--temperature", "0")
+    assert run_model(world, tmp_path / "whole", "--resume") == rows
+    shutil.copytree(world / "model", tmp_path / "model")
+    model = load_humanomni(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[-1, -1] += 1e-3
+    save_humanomni(model, world / "model")  # trained further, into the same folder
+    try:
+        with pytest.raises(SettingsError, match="with other values of weights; give another --out"):
+            run_model(world, tmp_path / "whole", "--resume")
+    finally:
+        save_humanomni(load_humanomni(tmp_path / "model"), world / "model")
 
     chunked = evaluate.predict_to_file
     monkeypatch.setattr(evaluate, "predict_to_file", lambda *args, **kwargs: chunked(*args, chunk=2, **kwargs))
@@ -333,7 +344,7 @@ def test_the_same_clips_mute_or_black(world, tmp_path, monkeypatch):
         next(predictions.outputs(policy, [example], [0], replace(settings, without="audio", modality="video")))
 
     assert len(run_model(world, tmp_path / "mute", "--without", "audio")) == 6
-    with pytest.raises(SettingsError, match="predictions.json: made with other settings"):
+    with pytest.raises(SettingsError, match="predictions.json: .* other values of without"):
         run_model(world, tmp_path / "mute", "--without", "video", "--resume")
     with pytest.raises(SettingsError, match="--without and --think need --model"):
         evaluate.main(["--predictions", str(tmp_path / "mute/predictions.jsonl"), "--without", "audio"])
@@ -498,6 +509,9 @@ def test_infer_one_clip_a_folder_and_a_list(world, tmp_path, capsys):
     shown = capsys.readouterr()
     assert json.loads(shown.out)["output"] == first["output"] and "bad.mp4" in shown.err
     assert [p.name for p in infer.find_clips([str(tmp_path)])] == ["bad.mp4"]
+    (tmp_path / "list.txt").write_text("\n")
+    with pytest.raises(DataError, match="list.txt: no clip is named there"):
+        infer.main([listed, *options])
     with pytest.raises(DataError, match="verifier"):
         infer.main([str(clip), *options, "--explain-reward", "bored", "--erv", "x"])
     with pytest.raises(SettingsError, match="go together"):
@@ -532,7 +546,7 @@ def test_infer_into_a_closed_pipe(world):
         env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.stdout.readline().startswith(b"== ")
     process.stdout.close()  # as `| head -1` does
-    assert b"Traceback" not in process.stderr.read() and process.wait() == 0
+    assert b"Traceback" not in process.stderr.read() and process.wait() == 1
 
 
 def test_an_answer_with_letters_that_the_terminal_lacks(world, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
-from erv_min.base.chat import ChatClient
+from erv_min.base.chat import ChatClient, asked_to_wait
 from erv_min.base.errors import DataError, DiskError, JudgeError
 from erv_min.emotions import ERV_LABELS
 from erv_min.judge import (Judgement, erv_judge, explanation_of, hosted_judge, judge_rows, make_judge, permuted,
@@ -178,6 +178,26 @@ def test_bounded_and_concurrent(serve):
     assert {j.emotion for j in judgements} == {"sad"} and 2 <= api.most_at_once <= 3
 
 
+@pytest.mark.parametrize("content", [
+    "<think>\nShe is sad, no.\n</think>\n\nhappy", "<think>\n\n</think>\n\nHappy.", "sad? No.</think>happy",
+    "<THINKING>sad</THINKING> happy", "[THINK]sad[/THINK]happy", "<reasoning>a</reasoning><think>sad</think>happy",
+    [{"type": "text", "text": "happy"}], [{"type": "thinking", "thinking": [{"type": "text", "text": "sad"}]},
+                                          {"type": "text", "text": "hap"}, {"type": "text", "text": "py"}],
+    [{"type": "reasoning", "text": "sad"}, {"type": "output_text", "text": "happy"}]])
+def test_thoughts_and_parts_of_a_reply_are_told_from_the_answer(serve, content):
+    serve(lambda prompt, times: good(content))
+    assert [(j.emotion, j.raw.strip(" .\n").lower()) for j in ask(["x"])[0]] == [("happy", "happy")]
+
+
+def test_half_a_surrogate_ends_no_evaluation(serve, tmp_path):
+    """What a JSON file may hold, cut in the middle of an emoji; "?" stands for it in the prompt."""
+    api = serve(lambda prompt, times: good("happy \ud83d" if "laugh" in prompt else "sad"))
+    texts = ["She \ud83d smiles.", "She smiles. \U0001f600", "laugh"]
+    assert [j.emotion for j in ask(texts, tmp_path / "c")[0]] == ["sad", "sad", "happy"]
+    assert set(map(reason, api.asked)) == {"She ? smiles.", "She smiles. \U0001f600", "laugh"}
+    assert [j.emotion for j in ask(texts, tmp_path / "c")[0]] == ["sad", "sad", "happy"] and len(api.bodies) == 3
+
+
 # ---------------------------------------------------------------------------------------------------- bad servers
 
 @pytest.mark.parametrize("first", [
@@ -189,6 +209,49 @@ def test_one_failure_is_asked_again(serve, tmp_path, first):
     judgements, _ = ask(["x"], tmp_path / "cache.jsonl")
     assert judgements == [Judgement("angry", "ok", "angry")] and api.explanation_counts() == {"x": 2}
     assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_answer_without_a_completion_is_told_in_the_server_s_words(serve):
+    """The sentence that says what to do stands in the error, whatever the form that it comes in."""
+    page = b"<html><style>b {}</style><body>Please <b>sign in</b> to the hotel network</body></html>"
+    chunk = json.dumps({"object": "chat.completion.chunk", "choices": [{"delta": {"content": "happy"}}]})
+    for status, body, told in (
+            (200, {"error": {"message": "free-models-per-min", "code": 429}}, "free-models-per-min"),
+            (200, {"error": {"message": "no such route", "code": "404"}}, "no such model or address .*no such route"),
+            (200, {"error": "model 'm' not found"}, "model 'm' not found"), (200, {"choices": []}, "choices.*\\[\\]"),
+            (200, {"choices": [{"message": {"content": ""}, "error": {"message": "overloaded"}}]}, "overloaded"),
+            (200, {"choices": [{"message": {"content": None, "refusal": "I will not."}}]}, "reply: .*I will not."),
+            (200, f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), "chat.completion.chunk"),
+            (200, page, "Please sign in to the hotel network"), (502, page, "HTTP 502, no completion: Please sign in"),
+            (403, b"Forbidden by the proxy's rules", "proxy before it .*Forbidden by the proxy's rules")):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        serve(lambda prompt, times: (status, {}, body))
+        with pytest.raises(JudgeError, match=told):
+            ask([f"text {i}" for i in range(3)], retries=2)
+
+
+def test_what_a_model_refuses_is_left_out_from_then_on(serve):
+    def newer(prompt, times):
+        sent = api.bodies[-1]
+        if "max_tokens" in sent:
+            return bad(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return good("sad") if "temperature" not in sent else bad(400, "'temperature' does not support 0 here.")
+
+    api = serve(newer)
+    made, shown = client(), []
+    made.show = shown.append
+    judge = hosted_judge(made)
+    assert {j.emotion for texts in ("abcdefghij", "klm") for j in judge(list(texts), DFEW)} == {"sad"}
+    assert len(api.bodies) == 13 + 2 and api.bodies[-1]["max_completion_tokens"] == 16  # learned once
+    assert sum("max_tokens is refused, asked with max_completion_tokens" in line for line in shown) == 1
+    assert sum("temperature is refused, asked without it" in line for line in shown) == 1
+    for words, times_asked in (("'temperature', 'max_tokens', 'max_completion_tokens', 'seed': all wrong", 3),
+                               ("invalid temperature: only 1 is all wrong", 2),
+                               ("'She has a high temperature' is all wrong", 1)):  # about the prompt
+        api = serve(lambda prompt, times: bad(400, words))
+        with pytest.raises(JudgeError, match="all wrong"):
+            ask(["x"])
+        assert len(api.bodies) == times_asked
 
 
 def test_slow_answers_time_out_and_are_asked_again(serve):
@@ -222,6 +285,14 @@ def test_retry_after_is_honoured(serve):
     assert ask(["x"])[0][0].emotion == "sad" and api.explanation_counts() == {"x": 2}
 
 
+@pytest.mark.parametrize("header, seconds", [
+    ("2.5", 2.5), ("3", 3), ("0", 0), ("", 0), ("1.2.3", 0), ("nan", 0), ("-1", 0), ("soon", 0),
+    ("Wed, 21 Oct 2015 07:28:10 GMT", 10), ("Wednesday, 21-Oct-15 07:28:10 GMT", 10), ("Wed Oct 21 07:28:10 2015", 10)])
+def test_retry_after_in_each_of_its_forms(header, seconds, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1445412480.0)  # ten seconds before that date
+    assert asked_to_wait(header) == seconds
+
+
 def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
     cache = tmp_path / "cache.jsonl"
     api = serve(lambda prompt, times: bad(500) if reason(prompt) == "b" else bad(400, "content_filter")
@@ -240,7 +311,7 @@ def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path):
 @pytest.mark.parametrize("answer, message", [
     (bad(401, f"Incorrect API key provided: {KEY}"), "the key is refused"),
     (bad(404, "model_not_found"), "no such model"),
-    (bad(429, "insufficient_quota"), "no credit left")])
+    (bad(429, 400 * "x" + "insufficient_quota"), "no credit left"), (bad(402, "top up"), "no credit left .*top up")])
 def test_hopeless_answers_end_the_run(serve, answer, message):
     api = serve(lambda prompt, times: answer)
     with pytest.raises(JudgeError, match=message):
@@ -254,30 +325,29 @@ def test_a_dead_server_ends_the_run(serve):
         ask([f"text {i}" for i in range(50)], retries=0, give_up=5)
 
 
-@pytest.mark.parametrize("text", [None, "", " \n"])
-def test_an_empty_reply_is_an_error_that_says_what_to_raise(serve, tmp_path, text):
-    """What reasoning models give where their thoughts take all of max_tokens: no answer, and none to keep."""
+@pytest.mark.parametrize("text", [None, "", " \n", "<think>\nShe is happy", "Okay, she smiles. So", "hap"])
+def test_a_reply_without_its_end_is_an_error_that_says_what_to_raise(serve, tmp_path, text):
+    """What reasoning models give if their thoughts take all of max_tokens: no answer, and none to keep."""
     cache = tmp_path / "cache.jsonl"
     api = serve(lambda prompt, times: good("sad") if reason(prompt) == "a" else good(text, "length"))
     judgements, shown = ask(["a", "b"], cache)
     assert judgements[0].emotion == "sad" and judgements[1].status == "error"
     assert "cut at 16 tokens, raise --reply-tokens" in judgements[1].raw and judgements[1].raw in shown[-1]
     assert len(cache.read_text().splitlines()) == 1 and api.explanation_counts() == {"a": 1, "b": 1}
+    api.behave = lambda prompt, times: good("happy", "length")  # a whole label, although it was cut after it
+    assert ask(["c"], cache)[0][0].emotion == "happy"
     api.behave = lambda prompt, times: good("fear") if api.bodies[-1]["max_tokens"] == 500 else good(text, "length")
     assert [j.emotion for j in ask(["b"], cache, reply_tokens=500)[0]] == ["fear"]
-
-
-def test_an_empty_answer_of_an_older_cache_is_asked_again(serve, tmp_path):
-    api, cache = serve(lambda prompt, times: good("fear")), tmp_path / "cache.jsonl"
-    cache.write_text(json.dumps({"key": client().key("Reason: x Answer Emotion:"), "raw": ""}) + "\n")
-    assert client(cache).ask(["Reason: x Answer Emotion:"])[0].text == "fear" and sum(api.asked.values()) == 1
+    api.behave = lambda prompt, times: good("<think>without an end")
+    with pytest.raises(JudgeError, match="an empty reply: .*without an end"):
+        ask(["d"], cache)
 
 
 def test_where_nothing_is_answered_the_first_reason_is_the_error(serve):
-    api = serve(lambda prompt, times: bad(400, "no such parameter"))
+    api, shown = serve(lambda prompt, times: bad(400, "no such parameter")), []
     with pytest.raises(JudgeError, match="none of 3 requests was answered, the first: .*no such parameter"):
-        ask(["a", "b", "c"])
-    assert sum(api.asked.values()) == 3
+        hosted_judge(client(show=shown.append))(["a", "b", "c"], DFEW)
+    assert sum(api.asked.values()) == 3 and not any("answered" in line for line in shown[1:])
 
 
 def test_one_prompt_that_is_always_refused_ends_no_evaluation(serve, tmp_path):
@@ -293,9 +363,10 @@ def test_a_server_that_is_not_there_is_not_waited_for(monkeypatch):
     waits = []
     made = client(show=lambda text: None, backoff=1.0)
     made._stop.wait = waits.append
-    made.answers[made.key("cached")] = "sad"
-    with pytest.raises(JudgeError, match="none of 1 requests was answered"):
-        made.ask(["cached", "y"])
+    made.answers[made.key(made.request("cached", 16))] = "sad"
+    with pytest.raises(JudgeError, match="none of 3 requests was answered"):
+        made.ask(["cached", "y", "z", "x"])
+    assert len(waits) == 3  # the others are not sent
     waits.clear()
     with pytest.raises(JudgeError, match="none of 1 requests was answered, the first: .*[Cc]onnect"):
         made.ask(["x"])
@@ -316,7 +387,7 @@ def test_a_full_disk_is_told_and_nothing_is_paid_twice(serve, tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------------------- stop and resume
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop):
+def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop, monkeypatch):
     def behave(prompt, times):
         time.sleep(0.01)
         return good("sad")
@@ -324,12 +395,18 @@ def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop):
     api, cache = serve(behave), tmp_path / "cache.jsonl"
     prompts = [f"Reason: {i} Answer Emotion:" for i in range(140)]
 
-    def show(line):
-        if "100/140" in line:
-            raise stop("in the middle")
+    keep = ChatClient._keep
 
-    with pytest.raises(stop):
-        ChatClient("openai:gpt-4.1-mini", cache, concurrency=4, show=show).ask(prompts)
+    def keep_and_stop(self, *answer):
+        error = keep(self, *answer)
+        if len(self.answers) >= 100:
+            raise stop("in the middle")
+        return error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChatClient, "_keep", keep_and_stop)
+        with pytest.raises(stop):
+            client(cache, concurrency=4).ask(prompts)
     answered = len(cache.read_text().splitlines())
     assert 100 <= answered < 140 and answered == sum(api.asked.values())  # what was under way is kept
     with open(cache, "a") as f:
@@ -340,13 +417,14 @@ def test_stopped_and_resumed_nothing_is_asked_twice(serve, tmp_path, stop):
     assert client(cache).ask(prompts) == replies and set(api.asked.values()) == {1}
 
 
-def test_cache_is_keyed_by_server_model_and_prompt_and_damage_is_named(serve, tmp_path):
+def test_cache_is_keyed_by_all_that_shapes_a_reply_and_damage_is_named(serve, tmp_path):
     api, cache = serve(lambda prompt, times: good(f"{times}")), tmp_path / "cache.jsonl"
     prompt = "Reason: x Answer Emotion:"
     assert client(cache).ask([prompt])[0].text == "1"
     assert ChatClient("openai:gpt-4.1", cache).ask([prompt])[0].text == "2"
     drawn = client(cache).ask([prompt] * 2, temperature=1.0, seeds=[1, 2])  # drawn answers: one a seed
     assert sorted(reply.text for reply in drawn) == ["3", "4"] and sum(api.asked.values()) == 4
+    assert client(cache, reply_tokens=64).ask([prompt])[0].text == "5"
     api = serve(lambda prompt, times: good("another server"))  # of the same model's name
     assert client(cache).ask([prompt])[0].text == "another server"
     cache.write_text("nonsense\n" + cache.read_text())
@@ -376,7 +454,7 @@ def test_no_hub_token_for_other_servers(serve, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     api = serve(lambda prompt, times: good("sad"))
     ask(["x"])
-    assert api.auth == {"Bearer none"}
+    assert api.auth == {None}
 
 
 def test_makers_errors(monkeypatch):
@@ -388,6 +466,10 @@ def test_makers_errors(monkeypatch):
                           ("erv:", "expected")):
         with pytest.raises(JudgeError, match=message):
             make_judge(spec)
+    for address in ("127.0.0.1:8000/v1", "localhost", "ftp://x/v1"):
+        monkeypatch.setenv("ERV_JUDGE_BASE_URL", address)
+        with pytest.raises(JudgeError, match=f"ERV_JUDGE_BASE_URL={address}: expected an address as http://"):
+            make_judge("openai:m")
 
 
 def test_offline_switch_is_named(serve, monkeypatch):
@@ -402,9 +484,9 @@ def test_gemini_thinks_not_and_each_provider_has_its_own_address(monkeypatch):
     for name in ("GEMINI_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, KEY)
     gemini, hub = ChatClient("gemini:gemini-2.5-flash"), ChatClient("hf:Qwen/Qwen3-8B")
-    assert gemini.extra == {"reasoning_effort": "none"} and hub.extra is None
-    assert gemini._client.model == "https://generativelanguage.googleapis.com/v1beta/openai/chat/completions"
-    assert hub._client.model == "https://router.huggingface.co/v1/chat/completions" and hub.model == "Qwen/Qwen3-8B"
+    assert gemini.extra == {"reasoning_effort": "none"} and not hub.extra
+    assert gemini.url == "https://generativelanguage.googleapis.com/v1beta/openai"
+    assert hub.url == "https://router.huggingface.co/v1" and hub.model == "Qwen/Qwen3-8B"
 
 
 # ---------------------------------------------------------------------------------------------------- local judges

@@ -37,7 +37,7 @@ LOOKS = [Look(woman, "red", "dark", woman, True, "office", 1) for woman in (True
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    return build_world(tmp_path_factory.mktemp("toy") / "world", SMALL, workers=2, progress=False)
+    return build_world(tmp_path_factory.mktemp("toy") / "world", SMALL, workers=2)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -91,7 +91,7 @@ def test_whom_a_sentence_is_about_can_be_seen_and_heard():
 def test_same_seed_gives_the_same_bytes_in_another_process(small, tmp_path):
     """Other hash seed, one worker instead of two: every file is the same."""
     code = (f"from erv_min.toy.world import *; build_world({str(tmp_path / 'again')!r}, "
-            f"WorldSettings(**{vars(SMALL)!r}), workers=1, progress=False)")
+            f"WorldSettings(**{vars(SMALL)!r}), workers=1)")
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": "7", "PATH": "/usr/bin:/bin"},
                    cwd=Path(__file__).parent.parent)
     first, second = contents(small), contents(tmp_path / "again")
@@ -117,7 +117,7 @@ def test_interrupted_world_is_finished_and_a_complete_one_reused(small, tmp_path
     with monkeypatch.context() as m:
         m.setattr(world, "write_annotations", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            build_world(folder, SMALL, workers=1, progress=False)
+            build_world(folder, SMALL, workers=1)
     assert not (folder / "world.json").exists()
     (folder / "clip" / "10002.mp4").unlink()
     (folder / "clip" / "10003.mp4").write_bytes(b"")  # what a power cut may leave
@@ -126,19 +126,19 @@ def test_interrupted_world_is_finished_and_a_complete_one_reused(small, tmp_path
     rendered, render_clip = [], world.render_clip
     monkeypatch.setattr(world, "render_clip", lambda folder, settings, clip: (
         rendered.append(clip.number), render_clip(folder, settings, clip)))
-    build_world(folder, SMALL, workers=1, progress=False)
+    build_world(folder, SMALL, workers=1)
     assert rendered == [10002, 10003] and (folder / "clip" / "10001.mp4").stat().st_mtime_ns == kept
     assert contents(folder) == contents(small)
-    build_world(folder, SMALL, workers=1, progress=False)
+    build_world(folder, SMALL, workers=1)
     assert rendered == [10002, 10003]
 
 
 def test_a_folder_of_something_else_is_refused(small, tmp_path):
     with pytest.raises(SettingsError, match="other settings"):
-        build_world(small, replace(SMALL, noise=0.3), progress=False)
+        build_world(small, replace(SMALL, noise=0.3))
     (tmp_path / "dfew" / "clip").mkdir(parents=True)
     with pytest.raises(SettingsError, match="not a world's"):
-        build_world(tmp_path / "dfew", SMALL, progress=False)
+        build_world(tmp_path / "dfew", SMALL)
     assert list((tmp_path / "dfew").iterdir()) == [tmp_path / "dfew" / "clip"]
     with pytest.raises(SettingsError):
         sample_clips(replace(SMALL, train=0, test=0, tune=0, pretrain=0))

@@ -114,7 +114,7 @@ def make(folder: Path) -> Tiny:
     """Renders, trains and saves all of it in `folder`, a few seconds' work."""
     world = folder / "world"
     sizes = dict(train=18, test=4, pretrain=2, sft_clips=7, resamples=3, erv_train=70, erv_valid=24)
-    build_world(world, WorldSettings(**sizes), workers=1, progress=False)
+    build_world(world, WorldSettings(**sizes), workers=1)
     labels = world / "single_trainset_5.csv"  # happy, sad, neutral in turn: three labels are met more often than seven
     names = [line.partition(",")[0] for line in labels.read_text().splitlines()[1:]]
     labels.write_text("".join(["video_name,label\n", *(f"{name},{i % 3 + 1}\n" for i, name in enumerate(names))]))

@@ -2,9 +2,13 @@
 
 import os
 import re
+import sys
+import time
+from fnmatch import filter as matching
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import LocalEntryNotFoundError
 
 from erv_min.base.errors import CheckpointError
 from erv_min.base.weights import LAYOUTS
@@ -12,11 +16,12 @@ from erv_min.base.weights import LAYOUTS
 TEXT_FILES = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
               "added_tokens.json", "generation_config.json", "chat_template.jinja", "text_gate/tokenizer.json",
               "text_gate/tokenizer_config.json"]
+WAITS = (1, 2, 4, 8, 16)  # seconds before a file whose connection broke is asked for again
 
 
 def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder as it is; else a snapshot of the hub repository of that name, fetched or from the cache;
-    `weights=False`: config and tokenizer alone. Raises CheckpointError naming repository, file and the way out."""
+    `weights=False`: config and tokenizer alone. Raises CheckpointError with the hub's reason and the way out."""
     name = str(folder_or_repo)
     if os.path.isdir(name):
         if revision:
@@ -27,19 +32,55 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
     at, option = (f"{name} at {revision}", f" --revision {revision}") if revision else (name, "")
     way = (f"Give a local folder, or with a network run 'hf download {name}{option}' and bring that folder (or the "
            "cache, HF_HOME) here")
-    for layout in LAYOUTS if weights else [()]:  # a repository's .bin files if it has no safetensors
-        try:
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[
-                "config.json", "towers.json", *TEXT_FILES, *layout]))
-        except Exception as error:  # network, permission, name, revision, disk: one message for all, with its cause
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched "
-                                  f"({type(error).__name__}: {reason}). {way}") from error
-        if any(any(folder.glob(file)) for file in layout):
-            break
-    else:  # the hub or an offline cache has a part
-        if weights:
-            raise CheckpointError(f"{at}: {folder} has no {' or '.join(sum(LAYOUTS, ()))}. {way}")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{at}: {folder} has no config.json. {way}")
+    try:
+        folder, files = _listed(name, revision or None)
+        layouts = [[file for pattern in layout for file in matching(files, pattern)] for layout in LAYOUTS]
+        chosen = next(filter(None, layouts), [])  # .bin files if there are no safetensors
+        if "config.json" not in files or weights and not chosen:
+            wanted = " or ".join(sum(LAYOUTS, ())) if "config.json" in files else "config.json"
+            raise FileNotFoundError(f"{folder or 'the repository'} has no {wanted}")
+        if not folder:
+            for file in ["towers.json", *TEXT_FILES, *(chosen if weights else []), "config.json"]:
+                fetched = _fetch(name, file, revision or None) if file in files else None
+            folder = fetched.parent
+    except Exception as error:  # network, permission, name, revision, disk: the cause is in the message
+        told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        reason = " ".join(f"{type(told).__name__}: {told}".split())
+        if _refused(error):
+            way = ("Check the name (and --revision); if it is private or asks for consent, get access on its page, and "
+                   "log in with 'hf auth login' or set HF_TOKEN")
+        elif "No space left" in reason or "quota exceeded" in reason:
+            way = "Make room, or set HF_HOME to a folder on another disk; whole files that were fetched are kept"
+        raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched ({reason}). "
+                              f"{way}") from error
     return folder
+
+
+def _listed(name: str, revision: str | None) -> tuple[Path | None, list[str]]:
+    """(None, a repository's files); if the hub cannot be asked, the cache's folder and what is in it."""
+    try:
+        return None, [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings]
+    except Exception:
+        config = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(config, str):
+            raise
+        folder = Path(config).parent
+        return folder, [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
+
+
+def _fetch(name: str, file: str, revision: str | None) -> Path:
+    """One file, in this thread: Ctrl-C ends it at once, but not a pool of threads (the hub's `snapshot_download`)."""
+    for wait in (*WAITS, None):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision))
+        except Exception as error:
+            if wait is None or _refused(error) or getattr(error, "errno", None):  # by the hub, or by the disk
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"{name}: {file}: {reason}; asking again in {wait} s, whole files are kept", file=sys.stderr)
+            time.sleep(wait)
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the hub answered that there is no such thing, or not for this user: asking again gives the same."""
+    return getattr(getattr(error, "response", None), "status_code", 0) in (401, 403, 404)

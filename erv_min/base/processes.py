@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from erv_min.base import progress
 from erv_min.base.errors import ErvMinError, SettingsError
 
 
@@ -170,6 +171,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         leave()
     except (Exception, SystemExit, KeyboardInterrupt) as error:
+        progress.silence()
         if isinstance(error, BrokenPipeError):  # the reader of the output went away: `| head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             error = SystemExit(1)

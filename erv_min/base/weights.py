@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from erv_min.base.errors import CheckpointError
 from erv_min.base.files import replacing
+from erv_min.base.progress import Progress
 
 WEIGHTS = "model.safetensors"
 # A layout: one file, or its shards. (openai/whisper-large-v3 also holds model.fp32-*.safetensors, twice the size.)
@@ -69,7 +70,8 @@ def _open_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _open_bin(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with Progress(f"{file}: opening"):
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever the opcodes of a damaged pickle come to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{file}: damaged, or holds code besides tensors ({reason}); fetch it again") from None
@@ -99,12 +101,15 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype
     if len(lines) > 1:
         raise CheckpointError("\n".join(lines))
     filled = {k: torch.zeros(expected[k], dtype=dtype, device=device) for k in absent}
-    for name, tensor in tensors.items():
-        filled[name] = tensor.to(device, dtype, copy=True)
-        if filled[name].is_meta or name in may_miss:
-            continue
-        if not torch.stack(filled[name].aminmax()).isfinite().all():  # 25 times as fast as isfinite of every value
-            raise CheckpointError(f"{where}: tensor {name} holds values that are not finite, its training went astray")
+    with Progress(f"{where}: reading the weights", len(tensors), "tensor") as progress:
+        for name, tensor in tensors.items():
+            filled[name] = tensor.to(device, dtype, copy=True)
+            progress.add()
+            if filled[name].is_meta or name in may_miss:
+                continue
+            if not torch.stack(filled[name].aminmax()).isfinite().all():  # 25 times as fast as isfinite of every value
+                raise CheckpointError(f"{where}: tensor {name} holds values that are not finite, its training went "
+                                      "astray")
     model.load_state_dict(filled, assign=True, strict=False)  # not strict: a tied parameter's other name is left out
     return absent
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from erv_min.base.chat import after_thought
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
 from erv_min.data.readers import CLIP_SUFFIXES, check_label, read_text
@@ -75,7 +76,8 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
 
 def _read_judgement(row: dict, output: str | None) -> None:
     """The release's fields of a row become ours; `output`: the clip's in another file, without it the reason stands."""
-    judgement, reason = read_answer(row.pop("gpt_response"), labels(row["dataset"])), row.pop("reason")
+    reason, said = row.pop("reason"), after_thought(row.pop("gpt_response"))
+    judgement = read_answer(said, labels(row["dataset"]))
     row |= {"judged_emotion": judgement.emotion, "judge_status": judgement.status}
     row["output"] = output or (reason if "<think>" in reason else f"<think>{reason}</think>")
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, read_json, write_json, write_jsonl
+from erv_min.base.progress import Progress
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.toy import text
 from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOICE, Look, draw, encode, voice
@@ -131,14 +132,11 @@ def render_clip(folder: Path, settings: WorldSettings, clip: ClipSpec) -> None:
     os.replace(part, folder / "clip" / f"{clip.number}.mp4")
 
 
-def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), workers: int = 2,
-                progress: bool = True) -> Path:
+def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), workers: int = 2) -> Path:
     """Renders the world into `folder` and returns it; reuses a complete one, finishes an interrupted one.
 
     Raises SettingsError if the folder holds something else, or if the settings make no sense.
     """
-    from tqdm import tqdm
-
     folder, clips = Path(folder), sample_clips(settings)
     about = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}
     done, unfinished = folder / "world.json", folder / "world.partial.json"  # the second becomes the first
@@ -156,8 +154,9 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
     render = partial(render_clip, folder, settings)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         steps = pool.map(render, missing, chunksize=25) if workers > 1 else map(render, missing)
-        for _ in tqdm(steps, "clips", len(missing), unit="clip", disable=not progress, mininterval=1.0):
-            pass
+        with Progress("clips are rendered", len(missing), "clip") as progress:
+            for _ in steps:
+                progress.add()
     for part in (folder / "clip").glob(".*"):  # what a killed worker left
         part.unlink()
     write_annotations(folder, clips, settings)

@@ -8,7 +8,7 @@
 """
 
 import copy
-import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -21,6 +21,7 @@ from erv_min.base.errors import ClipError, SettingsError
 from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import check
 from erv_min.base.processes import Processes, gather_lists, join_processes
+from erv_min.base.progress import Progress
 from erv_min.data.loader import clip_inputs
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Collator, Example, embed
@@ -96,19 +97,17 @@ def answers(policy: Collator, clips: list, settings: AnswerSettings = AnswerSett
 
 
 def predict(collate: Collator, examples: list[Example], processes: Processes, settings: AnswerSettings,
-            batch_size: int = 8, progress: str = "") -> tuple[list[dict], list[ClipError]]:
+            batch_size: int = 8, progress: str = "answers") -> tuple[list[dict], list[ClipError]]:
     """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
 
     Returns rows {"video_id", "output", "ground_truth", "dataset"} and the errors of clips that could not be decoded.
     """
     mine = list(range(processes.rank, len(examples), processes.size))
-    found, started = {}, time.time()
-    for i, said in zip(mine, outputs(collate, [examples[i] for i in mine], mine, settings, batch_size)):
-        found[i] = said
-        if progress and processes.main and (len(found) % batch_size == 0 or len(found) == len(mine)):
-            rate = len(found) / (time.time() - started)
-            print(f"{progress}: {len(found)}/{len(mine)} clips, {rate:.1f} clips/s, "
-                  f"{(len(mine) - len(found)) / rate:.0f} s left", flush=True)
+    found = {}
+    with Progress(progress, len(mine), "clip") as shown:
+        for i, said in zip(mine, outputs(collate, [examples[i] for i in mine], mine, settings, batch_size)):
+            found[i] = said
+            shown.add()
     said = [x for _, x in sorted(gather_lists(list(found.items())), key=lambda pair: pair[0])]
     rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
             for e, x in zip(examples, said) if isinstance(x, str)]
@@ -130,26 +129,37 @@ def answers_after(collate: Collator, examples: list[Example], explanations: list
     return [row["output"] for row in rows]
 
 
+def weights_sum(model) -> int:
+    """The CRC-32 of a model's weights: the same folder may hold others when an evaluation goes on."""
+    crc = 0
+    with Progress("the model's weights are summed up"):
+        for x in model.state_dict().values():
+            crc = zlib.crc32(x.cpu().flatten().view(torch.uint8).numpy(), crc)
+    return crc
+
+
 def predict_to_file(collate: Collator, examples: list[Example], processes: Processes, out: Path,
                     settings: PredictionSettings, chunk: int = 256) -> tuple[list[dict], list[str]]:
     """`predict` over `examples`, kept in out/predictions.jsonl chunk by chunk, so that a stop loses one chunk.
 
-    What made them is kept in out/predictions.json; a resume with other settings or clips is refused. Returns the rows
-    and the messages of the clips that could not be decoded, on every process. The result depends on neither the number
-    of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
+    What made them is kept in out/predictions.json; a resume with other settings, clips or weights is refused. Returns
+    the rows and the messages of the clips that could not be decoded, on every process. The result depends on neither
+    the number of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
     """
     apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction
     names = "\n".join(f"{example.dataset}/{example.video_id}" for example in examples)
     made_by = {f.name: getattr(settings, f.name) for f in fields(PredictionSettings) if f.name not in apart} | {
-        "clips": sha256(names.encode()).hexdigest()}
+        "clips": sha256(names.encode()).hexdigest(), "weights": weights_sum(collate.model)}
     file, about, failures = out / "predictions.jsonl", out / "predictions.json", out / "failed_clips.jsonl"
     chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
     rows, failed = [], []
     if file.exists():
         if not settings.resume:
             raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
-        if read_json(about) != made_by:
-            raise SettingsError(f"{about}: made with other settings or clips; give another --out")
+        before = read_json(about)
+        if other := [name for name in made_by if before.get(name) != made_by[name]]:
+            raise SettingsError(f"{about}: these predictions were made with other values of {', '.join(other)}; give "
+                                "another --out")
         rows, failed = read_jsonl(file), read_jsonl(failures) if failures.exists() else []
     done = Counter(row["chunk"] for row in rows + failed)
     whole = {n for n, part in enumerate(chunks) if done[n] == len(part)}

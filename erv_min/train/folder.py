@@ -7,7 +7,6 @@ none: data order and sampling noise are functions of the seed and the step.
 
 import contextlib
 import dataclasses
-import datetime
 import errno
 import fcntl
 import hashlib
@@ -34,6 +33,7 @@ from erv_min.base.errors import STOPPED, DiskError, NumbersError, SettingsError
 from erv_min.base.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import option_name
 from erv_min.base.processes import Processes, all_gather_object, barrier, gather_lists
+from erv_min.base.progress import EVERY, Progress
 from erv_min.train.state import load_state, save_state, saved_states
 
 log = logging.getLogger("erv_min")
@@ -158,7 +158,7 @@ class Run:
         self.metrics, self.config, self.data = (self.out / x for x in ("metrics.jsonl", "config.json", "data.jsonl"))
         self.about = provenance(settings)
         self.listed = [[example[0], hashlib.sha256(repr(example).encode()).hexdigest()[:16]] for example in data]
-        self.started, self.first_step, self.interrupted = time.time(), 0, 0.0
+        self.progress, self.first_step, self.interrupted = Progress("training", total_steps, "step"), 0, 0.0
         self.stop, self.tracked, self.skipped, self.in_a_row = "", [], 0, 0
         problem = self._why_not() if processes.main else ""
         problems, lists = zip(*all_gather_object((problem, self.listed)))
@@ -214,6 +214,8 @@ class Run:
             count = sum(p.numel() for p in policy.named_parameters().values())
             print(f"{self.out}: {self.total_steps} steps, {count / 1e6:.2f} M trainable parameters on this process",
                   flush=True)
+        self.progress.first = self.progress.done = self.first_step
+        self.progress.start()  # until `finish`; at an error run_script ends it
         return self.first_step
 
     def _cut_logs(self) -> None:
@@ -260,14 +262,13 @@ class Run:
         if self.processes.main:
             append_jsonl(self.metrics, {"step": step} | {
                 k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
-            done, elapsed = step + 1 - self.first_step, time.time() - self.started
+            self.progress.done = step + 1
             if skip:
                 print(f"step {step + 1}: skipped, {values['skipped_because']}", flush=True)
-            if step + 1 == self.total_steps or step % 10 == 0:
-                left = elapsed / done * (self.total_steps - step - 1)
+            if step + 1 == self.total_steps or step % 10 == 0 or time.time() - self.progress.last > EVERY / 2:
+                self.progress.last = time.time()
                 shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN and v is not None)
-                print(f"step {step + 1}/{self.total_steps} {shown} | {done / elapsed:.2f} steps/s, "
-                      f"{datetime.timedelta(seconds=round(left))} left", flush=True)
+                print(f"step {step + 1}/{self.total_steps} {shown} | {self.progress.pace()}", flush=True)
         if self.in_a_row >= TOO_MANY:
             raise NumbersError(f"{self.metrics}: {TOO_MANY} steps in a row up to step {step + 1} were skipped, the "
                                f"last: {values['skipped_because']}. Look at these clips; a lower --lr or float32 may "
@@ -289,6 +290,7 @@ class Run:
 
     def finish(self) -> None:
         """Adds the run's settings to the model's config.json, which has replaced ours. Signals end again."""
+        self.progress.stop()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.processes.main:

@@ -9,6 +9,7 @@ import torch
 from erv_min.base.errors import SettingsError
 from erv_min.base.hub import resolve
 from erv_min.base.processes import Processes, gather_lists
+from erv_min.base.progress import Progress
 from erv_min.checkpoint import check_checkpoint, humanomni_config, load_humanomni, text_gate_folder
 from erv_min.config import humanomni
 from erv_min.data.cache import FeatureCache
@@ -101,7 +102,8 @@ def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmn
     """
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
-        model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
+        with Progress("random weights are drawn"):
+            model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
         model.source_folder, model.gate_folder = (Path(settings.world, "tokenizers", x) for x in ("lm", "text_gate"))
         tokenizer, gate = Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
     else:
@@ -139,10 +141,11 @@ def load_policy_and_reference(settings: GRPOSettings, processes: Processes):
 def tower_key(model: HumanOmni) -> str:
     """Names the frozen towers by their weights' bytes: kept features are never taken for those of other towers."""
     digest = hashlib.sha256()
-    for tower in (model.model.vision_tower, model.model.audio_tower):
-        for name, weight in tower.state_dict().items():
-            digest.update(name.encode())
-            digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    with Progress("the towers' weights are read, for the name of their kept features"):
+        for tower in (model.model.vision_tower, model.model.audio_tower):
+            for name, weight in tower.state_dict().items():
+                digest.update(name.encode())
+                digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

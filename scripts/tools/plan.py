@@ -24,6 +24,7 @@ from erv_min.base.chunked import CHUNK_LOGITS, ON_CUDA
 from erv_min.base.errors import SettingsError
 from erv_min.base.options import OneLineParser, checked, parser_for, positive, preset_values
 from erv_min.base.processes import run_script
+from erv_min.base.progress import Progress
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
 from erv_min.generate import sample_token
@@ -110,7 +111,8 @@ def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettin
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         # Fake tensors lie on a CPU.
-        with FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA):
+        with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),
+              Progress(f"a step on {gpus} GPUs is planned")):
             return _run(config, stage, settings, gpus)
     finally:
         if gpus > 1:

@@ -327,7 +327,7 @@ class Explanations:
         from erv_min.tokenizer import EncoderTokenizer
         from erv_min.toy.world import WorldSettings, build_world
         build_world(folder / "world", WorldSettings(train=1, test=1, pretrain=1, sft_clips=1, resamples=1, captions=1,
-                                                    erv_train=20, erv_valid=5), workers=1, progress=False)
+                                                    erv_train=20, erv_valid=5), workers=1)
         self.tokenizer = EncoderTokenizer(folder / "world/tokenizers/erv", max_length=64)
         self.whole = '<think>She smiles. "Stop!" he says... Mr. X looks sad?</think>\n<answer>happy</answer>'
 

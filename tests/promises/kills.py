@@ -56,7 +56,7 @@ def prepare(folder: Path) -> None:
     from erv_min.toy.world import WorldSettings, build_world
 
     build_world(folder, WorldSettings(train=8, test=4, pretrain=4, sft_clips=6, resamples=2, erv_train=60, erv_valid=12),
-                workers=1, progress=False)
+                workers=1)
     save_humanomni(random_humanomni(humanomni("toy"), 0), folder / "base")
     for path in [*(folder / "tokenizers/lm").iterdir(), folder / "tokenizers/text_gate"]:
         os.symlink(path, folder / "base" / path.name)
