@@ -14,6 +14,7 @@ from pathlib import Path
 
 from erv_min.base.chat import PROVIDERS, ChatClient
 from erv_min.base.errors import JudgeError
+from erv_min.base.progress import Progress
 from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv
 from erv_min.erv import Verifier, erv_columns
 from erv_min.prompts import judge_prompt
@@ -70,7 +71,8 @@ def erv_judge(verifier) -> Judge:
 
     def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
         texts = [text for text in explanations if text.strip()]
-        probs = verifier.probabilities(texts)[:, [column[to_erv(label)] for label in labels]]  # [S, len(labels)]
+        with Progress(f"{len(texts)} explanations are judged"):
+            probs = verifier.probabilities(texts)[:, [column[to_erv(label)] for label in labels]]  # [S, len(labels)]
         said = {text: Judgement(labels[int(row.argmax())], "ok", f"{float(row.max()):.3f}")
                 for text, row in zip(texts, probs)}
         return [said.get(text, NOTHING) for text in explanations]

@@ -24,7 +24,7 @@ from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl, write_jsonl
 from erv_min.base.options import add_options, checked, option
 from erv_min.base.processes import join_processes, run_script
-from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary
+from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.pairs import counts_table, read_rows
 from erv_min.emotions import ERV_LABELS, to_erv
 from erv_min.judge import permuted, read_answer
@@ -196,10 +196,14 @@ def describe(settings: PredictionSettings) -> None:
     check_names(settings)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
     rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)
+    too_many(len(failed), len(examples), settings.allow_missing, "".join(failed[:1]))
     if processes.main:
         good, empty = described(rows, settings.model, settings.seed)
         write_jsonl(out / "descriptions.jsonl", good)
         write_jsonl(out / "descriptions.rejected.jsonl", empty)
+        if not good:
+            raise DataError(f"none of {len(rows)} outputs has an explanation; they are in "
+                            f"{out}/descriptions.rejected.jsonl")
         print(f"{out}/descriptions.jsonl: {len(good)} different descriptions; {len(empty)} outputs without one, "
               f"{len(failed)} clips that could not be decoded")
 
@@ -216,18 +220,22 @@ def main(argv: list[str] | None = None) -> None:
         return describe(args)
     if step == "annotated":
         rows, left = annotated(load_examples(args.data, "train"))
-        write_jsonl(args.out, rows)
         lost = ", ".join(f"{count} {what}" for what, count in left.items()) or "none"
+        if not rows:
+            raise DataError(f"--data {args.data}: no description with a label of the 11; left out: {lost}")
+        write_jsonl(args.out, rows)
         return print(f"{args.out}: {len(rows)} rows; left out: {lost}")
     files = args.input.split(",")
     if step == "stats":
         return print(counts_table(read_rows(files)))
     rows = [row for file in files for row in read_jsonl(file)]
     training_only(rows, args.input)
+    if not rows:
+        raise DataError(f"{args.input}: no description in it")
     client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency, reply_tokens=args.reply_tokens)
     if step == "label":
         for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not str(row.get("text") or "").strip():
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
                 raise DataError(f"{args.input}, row {number}: no text in field text; `describe` writes such rows")
         good, rejected = labelled(rows, client, args.seed)
     else:
@@ -236,6 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         good, rejected = complemented(rows, client, args.per_class, classes, args.seed, args.temperature)
     write_jsonl(args.out, good)
     write_jsonl(f"{args.out}.rejected.jsonl", rejected)
+    if rejected and not good:
+        raise DataError(f"none of {len(rejected)} answers can be used; they are in {args.out}.rejected.jsonl")
     print(f"{args.out}: {len(good)} rows, {len(rejected)} rejected ({args.out}.rejected.jsonl)")
     if good:
         print(counts_table(read_rows([args.out])))

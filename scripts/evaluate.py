@@ -77,7 +77,7 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
     rows, failed = predict_to_file(policy, found, processes, out, settings)
     there = {example.path for example in found}
     missing = [example.video_id for example in examples if example.path not in there]
-    if failed and len(missing) + len(failed) > settings.allow_missing * len(examples):
+    if not rows or failed and len(missing) + len(failed) > settings.allow_missing * len(examples):
         raise DataError(f"{len(failed)} of {len(examples)} clips could not be decoded ({out}/failed_clips.jsonl) and "
                         f"{len(missing)} are missing, the first: {failed[0]}; if that is how it is, go on with "
                         "--resume and a larger --allow-missing")

@@ -86,6 +86,14 @@ def test_a_section_that_names_what_is_gone_is_an_error(examples, was, becomes, m
         annotate.Page(examples, section.replace(was, becomes))
 
 
+@pytest.mark.parametrize("rows, message", [("", "no completion in it"), ("3\n", "row 1: expected a JSON object")])
+def test_a_run_without_readable_completions_is_an_error(tmp_path, rows, message):
+    (tmp_path / "erv").mkdir()
+    (tmp_path / "completions.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=f"completions.jsonl.*{message}"):
+        read_examples(str(tmp_path))
+
+
 def test_source_is_the_files_and_margins_say_who_calls_whom(page):
     for path, name in (("erv_min/rewards.py", "explanation_reward"), ("erv_min/model/humanomni.py", "HumanOmni.splice")):
         head = rf'id="[\w.]+:{re.escape(name)}">.*?lines (\d+) to (\d+)<'

@@ -2,12 +2,14 @@
 
 import contextlib
 import inspect
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from erv_min.base import progress
 from erv_min.base.processes import Processes
 from erv_min.generate import rollout, sampling_noise
 from erv_min.inputs import Example, Inputs
@@ -106,6 +108,35 @@ def test_each_chunk_of_a_prediction_file_has_noise_of_its_own(asked, tmp_path):
         answers.predict_to_file(Policy(), CLIPS, ALONE, tmp_path / str(batch_size), settings, chunk=2)
         assert noises(asked) == {clip: tuple(sampling_noise(seed, 0, [place], 1, LENGTH)[0].tolist())
                                  for clip, (seed, place) in by_hand.items()}
+
+
+def until(condition) -> None:
+    while not condition():
+        time.sleep(0.01)
+
+
+def test_a_long_batch_and_a_long_answer_are_not_silent(asked, monkeypatch, capsys):
+    """Lines come before a batch is there; of an answer on a terminal up to its first token, and none in its midst."""
+    heard, sample = [], answers.rollout
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    monkeypatch.setattr(progress, "print", lambda line, **_: heard.append(str(line)), raising=False)
+
+    def slow(*given, on_token=None, **named):
+        until(lambda: heard)
+        if on_token:
+            on_token(torch.tensor([3]))
+            before = len(heard)
+            time.sleep(0.2)
+            assert len(heard) == before
+        return sample(*given, **named)
+
+    monkeypatch.setattr(answers, "rollout", slow)
+    answers.predict(Policy(), CLIPS, ALONE, PredictionSettings(), 5)
+    assert heard[0].startswith("answers: 0/5 clips, 0:00:00 so far")
+    heard.clear()
+    tokens = []
+    said = answers.answers(Policy(), ["a.mp4"], PredictionSettings(), on_token=tokens.append)
+    assert next(said).text == "tokens 3" and heard[0].startswith("a.mp4 is answered: ") and len(tokens) == 1
 
 
 def test_greedy_answers_need_no_noise(asked):

@@ -100,6 +100,37 @@ def test_test_clips_are_refused(tmp_path, monkeypatch):
                           str(tmp_path / "o")])
 
 
+@pytest.mark.parametrize("rows, message", [
+    ([], "no description in it"), ([3], "row 1: no text"), ([{"text": 3}], "row 1: no text"),
+    ([{"text": "a"}, {"text": " "}], "row 2: no text")])
+def test_label_names_the_row_without_text(tmp_path, monkeypatch, rows, message):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    write_jsonl(tmp_path / "raw.jsonl", rows)
+    with pytest.raises(DataError, match=f"raw.jsonl.*{message}"):
+        augment.main(["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out", str(tmp_path / "o")])
+
+
+def test_no_result_is_an_error(serve, tmp_path, monkeypatch):  # noqa: F811
+    """No answer that can be used, no description in any output, no clip that can be decoded: what there is is kept."""
+    serve(lambda prompt, times: good("bored"))
+    write_jsonl(tmp_path / "raw.jsonl", rows_of("a", "b"))
+    with pytest.raises(DataError, match="none of 2 answers can be used.*o.rejected.jsonl"):
+        augment.main(["label", "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out", str(tmp_path / "o")])
+    assert len(read_jsonl(tmp_path / "o.rejected.jsonl")) == 2
+    clips = [Example(str(n), tmp_path / f"{n}.mp4", "sad", "emer", split="train") for n in range(2)]
+    for clip in clips:
+        clip.path.touch()
+    monkeypatch.setattr(augment, "load_examples", lambda *_: clips)
+    monkeypatch.setattr(augment, "load_collator", lambda *_: None)
+    row = {"video_id": "0", "dataset": "emer", "ground_truth": "sad", "output": "<answer>sad</answer>"}
+    for found, message in ((([row, row], []), "none of 2 outputs has an explanation.*descriptions.rejected.jsonl"),
+                           (([], ["0.mp4: broken", "1.mp4: broken"]), "2 of 2 clips cannot be decoded.*0.mp4: broken")):
+        monkeypatch.setattr(augment, "predict_to_file", lambda *_: found)
+        with pytest.raises(DataError, match=message):
+            augment.main(["describe", "--model", str(tmp_path), "--data", f"emer:{tmp_path}", "--out", str(tmp_path / "d"),
+                          "--allow-missing", "1"])
+
+
 def pool() -> list[dict]:
     rows = rows_of(*(f"Disgust {i}." for i in range(3)), labels=["disgust"], prompt="figure 6")
     rows += rows_of("Fear 0.", "Fear 1.", labels=["fear", "anxiety"], prompt="figure 6")

@@ -527,6 +527,13 @@ def test_audit_command(trained, tmp_path, capsys):
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
     assert audit.on_paraphrases(blind, 0.5, 2) == {  # disgust's 16 of 112: F1 2 * 16 / (112 + 16), of six others 0
         "sentences": 112, "macro_f1": pytest.approx(0.25 / 7)}
+    for broken, message in (([rows[0], 3], "row 2: expected fields video_id and output"),
+                            ([{**rows[0], "output": 3}], "row 1: expected fields video_id and output"),
+                            ([{"video_id": "1", "output": "x"}], "row 1: clip 1 has no ground_truth"),
+                            ([{**rows[0], "ground_truth": "odd"}], "row 1"), ([], "no prediction"),
+                            ([rows[0], {**rows[0], "dataset": "mafw", "ground_truth": "anger"}], "dfew and mafw")):
+        with pytest.raises(DataError, match=message):
+            audit.main(["--erv", str(trained), "--predictions", str(write(tmp_path / "broken.jsonl", broken))])
     with pytest.raises(SettingsError, match="--erv"):
         audit.main(["--predictions", predictions])
     with pytest.raises(SettingsError, match="--predictions"):

@@ -426,6 +426,10 @@ def test_undecodable_and_missing_clips_are_listed(world, tmp_path):
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert len(rows) == 4 and metrics["missing"] == [test[2].video_id] and test[1].path.name in metrics["failed"][0]
     assert (tmp_path / "out" / "missing_clips.txt").read_text() == f"{test[2].path}\n"
+    for example in test[:2] + test[3:]:
+        example.path.write_bytes(b"not a clip")
+    with pytest.raises(DataError, match="5 of 6 clips could not be decoded .* and 1 are missing"):  # nothing is left
+        run_model(copy, tmp_path / "none", "--allow-missing", "1")
 
 
 def test_a_wrong_judge_is_told_before_the_predictions_begin(world, tmp_path, monkeypatch):
@@ -436,14 +440,14 @@ def test_a_wrong_judge_is_told_before_the_predictions_begin(world, tmp_path, mon
         assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
-def test_augment_describes_training_clips(world, tmp_path, capsys):
+def test_augment_describes_training_clips(world, tmp_path):
     command = ["describe", "--model", str(world / "model"), "--data", f"toy:{world}", "--out", str(tmp_path / "raw"),
                "--max-new-tokens", "8", "--device", "cpu", "--workers", "0"]
-    augment.main(command)
+    with pytest.raises(DataError, match="none of 8 outputs has an explanation"):  # random weights write no <think>
+        augment.main(command)
     assert len(read_jsonl(tmp_path / "raw" / "predictions.jsonl")) == 8
-    rejected = read_jsonl(tmp_path / "raw" / "descriptions.rejected.jsonl")  # random weights write no <think>
+    rejected = read_jsonl(tmp_path / "raw" / "descriptions.rejected.jsonl")
     assert rejected[0]["split"] == "train" and rejected[0]["raw"]
-    assert "clips that could not be decoded" in capsys.readouterr().out
     overlap = tmp_path / "overlap"
     shutil.copytree(world, overlap)
     shutil.copy(overlap / "single_testset_5.csv", overlap / "single_trainset_5.csv")

@@ -75,7 +75,7 @@ def test_the_report_in_a_browser(browser, run, tmp_path):
             no_overflow(browser, width)
             colours[scheme] = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
             shown = browser.find_element("css selector", "main").text
-            assert "GRPO with RE" in shown and "He cries." in shown and "sadness, anxiety" in shown
+            assert "GRPO with R_E" in shown and "He cries." in shown and "sadness, anxiety" in shown
             assert "<script>document.title" in shown and "ours" in browser.title  # the completion's script is text
     assert colours == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}
     loaded = "return [...document.images].every((i) => i.complete && i.naturalWidth > 0) && document.images.length"

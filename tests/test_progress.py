@@ -82,6 +82,7 @@ def test_every_step_that_takes_seconds_has_its_line(tmp_path, capsys, monkeypatc
         run = Run(tmp_path / str(seconds), SFTSettings(), ALONE, 12)
         for step in range(12):
             now[0] += seconds
+            run.progress.last = now[0] - 0.5  # a line of the thread has just been shown
             run.log(step, {"loss": 1.0})
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(" ")[1] for line in lines] == [f"{n}/12" for n in shown]

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "tools")]
@@ -25,6 +26,7 @@ import report  # noqa: E402
 import reproduce  # noqa: E402
 import survey  # noqa: E402
 
+from erv_min.base.hub import TEXT_FILES
 from erv_min.base.options import parse
 from erv_min.rewards import Reward
 from erv_min.train import answers as predictions
@@ -206,3 +208,13 @@ def test_the_table_of_metrics_holds_what_a_step_logs():
     (call,) = [node for node in ast.walk(log) if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.run.log"]
     logged |= {key.value for key in call.args[1].keys if key is not None}
     assert explained == logged | {"held_out_EEA", "held_out_EPC", "skipped", "skipped_because"}  # watched; Run.log
+
+
+def test_the_line_that_publishes_takes_the_models_files_alone():
+    """What the released code loads and no log, no list of clips, no state."""
+    text = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
+    patterns = ast.literal_eval(re.search(r"allow_patterns=(\[.*?\])", text)[1])
+    model = ["config.json", "towers.json", "model.safetensors", *TEXT_FILES]
+    beside = ["metrics.jsonl", "completions.jsonl", "missing_clips.txt", "failed_clips.jsonl", "evaluation.json", ".lock",
+              "state-000004/state.json", "state-000004/00000.safetensors"]
+    assert [*filter_repo_objects(model + beside, allow_patterns=patterns)] == model

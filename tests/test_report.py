@@ -24,15 +24,17 @@ import report
 import report_parts
 
 
-def page_of(folders: list[Path]) -> str:
+def page_of(folders: list[Path], data: str = "") -> str:
     runs = [report.read_run(str(folder)) for folder in folders]
-    return report.build(runs, report.Clips(runs))
+    for run in runs:
+        report.find_clips(run, data)
+    return report.build(runs)
 
 
 def test_a_report_holds_every_part_and_runs_no_text(run):
     page = page_of([run])
     for part in ("Held-out results", "Confusion matrices",
-                 "Entropy", "R<sub>answer</sub>", "KL to the reference", "Completions over the training",
+                 "Entropy", "R_answer", "KL to the reference", "Completions over the training",
                  "sadness, anxiety", "group_size", "huggingface-hub", "data:image/jpeg;base64,",
                  "data:video/mp4;base64,"):
         assert part in page, part
@@ -65,16 +67,17 @@ def test_sentences_are_marked_as_eq_4_counts_them():
 
 
 def test_curves_by_hand():
-    """Ticks are round; a value that is not finite breaks the line; the corners of a plot are its extremes."""
-    assert report_parts.ticks(0, 1) == pytest.approx([0, 0.5, 1]) and report_parts.ticks(-7, 31) == [0, 10, 20, 30]
-    assert report_parts.ticks(0, 1, least=1) == [0, 1] and report_parts.ticks(0, 0.9, least=1) == [0]
-    steps, values = np.array([0.0, 1, 2, 3]), np.array([5.0, np.nan, 5, 9])
-    path = re.search(r'd="([^"]*)" fill="none"', report_parts.panel({0: (steps, values)}))[1]
-    assert path == "M44.0 180.0M236.0 180.0L332.0 8.0"
-    assert report_parts.smooth(values).tolist() == [5, 5, 7, 7]
-    few, means = report_parts.thin(np.arange(800.0), np.arange(800.0))
-    assert len(few) == 400 and means[0] == 0.5 and report_parts.thin(steps, values)[0] is steps
-    assert 'd="M44.0 94.0L332.0 94.0"' in report_parts.panel({0: (np.array([0.0, 9]), np.array([2.0, 2.0]))})
+    """The corners of a plot are its extremes; a running mean of three; 400 of 800 points, the first and the last too;
+    of one value a line in the middle."""
+    steps, values = np.arange(4), np.array([5.0, 5, 5, 9])
+    drawn = report_parts.panel({0: (steps, values)})
+    assert re.search(r'd="([^"]*)" fill="none"', drawn)[1] == "M44.0 180.0L140.0 180.0L236.0 180.0L332.0 8.0"
+    assert re.findall(r">([^<]+)</text>", drawn) == ["5", "7", "9", "0", "3"]
+    assert report_parts.smooth(values).tolist() == pytest.approx([5, 5, 19 / 3, 7])
+    assert report_parts.smooth(values[:1]).tolist() == [5]
+    few = report_parts.spread(range(800), 400)
+    assert (len(few), few[0], few[-1]) == (400, 0, 799) and report_parts.spread([3, 4], 5) == [3, 4]
+    assert 'd="M44.0 94.0L332.0 94.0"' in report_parts.panel({0: (np.array([0, 9]), np.array([2.0, 2.0]))})
 
 
 def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path, world, truths):
@@ -84,9 +87,9 @@ def test_several_runs_are_overlaid_and_a_common_system_stands_once(run, tmp_path
     lines(other / "predictions-GRPO-with-R_E.jsonl",
           [prediction(i, t, "No.", "fear", "fear") for i, t in truths["test"].items()])
     page = page_of([run, other])
-    table = page[page.index('<table class="scores">') : page.index("Confusion matrices")]
+    table = page[page.index('class="scores"') : page.index("Confusion matrices")]
     assert table.count("<th scope=row>") == 3
-    assert all(f"{name}: GRPO with R<sub>E</sub>" in table for name in ("ours", "baseline"))
+    assert all(f"{name}: GRPO with R_E" in table for name in ("ours", "baseline"))
     assert "ours: SFT" in table and "baseline: SFT" not in table
     assert page.index(">w_explanation<") < page.index(">preset<")  # what differs comes first
     assert "var(--run1)" in page and "not rewarded" in page
@@ -103,7 +106,7 @@ def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
         assert f"{file} is not there" in page
     assert "KL to the reference" in page and "Held-out results" not in page
     shutil.copy(run / "completions.jsonl", bare)
-    assert "No clips were found" in page_of([bare])
+    assert "bare: no frames of its train clips; --data says where they are" in page_of([bare])
     shutil.copy(run / "evaluation.json", bare)
     assert "predictions-SFT.jsonl is not there: nothing of SFT" in page_of([bare])
     for name, content, message in (
@@ -115,7 +118,9 @@ def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
             ("evaluation.json", "{", "evaluation.json: not a JSON file"),
             ("evaluation.json", "[3]", "evaluation.json: expected an object, found [3]"),
             ("predictions-SFT.jsonl", (run / "predictions-SFT.jsonl").read_text() * 2, "10004 of dfew is there twice"),
-            ("config.json", '{"erv_min": 3}', "config.json: expected an object with erv_min.settings")):
+            ("config.json", '{"erv_min": 3}', "config.json: expected an object, found 3; was it edited?"),
+            ("completions.jsonl", (run / "completions.jsonl").read_text().replace('"He cries."', "3"),
+             "step 0: 3 sentences")):
         damaged = tmp_path / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(run, damaged)
@@ -156,24 +161,47 @@ def test_a_long_run_makes_no_longer_page(tmp_path, world, truths, monkeypatch):
     page = page_of([long])
     assert page.count('<span>Step <b>') == report.STEPS and "<b>1</b>" in page and "<b>200</b>" in page
     assert len(page) < 800_000 and "cut after 6000 of 18000 characters" in page
-    with monkeypatch.context() as small:
-        small.setattr(report, "CLIP_BYTES", 1000)
-        assert "frames only: the clip has" in page_of([long])
-    monkeypatch.setattr(report, "MEDIA_BYTES", 50_000)  # room for two or three clips
-    few = page_of([long])
-    assert 1 < few.count('src="data:video') < 4 and "frames only: the page holds no more clips" in few
+    assert page.count('src="data:video') == 4  # of the four held-out clips
+    monkeypatch.setattr(report, "CLIP_BYTES", 1000)
+    assert "frames only: the clip has" in page_of([long])
     with pytest.raises(SettingsError, match="9 runs: a page holds at most 8"):
         report.main([str(long)] * 9)
 
 
 def test_the_command_writes_the_page(run, tmp_path, capsys):
-    report.main([f"A run={run}", "--out", str(tmp_path / "page.html"), "--show", "10005"])
+    report.main([f"A run={run}", "--out", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text()
-    assert "A run" in page and "as asked for" in page and page.count("She smiles &amp; waves SFT.") == 1
+    assert "A run" in page and page.count("She smiles &amp; waves SFT.") == 4
     assert "not on the page" not in capsys.readouterr().out
-    with pytest.raises(SettingsError, match="--show 99999"):
-        report.main([str(run), "--out", str(tmp_path / "x.html"), "--show", "99999"])
-    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_run_that_skipped_steps_is_shown(run, tmp_path):
+    """As Run.log writes them: what is not finite is null, and the row says why."""
+    rows = read_jsonl(run / "metrics.jsonl")
+    for number, row in enumerate(rows):
+        row["skipped"] = min(number, 2)
+    for row in rows[1:3]:
+        row |= {"loss": None, "grad_norm": None, "skipped_because": "not finite: log-probabilities of 10003"}
+    shutil.copytree(run, tmp_path / "skipped")
+    lines(tmp_path / "skipped" / "metrics.jsonl", rows)
+    page = page_of([tmp_path / "skipped"])
+    assert "KL to the reference" in page and "<th scope=row>steps skipped</th><td>2</td>" in page
+
+
+def test_a_clip_of_another_data_set_with_the_same_id_is_not_shown(run, world, tmp_path, monkeypatch):
+    """MAFW's 10001 and 10004 beside DFEW's: each row has the frames of its own, in training as held out."""
+    entries = [{"video": f"{i}.mp4", "conversations": [{"from": "gpt", "value": "anger"}]} for i in (10001, 10004)]
+    (tmp_path / "mafw.json").write_text(json.dumps(entries))
+    data = f"json:mafw:{tmp_path / 'mafw.json'}@/mafw,toy:{world}"
+    monkeypatch.setattr(report, "clip_media", lambda path, **_: report.ClipMedia(note=f"frames of {path}"))
+    page = page_of([run], data)
+    assert "frames of /mafw" not in page and f"frames of {world}/clip/10004.mp4" in page
+    mafw = {"video_id": "10001", "dataset": "mafw"}
+    shown = report.read_run(str(run))
+    report.find_clips(shown, data)
+    assert report.clip_of(shown, "train", mafw).note == "frames of /mafw/10001.mp4"
+    del mafw["dataset"]  # a log that does not say it: no guess
+    assert report.clip_of(shown, "train", mafw).note == "clip 10001 is 2 times in the train data"
 
 
 def test_scripts_end_with_a_named_error():

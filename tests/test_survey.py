@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from pages_material import key_of, prediction, studies, survey, survey_score, truths, world  # noqa: F401
+from pages_material import key_of, lines, prediction, studies, survey, survey_score, truths, world  # noqa: F401
 
 from erv_min.base.errors import DataError, SettingsError
 
@@ -44,6 +44,47 @@ def test_only_clips_that_both_got_right_are_asked_about(truths):
         survey.eligible(a, [{**a[0], "ground_truth": "other"}], True)
 
 
+def test_clips_of_two_data_sets_with_one_id_are_two(world, truths, tmp_path):
+    """MAFW's 10004 beside DFEW's: each is asked about with its own explanations, labels and file."""
+    clips = tmp_path / "mafw"
+    clips.mkdir()
+    (clips / "10004.webm").write_bytes(b"the MAFW clip")
+    entry = {"video": "10004.webm", "conversations": [{"from": "gpt", "value": "anger"}]}
+    (tmp_path / "mafw.json").write_text(json.dumps([entry]))
+    rows = [prediction("10004", truths["test"]["10004"], "of DFEW.", truths["test"]["10004"], None),
+            {**prediction("10004", "anger", "of MAFW.", "anger", None), "dataset": "mafw"}]
+    for row in rows:
+        del row["judged_emotion"]
+    lines(tmp_path / "rows.jsonl", rows)
+    survey.main(["make", "--first", str(tmp_path / "rows.jsonl"), "--second", str(tmp_path / "rows.jsonl"), "--clips",
+                 "2", "--data", f"toy:{world},json:mafw:{tmp_path / 'mafw.json'}@{clips}", "--out",
+                 str(tmp_path / "study"), "--embed-mb", "0"])
+    _, key = key_of(tmp_path / "study")
+    page = (tmp_path / "study" / "survey.html").read_text()
+    items = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])["items"]
+    assert {key["items"][x["id"]]["dataset"] for x in items} == {"dfew", "mafw"}
+    for item in items:
+        mafw = key["items"][item["id"]]["dataset"] == "mafw"
+        assert item["left"] == item["right"] == ("of MAFW." if mafw else "of DFEW.") and ("anger" in item["choices"]) == mafw
+        assert ((tmp_path / "study" / item["clip"]).read_bytes() == b"the MAFW clip") == mafw
+
+
+@pytest.mark.parametrize("path, value", [
+    ("items", []), ("items/q01", "x"), ("items/q01/judged", []), ("items/q01/judged/Ours", 3), ("systems", ["Ours"]),
+    ("choices/q02", 3), ("choices", None), ("items/q02/left", "Nobody"), ("", [1])])
+def test_an_edited_key_is_refused(studies, tmp_path, path, value):
+    file, key = key_of(studies["inside"])
+    *above, last = path.split("/")
+    place = key
+    for name in above:
+        place = place[name]
+    if last:
+        place[last] = value
+    (tmp_path / "key.json").write_text(json.dumps(key if last else value))
+    with pytest.raises(DataError, match="key.json: not the key that survey.py make wrote"):
+        survey_score.score(str(tmp_path / "key.json"), [])
+
+
 def test_make_says_what_is_wrong(studies, world, tmp_path):
     ours = str(studies["inside"].parent / "Ours.jsonl")
     common = ["make", "--first", ours, "--second", ours, "--data", f"toy:{world}", "--out"]
@@ -54,6 +95,12 @@ def test_make_says_what_is_wrong(studies, world, tmp_path):
     with pytest.raises(SettingsError, match="two different names"):
         survey.main([*common, str(tmp_path / "a"), "--names", "A,A"])
     assert not list(tmp_path.iterdir())
+    row = prediction("10004", "sad", "x.", "sad", "sad")
+    for number, broken in enumerate((3, {**row, "judged_emotion": 3}, {**row, "output": None})):
+        lines(tmp_path / f"{number}.jsonl", [row, broken] if isinstance(broken, int) else [broken])
+        with pytest.raises(DataError, match=rf"{number}.jsonl, row {1 + (number == 0)}: "):
+            survey.main(["make", "--first", str(tmp_path / f"{number}.jsonl"), "--second", ours, "--data",
+                         f"toy:{world}", "--out", str(tmp_path / "a")])
 
 
 def answers(key: dict, rater: str, scores: dict[str, int], **changes) -> dict:

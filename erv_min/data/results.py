@@ -85,6 +85,8 @@ def _read_judgement(row: dict, output: str | None) -> None:
 def _rows(path: Path, names) -> Iterator[tuple[str, dict]]:
     """(place in the file, row) of a file in any of the three forms."""
     text = read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: no prediction in it")
     if text.lstrip().startswith("{"):
         return _jsonl_rows(path)
     if not names:
@@ -97,8 +99,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
         where = f"{path}, row {number}"
         if not isinstance(row, dict) or "video_id" not in row or not isinstance(row.get("output"), str):
             raise DataError(f"{where}: expected fields video_id and output (text), found {str(row)[:80]}")
-        for field in ("ground_truth", "dataset"):
-            if not isinstance(row.get(field, ""), str):
+        for field in ("ground_truth", "dataset", "judged_emotion"):
+            if not isinstance(row.get(field) or "", str):
                 raise DataError(f"{where}: field {field} is not text: {str(row[field])[:80]}")
         yield where, {**row, "video_id": str(row["video_id"])}
 

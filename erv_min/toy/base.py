@@ -21,6 +21,7 @@ from erv_min.base.errors import ClipError
 from erv_min.base.files import read_jsonl
 from erv_min.base.onednn import use_onednn
 from erv_min.base.processes import rank_and_size
+from erv_min.base.progress import Progress
 from erv_min.checkpoint import save_humanomni
 from erv_min.config import humanomni
 from erv_min.data.loader import batch_of_step, clip_inputs
@@ -48,13 +49,15 @@ def train(name: str, module: nn.Module, losses: Callable[[int], dict[str, Tensor
     """Descends the sum of `losses(step)`, named losses of this process's share, in place; a line every 50 steps."""
     learner, started = Replicated(module, compute=torch.float32), time.time()
     optimizer = make_optimizer(learner.named_parameters().values())
-    for step in range(steps):
-        found = losses(step)
-        sum(found.values()).backward()
-        update(learner, optimizer, learning_rate(step, steps, lr, warmup), 1.0)
-        if (step + 1) % 50 == 0 and rank_and_size()[0] == 0:
-            print(f"{name}: step {step + 1}/{steps} " + " ".join(f"{k} {v.item():.4f}" for k, v in found.items())
-                  + f", {time.time() - started:.1f} s", flush=True)
+    with Progress(name, steps, "step") as progress:
+        for step in range(steps):
+            found = losses(step)
+            sum(found.values()).backward()
+            update(learner, optimizer, learning_rate(step, steps, lr, warmup), 1.0)
+            progress.add()
+            if (step + 1) % 50 == 0 and rank_and_size()[0] == 0:
+                print(f"{name}: step {step + 1}/{steps} " + " ".join(f"{k} {v.item():.4f}" for k, v in found.items())
+                      + f", {time.time() - started:.1f} s", flush=True)
 
 
 def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tensor, gate: tuple[Tensor, Tensor],
@@ -114,12 +117,14 @@ def train_base(world: Path, seed: int = 0) -> None:
     units = [list(unit) for _, unit in groupby(written, key=lambda e: e.video_id)]  # captions of a clip stand together
     units = units[rank::size]
     decoded = clip_inputs([unit[0] for unit in units], model.config, None, num_frames=model.config.num_frames)
-    for i, x in enumerate(decoded):
-        if isinstance(x, ClipError):
-            raise x
-        if i == 0:  # [clips, T, 3, S, S], [clips, mels, F]; a list of clips, stacked, would hold them twice
-            video, audio = (one.new_empty(len(units), *one.shape) for one in (x.clip.video, x.clip.audio))
-        video[i], audio[i] = x.clip.video, x.clip.audio
+    with Progress("clips are decoded", len(units), "clip") as progress:
+        for i, x in enumerate(decoded):
+            if isinstance(x, ClipError):
+                raise x
+            if i == 0:  # [clips, T, 3, S, S], [clips, mels, F]; a list of clips, stacked, would hold them twice
+                video, audio = (one.new_empty(len(units), *one.shape) for one in (x.clip.video, x.clip.audio))
+            video[i], audio[i] = x.clip.video, x.clip.audio
+            progress.add()
     if rank == 0:
         print(f"base model: {len(written)} captions, their clips decoded in {time.time() - started:.1f} s", flush=True)
     gate = gate_tokenizer.encode_batch([gate_text()])

@@ -92,7 +92,15 @@ def answers(policy: Collator, clips: list, settings: AnswerSettings = AnswerSett
     """An Answer for each clip, or its ClipError, one after the other; none depends on the others."""
     examples = [Example(Path(clip).stem, Path(clip), "", "", subtitle=subtitle) for clip in clips]
     settings = replace(settings, workers=settings.workers if len(examples) > 1 else 0)
-    for said in outputs(policy, examples, [0] * len(examples), settings, 1, on_token):
+
+    def heard(ids) -> None:
+        progress.stop()  # an answer on a terminal is not broken by a line
+        on_token(ids)
+
+    stream = outputs(policy, examples, [0] * len(examples), settings, 1, on_token and heard)
+    for clip in clips:
+        with Progress(f"{clip} is answered") as progress:
+            said = next(stream)
         yield said if isinstance(said, ClipError) else Answer(extract_explanation(said), extract_answer(said), said)
 
 

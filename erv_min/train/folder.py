@@ -33,7 +33,7 @@ from erv_min.base.errors import STOPPED, DiskError, NumbersError, SettingsError
 from erv_min.base.files import append_jsonl, gigabytes, read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import option_name
 from erv_min.base.processes import Processes, all_gather_object, barrier, gather_lists
-from erv_min.base.progress import EVERY, Progress
+from erv_min.base.progress import Progress
 from erv_min.train.state import load_state, save_state, saved_states
 
 log = logging.getLogger("erv_min")
@@ -159,7 +159,7 @@ class Run:
         self.about = provenance(settings)
         self.listed = [[example[0], hashlib.sha256(repr(example).encode()).hexdigest()[:16]] for example in data]
         self.progress, self.first_step, self.interrupted = Progress("training", total_steps, "step"), 0, 0.0
-        self.stop, self.tracked, self.skipped, self.in_a_row = "", [], 0, 0
+        self.stop, self.tracked, self.skipped, self.in_a_row, self.shown = "", [], 0, 0, 0.0
         problem = self._why_not() if processes.main else ""
         problems, lists = zip(*all_gather_object((problem, self.listed)))
         if problems[0]:
@@ -265,8 +265,8 @@ class Run:
             self.progress.done = step + 1
             if skip:
                 print(f"step {step + 1}: skipped, {values['skipped_because']}", flush=True)
-            if step + 1 == self.total_steps or step % 10 == 0 or time.time() - self.progress.last > EVERY / 2:
-                self.progress.last = time.time()
+            if step + 1 == self.total_steps or step % 10 == 0 or time.time() - self.shown > 5:
+                self.shown = self.progress.last = time.time()
                 shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN and v is not None)
                 print(f"step {step + 1}/{self.total_steps} {shown} | {self.progress.pace()}", flush=True)
         if self.in_a_row >= TOO_MANY:

@@ -133,9 +133,10 @@ class StepLog:
         """Prints one completion with its sentences' labels, and keeps its whole group in completions.jsonl."""
         for text, reward in zip(texts, rewards):
             append_jsonl(self.run.out / "completions.jsonl", {
-                "step": step, "video_id": example.video_id, "ground_truth": example.label, "completion": text,
-                "sentences": reward.sentences, "labels": reward.label_sets, "reward_format": reward.format,
-                "reward_answer": reward.answer, "reward_explanation": reward.explanation})
+                "step": step, "video_id": example.video_id, "dataset": example.dataset, "ground_truth": example.label,
+                "completion": text, "sentences": reward.sentences, "labels": reward.label_sets,
+                "reward_format": reward.format, "reward_answer": reward.answer,
+                "reward_explanation": reward.explanation})
         first = rewards[0]
         print(f"  {example.video_id} is {example.label}; R_format {first.format:g} R_answer {first.answer:g} "
               f"R_E {first.explanation:.2f}")

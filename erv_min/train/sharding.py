@@ -28,15 +28,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
 from erv_min.base.processes import rank_and_size
+from erv_min.base.progress import Progress
 from erv_min.checkpoint import save_humanomni
 from erv_min.fsdp import Sharded, unit_modules
 
 
 def shard(model: nn.Module, sharding: str, device: str | torch.device, compute: torch.dtype, frozen: bool = False):
     """The model on the processes of the job: `sharding` is none, hand or torch; a frozen one is kept in `compute`."""
-    if sharding == "hand":
-        return Sharded(model, device, compute, compute if frozen else torch.float32)
-    return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)
+    with Progress("the model is put on its devices"):
+        if sharding == "hand":
+            return Sharded(model, device, compute, compute if frozen else torch.float32)
+        return {"none": Replicated, "torch": FullyShard}[sharding](model, device, compute)
 
 
 class _ByName:

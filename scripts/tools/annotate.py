@@ -129,7 +129,8 @@ def read_examples(run: str) -> Examples:
     completions, folder = Path(run, "completions.jsonl"), Path(run, "erv")
     if not completions.exists() or not folder.is_dir():
         raise DataError(f"{run}: no completions.jsonl, or no erv/: --run is the folder of a toy run with a verifier")
-    sampled = read_completions(completions)  # step -> group
+    if not (sampled := read_completions(completions)):  # step -> group
+        raise DataError(f"{completions}: no completion in it")
     best = max(sum(sampled.values(), []), key=lambda row: (0 < row["reward_explanation"] < 1,
                                                            len(set(map(tuple, row["labels"])))))
     group, verifier = sorted(sampled[best["step"]], key=lambda row: row is not best), erv.Verifier.load(folder)

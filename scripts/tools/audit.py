@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
-from erv_min.base.errors import SettingsError
-from erv_min.base.files import read_jsonl, write_json
+from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.files import write_json
 from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
+from erv_min.base.progress import Progress
 from erv_min.data.comparisons import agreement as agreement_of
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import targets
 from erv_min.data.quality import verifier_report
+from erv_min.data.results import read_predictions
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns
 from erv_min.judge import make_judge
@@ -31,7 +33,7 @@ from erv_min.train.log import explanation_statistics
 
 
 def agreement(verifier: list[str], judge: list[str | None], labels: tuple[str, ...]) -> dict:
-    """One emotion per sentence from each -> `comparisons.agreement`, and per class precision and recall with the judge as
+    """One emotion per sentence from each -> `comparisons.agreement`, and per class precision and recall, the judge as
     truth. Sentences that the judge left without an emotion (None) are counted apart and left out."""
     found = agreement_of(verifier, judge)
     if not found["n"]:
@@ -175,9 +177,10 @@ class AuditSettings:
 
 
 def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
-    """(completion, e_gt, data set) from predictions or annotated explanations. Raises SettingsError without any."""
+    """(completion, e_gt, data set) from predictions or annotated explanations, of one data set. Raises SettingsError
+    without any, DataError naming file and row."""
     if args.predictions:
-        found = [(x["output"], x["ground_truth"], x["dataset"]) for x in read_jsonl(args.predictions)]
+        found = [(x["output"], x["ground_truth"], x["dataset"]) for x in read_predictions(args.predictions, [])[0]]
     elif args.data:
         found = [(sft_target(x.explanation, x.label), x.label, x.dataset)
                  for x in load_examples(args.data, "sft") if x.explanation]
@@ -185,6 +188,9 @@ def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
         raise SettingsError("no explanations: give --predictions rows.jsonl or --data toy:/world")
     if not found:
         raise SettingsError(f"{args.predictions or args.data}: no explanation found")
+    if len(names := sorted({dataset for *_, dataset in found})) > 1:
+        raise DataError(f"{args.predictions or args.data}: clips of {' and '.join(names)}; give one data set at a time, "
+                        "since each has its own labels")
     return found
 
 
@@ -204,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     found, verifier = read_completions(args), Verifier.load(args.erv, args.device)
     dataset = found[0][2]
     names, judge = dataset_labels(dataset), make_judge(args.judge) if args.judge else None
-    found = [(extract_explanation(c), e) for c, e, d in found if d == dataset]
+    found = [(extract_explanation(c), e) for c, e, _ in found]
     found = found[:args.limit * (4 if judge else 1) or None]
 
     def ask(texts: list[str]) -> list[str | None]:
@@ -213,12 +219,14 @@ def main(argv: list[str] | None = None) -> None:
     result = {"erv": args.erv, "dataset": dataset, "judge": args.judge, "tau": args.tau, "k": args.k}
     if judge:
         sentences = list(dict.fromkeys(s for text, _ in found for s in split_sentences(text)))
-        result["agreement"] = agreement(best_label(verifier, sentences, names), ask(sentences), names)
+        with Progress("verifier and judge read the sentences"):
+            result["agreement"] = agreement(best_label(verifier, sentences, names), ask(sentences), names)
         honest = [x for x, emotion in zip(found, ask([text for text, _ in found])) if emotion == x[1]]
         print(f"{len(honest)} of {len(found)} explanations are honest: {args.judge} reads their label in them")
         found = honest[:args.limit or None]
-    rows = audit(verifier, [text for text, _ in found], [e for _, e in found], dataset, names, ask if judge else None,
-                 RewardSettings(tau=args.tau, k=args.k))
+    with Progress("each way to cheat is paid"):
+        rows = audit(verifier, [text for text, _ in found], [e for _, e in found], dataset, names,
+                     ask if judge else None, RewardSettings(tau=args.tau, k=args.k))
     result |= {"explanations": len(found), "rows": [dataclasses.asdict(row) for row in rows]}
     print(audit_table(rows))
     if judge:

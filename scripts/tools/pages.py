@@ -89,17 +89,17 @@ def jpeg(frame: torch.Tensor, width: int = 200) -> bytes:
     return b"".join(bytes(packet) for packet in packets)
 
 
-def clip_media(path: Path, frames: int = 4, max_bytes: int = 1_000_000) -> ClipMedia:
-    """A clip's sampled frames, and its player where the file is at most `max_bytes` and of a form that browsers play.
-
-    A clip that cannot be decoded gives the reason as `note` and nothing else.
-    """
+def clip_media(path: Path, frames: int = 4, max_bytes: int = 0) -> ClipMedia:
+    """A clip's sampled frames, and its player if the file is at most `max_bytes` (0: none) and of a form that browsers
+    play. A clip that cannot be decoded gives the reason as `note` and nothing else."""
     try:
         shown = load_frames(path, frames)
     except ClipError as error:
         return ClipMedia(note=str(error))
     pictures, ratio = [data_uri("image/jpeg", jpeg(frame)) for frame in shown], shown.shape[2] / shown.shape[1]
     size, kind = path.stat().st_size, PLAYABLE.get(path.suffix.lower())
+    if not max_bytes:
+        return ClipMedia(pictures, "", "", ratio)
     if kind is None:
         return ClipMedia(pictures, "", f"frames only: browsers do not play {path.suffix or 'this file'}", ratio)
     if size > max_bytes:

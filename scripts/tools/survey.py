@@ -38,14 +38,14 @@ from erv_min.rewards import extract_explanation
 
 def eligible(first: list[dict], second: list[dict], any_answer: bool) -> list[tuple[dict, dict]]:
     """Pairs of rows of one clip that may be shown: explanations in both, and, unless any_answer, both answers right and
-    (where they were judged) both explanations judged so. Raises DataError where two rows disagree about the truth."""
-    other, pairs = {row["video_id"]: row for row in second}, []
+    (where they were judged) both explanations judged so. Raises DataError if two rows disagree about the truth."""
+    other, pairs = {(row["dataset"], row["video_id"]): row for row in second}, []
     for a in first:
-        b = other.get(a["video_id"])
+        b = other.get((a["dataset"], a["video_id"]))
         if b is None:
             continue
-        if (a["ground_truth"], a["dataset"]) != (b["ground_truth"], b["dataset"]):
-            raise DataError(f"clip {a['video_id']}: the two files disagree about its label or data set")
+        if a["ground_truth"] != b["ground_truth"]:
+            raise DataError(f"clip {a['video_id']} of {a['dataset']}: the two files disagree about its label")
 
         def fits(row: dict) -> bool:
             truth, dataset = row["ground_truth"], row["dataset"]
@@ -92,8 +92,8 @@ def make(args) -> None:
         right = "" if args.any_answer else " with the right answer and emotion (--any-answer lifts this)"
         raise SettingsError(f"--clips {args.clips}: {len(pairs)} clips have an explanation of both systems{right}")
     items, key = draw(pairs, args.clips, args.seed, names)
-    paths = {example.video_id: example.path for example in examples}
-    files = [paths[entry["video_id"]] for entry in key.values()]
+    paths = {(example.dataset, example.video_id): example.path for example in examples}
+    files = [paths[entry["dataset"], entry["video_id"]] for entry in key.values()]
     for path in files:
         if not path.is_file():
             raise DataError(f"{path}: no such clip")

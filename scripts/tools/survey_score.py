@@ -23,9 +23,16 @@ PAPER = {"win rate": (53.6, 46.4), "mean": (3.52, 3.42), "sd": (0.41, 0.34), "to
 
 def read_key(path: str) -> dict:
     key = read_json(path)
-    wanted = {"video_id", "dataset", "left", "right", "emotion_of", "judged"}
-    if not isinstance(key, dict) or not all(k in key for k in ("survey", "systems", "items", "choices")) or any(
-            not wanted <= set(entry) or item not in key["choices"] for item, entry in key["items"].items()):
+    try:
+        first, second = key["systems"]
+        whole = bool(key["survey"])
+        for item, entry in key["items"].items():
+            emotions = [*key["choices"][item], *(entry["judged"][name] or "" for name in (first, second))]
+            whole &= {entry["left"], entry["right"]} == {first, second} and entry["emotion_of"] in (first, second)
+            whole &= all(isinstance(x, str) for x in (entry["video_id"], entry["dataset"], *emotions))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        whole = False
+    if not whole:
         raise DataError(f"{path}: not the key that survey.py make wrote, or edited since")
     return key
 
