@@ -24,12 +24,14 @@ from erv_min.train.log import StepLog
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import GRPOSettings
 from erv_min.train.sharding import save_model
-from erv_min.train.start import check_start, data_of, load_policy_and_reference, load_verifier, training_examples
+from erv_min.train.start import (check_names, check_start, data_of, load_policy_and_reference, load_verifier,
+                                 training_examples)
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = parse(GRPOSettings, __doc__, argv)
     processes = join_processes(settings.device, settings.deterministic)
+    check_names(settings)
     settings.resume = open_folder(settings.out, settings.resume, processes)
     chain.prepare(settings, Path(__file__).parent, processes)  # the embedded world: what of it is not there yet
     collate = train(settings, processes)

@@ -24,7 +24,7 @@ from erv_min.train.hooks import TrainingClips
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import SFTSettings
 from erv_min.train.sharding import save_model
-from erv_min.train.start import check_start, data_of, load_sharded_policy, training_examples
+from erv_min.train.start import check_names, check_start, data_of, load_sharded_policy, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.train_vision_tower and settings.cache_features:
         raise SettingsError("--train-vision-tower changes the features that --cache-features keeps: leave one out")
     processes = join_processes(settings.device, settings.deterministic)
+    check_names(settings)
     settings.resume = open_folder(settings.out, settings.resume, processes)
     chain.prepare_sft(settings, processes)  # the embedded world: what of it is not there yet
     train(settings, processes)

@@ -18,6 +18,7 @@ from erv_min import checkpoint
 from erv_min.base.errors import DiskError, ErvMinError, SettingsError
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
+from erv_min.toy import chain
 
 SCRIPTS = ("grpo", "sft", "erv", "evaluate", "infer", "augment")
 
@@ -141,7 +142,8 @@ def test_a_subtitle_that_is_given_stands_in_the_prompt(tiny, tmp_path):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """No weight of any checkpoint may be read."""
+    """No weight of any checkpoint may be read, and none be made."""
+    monkeypatch.setattr(chain, "run", lambda command, **_: pytest.fail(f"{command} is run"))
     monkeypatch.setattr(checkpoint, "open_weights", lambda folder: pytest.fail(f"the weights of {folder} are read"))
 
 
@@ -169,6 +171,7 @@ ASK = "--model {policy} --device cpu "
 
 @pytest.mark.parametrize("given, said", [
     (GRPO + "--model {policy} --erv ./gone", "./gone"),
+    (GRPO + "--erv gone/typo", "gone/typo"),  # before SFT is made
     (GRPO + "--model {policy} --erv {policy}", "policy"),
     (GRPO + "--model {policy} --erv {erv_no_tokenizer}", "tokenizer"),
     (GRPO + "--model {policy} --erv {erv} --watch-erv {erv_no_tokenizer}", "tokenizer"),
