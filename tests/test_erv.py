@@ -306,17 +306,6 @@ def test_texts_of_training_are_told_apart(script, capsys):
     assert quality.verifier_report(probs, truth, seen=torch.ones(3).bool())["unseen"] == {"sentences": 0, "macro_f1": None}
 
 
-def test_agreement_by_hand():
-    # Answered 4: equal on 3, p_o = 0.75. Verifier a 2, b 2; judge a 3, b 1: p_e = (2 * 3 + 2 * 1) / 16 = 0.5.
-    # kappa = (0.75 - 0.5) / 0.5 = 0.5. Class b: precision 1/2, recall 1/1.
-    result = audit.agreement(["a", "a", "b", "b", "a"], ["a", "a", "b", "a", None], ("a", "b"))
-    assert (result["accuracy"], result["kappa"], result["sentences"], result["unanswered"]) == (0.75, 0.5, 4, 1)
-    assert result["per_class"]["b"] == {"precision": 0.5, "recall": 1.0, "support": 1}
-    assert audit.agreement(["a"], ["a"], ("a", "b"))["kappa"] is None
-    with pytest.raises(SettingsError, match="no emotion"):
-        audit.agreement(["a"], [None], ("a",))
-
-
 # ---- watched, and cheated --------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from erv_min.base.files import write_json
 from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
-from erv_min.data.comparisons import agreement as agreement_of
+from erv_min.data.comparisons import agreement
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import targets
 from erv_min.data.quality import verifier_report
@@ -28,25 +28,6 @@ from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.toy.lexicon import PARAPHRASES, sentences
 from erv_min.train.log import explanation_statistics
-
-# ---- agreement with a judge ------------------------------------------------------------------------------------------
-
-
-def agreement(verifier: list[str], judge: list[str | None], labels: tuple[str, ...]) -> dict:
-    """One emotion per sentence from each -> `comparisons.agreement`, and per class precision and recall, the judge as
-    truth. Sentences that the judge left without an emotion (None) are counted apart and left out."""
-    found = agreement_of(verifier, judge)
-    if not found["n"]:
-        raise SettingsError("the judge gave no emotion for any sentence: nothing to compare the verifier with")
-    pairs, per_class = [(v, j) for v, j in zip(verifier, judge) if j is not None], {}
-    for x in labels:
-        said, judged = sum(v == x for v, _ in pairs), sum(j == x for _, j in pairs)
-        both = sum(v == j == x for v, j in pairs)
-        per_class[x] = {"precision": both / said if said else None, "recall": both / judged if judged else None,
-                        "support": judged}
-    return {"sentences": found["n"], "unanswered": found["left_out"], "accuracy": found["accuracy"],
-            "kappa": found["kappa"], "per_class": per_class}
-
 
 def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]) -> list[str]:
     """The verifier's best emotion of each sentence among `labels` (a data set's names: what a judge can answer)."""
@@ -220,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     if judge:
         sentences = list(dict.fromkeys(s for text, _ in found for s in split_sentences(text)))
         with Progress("verifier and judge read the sentences"):
-            result["agreement"] = agreement(best_label(verifier, sentences, names), ask(sentences), names)
+            result["agreement"] = agreement(best_label(verifier, sentences, names), ask(sentences))
         honest = [x for x, emotion in zip(found, ask([text for text, _ in found])) if emotion == x[1]]
         print(f"{len(honest)} of {len(found)} explanations are honest: {args.judge} reads their label in them")
         found = honest[:args.limit or None]
@@ -232,10 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     if judge:
         x = result["agreement"]
         kappa = "undefined" if x["kappa"] is None else f"{x['kappa']:.3f}"
-        print(f"verifier and judge on {x['sentences']} different sentences ({x['unanswered']} without an answer): "
-              f"accuracy {x['accuracy']:.3f}, kappa {kappa}; precision and recall, the judge as truth: "
-              + ", ".join(f"{name} {y['precision'] or 0:.2f} {y['recall'] or 0:.2f}"
-                          for name, y in x["per_class"].items()))
+        print(f"verifier and judge agree on {x['accuracy']:.1%} of {x['n']} different sentences, kappa {kappa} "
+              f"({x['left_out']} without an answer)")
     if args.data.startswith("toy:"):
         result["paraphrases"] = on_paraphrases(verifier, args.tau, args.k)
         print("verifier on {sentences} paraphrases, none in training: macro F1 {macro_f1:.3f}".format(
