@@ -29,6 +29,7 @@ from erv_min.rewards import RewardSettings, extract_explanation, score_completio
 from erv_min.toy.lexicon import PARAPHRASES, sentences
 from erv_min.train.log import explanation_statistics
 
+
 def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]) -> list[str]:
     """The verifier's best emotion of each sentence among `labels` (a data set's names: what a judge can answer)."""
     columns = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
@@ -170,8 +171,8 @@ def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
     if not found:
         raise SettingsError(f"{args.predictions or args.data}: no explanation found")
     if len(names := sorted({dataset for *_, dataset in found})) > 1:
-        raise DataError(f"{args.predictions or args.data}: clips of {' and '.join(names)}; give one data set at a time, "
-                        "since each has its own labels")
+        raise DataError(f"{args.predictions or args.data}: clips of {' and '.join(names)}; give one data set at a "
+                        "time, since each has its own labels")
     return found
 
 
