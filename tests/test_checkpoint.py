@@ -388,10 +388,10 @@ def test_a_checkpoint_is_checked_before_its_weights_are_there(folder, tmp_path, 
         shutil.copy(GOLDEN / "chat" / name, folder)
     assert check_checkpoint(folder, "humanomni") == json.loads((SMALL / "config.json").read_text())
     asked = []
-    with monkeypatch.context() as hub:
-        hub.setattr("erv_min.checkpoint.resolve", lambda *_, weights=True: asked.append(weights) or folder)
-        check_checkpoint("a/b", "humanomni", "main")
-    assert asked == [False]
+    with monkeypatch.context() as patch:
+        patch.setattr("erv_min.checkpoint.resolve", lambda *given, weights: asked.append((*given, weights)) or folder)
+        assert check_checkpoint("a/b", "humanomni", "main") == json.loads((SMALL / "config.json").read_text())
+    assert asked == [("a/b", "main", False)]
     with pytest.raises(CheckpointError, match="model_type is 'HumanOmni_qwen2', a verifier is 'roberta'"):
         check_checkpoint(folder, "erv")
     with pytest.raises(CheckpointError, match="typo: no such folder"):

@@ -18,6 +18,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.05)
+    monkeypatch.setattr(progress, "RUNNING", [])  # what a test's run has left
 
 
 def heard(capsys, what: str) -> str:
