@@ -43,11 +43,12 @@ def load_frames(path: str | Path, k: int) -> torch.Tensor:
 
 
 def load_waveform(path: str | Path) -> torch.Tensor:
-    """The sound of a clip at 16 kHz, mono: float32 [N]; two channels mix as (L + R) * 0.7071, NaN samples are -1.5.
-    Raises ClipError."""
+    """The sound of a clip at 16 kHz, mono: float32 [N]; channels mix as `ffmpeg -ac 1` has it, two as (L + R) *
+    0.7071; sound that begins late begins at 0, as in `ffmpeg -vn`; NaN samples are -1.5. Raises ClipError."""
     return _sound_or_silence(path, decode(Path(path), None, sys.maxsize)[1], "error")
 
 
+@torch.autocast("cpu", enabled=False)  # a training loop that computes in bfloat16 still gets its clips in float32
 def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int = 8, image_size: int = 224,
               n_mels: int = 128, n_frames: int = 3000, geometry: str = "pad", silence: str = "hear",
               without: str = "") -> Clip:

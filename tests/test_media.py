@@ -273,6 +273,11 @@ def test_each_channel_of_a_flac_or_a_stream_is_mixed_by_its_place(tmp_path):
     """FLAC has places of its own for three channels and more; others stand in a tag, or in the container."""
     soundfile.write(tmp_path / "a.flac", one_after_the_other(3), 16000)
     assert weights(tmp_path / "a.flac") == [.707, .707, 1]
+    with soundfile.SoundFile(tmp_path / "a.wav", "w", 16000, 1) as out:
+        out.title = "cafXXX"
+        out.write(one_after_the_other(1))
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes().replace(b"cafXXX", b"caf\xe9\xff\xfe"))
+    assert weights(tmp_path / "a.wav") == [1]
     for name, codec in (("b.flac", "flac"), ("b.mov", "pcm_s16le")):
         with av.open(str(tmp_path / name), "w") as out:
             stream = out.add_stream(codec, rate=16000, layout="3.0(back)")
@@ -382,6 +387,21 @@ def test_transport_streams_joined_by_cat(tmp_path):
             joined.write_bytes(data[:at] + put + data[at + 188:])
             with pytest.raises(ClipError, match="joined.ts"):
                 load_clip(joined)
+
+
+def test_sound_that_begins_late_is_placed_at_0(tmp_path):
+    with av.open(str(write_clip(tmp_path / "a.mkv", sound="flac"))) as whole, \
+            av.open(str(tmp_path / "b.mkv"), "w") as out:
+        streams = {stream: out.add_stream_from_template(stream) for stream in whole.streams}
+        for packet in whole.demux():
+            if packet.dts is not None:
+                late = 500 if packet.stream.type == "audio" else 0  # ms
+                packet.pts, packet.dts = packet.pts + late, packet.dts + late
+                packet.stream = streams[packet.stream]
+                out.mux(packet)
+    with av.open(str(tmp_path / "b.mkv")) as late:
+        assert next(late.demux(late.streams.audio[0])).pts == 500
+    assert torch.equal(load_waveform(tmp_path / "b.mkv"), load_waveform(tmp_path / "a.mkv"))
 
 
 def test_sound_longer_and_shorter_than_the_picture(tmp_path):
@@ -528,6 +548,9 @@ def test_load_clip_is_its_parts(tmp_path, name):
     assert clip.path == path and clip.video.shape == (4, 3, 48, 48) and clip.audio.shape == (32, 100)
     assert torch.equal(clip.video, pixel_values(frames, 48, "stretch"))
     assert torch.equal(clip.audio, log_mel(waveform, 32, 100))
+    with torch.autocast("cpu", torch.bfloat16):  # as inside a training step
+        again = load_clip(str(path), "video_audio", 4, 48, 32, 100, "stretch")
+    assert torch.equal(again.video, clip.video) and torch.equal(again.audio, clip.audio)
     assert load_clip(path, "video", 4, 48).audio is None and load_clip(path, "audio").video is None
     assert torch.equal(load_clip(path, "video", 4, 48).video, pixel_values(frames, 48, "pad"))
     with pytest.raises(SettingsError, match="smell"):
@@ -585,7 +608,7 @@ def fails(path, match=None) -> str:
 def test_what_is_no_clip(tmp_path):
     fails(tmp_path / "missing.mp4", "no such file")
     fails(tmp_path, "not a file")
-    for name, content, what in (("a.mp4", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    for name, content, what in (("a.mp4", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
                                 ("._a.mp4", b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(4000), "macOS")):
         (tmp_path / name).write_bytes(content)
         fails(tmp_path / name, what)

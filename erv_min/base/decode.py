@@ -10,6 +10,7 @@ PyAV decodes video and the sound in it, soundfile WAV and FLAC; imported inside 
   and damage that a decoder conceals.
 """
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ MAX_PIXELS = 2**26  # 8192 x 8192 per frame; a header that declares more is refu
 SOUND_FILES = (".wav", ".flac")
 NO_CLIPS = {b"version https://git-lfs": "a git-lfs pointer, not the clip itself: fetch it with `git lfs pull`",
             b"\0\5\x16\7": "what macOS keeps beside a file (AppleDouble), not the clip itself: leave it out"}
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 def decode(path: Path, choose: Callable[[int], list[int]] | None, max_samples: int,
@@ -58,13 +59,15 @@ def decode(path: Path, choose: Callable[[int], list[int]] | None, max_samples: i
 
 def is_frame_folder(path: Path) -> bool:
     """Whether it is a clip as a folder of its frames, one picture each."""
-    return path.is_dir() and bool(frame_files(path))
+    return bool(frame_files(path))
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures in a folder in natural order: 9.jpg before 10.jpg."""
-    files = [p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".")]
-    return sorted(files, key=lambda p: ([int(x) if x.isdigit() else x for x in re.split("([0-9]+)", p.name)], p.name))
+    """The pictures in a folder in natural order, 9.jpg before 10.jpg; none in what is no folder."""
+    _, _, names = next(os.walk(folder), ("", [], []))
+    names = [name for name in names if name.lower().endswith(PICTURES) and not name.startswith(".")]
+    parts = {name: [int(x) if i % 2 else x for i, x in enumerate(re.split("([0-9]+)", name))] for name in names}
+    return [folder / name for name in sorted(names, key=parts.get)]
 
 
 def _frame_folder(folder: Path, choose: Callable[[int], list[int]]) -> torch.Tensor:
@@ -74,11 +77,7 @@ def _frame_folder(folder: Path, choose: Callable[[int], list[int]]) -> torch.Ten
     kept = dict.fromkeys(indices)
     for i in kept:
         with _opened(files[i]) as container:
-            _video_stream(container, files[i]).codec_context.options = {"err_detect": "explode"}  # a cut picture fails
-            for frame in container.decode(video=0):
-                kept[i] = to_rgb(frame)
-        if kept[i] is None:
-            raise ClipError(f"{files[i]}: has no frame that can be decoded; replace the file or leave the clip out")
+            kept[i], *_ = map(to_rgb, container.decode(_video_stream(container, files[i])))
     return torch.from_numpy(np.stack([kept[i] for i in indices]))
 
 
@@ -89,20 +88,24 @@ def _opened(path: Path):
     import soundfile
     if not path.is_file():
         raise ClipError(f"{path}: {'not a file, nor a folder of pictures' if path.exists() else 'no such file'}")
-    # Tags that are not UTF-8 must not stop a clip; PyAV 19 reads them as bytes and has no such option any more.
-    tags = {"metadata_errors": "ignore"} if int(av.__version__[:2]) < 19 else {}
     try:
         with open(path, "rb") as file:
             start = file.read(64)
         for known, what in NO_CLIPS.items():
             if start.startswith(known):
                 raise ClipError(f"{path}: {what}")
-        with (soundfile.SoundFile(str(path)) if path.suffix.lower() in SOUND_FILES else
-              av.open(f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, **tags)) as source:
+        with soundfile.SoundFile(str(path)) if path.suffix.lower() in SOUND_FILES else _container(path) as source:
             yield source
     except (av.FFmpegError, soundfile.SoundFileError, OSError, ValueError, OverflowError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ClipError(f"{path}: cannot be decoded ({reason}); replace the file or leave the clip out") from error
+
+
+def _container(path: Path):
+    import av
+    # Tags that are not UTF-8 must not stop a clip; PyAV 19 reads them as bytes and has no such option any more.
+    tags = {"metadata_errors": "ignore"} if int(av.__version__[:2]) < 19 else {}
+    return av.open(f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, **tags)
 
 
 def _video_stream(container, path: Path):
@@ -116,7 +119,8 @@ def _video_stream(container, path: Path):
         raise ClipError(f"{path}: an animated WebP, which this FFmpeg cannot read; convert it to GIF or MP4")
     if not 0 < codec.width * codec.height <= MAX_PIXELS:  # over the limit, some demuxers report 0 x 0
         raise ClipError(f"{path}: frames of {codec.width} x {codec.height} pixels, none or too many; scale it down")
-    codec.options = {"max_pixels": str(MAX_PIXELS)}
+    strict = {"err_detect": "explode"} if path.suffix.lower() in PICTURES else {}  # or a cut one is half grey
+    codec.options = {"max_pixels": str(MAX_PIXELS)} | strict
     codec.thread_type = "AUTO" if codec.width * codec.height >= 2**18 else "NONE"  # threads cost more than tiny frames
     return streams[0]
 
@@ -157,7 +161,7 @@ def _short(missing: float, length: float) -> bool:
 
 def _is_joined(path: Path) -> bool:
     """Whether the counters of a transport stream jump only where files were joined by `cat`, which FFmpeg takes for
-    damage: the counter of its tables (streams 0 and 17) jumps, too, and each stream goes on with the start of a unit."""
+    damage: the counter of its tables (streams 0 and 17) jumps, too, and each stream goes on with a unit's start."""
     data = np.memmap(path, np.uint8, "r")
     size = 188 if data[0] == 0x47 else 192  # M2TS: a time of 4 bytes before each packet
     header = data[: len(data) // size * size].reshape(-1, size)[:, size - 188 : size - 184]
@@ -252,7 +256,7 @@ def _sound_file(path: Path, max_samples: int) -> torch.Tensor | None:
     """WAV and FLAC, a block at a time: soundfile notices damage, FFmpeg knows the channels' places."""
     import av
     mono, samples = _Mono(), 0
-    with _opened(path) as file, av.open(f"file:{path}") as header:
+    with _opened(path) as file, _container(path) as header:
         cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.M)  # a WAV too short
         if cut and int(cut[2]) < 0.95 * int(cut[1]) < 2e9:  # near 2 or 4 GiB: not a size, but written to a pipe
             raise ClipError(f"{path}: cut off after {cut[2]} of {cut[1]} bytes; replace the file or leave the clip out")

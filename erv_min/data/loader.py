@@ -140,7 +140,7 @@ def clip_loader(paths: Iterable[Path | None], load: Callable, workers: int = 2, 
             future.cancel()
 
 
-_pools: dict[tuple[int, int], ProcessPoolExecutor] = {}  # by process and number of workers; they live as long as it does
+_pools: dict[tuple[int, int], ProcessPoolExecutor] = {}  # by process and number of workers; they live as long as it
 
 
 def start_workers(workers: int) -> ProcessPoolExecutor | None:

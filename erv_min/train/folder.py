@@ -169,7 +169,7 @@ class Run:
 
     def _why_not(self) -> str:
         """Why this command does not go on with the run in the folder; "" if it does, or if there is none."""
-        steps, states = len(read_jsonl(self.metrics)) if self.metrics.exists() else 0, saved_states(self.out)
+        steps, states = len(read_jsonl(self.metrics, log=True)) if self.metrics.exists() else 0, saved_states(self.out)
         if not self.settings.resume or not steps and not states:
             return ""
         before = read_json(self.config).get("erv_min", {}).get("settings", {}) if self.config.exists() else {}

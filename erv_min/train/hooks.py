@@ -51,7 +51,7 @@ class TrainingClips:
         """Begins to decode for `collate`, at the clips of `first_step`. What failed before a resume still counts."""
         self.collate = collate
         if first_step and self.failures.exists():
-            self.failed = [row["error"] for row in read_jsonl(self.failures)]
+            self.failed = [row["error"] for row in read_jsonl(self.failures, log=True)]
         places = (step * self.per_step + place for step in range(first_step, self.total_steps) for place in self.places)
         self.stream: Iterator = training_inputs(
             places, self.example_at, len(self.units), self._failed, config=collate.model.config, cache=collate.cache,
