@@ -47,10 +47,12 @@ def rows(path: Path) -> list[dict]:
 def world(tmp_path_factory):
     """A small world with a base model that has hardly learnt: enough to run every path."""
     folder = tmp_path_factory.mktemp("toy") / "world"
-    build_world(folder, WorldSettings(train=24, test=8, pretrain=16, sft_clips=8, resamples=3, erv_train=160, erv_valid=40),
+    build_world(folder, WorldSettings(train=24, test=8, pretrain=16, sft_clips=8, resamples=3, reading=64,
+                                      erv_train=160, erv_valid=40),
                 progress=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base.train_towers, "__defaults__", (0, 4, 8, 2e-3))
+        patch.setattr(base.train_reading, "__defaults__", (0, 4, 8, 3e-3))
         patch.setattr(base.train_captions, "__defaults__", (0, 60, 8, 4e-3))
         base.train_base(folder)
     return folder
