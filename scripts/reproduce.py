@@ -3,10 +3,11 @@
 Each seed is a world of its own: clips, base model, verifiers, SFT, then GRPO without R_E (Baseline), with it (Ours),
 and with each part of table 2 left out; each system answers the same 400 held-out clips, and two judges read its
 explanations (toy/lexicon.py). Two rows more: the base model as it is, and a policy that answers without explaining.
-`--rows objective` compares Ours with each named variant of Eq. 3. Every stage is a command that a user could type,
-printed as it starts; --jobs run side by side, one thread each, so that figures repeat to the last bit. GRPO takes half
-of the main command's steps. A stopped run goes on with what is missing. Settings are chosen on --split tune of other
-seeds. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json, tables.txt.
+`--rows table-1` leaves table 2 out (then `--rows tables` adds it to some of the seeds); `--rows objective` compares
+Ours with each named variant of Eq. 3. Every stage is a command that a user could type, printed as it starts; --jobs run
+side by side, one thread each, so that figures repeat to the last bit. A stopped run goes on with what is missing.
+Settings are chosen on --split tune of other seeds. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json,
+tables.txt.
 Differences of two rows are paired by seed, and their intervals are over seeds (Student's t): each seed trains anew, and
 trained models differ by more than the clips that they answer, so an interval over clips would promise too much.
 """
@@ -61,7 +62,7 @@ ROWS = {
     "k2": Row("KL as k2", words="--kl k2"),
     "masked": Row("cut completions masked", words="--mask-truncated"),
 }
-GROUPS = {"tables": list(ROWS)[:8], "objective": ["sft", "ours", *list(ROWS)[8:]]}
+GROUPS = {"table-1": list(ROWS)[:4], "tables": list(ROWS)[:8], "objective": ["sft", "ours", *list(ROWS)[8:]]}
 
 
 # ---- the commands, and running them ----------------------------------------------------------------------------------
@@ -222,6 +223,15 @@ def cells(columns: list[list[float | None]]) -> str:
     return text
 
 
+def moves(sft: dict, baseline: dict, ours: dict) -> bool:
+    """Whether three rows {metric: percent} show table 1's movement: SFT explains what it answers; answers alone become
+    right and come apart from the explanations; R_E keeps them together and makes them true, and costs no answers."""
+    coherent = sft["EPC"] >= 60 and ours["EPC"] >= sft["EPC"] - 5
+    apart = baseline["EPC"] <= sft["EPC"] - 10 and baseline["WAR"] >= sft["WAR"] + 10
+    true = all(ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR"))
+    return coherent and apart and true and ours["WAR"] >= baseline["WAR"] - 3
+
+
 def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int) -> str:
     """Tables 1 and 2 with means, spreads and the paper's figures, paired differences, what stands beside, table 4."""
     results = {row: collect(out, seeds, row) for row in rows}
@@ -238,15 +248,26 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
         lines.append(f"{ROWS[row].name:{width}}" + cells(results[row][first].values()))
         if ROWS[row].paper:
             lines.append(" " * width + "".join(f"{f'({x:.2f})' if x else '':>13}" for x in ROWS[row].paper))
-    if "ours" in rows:
-        lines.append("\nOurs minus another row, paired by seed; (95% interval over seeds, * if it excludes 0); "
-                     "[lowest, highest seed]")
-        flat = {row: results[row][first] | results[row]["beside"] for row in rows}
-        for row in [row for row in rows if row != "ours"]:
-            both = [name for name in (*COLUMNS, "true", "100 KL", "tokens")
-                    if None not in flat["ours"][name] + flat[row][name]]
-            lines.append(f"  {ROWS[row].name}: "
-                         + "; ".join(f"{name} {difference(flat['ours'][name], flat[row][name])}" for name in both))
+    flat = {row: results[row][first] | results[row]["beside"] for row in rows}
+    pairs = [("baseline", "sft"), *(("ours", row) for row in rows if row != "ours")]
+    lines.append("\nOne row minus another, paired by seed; (95% interval over seeds, * if it excludes 0); "
+                 "[lowest, highest seed]")
+    for one, other in [pair for pair in pairs if {*pair} <= {*rows}]:
+        names = [name for name in (*COLUMNS, "FCR/WAR", "true", "100 KL", "tokens")
+                 if None not in flat[one][name] + flat[other][name]]
+        lines.append(f"  {ROWS[one].name} minus {ROWS[other].name}: "
+                     + "; ".join(f"{name} {difference(flat[one][name], flat[other][name])}" for name in names))
+    three = [flat[row] for row in ("sft", "baseline", "ours") if row in rows]
+    if len(three) == 3:
+        shown = 0
+        lines += ["\nSFT -> Baseline -> Ours; whether it is the paper's movement (`moves`)"]
+        for i, seed in enumerate(seeds):
+            system = [{name: row[name][i] for name in COLUMNS} for row in three]
+            shown += moves(*system)
+            lines.append(f"  seed {seed}: " + "; ".join(
+                f"{name} " + " -> ".join(f"{row[name]:.1f}" for row in system) for name in COLUMNS[:4])
+                + ("; yes" if moves(*system) else "; no"))
+        lines.append(f"  in {shown} of {len(seeds)} seeds")
     lines += headed("\nSentences, percent: of the grammar and in the right person; true claims about face and voice. "
                     "GRPO, mean of the last tenth of the steps: R_E in percent, sentences per explanation, percent of "
                     "them only neutral, KL in hundredths of a nat per token, tokens per completion", BESIDE)
@@ -267,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", default="tables", help=f"{', '.join(GROUPS)}, or some of {', '.join(ROWS)}; commas")
     parser.add_argument("--clips", type=positive, default=400, help="held-out clips per seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
-    parser.add_argument("--steps", type=positive, default=50, help="GRPO steps (the main command: 100)")
+    parser.add_argument("--steps", type=positive, default=60, help="GRPO steps (the main command: 60)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="commands at a time, one thread each")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: run_all ends its commands on the way out

@@ -47,9 +47,11 @@ def rows(path: Path) -> list[dict]:
 def world(tmp_path_factory):
     """A small world with a base model that has hardly learnt: enough to run every path."""
     folder = tmp_path_factory.mktemp("toy") / "world"
-    build_world(folder, WorldSettings(train=24, test=8, pretrain=16, sft_clips=8, resamples=3, erv_train=160, erv_valid=40))
+    build_world(folder, WorldSettings(train=24, test=8, pretrain=16, sft_clips=8, resamples=3, reading=64,
+                                      erv_train=160, erv_valid=40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base.train_towers, "__defaults__", (0, 4, 8, 2e-3))
+        patch.setattr(base.train_reading, "__defaults__", (0, 4, 8, 3e-3))
         patch.setattr(base.train_captions, "__defaults__", (0, 60, 8, 4e-3))
         base.train_base(folder)
     return folder
@@ -72,13 +74,13 @@ def test_the_main_command_leaves_what_it_promises(chain):
     assert [m["step"] for m in metrics] == [0, 1, 2] and all(f in m for m in metrics for f in FIELDS)
     assert all(0 <= m["reward_format"] <= 1 and m["kl"] >= 0 and m["completion_length"] > 0 for m in metrics)
     assert "held-out clips, explanations judged by the lexicon" in printed and "GRPO with R_E over SFT" in printed
-    assert printed.count("belong to the grammar in the right person") == 2
+    assert printed.count("belong to the grammar in the right person") == 3 and "Rewards for answers alone" in printed
     assert f"$ torchrun --nproc_per_node=2 {ROOT / 'scripts/grpo.py'} --world" in printed
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "HumanOmni_qwen2" and config["erv_min"]["settings"]["group_size"] == 4
     assert len(rows(out / "completions.jsonl")) == 3 * 4
     scores = json.loads((out / "evaluation.json").read_text())
-    assert set(scores) == {"SFT", "GRPO with R_E"} and all(0 <= s["WAR"] <= 100 for s in scores.values())
+    assert list(scores) == ["SFT", "GRPO without R_E", "GRPO with R_E"] and all(0 <= s["WAR"] <= 100 for s in scores.values())
 
 
 def test_grpo_moves_what_table_8_trains_and_nothing_else(chain):

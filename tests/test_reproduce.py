@@ -149,16 +149,32 @@ def test_tables_by_hand(tmp_path):
     # Gaps 50 and 40: mean 45, standard error 5, t of one degree of freedom 12.706; two seeds resolve nothing.
     assert "EEA +45.0  (-18.5 to +108.5) [+40.0, +50.0]" in text and "WAR +0.0  (+0.0 to +0.0)" in text
     assert "100 KL +0.0  (+0.0 to +0.0) [+0.0, +0.0]; tokens +5.0  (-58.5 to +68.5) [+0.0, +10.0]" in text
-    (sft,) = [line for line in text.splitlines() if line.startswith("  SFT: ")]
+    (sft,) = [line for line in text.splitlines() if line.startswith("  Ours minus SFT: ")]
     assert "EEA +0.0" in sft and "KL" not in sft  # SFT has no KL to compare
+    assert "  Baseline (GRPO without R_E) minus SFT: EEA -45.0  (-108.5 to +18.5)" in text
+    assert "  seed 1: EEA 60.0 -> 20.0 -> 60.0; " in text and "WAR 100.0 -> 100.0 -> 100.0; no\n  in 0 of 2" in text
     # Of three sentences two are of the grammar; the cue is true in 8 and 6 of ten. Last tenth: steps 18 and 19.
-    beside = blocks[2]["Ours"]
+    beside = blocks[3]["Ours"]
     assert beside == "66.7 ± 0.0 70.0 ±14.1 37.0 ± 0.0 4.0 ± 0.0 50.0 ± 0.0 18.5 ± 0.0 53.5 ± 7.1".split()
-    assert blocks[2]["SFT"] == "66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
-    assert blocks[3]["Ours"][:3] == ["paraphrases", "70.0", "±14.1"] and "SFT" not in blocks[3]
+    assert blocks[3]["SFT"] == "66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
+    assert blocks[4]["Ours"][:3] == ["paraphrases", "70.0", "±14.1"] and "SFT" not in blocks[4]
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["rows"]["ours"]["paraphrases"]["FCR"] == [80, 60]
     assert kept["rows"]["baseline"]["beside"]["tokens"] == [48.5, 48.5]
+
+
+def test_the_papers_movement_by_hand():
+    """At its bounds; and each of them crossed by a tenth of a point."""
+    sft, baseline, ours = ({"EEA": 40.0, "FCR": 35.0, "EPC": 70.0, "WAR": 50.0},
+                           {"EEA": 45.0, "FCR": 42.0, "EPC": 60.0, "WAR": 60.0},
+                           {"EEA": 55.0, "FCR": 52.0, "EPC": 65.0, "WAR": 57.0})
+    assert reproduce.moves(sft, baseline, ours)
+    for row, name, step in ((baseline, "EPC", 0.1), (baseline, "WAR", -0.1), (ours, "EPC", -0.1), (ours, "EEA", -0.1),
+                            (ours, "FCR", -0.1), (ours, "WAR", -0.1)):
+        row[name] += step
+        assert not reproduce.moves(sft, baseline, ours), name
+        row[name] -= step
+    assert not reproduce.moves(sft | {"EPC": 59}, baseline | {"EPC": 40}, ours)  # an SFT that does not cohere
 
 
 def test_intervals_over_seeds_by_hand():
@@ -178,6 +194,6 @@ def test_a_folder_of_other_settings_and_an_unknown_row_are_refused(tmp_path):
     (tmp_path / "reproduce.json").write_text(json.dumps(about))
     with pytest.raises(SettingsError, match="other settings.*another --out"):
         reproduce.main(["--out", str(tmp_path)])
-    with pytest.raises(SettingsError, match="--rows theirs: there are tables, objective, base"):
+    with pytest.raises(SettingsError, match="--rows theirs: there are table-1, tables, objective, base"):
         reproduce.main(["--out", str(tmp_path / "new"), "--rows", "theirs,ours"])
     assert not (tmp_path / "new").exists()

@@ -1,9 +1,12 @@
-"""The toy's base model, in the place of the released HumanOmni: it sees, hears and describes, and knows no emotion.
+"""The toy's base model, in the place of the released HumanOmni: it sees, hears, describes and reads; it recognises no
+emotion in a clip.
 
 1. `train_towers`: SigLIP and Whisper at tiny dimensions, with their projectors, regress the generator's parameters
    (mouth, brows, pitch, tempo, ..., and what the clip looks like), read through the same media code as every clip.
-2. `train_captions`: the language model alone learns to describe these clips (Eq. 2 on pretrain.json, whose answers are
-   random); with projectors that train from the start it would learn the texts and never look.
+2. `train_reading`: the language model learns from text alone to answer what the explanation before says. Without it
+   SFT would have to teach this, too, and does in one seed and not in another.
+3. `train_captions`: the language model alone learns to describe the clips (Eq. 2 on pretrain.json); with projectors
+   that train from the start it would learn the texts and never look.
 Towers are frozen from here on. Without this base the explanations are not grounded, and no reward can find them.
 """
 
@@ -82,6 +85,28 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     train("towers", nn.ModuleList([model, see, hear]), losses, steps, lr, warmup=0.1)
 
 
+def train_reading(model: HumanOmni, texts: list[dict], tokenizer: Tokenizer, seed: int = 0, steps: int = 150,
+                  batch_size: int = 64, lr: float = 3e-3) -> None:
+    """Eq. 2 on `texts` (rows of reading.jsonl), no clip before them; the language model alone trains, in place.
+
+    The answer's tokens count a second time, as a mean of their own: among all tokens they would hardly weigh.
+    """
+    freeze_except(model, ("language_model",))
+    targets = [tokenizer.encode(sft_target(t["explanation"], t["emotion"])) + tokenizer.turn_end for t in texts]
+    ends = [len(tokenizer.encode(f"<answer>{t['emotion']}</answer>") + tokenizer.turn_end) for t in texts]
+    ends, start = torch.tensor(ends), torch.tensor([[tokenizer.eos_id]])
+
+    def losses(step: int) -> dict[str, Tensor]:
+        batch = batch_of_step(len(texts), batch_size // rank_and_size()[1], seed, step)
+        y = Completions(*pad_rows([targets[i] for i in batch], tokenizer.pad_id, start.device))
+        logps, _ = completion_logps(model, model.splice(start.expand(len(batch), -1)), y)
+        left = y.mask.flip(1).cumsum(1).flip(1)  # tokens of the text from here on
+        answers = y.mask & (left <= ends[batch][:, None])
+        return {"loss": sft_loss(logps, y.mask), "answer loss": sft_loss(logps, answers)}
+
+    train("reading", model, losses, steps, lr, warmup=0.05)
+
+
 def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, audio: Tensor, tokenizer: Tokenizer,
                    seed: int = 0, steps: int = 250, batch_size: int = 16, lr: float = 4e-3) -> None:
     """Eq. 2 on `captions` (several per clip, sharing its prompt); the language model alone trains, in place.
@@ -132,6 +157,7 @@ def train_base(world: Path, seed: int = 0) -> None:
     with torch.no_grad():  # nothing before the language model moves from here on: its tokens are computed once
         video = torch.cat([model.encode_video(v, *gate) for v in video.split(64)])
         audio = torch.cat([model.encode_audio(a) for a in audio.split(64)])
+    train_reading(model, read_jsonl(world / "reading.jsonl")[rank::size], tokenizer, seed)
     captions = [[sft_target(e.explanation, e.label) for e in unit] for unit in units]
     train_captions(model, captions, video, audio, tokenizer, seed)
     if rank:

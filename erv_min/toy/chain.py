@@ -1,10 +1,9 @@
 """The toy's stages before GRPO and its table after it: the whole method from nothing, by commands a user could type.
 
-    world, rendered -> base model -> SFT -> verifier -> [GRPO without R_E] -> GRPO -> table 1 on held-out clips
+    world, rendered -> base model -> SFT -> verifier -> GRPO without R_E | GRPO with R_E -> table 1 on held-out clips
 
 Each process of the toy computes on one thread: sums then run in one order, and a seed gives the same table to the last
-digit whatever else the machine does. On a CPU each stage takes two processes; stages run one after the other, since two
-at a time take twice the memory and, on two cores, the same time.
+digit whatever else the machine does. On a CPU each stage takes two processes; the two kinds of GRPO share them.
 """
 
 import copy
@@ -97,14 +96,21 @@ def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
         settings.tokenizer = settings.tokenizer or str(world / "tokenizers" / "erv")
 
 
-def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
-    """Makes world, SFT, verifier and, if asked, the Baseline, each if it is not there yet, by the stages' scripts in
-    the folder `scripts`; names them in `settings`. The main process makes them, the others wait. Nothing for other
-    presets.
+def has_table(settings: GRPOSettings) -> bool:
+    """Whether a run ends with a table: on the embedded world, unless --eval-clips is -1 (other data:
+    scripts/evaluate.py on its own test split)."""
+    world = settings.preset == "toy" and not settings.random_weights and not settings.data
+    return world and settings.eval_clips >= 0
 
-    A process that is alone under torchrun on a CPU gives its command to two, which share each step's prompts (that pays
-    better than two threads on matrices as small as the toy's), and does not return; `python scripts/grpo.py` stays
-    alone, and so does a batch that does not halve.
+
+def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
+    """Makes world, SFT, verifier and the table's Baseline, each if it is not there yet, by the stages' scripts in the
+    folder `scripts`; names them in `settings`. The main process makes them, the others wait. Nothing for other presets.
+
+    A process that is alone under torchrun on a CPU gives each stage to two, which share a step's prompts (that pays
+    better than two threads on matrices as small as the toy's), and does not return: the Baseline and this run are
+    trained side by side, in one process each, and two make the table. `python scripts/grpo.py` stays alone, and so does
+    a batch that does not halve.
     """
     if settings.preset != "toy" and not settings.random_weights:
         return
@@ -113,6 +119,8 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     world = prepare_world(settings, processes, base)
     if settings.random_weights:  # the world's text is all that is needed
         return
+    if settings.cache_features == "memory":
+        settings.cache_features = str(world / "features")  # the towers see each clip once, for all that follows
     same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--resume",
             "--device", settings.device or processes.device.type, *["--deterministic"] * settings.deterministic]
 
@@ -121,28 +129,31 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
             todo.append([str(scripts / script), *same, "--out", str(out / name), *more])
         return str(out / name)
 
-    settings.model = settings.model or made("sft.py", "sft")
+    settings.model = settings.model or made("sft.py", "sft", "--cache-features", settings.cache_features)
     if settings.w_explanation and not settings.erv:
         table_2 = settings.ablate == "augmentation"  # a verifier of its own
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
+    settings.baseline = bool(settings.baseline and settings.w_explanation and has_table(settings))
     if processes.main:
-        command = [str(scripts / "grpo.py"), *sys.argv[1:]]
+        ours = [str(scripts / "grpo.py"), *sys.argv[1:]]
+        without = "--w-explanation 0 --eval-clips -1 --resume --erv= --ablate=".split()
+        baseline = [*ours, "--world", str(world), "--model", settings.model, *without, "--out", str(out / "baseline")]
+        training = [baseline] if settings.baseline and not (out / "baseline" / WEIGHTS).exists() else []
         several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
         for stage in todo:
             run(stage, processes=several)
-        if settings.baseline and not (out / "baseline" / WEIGHTS).exists():
-            own = "--w-explanation 0 --no-baseline --eval-clips -1 --resume --erv= --ablate=".split()
-            run([*command, "--world", str(world), "--model", settings.model, *own, "--out", str(out / "baseline")],
-                processes=several)
         if os.environ.get("WORLD_SIZE") == "1" and several > 1:
-            become(command, several)
+            training.append([*ours, "--eval-clips", "-1"])
+            become(*([(training, 1), ([[*ours, "--resume"]], several)] if settings.baseline else [([ours], several)]))
+        elif training:
+            run(*training)
     barrier()
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
-    """Held-out clips through SFT, the baseline if asked, and this run: a table like table 1, and evaluation.json. Only
-    for the embedded world (other data: scripts/evaluate.py on its own test split), and if --eval-clips is not -1."""
-    if settings.preset != "toy" or settings.random_weights or settings.data or settings.eval_clips < 0:
+    """Held-out clips through SFT, the Baseline and this run, if it `has_table`: a table like table 1, in words what it
+    shows, and evaluation.json."""
+    if not has_table(settings):
         return
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
@@ -165,8 +176,20 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
           + ", ".join(f"{k} {v}" for k, v in systems.items()) + f", evaluation {settings.out}/evaluation.json")
     print(f"{name} over SFT on {len(examples)} held-out clips: "
           + ", ".join(f"{m} {scores[name][m] - scores['SFT'][m]:+.1f}" for m in COLUMNS))
+    if settings.baseline:
+        print(movement(*scores.values()))
     for system, n in counted.items():
         shares = [f"{100 * n[part] / n[whole]:.1f}%" if n[whole] else "none" for part, whole in (
             ("format", "outputs"), ("formed", "sentences"), ("true", "cues"))]
         print("{}: {} of the outputs keep the format, {} of the sentences belong to the grammar in the right person, "
               "{} of those about face or voice are true of the clip".format(system, *shares), flush=True)
+
+
+def movement(sft: dict, baseline: dict, ours: dict, least: float = 5.0) -> str:
+    """What table 1's three rows show, in the paper's words if they show it: each step moves by `least` points."""
+    apart, together = baseline["EPC"] - sft["EPC"], ours["EPC"] - baseline["EPC"]
+    right, true = baseline["WAR"] - sft["WAR"], ours["EEA"] - baseline["EEA"]
+    first = "take explanations and answers apart" if apart <= -least else "do not take explanations and answers apart"
+    second = "brings them together" if together >= least else "does not bring them closer"
+    return (f"Rewards for answers alone {first} (EPC {apart:+.1f}, WAR {right:+.1f} over SFT); R_E {second} "
+            f"(EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)")

@@ -3,8 +3,9 @@
 `build_world(folder, WorldSettings(...))` draws each clip's face and voice around its emotion's prototype (weak in one
 modality in 20% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
 clip/<number>.mp4, DFEW's single_{train,test,tune}set_5.csv, train.json (the released training JSON for SFT, only
-loosely tied to the labels), pretrain.json (captions), erv_{train,valid}.jsonl, params.jsonl (the generator's truth),
-tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete world is reused.
+loosely tied to the labels), pretrain.json (captions), reading.jsonl (text alone), erv_{train,valid}.jsonl, params.jsonl
+(the generator's truth), tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete
+world is reused.
 """
 
 import hashlib
@@ -26,15 +27,9 @@ from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOI
 from erv_min.toy.text import EMOTIONS
 from erv_min.toy.vocab import write_tokenizers
 
-VERSION = 9  # of what a seed gives; raise it when rendering, grammar or files change
+VERSION = 10  # of what a seed gives; raise it when rendering, grammar or files change
 SPLITS = ("train", "test", "tune", "pretrain")
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
-
-# Sentences that no world holds any more. The tokenizers still learn them: without them a seed would give other token
-# ids, and so another model, at the same VERSION.
-UNWRITTEN = ("Her eyes are wide open.", "Her brows press low.", "Her mouth corners hang.", "His eyes are wide open.",
-             "His brows press low.", "His mouth corners hang.",
-             *2 * ("The voice is very loud.", "The voice is very high.", "The voice fades."))
 
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]). Neutral is not 0: there
 # every weak expression lies, so that its clips would be taken for all others.
@@ -65,8 +60,10 @@ class WorldSettings:
     resamples: int = 3  # explanations per clip in train.json
     captions: int = 2  # captions per clip in pretrain.json
     unrelated: int = 1  # explanations of any emotion per clip in pretrain.json
-    answer_noise: float = 0.5  # an answer in train.json is random, fixed for its clip
-    explanation_noise: float = 0.65  # an explanation in train.json is about a random emotion, whatever its answer
+    reading: int = 4000  # explanations without a clip in reading.jsonl
+    percept_noise: float = 0.2  # what train.json takes a clip for is a random emotion, fixed for the clip
+    about_noise: float = 0.65  # an explanation in train.json is about a random emotion, not about what is perceived
+    reads: float = 0.3  # an answer in train.json is what its explanation says, else what is perceived
     sentence_noise: float = 0.1  # an emotional sentence is about another emotion
     erv_train: int = 4000
     erv_valid: int = 500
@@ -173,10 +170,11 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
     write_jsonl(folder / "params.jsonl", map(asdict, clips))
     write_json(folder / "train.json", sft_entries(by_split["train"][:settings.sft_clips], settings))
     write_json(folder / "pretrain.json", caption_entries(by_split["pretrain"], settings))
+    write_jsonl(folder / "reading.jsonl", reading_rows(clips, settings))
     train, valid = erv_pairs(by_split["train"] or clips, settings)
     write_jsonl(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
     write_jsonl(folder / "erv_valid.jsonl", valid)
-    sentences = " ".join([*text.grammar(True), *text.grammar(False), *UNWRITTEN])  # all words that a policy may write
+    sentences = " ".join([*text.grammar(True), *text.grammar(False)])  # all words that a policy may write
     spoken = [entry(clips[0], sentences, emotion) for emotion in EMOTIONS] + caption_entries(clips[:300], settings)
     write_tokenizers(folder / "tokenizers", [e["conversations"][1]["value"] for e in spoken],
                      [row["text"] for row in train + valid])
@@ -191,33 +189,45 @@ def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
 
 
 def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """SFT targets: an answer and explanations, each loosely tied to the label, and neither to the other.
+    """SFT targets: an explanation, and an answer that follows from it in some and from the clip in the others.
 
-    An explanation of its own answer would be copied into it: SFT learnt that before its end in one seed and not in
-    others (world version 8), so that its EPC was 25 to 86%.
+    With the first way alone nothing could come apart, with the second alone SFT would not be coherent.
     """
     entries = []
     for clip in clips:
         rng = generator(settings, "sft", clip.number)
-        answer = text.pick(rng, EMOTIONS) if rng.random() < settings.answer_noise else clip.label
+        percept = text.pick(rng, EMOTIONS) if rng.random() < settings.percept_noise else clip.label
         for _ in range(settings.resamples):
-            about = text.pick(rng, EMOTIONS) if rng.random() < settings.explanation_noise else clip.label
+            about = text.pick(rng, EMOTIONS) if rng.random() < settings.about_noise else percept
+            answer = about if rng.random() < settings.reads else percept
             sentences = text.explain(rng, clip.look, about, settings.sentence_noise)
             entries.append(entry(clip, text.join(sentences), answer))
     return entries
 
 
 def caption_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """Captions of what is seen and heard, and explanations of any emotion, from which a base model learns to write
-    whole sentences; all with a random answer, since it recognises no emotion yet."""
+    """Captions of what is seen and heard, with a random answer, since a base model recognises no emotion yet; and
+    explanations that have nothing to do with their clip, each with the answer that it speaks of."""
     entries = []
     for clip in clips:
         rng = generator(settings, "caption", clip.number)
-        said = [text.caption(rng, clip.look, clip.face, clip.voice) for _ in range(settings.captions)]
-        said += [text.join(text.explain(rng, clip.look, text.pick(rng, EMOTIONS), sentence_noise=0.5))
-                 for _ in range(settings.unrelated)]
-        entries += [entry(clip, words, text.pick(rng, EMOTIONS)) for words in said]
+        for _ in range(settings.captions):
+            entries.append(entry(clip, text.caption(rng, clip.look, clip.face, clip.voice), text.pick(rng, EMOTIONS)))
+        entries += [entry(clip, *any_explanation(rng, clip, settings)) for _ in range(settings.unrelated)]
     return entries
+
+
+def any_explanation(rng: np.random.Generator, clip: ClipSpec, settings: WorldSettings) -> tuple[str, str]:
+    """An explanation of any emotion about a person who looks as in `clip`, and that emotion."""
+    emotion = text.pick(rng, EMOTIONS)
+    return text.join(text.explain(rng, clip.look, emotion, settings.sentence_noise)), emotion
+
+
+def reading_rows(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
+    """Explanations without a clip, and the emotions that they speak of, from which a base model learns to read."""
+    rng = generator(settings, "reading")
+    told = [any_explanation(rng, text.pick(rng, clips), settings) for _ in range(settings.reading)]
+    return [{"explanation": explanation, "emotion": emotion} for explanation, emotion in told]
 
 
 def erv_pairs(clips: list[ClipSpec], settings: WorldSettings) -> tuple[list[dict], list[dict]]:

@@ -144,7 +144,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", needed=True,
                       path="run", toy="runs/toy")
     erv: str = option("", "the verifier: a folder or a hub repository", path="hub")
-    steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=100)
+    steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=60)
     epochs: int = option(2, "passes over the data (table 8)", least=1)
     batch_size: int = option(16, "prompts per optimizer step, over all processes (table 8)", least=1, toy=32)
     micro_batch: int = machine(1, "prompts per forward pass on one process; lower it when out of memory", least=1,
@@ -179,7 +179,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
                                      "reward hacking while it happens; 0: never", least=0, toy=20)
     watch_erv: str = toy_option("", "the verifier that judges them, not the one trained against (the embedded world "
                                     "has its lexicon)", path="hub")
-    baseline: bool = toy_option(False, "also train and evaluate GRPO without R_E, the paper's Baseline")
+    baseline: bool = toy_option(False, "the table's second row: GRPO without R_E, the paper's Baseline", toy=True)
     eval_temperature: float = toy_option(0.3, "temperature of the evaluation (section 4.3); 0 is greedy", least=0)
     eval_clips: int = toy_option(0, "held-out clips of the final table; 0: all, -1: no table", least=-1)
 
