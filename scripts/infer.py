@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from erv_min.base.decode import is_frame_folder
 from erv_min.base.errors import ClipError, DataError, SettingsError
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
-from erv_min.data.readers import CLIP_SUFFIXES, clips_in, is_frame_folder, read_text
+from erv_min.data.readers import CLIP_SUFFIXES, clips_in, read_text
 from erv_min.emotions import to_erv
 from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of

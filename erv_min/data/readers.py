@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from erv_min.base.decode import is_frame_folder
 from erv_min.base.errors import DataError
 from erv_min.emotions import LABELS, labels, normalize
 from erv_min.inputs import Example
@@ -29,7 +30,6 @@ CLIP_FOLDERS = (  # searched in this order under a data root; clips with sound b
     "clip", "clips", "data/clips", "Clip/original", "video", "videos", "Clip/clip_224x224", "Clip/clip_224x224_16f",
     "data/frames", "frames", "Clip", "")
 CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".wav", ".flac")
-FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 ABSENT = {"nan", "NaN", "NAN", "<NA>", "N/A", "n/a", "NULL", "null", "None"}  # how programs write an empty cell
 RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad",
                     "05": "angry", "06": "fearful", "07": "disgust", "08": "surprised"}  # third field of a file name
@@ -99,12 +99,6 @@ def find_annotation(root: Path, names: list[str], prefer: str) -> Path:
     others = "".join(f", nor {name}" for name in names[1:])
     raise DataError(f"{root}: no {names[0]} in it{others}, nor in the three levels below"
                     f"{'' if root.is_dir() else ' (no such folder)'}; give the folder that holds the official files")
-
-
-def is_frame_folder(path: Path) -> bool:
-    """Whether `path` is a folder with pictures in it; one that may not be read is none."""
-    _, _, files = next(os.walk(path), ("", [], []))
-    return any(name.lower().endswith(FRAME_SUFFIXES) for name in files)
 
 
 def clip_key(name: str) -> str:
