@@ -1,4 +1,4 @@
-"""Matrix products whose sums stay in float32 if their factors are bfloat16: on CUDA by one kernel, from torch 2.8 on."""
+"""Matrix products of bfloat16 whose sums stay in float32: on CUDA in one kernel, from torch 2.8 on."""
 
 import torch
 from torch import Tensor
