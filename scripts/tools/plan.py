@@ -162,8 +162,6 @@ def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> lis
     return [*found, (f"{gpus + 8} GPUs", gpus + 8, plan(config, stage, settings, gpus + 8))]
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
-
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
 ROWS = {"what stays": "stays", "  parameter shards, float32": "shards", "  reference shards": "reference",
         "  optimizer shards": "optimizer", "  verifier, whole": "verifier", "while it samples": "rollout",
