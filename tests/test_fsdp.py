@@ -33,7 +33,8 @@ from erv_min.train.sharding import FullyShard, Replicated
 from erv_min.train.state import load_state, save_state
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
-from plan import RESERVE, TARGET_TOKENS, TEXT_TOKENS, Live, plan, ways_to_fit  # noqa: E402
+from live import Live  # noqa: E402
+from plan import GPUS, RESERVE, TARGET_TOKENS, TEXT_TOKENS, plan, show, ways_to_fit  # noqa: E402
 
 WAYS = {"none": Replicated, "hand": Sharded, "torch": FullyShard}
 CLIPS, STEPS, GROUP, LR = 4, 5, 2, 1e-3
@@ -619,12 +620,15 @@ def padded(model, clips: list[int], features) -> Prompts:
     return Prompts(embeds, torch.ones(embeds.shape[:2]) > 0)
 
 
-def test_plan_says_what_helps():
+def test_plan_says_what_helps(monkeypatch):
     config = replace(humanomni("toy"), text=replace(humanomni("0.5b").text, num_hidden_layers=2))
     settings = GRPOSettings(**{**preset_values(GRPOSettings, "toy"), "group_size": 2, "max_new_tokens": 64, "micro_batch": 4})
     one = plan(config, "grpo", settings, 1)
     needed = one.peak / (1 - RESERVE[1]) + RESERVE[0]
     assert one.fits(needed + 10) and not one.fits(needed - 10)
+    for memory, tight in ((needed + 10, True), (2 * needed, False)):
+        monkeypatch.setitem(GPUS, "h200", memory)
+        assert ("expandable_segments" in show(one, "h200", 1)) == tight
     steps = ways_to_fit(config, "grpo", settings, 1)
     assert [name for name, _, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "9 GPUs"]
     peaks = [one.peak, *(p.peak for _, _, p in steps)]

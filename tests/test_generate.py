@@ -23,7 +23,7 @@ from erv_min.train.settings import GRPOSettings
 from tiny import plain_rollout, tiny_model, tiny_prompts
 
 sys.path += [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
-from plan import Live  # noqa: E402
+from live import Live  # noqa: E402
 
 
 class FakeCuda(torch.Tensor):

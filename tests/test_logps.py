@@ -14,7 +14,7 @@ from erv_min.sft import group_targets
 from tiny import tiny_model, tiny_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts" / "tools"))
-from plan import Live  # noqa: E402
+from live import Live  # noqa: E402
 
 
 def repeated_logps(model, prompts, completions):

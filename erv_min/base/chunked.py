@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from erv_min.base.onednn import linear
-from erv_min.base.products import add_product
 
 CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 # On CUDA so many times as many. By arithmetic, not measured: a chunk of 110 rows (0.5B) multiplies for 0.5 ms of an
@@ -17,6 +16,16 @@ def scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """hidden @ weight.T / temperature: [n, D], [V, D] -> [n, V]; divided in float32."""
     logits = linear(hidden, weight)
     return logits if temperature == 1 else logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the type of `total`: [M, K], [K, N] -> [M, N]."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():  # from torch 2.8 on
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 class TokenLogps(torch.autograd.Function):

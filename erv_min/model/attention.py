@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erv_min.base.products import product
-
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each position looks at itself and those before it: q [B, H, L, d], k and v [B, KV, L, d] -> [B, H, L, d]."""
@@ -24,6 +22,16 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if fold > 1 and v.is_cuda and v.dtype == torch.float32:
         k, v = (x.repeat_interleave(fold, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, [B, M, K] and [B, K, N], summed and kept in the type of `out`: float32 for scores of bfloat16 keys."""
+    if a.dtype == out.dtype:
+        out.copy_(a @ b)
+    elif a.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads():  # from torch 2.8 on
+        torch.bmm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 class GroupCache:

@@ -64,8 +64,7 @@ class HumanOmni(nn.Module):
     shape does not fit is a DataError that names it.
 
     The released names put towers and projectors under `model.`, beside the language model's own `model.layers`. So the
-    language model is built first, whatever its class, and they are registered on it; code reaches them by the
-    properties below.
+    language model is built first, whatever its class, and they are registered on it.
     """
 
     def __init__(self, config: HumanOmniConfig):
@@ -107,22 +106,6 @@ class HumanOmni(nn.Module):
         return self.model.audio_tower["audio_tower"]["encoder"]
 
     @property
-    def visual_projector(self) -> VisualProjector:
-        return self.model.mm_projector
-
-    @property
-    def audio_projector(self) -> nn.Sequential:
-        return self.model.audio_projector
-
-    @property
-    def text_encoder(self) -> BertEncoder:
-        return self.model.bert_model
-
-    @property
-    def gate_mlp(self) -> nn.Sequential:
-        return self.model.bert_gate
-
-    @property
     def language_model(self) -> Qwen2:
         return self.model
 
@@ -162,7 +145,7 @@ class HumanOmni(nn.Module):
         gate_ids = self._input("gate_ids", gate_ids)
         if gate_mask is not None:
             gate_mask = self._input("gate_mask", gate_mask, like=gate_ids)
-        return self.gate_mlp(self.text_encoder(gate_ids, gate_mask)[:, 0]).softmax(-1)
+        return self.model.bert_gate(self.model.bert_model(gate_ids, gate_mask)[:, 0]).softmax(-1)
 
     def project_video(self, vision_features: Tensor, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
         """[B, T, N, C] and gate_ids [B, Q] (or [1, Q] for one question to all clips) -> visual tokens [B, N_v, D]."""
@@ -172,11 +155,11 @@ class HumanOmni(nn.Module):
         if len(gate_ids) not in (1, len(features)):
             raise DataError(f"gate_ids has {len(gate_ids)} rows for {len(features)} videos")
         gate = self.gate_weights(gate_ids, gate_mask).expand(len(features), -1)
-        return self.visual_projector(features.unflatten(2, (grid, grid)), gate)
+        return self.model.mm_projector(features.unflatten(2, (grid, grid)), gate)
 
     def project_audio(self, audio_features: Tensor) -> Tensor:
         """[B, N_a, C] -> audio tokens [B, N_a, D]."""
-        return self.audio_projector(self._input("audio_features", audio_features))
+        return self.model.audio_projector(self._input("audio_features", audio_features))
 
     def encode_video(self, video: Tensor, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
         """video [B, T, 3, S, S] -> visual tokens [B, N_v, D]."""

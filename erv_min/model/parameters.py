@@ -39,7 +39,7 @@ def unused_parameters(model: HumanOmni) -> set[str]:
     """Names of the parameters that no forward pass reads: they are loaded and saved, and never trained."""
     siglip, whisper_classifier = model.vision_tower, model.model.audio_tower["audio_tower"]
     modules = (*siglip.encoder["layers"][siglip.layers_run :], siglip.post_layernorm, siglip.head,
-               whisper_classifier["projector"], whisper_classifier["classifier"], model.text_encoder.pooler)
+               whisper_classifier["projector"], whisper_classifier["classifier"], model.model.bert_model.pooler)
     unused = {p for module in modules for p in module.parameters()}
     return {name for name, p in model.named_parameters() if p in unused}
 

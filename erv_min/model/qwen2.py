@@ -123,7 +123,7 @@ class Qwen2(nn.Module):
             else:
                 x, k, v = layer(x, rope, attend)
             if keep_kv:
-                kv.append((k, v))
+                kv.append((k.clone(), v))  # k is a view of what holds the rotated q, too
         return self.norm(x), kv
 
     def decode(self, inputs_embeds: Tensor, position_ids: Tensor, cache: GroupCache) -> Tensor:

@@ -10,7 +10,7 @@
 Weights are random, of the dimensions `--size`, and a prompt is as long as a clip of that size makes it (950 tokens at
 0.5B). Each way runs once to warm up and once to count its memory; then they take turns, so that whatever else the
 machine does meets both, and the median of --repeats runs counts. Memory is the most that a run holds beside what was
-there before it: by CUDA's allocator, on a CPU the storages that exist (plan.Live). On CPUs bfloat16 may be emulated.
+there before it: by CUDA's allocator, on a CPU the storages that exist (live.py). On CPUs bfloat16 may be emulated.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from plan import Live
+from live import Live
 from torch import Tensor
 
 from erv_min.base.errors import SettingsError

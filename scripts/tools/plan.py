@@ -9,19 +9,16 @@ tests/test_fsdp.py holds the plan of a small model against the same steps on rea
 """
 
 import sys
-import weakref
 from dataclasses import dataclass, fields, replace
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from live import Live
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from erv_min.base.chunked import CHUNK_LOGITS, ON_CUDA
-from erv_min.base.errors import SettingsError
 from erv_min.base.options import OneLineParser, checked, parser_for, positive, preset_values
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
@@ -36,37 +33,9 @@ from erv_min.train.settings import DIMENSIONS, GRPOSettings, SFTSettings, traine
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
 RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation
+TIGHT = 0.85  # of that room: CUDA's allocator, which holds 10% more than it hands out, may fail
 VERIFIER = 125e6 * 4  # RoBERTa base in float32, whole on every GPU
 TEXT_TOKENS, TARGET_TOKENS = 128, 256  # of a prompt beside its clip; of an SFT target
-
-
-class Live(TorchDispatchMode):
-    """Adds up the bytes of storages that operations inside made and that still exist; `peak` is the most at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = weakref.WeakValueDictionary(), 0  # by id
-
-    @property
-    def now(self) -> int:
-        """Bytes at this moment; storages that were emptied and filled again (fully_shard's) count as they stand."""
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        made = [s for s in self._storages(out) if id(s) not in self.storages]
-        if made:
-            old = {id(s) for s in self._storages((args, kwargs))}
-            for storage in made:
-                if id(storage) not in old:  # else a view of what was there before
-                    self.storages[id(storage)] = storage
-            self.peak = max(self.peak, self.now)
-        return out
-
-    @staticmethod
-    def _storages(tree) -> list:
-        tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor))
-        return [getattr(x, "_local_tensor", x).untyped_storage() for x in tensors]  # of a DTensor, what is held here
 
 
 @dataclass(frozen=True)
@@ -89,8 +58,8 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of sampling, a pass, and AdamW's step, whose square roots take as much again as the gradients (on CUDA)."""
-        return self.stays + max(self.rollout, self.update, 2 * self.gradients)
+        """Of sampling and of a pass; AdamW's fused kernel needs nothing beside its state."""
+        return self.stays + max(self.rollout, self.update)
 
     def fits(self, memory: int) -> bool:
         return self.peak <= room(memory)
@@ -105,8 +74,6 @@ def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettin
     """Runs a pass of `stage` ("sft" or "grpo") on fake tensors, for a model of these dimensions sharded over `gpus`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
 
-    if dist.is_initialized():
-        raise SettingsError("plan needs a process of its own: a process group is open in this one")
     if gpus > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
@@ -144,16 +111,14 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
 
     def loss() -> Tensor:  # logps.completion_logps without its look at masks
         hidden, kv = model.model(prompts(clips), keep_kv=True)
-        total = hidden.shape[1]
-        ids = torch.zeros(clips * group, length, dtype=torch.long)
-        text = config.text
-        mask = torch.zeros(1, 1, text.num_attention_heads // text.num_key_value_heads * (length - 1),
-                           total + length - 1, dtype=kv[0][1].dtype)
+        fold = config.text.num_attention_heads // config.text.num_key_value_heads
+        mask = kv[0][1].new_zeros(1, 1, fold * (length - 1), hidden.shape[1] + length - 1)
         places = torch.zeros(1, clips * group * (length - 1), dtype=torch.long)
         past = PackedGroups(kv, mask, (clips * group, length - 1), places[0])
         rest, _ = model.model(model.model.embed_tokens(places), places, past)
         hidden = torch.cat([hidden[:, -1].repeat_interleave(group, 0), rest[0]])
-        return token_logps(hidden, model.head_weight, ids.flatten(), with_entropy=grpo)[0].sum()
+        ids = torch.zeros(len(hidden), dtype=torch.long)
+        return token_logps(hidden, model.head_weight, ids, with_entropy=grpo)[0].sum()
 
     def sample() -> int:
         embeds = prompts(sampled)
@@ -199,8 +164,6 @@ def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> lis
     return [*found, (f"{gpus + 8} GPUs", gpus + 8, plan(config, stage, settings, gpus + 8))]
 
 
-# ---- the table -------------------------------------------------------------------------------------------------------
-
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
 ROWS = {"what stays": "stays", "  parameter shards, float32": "shards", "  reference shards": "reference",
         "  optimizer shards": "optimizer", "  verifier, whole": "verifier", "while it samples": "rollout",
@@ -215,6 +178,9 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
                  f"CUDA and {RESERVE[1]:.0%} for fragmentation")
     verdicts = [f"{'FITS' if p.fits(GPUS[name]) else 'DOES NOT FIT'} on {gpus} x {name}"
                 for name in (gpu, *(other for other in GPUS if other != gpu))]
+    if p.fits(GPUS[gpu]) and p.peak > TIGHT * room(GPUS[gpu]):
+        verdicts.insert(1, "tight: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" + bool(p.rollout) *
+                        ", and give --rollout-batch 1 (0 fills 90% of what is free)")
     return "\n".join([*lines, *verdicts])
 
 
@@ -247,8 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {switch}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
             return 1
-    why = ", since the policy stands whole on each GPU while it samples: take one with more memory"
-    print("  with all of these it does not fit" + (why if p.rollout > p.update else ""))
+    print("  with all of these it does not fit: take a GPU with more memory")
     return 1
 
 
