@@ -63,7 +63,7 @@ class WorldSettings:
     reading: int = 4000  # explanations without a clip in reading.jsonl
     percept_noise: float = 0.2  # what train.json takes a clip for is a random emotion, fixed for the clip
     about_noise: float = 0.65  # an explanation in train.json is about a random emotion, not about what is perceived
-    reads: float = 0.3  # an answer in train.json is what its explanation says, else what is perceived
+    reads: float = 0.25  # an answer in train.json is what its explanation says, else what is perceived
     sentence_noise: float = 0.1  # an emotional sentence is about another emotion
     erv_train: int = 4000
     erv_valid: int = 500

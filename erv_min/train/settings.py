@@ -148,7 +148,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     epochs: int = option(2, "passes over the data (table 8)", least=1)
     batch_size: int = option(16, "prompts per optimizer step, over all processes (table 8)", least=1, toy=32)
     micro_batch: int = machine(1, "prompts per forward pass on one process; lower it when out of memory", least=1,
-                               toy=16)
+                               toy=8)
     group_size: int = option(16, "G, completions per prompt (section 4.3)", least=2, why="no group would have a spread",
                              toy=8)
     beta: float = option(0.04, "weight of the KL term (Eq. 3)", least=0, toy=0.07)
