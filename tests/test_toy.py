@@ -31,7 +31,8 @@ from erv_min.toy.text import EMOTIONS, ERV_NAMES
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
 from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
-SMALL = WorldSettings(seed=3, train=24, test=8, tune=4, pretrain=30, sft_clips=12, reading=200, erv_train=300, erv_valid=60)
+SMALL = WorldSettings(seed=3, train=24, test=8, tune=4, pretrain=30, sft_clips=12, reading=200, erv_train=300,
+                      erv_valid=60)
 LOOKS = [Look(woman, "red", "dark", woman, True, "office", 1) for woman in (True, False)]
 
 
@@ -460,7 +461,8 @@ def test_a_stage_runs_by_itself(tmp_path, monkeypatch):
     """On one thread, and apart from this process's group; two side by side wait for each other's file here."""
     for name, here in (("RANK", "1"), ("WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "2")):
         monkeypatch.setenv(name, here)
-    said = "open(f'{name}', 'w').write(str('RANK' in os.environ or 'WORLD_SIZE' in os.environ) + os.environ['OMP_NUM_THREADS'])"
+    said = ("open(f'{name}', 'w').write("
+            "str('RANK' in os.environ or 'WORLD_SIZE' in os.environ) + os.environ['OMP_NUM_THREADS'])")
     a, b = (python(f"os.chdir({str(tmp_path)!r}); name = {mine!r}; {said}\n"
                    f"while not os.path.exists({other!r}): time.sleep(0.01)") for mine, other in ("ab", "ba"))
     launch.run(a, b)

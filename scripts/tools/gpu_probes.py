@@ -11,7 +11,7 @@ from torch import Tensor
 from erv_min.base.processes import exact_kernels, run_script
 from erv_min.config import humanomni
 from erv_min.generate import prefill, rollout, sample_token, sampling_noise
-from erv_min.logps import Completions, completion_logps
+from erv_min.logps import completion_logps
 from erv_min.model.humanomni import HumanOmni, Prompts
 from erv_min.model.parameters import random_humanomni
 
