@@ -131,6 +131,7 @@ def test_no_result_is_an_error(serve, tmp_path, monkeypatch):  # noqa: F811
         clip.path.touch()
     monkeypatch.setattr(augment, "load_examples", lambda *_: clips)
     monkeypatch.setattr(augment, "load_collator", lambda *_: None)
+    monkeypatch.setattr(augment, "check_names", lambda _: None)
     row = {"video_id": "0", "dataset": "emer", "ground_truth": "sad", "output": "<answer>sad</answer>"}
     for found, message in ((([row, row], []), "none of 2 outputs has an explanation.*descriptions.rejected.jsonl"),
                            (([], ["0.mp4: broken", "1.mp4: broken"]), "2 of 2 clips cannot be decoded.*0.mp4: broken")):

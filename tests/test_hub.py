@@ -142,7 +142,7 @@ def test_ctrl_c_ends_a_download(fetch):
     while not any("slow" in path for path in Hub.asked):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=30)
+    out, said = process.communicate(timeout=100)
     assert said.endswith("stopped by Ctrl-C\n") and process.returncode == 1 and not out
 
 

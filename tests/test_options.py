@@ -165,7 +165,7 @@ def broken(tiny, tmp_path) -> dict:
 
 
 TRAIN = "--world {world} --device cpu --out {out} "
-GRPO = "grpo " + TRAIN + "--steps 1 --batch-size 4 "
+GRPO = "grpo " + TRAIN + "--steps 1 --batch-size 4 --no-baseline "
 ASK = "--model {policy} --device cpu "
 
 
@@ -233,7 +233,7 @@ def test_the_disk_is_looked_at_before_weights_are_read(tiny, tmp_path, no_weight
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 80, 80))
     options = dict(model=tiny.folder / "policy", world=tiny.folder / "world", batch_size=3, out=tmp_path / "out", device="cpu")
     with pytest.raises(DiskError, match="3 states of .* GB and the model.*8e-08 GB are free"):
-        script(name).main(command(options | ({"erv": tiny.folder / "verifier"} if name == "grpo" else {})))
+        script(name).main(command(options | ({"erv": tiny.folder / "verifier", "baseline": False} if name == "grpo" else {})))
 
 
 # ---- a hosted judge's answers ----------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_from_a_released_folder_to_a_row_of_table_1(world, serve, tmp_path, caps
     with pytest.raises(CheckpointError, match="'/nas/authors/siglip-tiny', which is not here; .* by --vision-tower"):
         sft.main([*map(str, start), "--allow-missing", "0.2", "--out", f"{tmp_path}/no"])
     with pytest.raises(DataError, match=r"1 of 5 clips are missing \(20.0%\).*--allow-missing"):
-        sft.main([*map(str, start), "--out", f"{tmp_path}/no"])  # before a tower is looked for
+        sft.main([*map(str, start), *named, "--out", f"{tmp_path}/no"])
     assert "emer train: 4 clips found, 1 missing, 5 examples (angry 0, happy 5," in capsys.readouterr().out
     assert (tmp_path / "no" / "missing_clips.txt").read_text() == f"{emer}/s4.avi\n"
     command("sft", *start, *named, "--allow-missing", 0.2, "--steps", 100, "--out", tmp_path / "sft")

@@ -70,7 +70,7 @@ class Progress:
             if time.time() < self.last + EVERY:  # another line was shown in the meantime
                 continue
             self.last = time.time()
-            if RUNNING[-1] is self:
+            if RUNNING[-1:] == [self]:
                 try:
                     print(self, file=sys.stderr, flush=True)
                 except OSError:  # nobody reads them any more

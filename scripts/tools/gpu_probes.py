@@ -97,11 +97,11 @@ def decode(device: str) -> dict[str, float]:
             "kernels": kernels(lambda: decoder.run(last)) if cuda else 0}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("probe", choices=("gradients", "decode"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     exact_kernels()
     print(json.dumps({"gradients": gradients, "decode": decode}[given.probe](given.device)))
 
