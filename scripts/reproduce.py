@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", default="tables", help=f"{', '.join(GROUPS)}, or some of {', '.join(ROWS)}; commas")
     parser.add_argument("--clips", type=positive, default=400, help="held-out clips per seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
-    parser.add_argument("--steps", type=positive, default=60, help="GRPO steps (the main command: 60)")
+    parser.add_argument("--steps", type=positive, default=100, help="GRPO steps (the main command: 100)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="commands at a time, one thread each")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: run_all ends its commands on the way out

@@ -85,7 +85,7 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     train("towers", nn.ModuleList([model, see, hear]), losses, steps, lr, warmup=0.1)
 
 
-def train_reading(model: HumanOmni, texts: list[dict], tokenizer: Tokenizer, seed: int = 0, steps: int = 150,
+def train_reading(model: HumanOmni, texts: list[dict], tokenizer: Tokenizer, seed: int = 0, steps: int = 250,
                   batch_size: int = 64, lr: float = 3e-3) -> None:
     """Eq. 2 on `texts` (rows of reading.jsonl), no clip before them; the language model alone trains, in place.
 

@@ -144,7 +144,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", needed=True,
                       path="run", toy="runs/toy")
     erv: str = option("", "the verifier: a folder or a hub repository", path="hub")
-    steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=60)
+    steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=100)
     epochs: int = option(2, "passes over the data (table 8)", least=1)
     batch_size: int = option(16, "prompts per optimizer step, over all processes (table 8)", least=1, toy=32)
     micro_batch: int = machine(1, "prompts per forward pass on one process; lower it when out of memory", least=1,
