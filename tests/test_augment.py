@@ -192,6 +192,16 @@ def test_complement_command(serve, tmp_path, capsys):  # noqa: F811
     assert "0 requests (4 answered or repeated)" in capsys.readouterr().out
 
 
+def test_a_description_that_was_cut_at_its_limit_is_no_row(serve, tmp_path):  # noqa: F811
+    serve(lambda prompt, times: good("She is disgusted by the", "length" if prompt.endswith("disgust") else "stop"))
+    write_jsonl(tmp_path / "pool.jsonl", pool())
+    augment.main(["complement", "--input", str(tmp_path / "pool.jsonl"), "--ask", "openai:m", "--out",
+                  str(tmp_path / "o"), "--per-class", "4", "--classes", "disgust,fear"])
+    assert [row["labels"] for row in read_jsonl(tmp_path / "o")] == [["fear"]]
+    (cut,) = read_jsonl(tmp_path / "o.rejected.jsonl")
+    assert cut["labels"] == ["disgust"] and "cut" in cut["raw"]
+
+
 def test_annotated_leaves_doubt_out_and_stats_count_labels(tmp_path, capsys):
     examples = [Example("a", Path("a"), "worried", "emer", "Her voice shakes."),
                 Example("b", Path("b"), "doubt", "merr", "Hm."),

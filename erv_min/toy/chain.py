@@ -167,7 +167,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
         rows, _ = predict(own, examples, processes, how, batch_size=64)
         if processes.main:
             judge_rows(rows, judge)
-            scores[system], counted[system] = score(rows, rows[0]["dataset"]), count_sentences(rows, settings.world)
+            scores[system], counted[system] = score(rows, examples[0].dataset), count_sentences(rows, settings.world)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
     if not processes.main:
         return
