@@ -19,8 +19,8 @@ from erv_min.base.files import atomic_write, read_object, write_json
 from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
 from erv_min.base.weights import WEIGHTS, fill, open_weights, write_safetensors
-from erv_min.config import (TOWERS, BertConfig, HumanOmniConfig, SiglipConfig, WhisperConfig, config_json, read_humanomni, read_part,
-                            read_qwen2, read_roberta, towers_json)
+from erv_min.config import (TOWERS, BertConfig, HumanOmniConfig, SiglipConfig, WhisperConfig, config_json,
+                            read_humanomni, read_part, read_qwen2, read_roberta, towers_json)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import unused_parameters
@@ -43,6 +43,7 @@ class Tower:
 ALL_TOWERS = (Tower("vision", SiglipConfig, "mm_vision_tower", "model.vision_tower.vision_tower.", ""),
               Tower("audio", WhisperConfig, "mm_audio_tower", "model.audio_tower.audio_tower.", "model."),
               Tower("text", BertConfig, "mm_text_tower", "model.bert_model.", "bert."))
+
 
 def check_checkpoint(name: str | Path, kind: str, revision: str | None = None) -> dict:
     """What can be known of a checkpoint before its weights are fetched or read; returns its config.json.
@@ -137,7 +138,7 @@ def config_of(folder: Path) -> dict:
     """A checkpoint's config.json. Raises CheckpointError on that of a run that has not finished."""
     raw = read_object(folder / "config.json")
     if list(raw) == ["erv_min"]:
-        raise CheckpointError(f"{folder}: a run that has not finished: go on with it (--resume), or name another folder")
+        raise CheckpointError(f"{folder}: a run that has not finished: go on with it (--resume), or name another")
     return raw
 
 

@@ -1,8 +1,8 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
 The verifier as the reward uses it (`Verifier`), its loss (`erv_loss`; the paper gives no equation), and what is watched
-of explanations while it pays for them. Its training data is in data/pairs.py, the loop in scripts/erv.py, its quality on
-held-out descriptions in data/quality.py, ways to cheat it in scripts/tools/audit.py.
+of explanations while it pays for them. Its training data is in data/pairs.py, the loop in scripts/erv.py, its quality
+on held-out descriptions in data/quality.py, ways to cheat it in scripts/tools/audit.py.
 """
 
 from collections.abc import Iterator
@@ -72,8 +72,8 @@ def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
     """The head's class names from a Hugging Face config.json; names left at LABEL_i mean our order of 11 or 28. Raises
     CheckpointError on other names, and on a head that was not trained with a sigmoid per class, as algorithm 1 has."""
     if (kind := raw.get("problem_type")) != "multi_label_classification":
-        raise CheckpointError(f"{where}/config.json: problem_type is {kind!r}; a verifier gives a probability per class "
-                              "by itself: if it was trained so, write \"multi_label_classification\" there")
+        raise CheckpointError(f"{where}/config.json: problem_type is {kind!r}; a verifier gives a probability per "
+                              "class by itself: if it was trained so, write \"multi_label_classification\" there")
     named = raw.get("id2label") or {}
     names = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(len(named)))
     if sorted(names) == sorted(ERV_LABELS):  # maybe in another order

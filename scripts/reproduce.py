@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=positive, default=400, help="held-out clips per seed")
     parser.add_argument("--split", default="test", choices=("test", "tune"), help="tune is for choosing settings")
     parser.add_argument("--steps", type=positive, default=100, help="GRPO steps (the main command: 100)")
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="commands at a time, one thread each")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="commands at a time, of one thread")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: run_all ends its commands on the way out
     named = [row for word in given.rows.split(",") for row in GROUPS.get(word, [word])]

@@ -81,8 +81,8 @@ def check(settings) -> None:
             raise SettingsError(f"{name} {value}: there is no file or folder {gone}")
         other = getattr(settings, "out", "") if m["path"] == "hub" and own_folder else ""
         if value and other and Path(value).resolve() == Path(other).resolve():
-            raise SettingsError(f"--out {other}: {name} names this folder, too, and what it holds would be overwritten: "
-                                "give another --out")
+            raise SettingsError(f"--out {other}: {name} names this folder, too, which would be overwritten: give another "
+                                "--out")
 
 
 def file_list(text: str) -> list[str]:

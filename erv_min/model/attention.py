@@ -25,7 +25,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, [B, M, K] and [B, K, N], summed and kept in the type of `out`: float32 for scores of bfloat16 keys."""
+    """out = a @ b, [B, M, K] and [B, K, N], summed and kept in the type of `out`: float32 for bfloat16 scores."""
     if a.dtype == out.dtype:
         out.copy_(a @ b)
     elif a.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads():  # from torch 2.8 on

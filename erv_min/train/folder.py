@@ -1,8 +1,8 @@
 """A run's folder: logs, states, resume, and what to do about SIGTERM, Ctrl-C and numbers that are not finite.
 
 It holds `config.json` (settings, versions, commit), `data.jsonl` (what it trains on, in order), `metrics.jsonl` (an
-object per step), `state-STEP/` (state.py), and at the end `model.safetensors`. No random state is saved because there is
-none: data order and sampling noise are functions of the seed and the step.
+object per step), `state-STEP/` (state.py), and at the end `model.safetensors`. No random state is saved because there
+is none: data order and sampling noise are functions of the seed and the step.
 """
 
 import contextlib
@@ -174,7 +174,7 @@ class Run:
             return ""
         before = read_json(self.config).get("erv_min", {}).get("settings", {}) if self.config.exists() else {}
         if changed := changed_settings(before, json.loads(json.dumps(self.about["settings"]))):
-            return f"{self.config}: this run was started with other values of {', '.join(changed)}; resume with the same"
+            return f"{self.config}: this run has other values of {', '.join(changed)}; resume with the same"
         if self.data.exists() and (changed := changed_data(read_jsonl(self.data), self.listed)):
             return f"{self.data}: this run was started on other data: {changed}; resume with the same"
         finished = (self.out / "model.safetensors").exists()

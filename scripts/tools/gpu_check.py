@@ -59,7 +59,7 @@ class Machine:
         done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             lines = ((done.stderr or done.stdout).strip() or "no output").splitlines()
-            raise PartError(next((line for line in lines if "Error: " in line), lines[-1]))  # torchrun's end says nothing
+            raise PartError(next((line for line in lines if "Error: " in line), lines[-1]))
         return done.stdout
 
     def bench(self, name: str, size: str, group: int, tokens: int) -> tuple[dict, dict]:

@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
                                      allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation, or NAME=FOLDER")
     parser.add_argument("--out", default="report.html", help="the page")
-    parser.add_argument("--data", default="", help="where the clips are, 'dfew:/path' (default: as the run's settings say)")
+    parser.add_argument("--data", default="", help="where the clips are, 'dfew:/path' (default: as in the run)")
     args = parser.parse_args(argv)
     if len(args.runs) > RUNS:
         raise SettingsError(f"{len(args.runs)} runs: a page holds at most {RUNS}")
