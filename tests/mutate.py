@@ -275,7 +275,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
      'next(x for (_, i), x in paths.items() if i == entry["video_id"])', "test_survey.py"),
     ("scripts/tools/report.py", 'row.get("dataset", dataset) == dataset', "True", "test_report.py"),
     ("scripts/tools/report.py", 'key != "skipped_because" and', "", "test_report.py"),
-    ("erv_min/base/progress.py", "RUNNING[-1] is self", "True", "test_progress.py"),
+    ("erv_min/base/progress.py", "RUNNING[-1:] == [self]", "True", "test_progress.py"),
     ("erv_min/train/folder.py", "time.time() - self.shown > 5", "time.time() - self.progress.last > 5", "test_progress.py"),
     # ---- training: schedule, update, processes, shards, states
     ("erv_min/train/optimizer.py", "peak * step / rising", "peak * (step + 1) / rising", "test_train.py"),
