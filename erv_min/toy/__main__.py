@@ -17,6 +17,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=getattr(WorldSettings, name), help=help)
     parser.add_argument("--clips-only", action="store_true", help="render and annotate, train nothing")
     settings = vars(parser.parse_args())
+    if not 0 <= settings["seed"] < 2**44:
+        parser.error("--seed must lie between 0 and 2^44 - 1")
     folder, clips_only = settings.pop("folder"), settings.pop("clips_only")
     one_thread("toy")
     if join_processes("cpu").main:
