@@ -86,6 +86,6 @@ def test_every_step_that_takes_seconds_has_its_line(tmp_path, capsys, monkeypatc
             run.progress.last = now[0] - 0.5  # a line of the thread has just been shown
             run.log(step, {"loss": 1.0})
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split(" ")[1] for line in lines] == [f"{n}/12" for n in shown]
+        assert [line.split(" ")[:3] for line in lines] == [[str(seconds), "step", f"{n}/12"] for n in shown]
         assert all(f"| {rate}, " in line for line in lines)
         assert len(read_jsonl(run.metrics)) == 12

@@ -268,7 +268,7 @@ class Run:
             if step + 1 == self.total_steps or step % 10 == 0 or time.time() - self.shown > 5:
                 self.shown = self.progress.last = time.time()
                 shown = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k in SHOWN and v is not None)
-                print(f"step {step + 1}/{self.total_steps} {shown} | {self.progress.pace()}", flush=True)
+                print(f"{self.out.name} step {step + 1}/{self.total_steps} {shown} | {self.progress.pace()}", flush=True)
         if self.in_a_row >= TOO_MANY:
             raise NumbersError(f"{self.metrics}: {TOO_MANY} steps in a row up to step {step + 1} were skipped, the "
                                f"last: {values['skipped_because']}. Look at these clips; a lower --lr or float32 may "
