@@ -87,9 +87,10 @@ def fetch(tmp_path_factory):
     server.handle_error = lambda *_: None  # a client that was stopped
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     code = """if True:
-        import json, sys
+        import json, signal, sys
         from erv_min.base import hub
         from erv_min.base.processes import run_script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         hub.WAITS = (0.1, 0.1)
         def resolve(arguments):
             try:
