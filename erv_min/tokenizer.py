@@ -16,7 +16,12 @@ from erv_min.config import AUDIO, VIDEO
 from erv_min.prompts import SYSTEM
 
 PLACEHOLDERS = {"<video>": VIDEO, "<audio>": AUDIO}
-GENERATION = re.compile(r"(\{%-?\s*)(end)?generation\b")  # transformers' marks around what an assistant says
+# How chat templates write a system turn: in quotes, as bare text, or from a variable.
+SYSTEM_QUOTED = re.compile(r"""(['"])<\|im_start\|>system(?:\\n|\n)(?P<text>(?:\\.|(?!\1).)*?)<\|im_end\|>""",
+                           re.DOTALL)
+SYSTEM_BARE = re.compile(r"""(?<!['"])<\|im_start\|>system\n(?P<text>[^{}]*?)<\|im_end\|>""")
+SYSTEM_VARIABLE = re.compile(r"""<\|im_start\|>system(?:\\n|\n)['"]\s*(?:[+~]|-?\}\}\s*\{\{-?)\s*"""
+                             r"""(?P<name>\w+)\b(?![\[.(])""")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -87,24 +92,29 @@ class EncoderTokenizer:
 
 
 def _default_system(folder: Path, template) -> str | None:
-    """What the folder's chat template writes as a system turn before a user's; None if it writes none. `template`: that
-    of tokenizer_config.json, a string or several by name. A folder without any template has Qwen2's, SYSTEM."""
+    """The system turn that the folder's chat template writes before a user's, None if it writes none. `template`: that
+    of tokenizer_config.json, a string or several by name. A folder without any template has Qwen2's, SYSTEM.
+
+    It is found as text, since templates are not run: a literal turn, or a variable that is set to a literal.
+    """
     if (file := folder / "chat_template.jinja").exists():
         template = file.read_text(encoding="utf-8")
+    if isinstance(template, list):
+        template = next((x.get("template") for x in template if x.get("name") == "default"), "")
     if template is None:
         return SYSTEM
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it
+    if not template or not isinstance(template, str):
+        raise CheckpointError(f"{folder}: its chat_template is no text, and no list with one called default")
+    if found := SYSTEM_QUOTED.search(template) or SYSTEM_BARE.search(template):
+        return _unescaped(found["text"])
+    if not (variable := SYSTEM_VARIABLE.search(template)):
+        return None
+    if found := re.search(rf"set {variable['name']}\s*=\s*(['\"])(?P<text>(?:\\.|(?!\1).)*)\1", template, re.DOTALL):
+        return _unescaped(found["text"])
+    raise CheckpointError(f"{folder}: its chat template takes the system turn from {variable['name']}, which is set to "
+                          "no text there")
 
-    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    try:
-        if not isinstance(template, str):
-            named = template if isinstance(template, dict) else {x["name"]: x["template"] for x in template}
-            template = named["default"]
-        template = GENERATION.sub(lambda mark: mark[1] + ("endif" if mark[2] else "if true"), template)
-        text = jinja.from_string(template).render(messages=[{"role": "user", "content": "Hi"}], tools=None,
-                                                  documents=None, add_generation_prompt=True)
-    except (TemplateError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its chat template cannot be rendered ({error!r})") from None
-    found = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
-    return found and found[1]
+
+def _unescaped(literal: str) -> str:
+    """The text of a template's literal."""
+    return re.sub(r"\\(.)", lambda escape: {"n": "\n", "t": "\t"}.get(escape[1], escape[1]), literal, flags=re.DOTALL)

@@ -106,6 +106,9 @@ def turn(text):
     ("{{ '<|im_start|>user\n' + messages[0]['content'] + '<|im_end|>\n' }}", None, None),
     ("{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}{% else %}{% set s = 'Be exact.' %}"
      "{% endif %}{{ '<|im_start|>system\n' + s + '<|im_end|>\n' }}", None, "Be exact."),
+    ("{% if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}"
+     "{{ messages[0].content }}", None, None),  # Qwen3's: none unless one is given
+    ("<|im_start|>system\nIt's bare.<|im_end|>\n{{ messages[0].content }}", None, "It's bare."),
     ("{%- if tools is not none %}{{ tools.x.y }}{%- endif %}\n{% for m in messages %}{% generation %}{{ m.content }}"
      "{% endgeneration %}\n{% break %}{% endfor %}{{ '<|im_start|>system\nHm.<|im_end|>\n' }}", None, "Hm."),
 ])
@@ -127,11 +130,12 @@ def test_system_turn_is_what_the_chat_template_writes(tmp_path, in_config, jinja
         assert before in text and ("<|im_start|>system" in text) == (system is not None)
 
 
-def test_a_chat_template_that_cannot_be_rendered_is_refused(tmp_path):
+def test_a_chat_template_that_cannot_be_read_is_refused(tmp_path):
     shutil.copy(CHAT / "tokenizer.json", tmp_path)
-    for template in ("{% if %}", "{{ raise_exception('a system turn is needed') }}", [{"name": "rag", "template": ""}], 7):
+    for template, said in ((7, "no text"), ([{"name": "rag", "template": "x"}], "called default"), (
+            "{{ '<|im_start|>system\n' + s + '<|im_end|>' }}", "takes the system turn from s")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        with pytest.raises(CheckpointError, match="its chat template cannot be rendered"):
+        with pytest.raises(CheckpointError, match=said):
             Tokenizer(tmp_path)
 
 

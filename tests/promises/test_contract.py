@@ -13,7 +13,6 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("erv_min/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 RUNTIME = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "soundfile", "av"}
-RUNTIME |= {"jinja2"}  # which torch needs itself
 EXTRAS = {"transformers"}  # parity, inside functions of scripts only
 
 
