@@ -1,7 +1,6 @@
 """A clip on disk -> frames and waveform -> pixel values and log-mel: what the released system feeds its two towers.
 
-The numbers are the release's (decord's frames, Pillow's resize, Whisper's log-mel), computed with torch alone. How a
-file is decoded, and what counts as damage, is told in base/decode.py.
+The numbers are the release's (decord's frames, Pillow's resize, Whisper's log-mel), computed with torch alone.
 Left out: frames by time (indices count frames, also at a variable frame rate), pixel aspect ratio, interlacing.
 """
 
@@ -23,9 +22,8 @@ N_FFT, HOP = 400, 160  # Whisper's window and step: 25 ms and 10 ms
 @dataclass
 class Clip:
     """One clip as the model takes it; a modality that was not asked for is None."""
-    path: Path
-    video: torch.Tensor | None  # [T, 3, S, S] float32 in -1..1
-    audio: torch.Tensor | None  # [mels, frames] float32, Whisper's log-mel
+    video: torch.Tensor | None = None  # [T, 3, S, S] float32 in -1..1
+    audio: torch.Tensor | None = None  # [mels, frames] float32, Whisper's log-mel
     silent: bool = False  # sound was asked for, the file has none, and `audio` is that of silence
 
 
@@ -43,8 +41,8 @@ def load_frames(path: str | Path, k: int) -> torch.Tensor:
 
 
 def load_waveform(path: str | Path) -> torch.Tensor:
-    """The sound of a clip at 16 kHz, mono: float32 [N]; channels mix as `ffmpeg -ac 1` has it, two as (L + R) *
-    0.7071; sound that begins late begins at 0, as in `ffmpeg -vn`; NaN samples are -1.5. Raises ClipError."""
+    """The sound of a clip at 16 kHz, mono: float32 [N]; two channels mix as (L + R) * 0.7071; sound that begins late
+    begins at 0; NaN samples are -1.5 (base/decode.py). Raises ClipError."""
     return _sound_or_silence(path, decode(Path(path), None, sys.maxsize)[1], "error")
 
 
@@ -52,18 +50,17 @@ def load_waveform(path: str | Path) -> torch.Tensor:
 def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int = 8, image_size: int = 224,
               n_mels: int = 128, n_frames: int = 3000, geometry: str = "pad", silence: str = "hear",
               without: str = "") -> Clip:
-    """Reads what `modality` asks for, in one pass over the file.
+    """Reads what `modality` asks for: `num_frames` frames of `image_size`; `n_frames` log-mel frames (10 ms each) of
+    `n_mels` bins. Raises ClipError.
 
-    `num_frames` frames of `image_size`; `n_frames` log-mel frames (10 ms each) of `n_mels` bins. A clip whose file has
-    no sound: "hear" gives 10 s of digital silence, as the release does, and marks the Clip `silent`, so that callers
-    count it; "error" raises ClipError (divergence 19). Sound that is there and cannot be decoded is always a ClipError.
-    `without` "video": the same number of black frames; "audio": digital silence; all else as it is.
+    A clip whose file has no sound: `silence` "hear" gives 10 s of digital silence, as the release does, "error" raises
+    ClipError (divergence 19). `without` "video": the same number of black frames; "audio": digital silence.
     """
     if modality not in ("video_audio", "video", "audio"):
         raise SettingsError(f"modality {modality!r}: use video_audio, video or audio")
-    path, clip = Path(path), Clip(Path(path), None, None)
     choose = partial(sample_frame_indices, k=num_frames) if "video" in modality else None
-    frames, waveform = decode(path, choose, n_frames * HOP if "audio" in modality else 0)
+    frames, waveform = decode(Path(path), choose, n_frames * HOP if "audio" in modality else 0)
+    clip = Clip()
     if "video" in modality:
         clip.video = pixel_values(torch.zeros_like(frames) if without == "video" else frames, image_size, geometry)
     if "audio" in modality:
@@ -75,8 +72,7 @@ def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int =
 
 def _sound_or_silence(path, waveform: torch.Tensor | None, silence: str) -> torch.Tensor:
     if waveform is None and silence == "error":
-        raise ClipError(f"{path}: has no sound; leave the clip out, let it be heard as silence (--silence hear), or "
-                        "do without sound (--modality video)")
+        raise ClipError(f"{path}: has no sound; leave it out, or take --silence hear, or --modality video")
     return torch.zeros(10 * SAMPLE_RATE) if waveform is None else waveform
 
 
@@ -116,10 +112,8 @@ def _bicubic(n_in: int, n_out: int) -> torch.Tensor:
 
 
 def log_mel(waveform: torch.Tensor, n_mels: int = 128, n_frames: int = 3000) -> torch.Tensor:
-    """Whisper's log-mel of a 16 kHz waveform [N] -> float32 [n_mels, n_frames], padded or cut to n_frames * 10 ms.
-
-    log10 of the mel powers, clamped at 1e-10, floored 8 below the loudest, (x + 4) / 4; NaN becomes -1.5.
-    """
+    """Whisper's log-mel of a 16 kHz waveform [N] -> float32 [n_mels, n_frames], padded or cut to n_frames * 10 ms:
+    log10 of the mel powers, clamped at 1e-10, floored 8 below the loudest, (x + 4) / 4; NaN becomes -1.5."""
     total = n_frames * HOP
     waveform = torch.as_tensor(waveform, dtype=torch.float32)[:total]
     heard = min(n_frames, -(-(len(waveform) + N_FFT // 2) // HOP))  # later windows hold nothing but padding

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from erv_min.base.decode import is_frame_folder
+from erv_min.base.decode import frame_files
 from erv_min.base.errors import ClipError, DataError, SettingsError
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
@@ -30,7 +30,7 @@ def find_clips(names: list[str]) -> list[Path]:
     clips = []
     for path in map(Path, names):
         if path.is_dir():
-            found = [path] if is_frame_folder(path) else clips_in(path)
+            found = [path] if frame_files(path) else clips_in(path)
             if not found:
                 raise DataError(f"{path}: no clip in it ({', '.join(CLIP_SUFFIXES)})")
             clips += found

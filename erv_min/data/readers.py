@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from erv_min.base.decode import is_frame_folder
+from erv_min.base.decode import frame_files
 from erv_min.base.errors import DataError
 from erv_min.emotions import LABELS, labels, normalize
 from erv_min.inputs import Example
@@ -110,7 +110,7 @@ def clip_key(name: str) -> str:
 
 def clips_in(folder: Path) -> list[Path]:
     """The clips in a folder, by name: files, and folders of frames. macOS's own `._` files are left out and counted."""
-    paths = [x for x in sorted(folder.iterdir()) if x.suffix.lower() in CLIP_SUFFIXES or is_frame_folder(x)]
+    paths = [x for x in sorted(folder.iterdir()) if x.suffix.lower() in CLIP_SUFFIXES or frame_files(x)]
     clips = [path for path in paths if not path.name.startswith("._")]
     if len(clips) < len(paths):
         note("%s: %d files ._* skipped: macOS's own notes, no clips", folder, len(paths) - len(clips))
