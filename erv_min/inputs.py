@@ -5,7 +5,7 @@
     Batch -> embed(model, ...) -> Prompts: X_m [B, P, D], for policy, reference and sampling alike
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,11 +57,9 @@ class Batch:
         return len(self.examples)
 
     def __getitem__(self, part: slice) -> "Batch":
-        questions = slice(None) if len(self.gate_ids) == 1 else part
-        return replace(self, examples=self.examples[part], input_ids=self.input_ids[part],
-                       attention_mask=self.attention_mask[part], gate_ids=self.gate_ids[questions],
-                       gate_mask=self.gate_mask[questions], vision=None if self.vision is None else self.vision[part],
-                       audio=None if self.audio is None else self.audio[part])
+        shared = ("gate_ids", "gate_mask") if len(self.gate_ids) == 1 else ()
+        return Batch(**{name: value if value is None or name in shared else value[part]
+                        for name, value in vars(self).items()})
 
 
 def embed(model: HumanOmni, batch: Batch) -> Prompts:
@@ -94,8 +92,8 @@ class Collator:
 
     @torch.no_grad()
     def features(self, item: Inputs) -> tuple[Tensor | None, Tensor | None]:
-        """(vision, audio) of a clip as in `Batch`: as it brings them, or from the towers, clip by clip, so that the
-        other clips of a batch cannot change its last bits; those are kept in the cache."""
+        """(vision, audio) of a clip as in `Batch`: as it brings them, or from the towers, kept in the cache. One clip
+        at a time, so that the others of a batch cannot change its last bits."""
         if item.features is not None:
             return item.features
         vision, audio = item.clip.video, item.clip.audio
@@ -104,7 +102,7 @@ class Collator:
             vision = self.model.vision_features(vision)[0]
         if audio is not None:
             audio = self.model.audio_features(audio)[0]
-        if self.cache is not None:
+        if self.cache:
             self.cache.put(item.example, vision, audio, item.silent)
         return vision, audio
 
@@ -119,10 +117,6 @@ class Collator:
         gate_ids, gate_mask = self.gate_tokenizer.encode_batch(gate_texts)
         device, dtype = self.model.head_weight.device, self.model.head_weight.dtype
         input_ids, attention_mask = pad_rows(rows, self.tokenizer.pad_id, device)
-        vision, audio = zip(*[self.features(item) for item in inputs])
-
-        def stacked(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-            return None if parts[0] is None else torch.stack([part.to(device, dtype) for part in parts])
-
-        return Batch(examples, input_ids, attention_mask, gate_ids.to(device), gate_mask.to(device), stacked(vision),
-                     stacked(audio))
+        vision, audio = (None if parts[0] is None else torch.stack([part.to(device, dtype) for part in parts])
+                         for parts in zip(*map(self.features, inputs)))
+        return Batch(examples, input_ids, attention_mask, gate_ids.to(device), gate_mask.to(device), vision, audio)

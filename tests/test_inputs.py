@@ -101,7 +101,7 @@ def test_pixels_stay_pixels_while_the_vision_tower_trains():
     collate = Collator(Recorder(), Words(), None)
     for trains, expected in ((False, 1), (True, 0)):
         collate.model.vision_tower.requires_grad_(trains)
-        vision, audio = collate.features(Inputs(CLIP, Clip(CLIP.path, torch.zeros(1, 3, 2, 2), torch.zeros(4, 5))))
+        vision, audio = collate.features(Inputs(CLIP, Clip(torch.zeros(1, 3, 2, 2), torch.zeros(4, 5))))
         assert (vision == expected).all() and vision.shape == (1, 3, 2, 2) and (audio == 2).all()
 
 

@@ -175,7 +175,7 @@ def test_features_leave_the_clip_as_it_was(toy, tmp_path):
     """The towers' features of a clip, pixels if the vision tower trains, or the features that it brings."""
     model = deepcopy(toy).requires_grad_(False)
     (video, audio), collate = clips(1), Collator(model, None, None)
-    item = Inputs(Example("1", tmp_path, "happy", "toy"), Clip(tmp_path, video[0], audio[0]))
+    item = Inputs(Example("1", tmp_path, "happy", "toy"), Clip(video[0], audio[0]))
     vision, heard = collate.features(item)
     assert item.features is None and item.clip.video is not None
     assert torch.equal(vision, model.vision_features(video)[0]) and torch.equal(heard, model.audio_features(audio)[0])

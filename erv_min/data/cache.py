@@ -19,11 +19,9 @@ FEATURES = 2  # part of the key; to be raised if decoding or the towers' arithme
 
 
 class FeatureCache:
-    """Frozen-tower features of clips, keyed by file path, size, modification time and `key` (towers, frames, size).
-
-    In memory up to `memory` bytes (the first clips stay: an epoch passes each once, so that evicting the oldest would
-    always throw out the next one), and in `folder` as safetensors if one is given.
-    """
+    """Frozen-tower features of clips, keyed by file path, size, modification time and `key`: in `folder` as safetensors
+    if one is given, and in memory up to `memory` bytes (the first clips stay: each is passed once per epoch, so that
+    evicting the oldest would always throw out the next one)."""
 
     def __init__(self, folder: str | Path | None, key: str, memory: int = 2 << 30):
         self.folder, self.key, self.room, self.kept = Path(folder) if folder else None, key, memory, {}
@@ -31,32 +29,26 @@ class FeatureCache:
     def _name(self, example: Example) -> str:
         """The clip's key, and its file's name in `folder`; "" for a clip that is not there."""
         try:
-            files = frame_files(example.path) if example.path.is_dir() else [example.path]
-            stats = [file.stat() for file in files]
+            stats = [(file.name, file.stat()) for file in frame_files(example.path) or [example.path]]
         except OSError:
             return ""
-        state = [f"{file.name}|{stat.st_size}|{stat.st_mtime_ns}|" for file, stat in zip(files, stats)]
+        state = [f"{file}|{stat.st_size}|{stat.st_mtime_ns}|" for file, stat in stats]
         text = f"{os.path.realpath(example.path)}|{''.join(state)}|{self.key}"
         name = hashlib.sha256(text.encode()).hexdigest()
         return f"{name[:2]}/{name}.safetensors"
 
-    def has(self, example: Example) -> bool:
-        """Whether the clip's features are there; only `get` reads them, and may yet find them damaged."""
-        name = self._name(example)
-        return name in self.kept or self.folder is not None and (self.folder / name).is_file()
-
     def get(self, example: Example) -> Inputs | None:
-        """The clip as its features on the CPU, vision [T, N, C] and audio [P, C]; None if it is not cached."""
-        if not self.has(example):
-            return None
+        """The clip as its features on the CPU, vision [T, N, C] and audio [P, C]; None if they are not there."""
         name = self._name(example)
-        try:
-            parts = self.kept[name] if name in self.kept else load_tensors((self.folder / name).read_bytes())
-        except (SafetensorError, OSError) as error:
-            log.warning("%s: damaged, made again (%s)", self.folder / name, error)
-            return None
-        self._keep(name, parts)
-        return Inputs(example, None, (parts.get("vision"), parts.get("audio")), "silent" in parts)
+        parts = self.kept.get(name)
+        if parts is None and self.folder and (self.folder / name).is_file():
+            try:
+                parts = load_tensors((self.folder / name).read_bytes())
+            except (SafetensorError, OSError) as error:
+                log.warning("%s: damaged, made again (%s)", self.folder / name, error)
+                return None
+            self._keep(name, parts)
+        return parts and Inputs(example, None, (parts.get("vision"), parts.get("audio")), "silent" in parts)
 
     def put(self, example: Example, vision=None, audio=None, silent: bool = False) -> None:
         """Keeps a clip's features; a modality that the model is not given is None."""

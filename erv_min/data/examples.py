@@ -1,8 +1,4 @@
-"""Examples of any mixture of data sets, `load_examples("dfew:/path,mafw:/path", split)`, and whether all are there.
-
-Annotations are read by readers.py; `check_clips` leaves out and lists what is not on the disk, `too_many` says when
-that, or what cannot be decoded, is more than the user allows.
-"""
+"""Examples of any mixture of data sets, and whether all their clips are there. Annotations are read by readers.py."""
 
 import os
 import re
@@ -11,36 +7,31 @@ from pathlib import Path
 
 from erv_min.base.errors import DataError
 from erv_min.base.files import atomic_write
-from erv_min.data.readers import FOLDS, FORMATS, note, read_annotated, read_ravdess, read_training_json
+from erv_min.data.readers import FOLDS, FORMATS, note, read_annotated, read_training_json
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 
-PAPER_COUNTS = {("dfew", "train"): 9362, ("dfew", "test"): 2342, ("mafw", "train"): 7341, ("mafw", "test"): 1831,
-                ("emer", "train"): 332, ("merr", "train"): 4487}  # section 4.1
-ONE_SPLIT = {"emer": "train", "merr": "train", "ravdess": "test"}
-SPEC = ("name:/path with name one of toy, dfew, mafw, emer, merr, ravdess (dfew:/path@set_3: another set than the "
-        "paper's 5), or json:mafw:/file.json; several joined by commas")
+SPLITS = {"toy": ("train", "test", "sft", "tune"), "emer": ("train", "sft"), "merr": ("train", "sft")}
 
 
 def load_examples(spec: str, split: str = "train") -> list[Example]:
     """Reads a mixture such as "dfew:/path,mafw:/path". Raises DataError.
 
     split: "train" | "test" | "sft" (the world's train.json for toy, else the training split) | "tune" (a toy world's
-    clips to tune settings on). RAVDESS is R1-Omni's out-of-distribution test. `dfew:/path@set_3`, `mafw:/path@set_3`:
-    another of the five sets than the paper's, 5.
+    clips to tune settings on). `dfew:/path@set_3`, `mafw:/path@set_3`: another of the five sets than the paper's, 5.
     `json:[dataset:]/file.json[@/clips]` is a training JSON in the released form, which carries no split; `dataset`
     (`json:mafw:/file.json`) may be left out if every clip lies below a folder called like its data set.
     """
-    examples, official = [], "test" if split == "test" else "train"
+    examples = []
     for part in re.split(r",(?=\w+:)", spec.strip()):
         name, _, path = part.strip().partition(":")
         name = name.lower()
-        if not path or name not in (*FORMATS, "toy", "ravdess", "json"):
-            raise DataError(f"--data {part!r}: expected {SPEC}")
-        if split not in ("train", "test", "sft", "tune") or (split == "tune" and name != "toy"):
-            raise DataError(f"--data {part!r}, split {split!r}: expected train, test or sft (of toy: tune)")
-        if official != ONE_SPLIT.get(name, official):
-            raise DataError(f"--data {part}: {name} has no {split} split; its clips are {ONE_SPLIT[name]} data alone")
+        if not path or name not in (*FORMATS, "toy", "json"):
+            raise DataError(f"--data {part!r}: expected name:/path with name one of toy, {', '.join(FORMATS)}, "
+                            "or json:mafw:/file.json; dfew:/path@set_3 is another set than the paper's 5; several are "
+                            "joined by commas")
+        if split not in (splits := SPLITS.get(name, ("train", "test", "sft"))):
+            raise DataError(f"--data {part}: has no {split} split; there are {', '.join(splits)}")
         path, fold = re.fullmatch(r"(.+?)(?:@set_([1-5]))?", path).groups() if name in FOLDS else (path, None)
         if fold and os.path.isfile(path):
             raise DataError(f"--data {part}: a file is one set already; give its folder, or leave @set_{fold} out")
@@ -53,19 +44,16 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
             dataset, file, clips = re.fullmatch(r"(?:(\w+):)?(.+?)(?:@(.+))?", path).groups()
             found = read_training_json(file, clips, dataset, split)
         else:
-            found = read_ravdess(path) if name == "ravdess" else read_annotated(name, path, official, fold or "5")
+            found = read_annotated(name, path, "test" if split == "test" else "train", fold or "5")
         if not found:
             raise DataError(f"--data {part}: no example in it")
-        if fold in (None, "5") and len(found) != PAPER_COUNTS.get((name, official), len(found)):
-            note("%s %s: %d examples, the paper has %d (section 4.1): another version, or a part of it?",
-                 name, official, len(found), PAPER_COUNTS[name, official])
         examples += found
     return examples
 
 
 def too_many(failed: int, total: int, allow_missing: float, first="", what: str = "cannot be decoded") -> None:
-    """Raises DataError if more than the fraction `allow_missing` of `total` clips failed, or all of them; `first`: the
-    first of them, or its error; `what` was wrong with them."""
+    """Raises DataError if more than the fraction `allow_missing` of `total` clips failed, or all of them. `first`: the
+    first one or its error."""
     if failed > allow_missing * total or 0 < failed == total:
         raise DataError(f"{failed} of {total} clips {what} ({failed / total:.1%}), the first: {first}. Check data root "
                         f"and clips, or allow more than {allow_missing:.1%} (--allow-missing)")
@@ -73,8 +61,7 @@ def too_many(failed: int, total: int, allow_missing: float, first="", what: str 
 
 def check_clips(examples: list[Example], allow_missing: float = 0.01,
                 report: str | Path | None = None) -> list[Example]:
-    """The examples whose clip is on the disk. The others are counted, logged, and listed in `report`, one per line.
-    Raises as too_many."""
+    """The examples whose clip is on the disk; the others are logged, and listed in `report`. Raises as too_many."""
     clips = {example.path for example in examples}
     found = set(filter(os.path.exists, clips))  # a file, or a folder of frames
     if missing := sorted(map(str, clips - found)):
@@ -88,17 +75,18 @@ def check_clips(examples: list[Example], allow_missing: float = 0.01,
 
 def check_disjoint(train: list[Example], test: list[Example]) -> None:
     """Raises DataError if a clip is in both lists (by its path, or by data set and id)."""
-    paths = {os.path.realpath(example.path) for example in train}
-    ids = {(example.dataset, example.video_id) for example in train}
-    shared = [example for example in test
-              if os.path.realpath(example.path) in paths or (example.dataset, example.video_id) in ids]
+    def keys(example: Example) -> set:
+        return {os.path.realpath(example.path), (example.dataset, example.video_id)}
+
+    known = set().union(*map(keys, train))
+    shared = [example for example in test if keys(example) & known]
     if shared:
         raise DataError(f"{len(shared)} clips are in training and test data, the first: {shared[0].path}; "
                         "take the same official split for both")
 
 
 def summary(examples: list[Example]) -> str:
-    """One line a data set and split: clips, entries, missing clips, examples per class in the order of its list."""
+    """A line per data set and split: clips, examples, and examples per class."""
     lines = []
     for dataset, split in dict.fromkeys((example.dataset, example.split) for example in examples):
         part = [example for example in examples if (example.dataset, example.split) == (dataset, split)]

@@ -6,7 +6,6 @@
 
 import logging
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -14,10 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from itertools import islice, tee
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -26,31 +26,26 @@ from erv_min.base.errors import ClipError
 from erv_min.config import HumanOmniConfig
 from erv_min.data.cache import FeatureCache
 from erv_min.inputs import Example, Inputs
-from erv_min.media import load_clip
+from erv_min.media import Clip, load_clip
 
 log = logging.getLogger("erv_min")
+AHEAD = 4  # clips per worker that are under way or waiting for the model
 
 
 def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None, workers: int = 2,
                 **how) -> Iterator[Inputs | ClipError]:
     """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
-
-    A clip that cannot be decoded comes as its ClipError, never as another clip. The log names the first clip without
-    sound, which is heard as silence (divergence 19), and at the end says how many there were. `how`: media.load_clip's
-    arguments that are not the model's dimensions.
-    """
+    The log names the first clip that is heard as silence (divergence 19), and at the end says how many there were.
+    `how`: media.load_clip's arguments that are not the model's dimensions."""
     load = partial(load_clip, image_size=config.vision.image_size, n_mels=config.audio.num_mel_bins,
                    n_frames=2 * config.audio.max_source_positions, **how)
     order, ahead = tee(order)
-    paths = (None if cache is not None and cache.has(example) else example.path for example in ahead)
+    items = (cache and cache.get(example) or example.path for example in ahead)
     silent = set()
     try:
-        for example, clip in zip(order, clip_loader(paths, load, workers)):
-            x = cache.get(example) if clip is None else None
-            if x is None:
-                if clip is None:  # damaged in the cache: decoded after all
-                    (clip,) = clip_loader([example.path], load, workers=0)
-                x = clip if isinstance(clip, ClipError) else Inputs(example, clip, silent=clip.silent)
+        for example, x in zip(order, clip_loader(items, load, workers)):
+            if isinstance(x, Clip):
+                x = Inputs(example, x, silent=x.silent)
             if isinstance(x, Inputs) and x.silent:
                 if not silent:
                     log.warning("%s: no sound, heard as 10 s of silence (--silence)", example.path)
@@ -63,11 +58,11 @@ def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: Featur
 
 def training_inputs(places: Iterable[int], example_at: Callable[[int], Example], count: int,
                     on_error: Callable[[int, ClipError], None], **how) -> Iterator[tuple[int, Inputs]]:
-    """(place, Inputs) for each of `places` in the order of training: every process has equal work, whatever breaks.
+    """(place, Inputs) for each of `places`, of which `example_at` gives the example: equal work, whatever breaks.
 
-    `example_at(place)` is the example at a place of the endless order. If its clip cannot be decoded, `on_error` is
-    told, and the next of the order stands in its place: the place that comes out is the one whose example it is. Raises
-    ClipError if none of the `count` examples can be decoded. `how`: `clip_inputs`' other arguments.
+    If a clip cannot be decoded, `on_error` is told, and the next of the order stands in its place: the place that comes
+    out is the one whose example it is. Raises ClipError if none of the `count` examples can be decoded. `how`:
+    `clip_inputs`' other arguments.
     """
     places = list(places)
     for place, x in zip(places, clip_inputs(map(example_at, places), **how)):
@@ -110,77 +105,58 @@ def batch_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int
 # ---- decoding ahead --------------------------------------------------------------------------------------------------
 
 
-def clip_loader(paths: Iterable[Path | None], load: Callable, workers: int = 2, prefetch: int = 4) -> Iterator:
-    """Yields load(path) or its ClipError for each path, in order, decoded by `workers` processes ahead of the consumer.
+def clip_loader(items: Iterable, load: Callable, workers: int = 2) -> Iterator:
+    """Yields load(path) or its ClipError for each Path of `items`, in order, and other items as they are.
 
-    None comes out as None. At most workers * prefetch clips are under way or waiting; workers 0 decodes in this one.
-    A clip that breaks is tried once more. A worker that ends (crash, out of memory) counts as a broken clip, too: the
-    other clips that it held are decoded again, one by one. Clips travel as bytes through a pipe, so that neither
-    /dev/shm nor the limit of open files is in the way.
+    `workers` processes decode ahead of the consumer, AHEAD clips each; 0: this process does. If one ends (crash, out of
+    memory), what was under way is decoded again, clip by clip; a clip that ends a process of its own is broken. Clips
+    travel as bytes through a pipe: neither /dev/shm nor the limit of open files is in the way.
     """
-    if workers == 0:
-        for path in paths:
-            yield _load_twice(load, path)
+    if not workers:
+        yield from (_load(load, item) if isinstance(item, Path) else item for item in items)
         return
-    paths, waiting = iter(paths), deque()  # waiting: (path, future)
+    items, waiting = iter(items), deque()  # waiting: (item, a path's future)
     try:
         while True:
-            for path in islice(paths, workers * prefetch - len(waiting)):
-                waiting.append((path, _submit(workers, load, path)))
+            for item in islice(items, AHEAD * workers - len(waiting)):
+                waiting.append((item, _submit(workers, load, item) if isinstance(item, Path) else None))
             if not waiting:
                 return
-            path, future = waiting.popleft()
+            item, future = waiting.popleft()
             try:
-                clip = pickle.loads(future.result())
-            except BrokenProcessPool:  # by this clip or by another one that was under way
-                clip = _decode_alone(load, path)
+                clip = pickle.loads(future.result()) if future else item
+            except BrokenProcessPool:
+                clip = _load_alone(load, item)
             yield clip
     finally:
         for _, future in waiting:
-            future.cancel()
+            if future:
+                future.cancel()
 
 
-_pools: dict[tuple[int, int], ProcessPoolExecutor] = {}  # by process and number of workers; they live as long as it
-
-
-def start_workers(workers: int) -> ProcessPoolExecutor | None:
-    """Forks the decoding processes, if they do not run yet. Called before a model is loaded that will train on the CPU:
+@lru_cache
+def start_workers(workers: int) -> ProcessPoolExecutor:
+    """The decoding processes, forked at the first call. That is before a model is loaded that will train on the CPU:
     what is forked later keeps the weights as they were then, beside those that change."""
-    if workers and (os.getpid(), workers) not in _pools:
-        pool = _pools[os.getpid(), workers] = _pool(workers)
-        for _ in range(workers):
-            pool.submit(time.sleep, 0.1)  # a process starts if no other is idle
-    return _pools.get((os.getpid(), workers))
+    pool = _pool(workers)
+    for _ in range(workers):
+        pool.submit(time.sleep, 0.1)  # a process starts if no other is idle
+    return pool
 
 
-def _submit(workers: int, load: Callable, path: Path | None):
+def _submit(workers: int, load: Callable, path: Path) -> Future:
     try:
-        return start_workers(workers).submit(_decode, load, path)
+        return start_workers(workers).submit(_load_bytes, load, path)
     except BrokenProcessPool:  # a worker ended since the last clip was handed in
-        del _pools[os.getpid(), workers]
-        return start_workers(workers).submit(_decode, load, path)
-
-
-def _load_twice(load: Callable, path: Path | None):
-    if path is None:
-        return None
-    for attempt in (1, 2):
-        try:
-            return load(path)
-        except ClipError as error:
-            failure = error
-        except Exception as error:  # whatever a decoder throws is about this clip, and is named
-            failure = ClipError(f"{path}: {type(error).__name__}: {error}")
-    return failure
+        start_workers.cache_clear()
+        return start_workers(workers).submit(_load_bytes, load, path)
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    # Forked if there is fork: workers start at once, and never touch CUDA.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    return ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start_worker, (os.getpid(),))
+    return ProcessPoolExecutor(workers, get_context("fork"), _begin, (os.getpid(),))  # forked: they never touch CUDA
 
 
-def _start_worker(parent: int) -> None:
+def _begin(parent: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
@@ -192,14 +168,21 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _decode(load: Callable, path: Path | None) -> bytes:
-    return pickle.dumps(_load_twice(load, path), protocol=pickle.HIGHEST_PROTOCOL)
+def _load(load: Callable, path: Path):
+    try:
+        return load(path)
+    except Exception as error:  # whatever a decoder throws is about this clip, and is named
+        return error if isinstance(error, ClipError) else ClipError(f"{path}: {type(error).__name__}: {error}")
 
 
-def _decode_alone(load: Callable, path: Path):
-    """One clip in a process of its own, whose death is this clip's error."""
+def _load_bytes(load: Callable, path: Path) -> bytes:
+    return pickle.dumps(_load(load, path), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _load_alone(load: Callable, path: Path):
+    """One clip in a process of its own, whose end is this clip's error."""
     with _pool(1) as pool:
         try:
-            return pickle.loads(pool.submit(_decode, load, path).result())
+            return pickle.loads(pool.submit(_load_bytes, load, path).result())
         except BrokenProcessPool:
             return ClipError(f"{path}: the decoder process died twice on it (a crash in a codec, or out of memory)")

@@ -101,7 +101,8 @@ def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmn
     With --random-weights the preset's dimensions are filled with seeded noise, and the tokenizers are the embedded
     world's.
     """
-    start_workers(settings.workers)
+    if settings.workers:
+        start_workers(settings.workers)
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
         with Progress("random weights are drawn"):

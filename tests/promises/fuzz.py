@@ -173,7 +173,6 @@ class Annotations:
             "merr": ("MERR_fine_grained.json", {f"sample_{i}": {"pseu_emotion": w, "smp_reason_caption": "x", "text": "y"}
                                                 for i, w in enumerate(("happy", "sad"))}),
             "json": ("train.json", [{"video": f"clip/{i}.mp4", "conversations": turns} for i in range(3)]),
-            "ravdess": ("01-01-06-01-02-01-12.mp4", ""),
             "erv": ("rows.jsonl", "\n".join(json.dumps({"text": "She smiles.", "labels": ["joy"], "source": "emer",
                                                         "clip": str(i)}) for i in range(3)))}
 
@@ -191,18 +190,15 @@ class Annotations:
         for i in range(6):
             for path in (f"clip/{i}.mp4", f"clips/{i:05d}.mp4", f"clip/sample_{i}.avi"):
                 (root / path).touch()
-        if name == "ravdess":
-            file = "-".join(rng.choice(("01", "02", "06", "99", "xx", "é")) for _ in range(7)) + rng.choice((".mp4", ".wav"))
-            (root / file).touch()
-        elif isinstance(content, str):
+        if isinstance(content, str):
             (root / file).write_bytes(mutate_text(content, rng))
         else:
             (root / file).write_bytes(dump(mutate_json(content, rng), rng))
         if name == "erv":
             return counts_table(read_rows([root / file]))
-        whole = name == "ravdess" or name != "json" and rng.random() < 0.7  # the data root: a folder, or the file itself
+        whole = name != "json" and rng.random() < 0.7  # the data root: a folder, or the file itself
         spec = f"{name}:{root if whole else root / file}"
-        examples = load_examples(spec, "test" if name == "ravdess" else "sft" if name == "json" else "train")
+        examples = load_examples(spec, "sft" if name == "json" else "train")
         for example in examples:
             assert Path(os.path.abspath(example.path)).is_relative_to(root), f"{example.path} leaves {root}"
         summary(examples)
