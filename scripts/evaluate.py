@@ -37,7 +37,7 @@ from erv_min.train.start import check_names, load_collator
 
 @dataclass
 class EvaluateSettings(PredictionSettings):
-    predictions: str = option("", "evaluate these predictions instead of a model's", path="files")
+    predictions: str = option("", "evaluate these predictions instead of a model's")
     name: str = option("", "the system's name in the table (default: the model's or file's)")
     split: str = option("test", "which split of --data", ("test", "train", "tune"))
     think: str = option("", "write the answers again, greedily, after an explanation that is cut, or exchanged for "

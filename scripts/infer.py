@@ -79,7 +79,7 @@ class InferSettings(AnswerSettings):
     subtitle: str = option("", "what is said in the clip, for the prompt")
     json: bool = option(False, "one JSON object per clip instead of text")
     explain_reward: str = option("", "show each sentence's emotions and R_E for this label (Eq. 4)")
-    erv: str = option("", "the verifier for it: a folder or a hub repository", path="hub")
+    erv: str = option("", "the verifier for it: a folder or a hub repository")
     tau: float = option(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
 
 

@@ -47,7 +47,6 @@ def begin(*_, **__):
 
 def parse_only(script: str, argv: list[str], patch) -> None:
     """Reads the command line as the script does, and exits with its usage error. The page's paths need not exist."""
-    patch.setattr("erv_min.base.options.missing_path", lambda text, kind: None)
     if script == "augment":
         augment.parser().parse_args(argv)
     elif script == "erv":

@@ -28,8 +28,7 @@ reproduce = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reproduce)
 
 
-def test_each_row_has_its_commands_and_each_command_parses(tmp_path, monkeypatch):
-    monkeypatch.setattr("erv_min.base.options.missing_path", lambda text, kind: None)  # made by the commands before
+def test_each_row_has_its_commands_and_each_command_parses(tmp_path):
     jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7)
     assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
     assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}

@@ -147,19 +147,16 @@ def test_a_value_out_of_its_range_is_a_usage_error_of_one_line(cls, given, capsy
 
 
 @pytest.mark.parametrize("script, given", [
-    ("evaluate", "--bootstrap -5 --model m --data toy:."), ("evaluate", "--predictions gone.jsonl"),
-    ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"), ("erv", "--data gone.jsonl"),
-    ("audit", "--erv /gone --data toy:."), ("augment", "describe --limit -3"), ("sft", "--model /gone"),
-    ("grpo", "--erv /gone")])
+    ("evaluate", "--bootstrap -5 --model m --data toy:."), ("infer", "x.mp4 --tau 2"), ("erv", "--holdout 1.5"),
+    ("audit", "--limit -1"), ("augment", "describe --limit -3")])
 def test_every_script_checks_its_settings_first(script, given, monkeypatch, capsys):
     with pytest.raises((SystemExit, SettingsError)) as error:
         main_of(script, monkeypatch)(given.split())
-    said = capsys.readouterr().err + str(error.value)
-    assert "must be at" in said or "there is no file or folder" in said
+    assert "must be at" in capsys.readouterr().err + str(error.value)
 
 
 def test_check_of_settings_made_in_python():
-    with pytest.raises(SettingsError, match="no group would have a spread"):
+    with pytest.raises(SettingsError, match="--temperature must be more than 0, not 0.0"):
         check(GRPOSettings(temperature=0.0))
     with pytest.raises(SettingsError, match="--schedule must be one of"):
         check(SFTSettings(schedule="sine"))
@@ -235,23 +232,6 @@ def test_a_comma_in_a_files_name_parts_nothing(tmp_path):
     one, two = str(tmp_path / "a,b/rows.jsonl"), str(tmp_path / "c.jsonl")
     assert file_list(one) == [one] and file_list(f"{two},{two}") == [two, two]
     check(ERVSettings(data=one, valid=one))
-
-
-def test_paths_that_are_not_there_are_named_at_once(tmp_path, monkeypatch):
-    there, monkey = tmp_path / "there", tmp_path / "gone"
-    there.mkdir()
-    (tmp_path / "a,b").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for model in ("StarJiaxing/EMER-SFT-0.5B", "there", str(there), str(tmp_path / "a,b"), ""):
-        check(AnswerSettings(model=model))
-    for data in (f"dfew:{there},mafw:there", f"dfew:{tmp_path / 'a,b'}", f"json:emer:{there}@{there}", f"json:{there}"):
-        check(PredictionSettings(data=data))
-    for model in (str(monkey), "./gone", "there/gone"):
-        with pytest.raises(SettingsError, match="--model .*gone: there is no file or folder"):
-            check(AnswerSettings(model=model))
-    for data in (f"dfew:{there},mafw:{monkey}", "dfew:gone", f"json:emer:{monkey}@{there}", f"json:{there}@gone"):
-        with pytest.raises(SettingsError, match="--data .*no file or folder .*gone$"):
-            check(PredictionSettings(data=data))
 
 
 def help_of(cls, *words, capsys) -> str:

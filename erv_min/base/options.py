@@ -8,7 +8,7 @@ Every script reads its settings by `parse`, which checks all of them before anyt
 import argparse
 import dataclasses
 import math
-import re
+import operator
 from pathlib import Path
 
 from erv_min.base.errors import SettingsError
@@ -19,17 +19,18 @@ GROUPS = {"method": "the method", "reward": "the reward", "variant": "named vari
           "toy": "the embedded world, and what is watched"}
 LISTED = ("method", "reward")
 PRESETS = ("toy", "paper-0.5b", "paper-7b")
+BOUNDS = {"least": ("at least", operator.ge), "over": ("more than", operator.gt), "most": ("at most", operator.le)}
 
 
-def option(default, help: str, choices: tuple = (), *, group: str = "method", path: str = "", needed: bool = False,
-           least: float | None = None, over: float | None = None, most: float | None = None, why: str = "", **presets):
+def option(default, help: str, choices: tuple = (), *, group: str = "method", own_folder: bool = False,
+           least: float | None = None, over: float | None = None, most: float | None = None, **presets):
     """A field with its help text and what is allowed: one of `choices`; >= `least`; > `over`; <= `most`.
 
-    path: what the text names, see PATHS. needed: a command line must name it. why: ends the message of a refusal.
+    own_folder: where a run writes. A command line must name it, and no other option may.
     presets: the values of presets that differ from the default: toy=, paper= (both sizes), paper_7b=.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, group=group, path=path, needed=needed, least=least, over=over, most=most, why=why,
+        help=help, choices=choices, group=group, own_folder=own_folder, least=least, over=over, most=most,
         presets=presets))
 
 
@@ -38,8 +39,8 @@ def option_name(name: str) -> str:
 
 
 def preset_value(f: dataclasses.Field, preset: str):
-    """The value of a field in a preset: "toy", "paper-0.5b", "paper-7b", or "paper" for both sizes."""
-    names = {"paper-7b": ("paper_7b", "paper"), "toy": ("toy",)}.get(preset, ("paper",))
+    """The value of a field in a preset: "toy", "paper-0.5b", "paper-7b", or "paper" for both sizes; "": the default."""
+    names = {"": (), "toy": ("toy",), "paper-7b": ("paper_7b", "paper")}.get(preset, ("paper",))
     return next((f.metadata["presets"][name] for name in names if name in f.metadata["presets"]), f.default)
 
 
@@ -48,57 +49,29 @@ def preset_values(cls: type, preset: str) -> dict:
     return {f.name: preset_value(f, preset) for f in dataclasses.fields(cls)}
 
 
-# ---- one check of everything -----------------------------------------------------------------------------------------
-
-BOUNDS = (("least", "at least {}", lambda value, bound: value >= bound),
-          ("over", "more than {}", lambda value, bound: value > bound),
-          ("most", "at most {}", lambda value, bound: value <= bound))
-PATHS = {  # kind of text -> the paths in it
-    "files": lambda text: file_list(text),
-    "hub": lambda text: [text],  # a folder, or a hub repository
-    "hubs": lambda text: text.split(","),
-    "run": lambda text: [],  # a run's own folder: need not be there, and is none that another option names
-    "data": lambda text: [path for part in re.split(r",(?=\w+:)", text) for path in  # examples.load_examples
-                          re.fullmatch(r"json:(?:\w+:)?(.+?)(?:@(.+))?|(?:\w+:)?(.*?)(?:@set_[1-5])?",
-                                       part.strip()).groups() if path]}
-
-
 def check(settings) -> None:
-    """Raises SettingsError, one line, on the first value out of its range, on a path that is not there, and on a run's
-    own folder that another option names."""
-    own_folder = any(f.metadata["path"] == "run" for f in dataclasses.fields(settings))
-    for f in dataclasses.fields(settings):
+    """Raises SettingsError, one line, on the first value out of its range, and if another option names the run's own
+    folder, whatever there is would be overwritten."""
+    fields = dataclasses.fields(settings)
+    out = next((getattr(settings, f.name) for f in fields if f.metadata["own_folder"]), "")
+    for f in fields:
         value, m, name = getattr(settings, f.name), f.metadata, option_name(f.name)
         if m["choices"] and value not in m["choices"]:
             raise SettingsError(f"{name} must be one of {', '.join(map(repr, m['choices']))}, not {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{name} must be a number, not {value}")
-        bounds = [(text.format(m[key]), holds(value, m[key])) for key, text, holds in BOUNDS if m[key] is not None]
-        if not all(ok for _, ok in bounds):
-            raise SettingsError(f"{name} must be {' and '.join(text for text, _ in bounds)}, not {value}"
-                                + (f": {m['why']}" if m["why"] else ""))
-        if m["path"] and (gone := missing_path(value, m["path"])):
-            raise SettingsError(f"{name} {value}: there is no file or folder {gone}")
-        other = getattr(settings, "out", "") if m["path"] == "hub" and own_folder else ""
-        if value and other and Path(value).resolve() == Path(other).resolve():
-            raise SettingsError(f"--out {other}: {name} names this folder, too, which would be overwritten: give another "
+        for bound, (words, holds) in BOUNDS.items():
+            if m[bound] is not None and not holds(value, m[bound]):
+                raise SettingsError(f"{name} must be {words} {m[bound]}, not {value}")
+        names_folder = out and value and isinstance(value, str) and not m["choices"] and not m["own_folder"]
+        if names_folder and Path(value).resolve() == Path(out).resolve():
+            raise SettingsError(f"--out {out}: {name} names this folder, too, which would be overwritten: give another "
                                 "--out")
 
 
 def file_list(text: str) -> list[str]:
     """The files of an option's text, separated by commas; what is there by this name, comma and all, is one file."""
     return [text] if Path(text).exists() else text.split(",")
-
-
-def missing_path(text: str, kind: str) -> str | None:
-    """The first path in an option's text that does not exist. What may be a hub repository counts as a path if it is
-    absolute, begins with a dot, or lies in a folder that exists."""
-    for part in filter(None, map(str.strip, PATHS[kind](text))):
-        path = Path(part)
-        local = not kind.startswith("hub") or part.startswith(("/", ".")) or ("/" in part and path.parent.is_dir())
-        if local and not path.exists():
-            return part
-    return None
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -122,24 +95,18 @@ class Help(argparse.Action):
     """--help: the options of LISTED; --help all: every option."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        for action in parser._actions:
-            if value != "all" and action.container.title in [GROUPS[x] for x in GROUPS if x not in LISTED]:
-                action.help = argparse.SUPPRESS
-        for group in parser._action_groups:  # an empty group shows no title, its description would stay
-            if all(action.help == argparse.SUPPRESS for action in group._group_actions):
-                group.description = None
+        hidden = [title for name, title in GROUPS.items() if value != "all" and name not in LISTED]
+        parser._action_groups = [group for group in parser._action_groups if group.title not in hidden]
         parser.print_help()
-        if value != "all" and any(action.help == argparse.SUPPRESS for action in parser._actions):
-            print("\n--help all lists every option")
         parser.exit()
 
 
 def parser_for(cls: type, description: str, parents: list[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
     """A parser with one option per field of the settings dataclass `cls`. Options are not to be abbreviated."""
-    parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False, add_help=False, parents=parents)
+    parser = OneLineParser(usage="%(prog)s [options]", description=description, parents=parents, add_help=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=("all",), default=argparse.SUPPRESS,
-                        help="show this, or all options")
+                        help="show this; --help all lists every option")
     add_options(parser, cls)
     return parser
 
@@ -161,21 +128,19 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
 
 def shown_default(f: dataclasses.Field, presets: tuple[str, ...]) -> str:
     """What the help text ends with: the default in brackets; if presets differ, each one's value."""
-    values = {preset: preset_value(f, preset) if preset else f.default for preset in presets}
-    texts = {preset: {True: "on", False: "off"}.get(x, x) if isinstance(x, bool) else x for preset, x in values.items()}
-    if len(set(texts.values())) > 1:
-        return " [" + ", ".join(f"{preset}: {'none' if text == '' else text}" for preset, text in texts.items()) + "]"
-    text = next(iter(texts.values()))
-    return "" if text == "" else f" [{text}]"
+    texts = [{"True": "on", "False": "off"}.get(x, x) for x in (str(preset_value(f, preset)) for preset in presets)]
+    if len(set(texts)) > 1:
+        return " [" + ", ".join(f"{preset}: {text or 'none'}" for preset, text in zip(presets, texts)) + "]"
+    return f" [{texts[0]}]" if texts[0] else ""
 
 
 def checked(parser: argparse.ArgumentParser, cls: type, values: dict):
-    """Checked settings from parsed values; exits with a usage error if one is refused, or missing."""
+    """Checked settings from parsed values; exits with a usage error if one is refused, or the run's folder missing."""
     try:
         settings = cls(**values)
         check(settings)
         for f in dataclasses.fields(cls):
-            if f.metadata["needed"] and not getattr(settings, f.name):
+            if f.metadata["own_folder"] and not getattr(settings, f.name):
                 raise SettingsError(f"{option_name(f.name)} is needed: {f.metadata['help']}")
     except SettingsError as error:
         parser.error(str(error))

@@ -32,12 +32,12 @@ class MachineSettings:
 class ModelSettings(MachineSettings):
     """What every script takes that shows clips to a HumanOmni."""
 
-    model: str = option("", "checkpoint: a folder or a hub repository", path="hub")
+    model: str = option("", "checkpoint: a folder or a hub repository")
     revision: str = data_option("", "branch, tag or commit of that hub repository")
     vision_tower: str = data_option("", "take this tower (folder or hub repository) in place of the checkpoint's own "
-                                        "or of the one its config.json names (divergence 12)", path="hub")
-    audio_tower: str = data_option("", "the same for Whisper's encoder", path="hub")
-    text_tower: str = data_option("", "the same for the text gate's BERT and its tokenizer.json", path="hub")
+                                        "or of the one its config.json names (divergence 12)")
+    audio_tower: str = data_option("", "the same for Whisper's encoder")
+    text_tower: str = data_option("", "the same for the text gate's BERT and its tokenizer.json")
     modality: str = data_option("video_audio", "what the model is given", ("video_audio", "video", "audio"))
     prompt_stage: str = data_option("inference", "which released prompt to render (divergence 10)",
                                     ("inference", "sft", "grpo"))
@@ -72,7 +72,7 @@ MISSING = "share of the clips (or of given predictions) that may be missing"
 class PredictionSettings(AnswerSettings):
     """Predictions over data sets: scripts/evaluate.py and `scripts/augment.py describe`."""
 
-    data: str = option("", CLIPS, path="data")
+    data: str = option("", CLIPS)
     allow_missing: float = data_option(0.01, MISSING, least=0, most=1)
     out: str = option("", "folder of the results")
     limit: int = option(0, "the first so many clips only; 0: all", least=0)
@@ -101,7 +101,7 @@ class TrainingSettings(MachineSettings):
 class PolicySettings(TrainingSettings, ModelSettings):
     """What both stages take that train a policy."""
 
-    data: str = option("", CLIPS + "; toy: without it the embedded world, rendered if it is not there", path="data")
+    data: str = option("", CLIPS + "; toy: without it the embedded world, rendered if it is not there")
     allow_missing: float = data_option(0.01, MISSING, least=0, most=1)
     subtitles: bool = data_option(True, "what is said in the clip enters the prompt if the data set has it (EMER, "
                                         "MERR)")
@@ -119,8 +119,8 @@ class PolicySettings(TrainingSettings, ModelSettings):
 class SFTSettings(PolicySettings):
     """Eq. 2."""
 
-    out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", needed=True,
-                      path="run", toy="runs/toy/sft")
+    out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", own_folder=True,
+                      toy="runs/toy/sft")
     epochs: int = option(5, "passes over the data (table 8)", least=1, toy=1, paper_7b=10)
     batch_size: int = option(32, "samples per optimizer step, over all processes (table 8)", least=1, toy=24)
     micro_batch: int = machine(4, "samples per forward pass on one process; lower it when out of memory", least=1,
@@ -141,21 +141,19 @@ class SFTSettings(PolicySettings):
 class GRPOSettings(RewardSettings, PolicySettings):
     """Eq. 3 to 5 and algorithm 1."""
 
-    out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", needed=True,
-                      path="run", toy="runs/toy")
-    erv: str = option("", "the verifier: a folder or a hub repository", path="hub")
+    out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", own_folder=True,
+                      toy="runs/toy")
+    erv: str = option("", "the verifier: a folder or a hub repository")
     steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=100)
     epochs: int = option(2, "passes over the data (table 8)", least=1)
     batch_size: int = option(16, "prompts per optimizer step, over all processes (table 8)", least=1, toy=32)
     micro_batch: int = machine(1, "prompts per forward pass on one process; lower it when out of memory", least=1,
                                toy=8)
-    group_size: int = option(16, "G, completions per prompt (section 4.3)", least=2, why="no group would have a spread",
-                             toy=8)
+    group_size: int = option(16, "G, completions per prompt (section 4.3)", least=2, toy=8)
     beta: float = option(0.04, "weight of the KL term (Eq. 3)", least=0, toy=0.07)
     epsilon: float = option(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
     mu: int = option(1, "updates per batch of completions (divergence 6)", least=1)
-    temperature: float = option(1.0, "sampling temperature of the rollouts (divergence 9)", over=0,
-                                why="at 0 all G completions are the same, and no group would have a spread")
+    temperature: float = option(1.0, "sampling temperature of the rollouts (divergence 9)", over=0)
     max_new_tokens: int = option(512, "longest completion in tokens", least=1, toy=72)
     lr: float = option(1e-6, "peak learning rate (table 8)", least=0, toy=5e-4)
     warmup: float = option(0.0, "share of the steps with a rising learning rate", least=0, most=1, toy=0.15)
@@ -178,7 +176,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     watch_every: int = toy_option(0, "steps between EEA and EPC of 64 held-out clips in metrics.jsonl, which show "
                                      "reward hacking while it happens; 0: never", least=0, toy=20)
     watch_erv: str = toy_option("", "the verifier that judges them, not the one trained against (the embedded world "
-                                    "has its lexicon)", path="hub")
+                                    "has its lexicon)")
     baseline: bool = toy_option(False, "the table's second row: GRPO without R_E, the paper's Baseline", toy=True)
     eval_temperature: float = toy_option(0.3, "temperature of the evaluation (section 4.3); 0 is greedy", least=0)
     eval_clips: int = toy_option(0, "held-out clips of the final table; 0: all, -1: no table", least=-1)
@@ -190,16 +188,14 @@ class ERVSettings(TrainingSettings):
 
     preset: str = option("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for "
                                 "both sizes", ("toy", "paper", "paper-0.5b", "paper-7b"))
-    out: str = option("", "folder of this run: a folder that --erv takes", needed=True, path="run",
-                      toy="runs/toy/erv")
-    data: str = option("", "JSONL files, separated by commas (toy: the embedded world's erv_train.jsonl)", path="files")
-    valid: str = option("", "JSONL files to measure on (toy: the world's erv_valid.jsonl; else --holdout)",
-                        path="files")
+    out: str = option("", "folder of this run: a folder that --erv takes", own_folder=True, toy="runs/toy/erv")
+    data: str = option("", "JSONL files, separated by commas (toy: the embedded world's erv_train.jsonl)")
+    valid: str = option("", "JSONL files to measure on (toy: the world's erv_valid.jsonl; else --holdout)")
     holdout: float = option(0.1, "share of clips held out if --valid gives no file", least=0, most=1)
     sources: str = option("", "train on rows of these sources only, e.g. emer,merr (table 2: without augmentation)")
     init: str = option("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or scratch:toy, "
-                       "scratch:base for random ones (as --random-weights)", path="hub", toy="scratch:toy")
-    tokenizer: str = option("", "folder of tokenizer.json, if --init is scratch (default: the world's)", path="files")
+                       "scratch:base for random ones (as --random-weights)", toy="scratch:toy")
+    tokenizer: str = option("", "folder of tokenizer.json, if --init is scratch (default: the world's)")
     head: int = option(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
     epochs: int = option(10, "passes over the data (section 4.3)", least=1, toy=4)
     batch_size: int = option(64, "rows per optimizer step, over all processes (section 4.3)", least=1)

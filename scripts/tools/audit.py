@@ -147,9 +147,9 @@ def audit_table(rows: list[AuditRow]) -> str:
 
 @dataclass
 class AuditSettings:
-    erv: str = option("", "the verifier: a folder or a hub repository", path="hub")
-    data: str = option("", "explanations with labels: toy:/world, json:dfew:/file.json", path="data")
-    predictions: str = option("", "or JSONL rows of video_id, output, ground_truth, dataset", path="files")
+    erv: str = option("", "the verifier: a folder or a hub repository")
+    data: str = option("", "explanations with labels: toy:/world, json:dfew:/file.json")
+    predictions: str = option("", "or JSONL rows of video_id, output, ground_truth, dataset")
     judge: str = option("", "lexicon, openai:gpt-4.1-mini, erv:/folder, ...")
     limit: int = option(200, "explanations at most; 0: all", least=0)
     tau: float = option(0.5, "threshold of algorithm 1", least=0, most=1)
