@@ -15,7 +15,7 @@ from test_judge import bad, good, reason, serve  # noqa: E402, F401  (serve is a
 
 from erv_min.base.chat import ChatClient
 from erv_min.base.errors import DataError
-from erv_min.base.files import read_jsonl, write_jsonl
+from erv_min.base.files import append_jsonl, read_jsonl, write_jsonl
 from erv_min.inputs import Example
 
 MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt", "anxiety",
@@ -23,8 +23,8 @@ MAFW = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise
         "disappointment")
 
 
-def client(cache, **options) -> ChatClient:
-    return ChatClient("openai:gpt-4.1", cache, **{"backoff": 0.01, **options})
+def client(cache) -> ChatClient:
+    return ChatClient("openai:gpt-4.1", cache)
 
 
 def rows_of(*texts: str, **fields) -> list[dict]:
@@ -71,16 +71,13 @@ def test_label_command_stops_resumes_and_never_asks_twice(serve, tmp_path, monke
                str(tmp_path / "out.jsonl"),
                "--concurrency", "4"]
 
-    keep = ChatClient._keep
-
-    def keep_and_stop(self, *answer):
-        error = keep(self, *answer)
-        if len(self.answers) >= 60:
+    def keep_and_stop(path, row):
+        append_jsonl(path, row)
+        if len(read_jsonl(path)) >= 60:
             raise KeyboardInterrupt
-        return error
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChatClient, "_keep", keep_and_stop)
+        patch.setattr("erv_min.base.chat.append_jsonl", keep_and_stop)
         with pytest.raises(KeyboardInterrupt):
             augment.main(command)
     assert not (tmp_path / "out.jsonl").exists() and 60 <= sum(api.asked.values()) < 150

@@ -203,11 +203,11 @@ def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
     monkeypatch.setenv("OPENAI_API_KEY", "x")
-    monkeypatch.setattr("erv_min.base.chat.ChatClient.__init__.__defaults__", (None, 8, 60, 6, 0.01, 20, 0, print))
+    monkeypatch.setattr("erv_min.base.chat.BACKOFF", 0.01)
     rows = [{"video_id": str(i), "output": f"<think>{i}</think><answer>sad</answer>", "ground_truth": "sad",
              "dataset": "dfew"} for i in range(3)]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(JudgeError, match="none of 3 requests was answered, the first: .*[Cc]onnect"):
+    with pytest.raises(JudgeError, match="no completion from http://127.0.0.1:9/v1: .*[Cc]onnect"):
         evaluate.main(["--predictions", path, "--judge", "openai:m", "--out", f"{tmp_path}/out"])
     assert not (tmp_path / "out" / "metrics.json").exists()
 

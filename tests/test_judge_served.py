@@ -63,12 +63,13 @@ def server(tmp_path_factory):
     process.wait()
 
 
-def test_a_server_of_others_is_asked_and_read(server, tmp_path, monkeypatch):
+def test_a_server_of_others_is_asked_and_read(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", server[0])
-    shown, texts = [], ["She smiles.", "He laughs.", ""]
-    judge = make_judge(f"openai:{server[1]}", tmp_path / "cache.jsonl", show=shown.append)
+    monkeypatch.setattr("erv_min.base.chat.RETRIES", 1)
+    texts = ["She smiles.", "He laughs.", ""]
+    judge = make_judge(f"openai:{server[1]}", tmp_path / "cache.jsonl")
     assert [(j.emotion, j.raw) for j in judge(texts, labels("dfew"))] == [("happy", "happy")] * 2 + [(None, "")]
-    assert shown[-1].endswith("2 of 2 answered")
-    with pytest.raises(JudgeError, match="none of 2 requests|no such model"):
-        make_judge("openai:no/such-model", show=shown.append, retries=1, backoff=0.01)(texts, labels("dfew"))
+    assert "2 requests (0 answered or repeated)" in capsys.readouterr().out
+    with pytest.raises(JudgeError, match="2 of 2 requests failed|no such model"):
+        make_judge("openai:no/such-model")(texts, labels("dfew"))

@@ -29,8 +29,7 @@ from erv_min.config import TOWERS, read_part, roberta, towers_json  # noqa: F401
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
 from erv_min.base.errors import CheckpointError, DataError  # noqa: F401
 from erv_min.erv import Verifier  # noqa: F401
-from erv_min.base.files import read_json, read_jsonl, write_json, write_jsonl  # noqa: F401
-from erv_min.base.chat import ChatClient
+from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl  # noqa: F401
 from erv_min.model.bert import RobertaClassifier  # noqa: F401
 from erv_min.train.settings import SFTSettings  # noqa: F401
 from erv_min.base.processes import Processes  # noqa: F401
@@ -150,16 +149,13 @@ def test_a_stopped_evaluation_and_complement_ask_nothing_twice(serve, tmp_path, 
     more = ["complement", "--input", f"{tmp_path}/pool.jsonl", "--ask", "openai:gpt-4.1-mini", "--out",
             f"{tmp_path}/more.jsonl", "--per-class", "22", "--classes", "fear", "--concurrency", "2"]
 
-    keep = ChatClient._keep
-
-    def keep_and_stop(self, *answer):
-        error = keep(self, *answer)
-        if len(self.answers) >= 11:
+    def keep_and_stop(path, row):
+        append_jsonl(path, row)
+        if len(read_jsonl(path)) >= 11:
             raise KeyboardInterrupt
-        return error
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChatClient, "_keep", keep_and_stop)
+        patch.setattr("erv_min.base.chat.append_jsonl", keep_and_stop)
         for script, command in ((evaluate, judged), (augment, more)):
             with pytest.raises(KeyboardInterrupt):
                 script.main(command)

@@ -127,10 +127,12 @@ def test_a_planted_key_appears_nowhere(tmp_path, monkeypatch, capfd, caplog, sta
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setattr("erv_min.base.chat.RETRIES", 1)
+    monkeypatch.setattr("erv_min.base.chat.BACKOFF", 0.01)
     rows = [{"output": "<think>She smiles.</think>", "dataset": "dfew"}]
     said = ""
     try:
-        client = ChatClient("openai:m", tmp_path / "cache.jsonl", retries=1, backoff=0.01)
+        client = ChatClient("openai:m", tmp_path / "cache.jsonl")
         judge_rows(rows, hosted_judge(client))
         write_json(tmp_path / "rows.json", rows)
     except JudgeError as error:
