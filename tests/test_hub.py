@@ -12,6 +12,7 @@ import threading
 import time
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,6 +55,8 @@ class Hub(BaseHTTPRequestHandler):
         if name in ("o/gated", "o/forbidden"):
             return self.reply(401 if name == "o/gated" else 403, b"", X_Error_Code="GatedRepo",
                               X_Error_Message=f"Access to model {name} is restricted. Please log in.")
+        if file[2] not in FILES[name]:
+            return self.reply(404, b"", X_Error_Code="EntryNotFound")
         body = bytes(SIZE) if big else b"{}"
         about = {"ETag": f'"{sha1(self.path.encode()).hexdigest()}"', "X_Repo_Commit": COMMIT}
         if self.command == "HEAD" or not big:
@@ -123,8 +126,9 @@ def test_what_is_fetched_and_what_a_user_reads_if_not(fetch):
         assert "hf download" not in error  # it asks the same server
     assert "RepositoryNotFoundError" in misspelt and "o/misspelt" in misspelt and "Check the name" in misspelt
     assert "Invalid rev id: v2" in revision or "RevisionNotFound" in revision
-    assert "--revision" in revision and "o/whole at v2" in revision
-    assert "the repository has no config.json" in noconfig and "has no model.safetensors or" in empty
+    assert revision.startswith("o/whole --revision v2: ") and "Check the name (and --revision)" in revision
+    assert "o/noconfig/resolve/main/config.json" in noconfig and "404" in noconfig
+    assert empty == ["config.json"]  # base/weights.py names what a folder lacks
 
 
 def test_without_a_network_the_cache_is_enough_or_the_cause_is_told(fetch):
@@ -133,7 +137,7 @@ def test_without_a_network_the_cache_is_enough_or_the_cause_is_told(fetch):
     for more in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):  # the discard port: nobody listens
         whole, part, absent = json.loads(fetch(*calls, **more).communicate()[0])
         assert whole == ["config.json", "model.safetensors", "text_gate/tokenizer.json"]
-        assert "has no model.safetensors or" in part and "hf download o/empty" in part
+        assert part == ["config.json"]
         assert ("offline mode is enabled" if "HF_HUB_OFFLINE" in more else "Connection refused") in absent
         assert "hf download o/bin2" in absent
 
@@ -151,7 +155,8 @@ def test_a_full_disk_is_told_at_once(monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "_listed", lambda *_: (None, ["config.json", "model.safetensors"]))
+    listing = SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
+    monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: listing)
     monkeypatch.setattr(hub, "hf_hub_download", full)
     with pytest.raises(CheckpointError, match="No space left on device.*Make room, or set HF_HOME"):
         hub.resolve("a/b")

@@ -22,30 +22,33 @@ WAITS = (1, 2, 4, 8, 16)  # seconds before a file whose connection broke is aske
 def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """A local folder as it is; else a snapshot of the hub repository of that name, fetched or from the cache;
     `weights=False`: config and tokenizer alone. Raises CheckpointError with the hub's reason and the way out."""
-    name = str(folder_or_repo)
+    name, revision = str(folder_or_repo), revision or None
     if os.path.isdir(name):
         if revision:
             raise CheckpointError(f"{name} is a folder here, and has no revision {revision}")
         return Path(name)
     if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise CheckpointError(f"{name}: no such folder, and not the name of a hub repository (owner/name)")
-    at, option = (f"{name} at {revision}", f" --revision {revision}") if revision else (name, "")
-    way = (f"Give a local folder, or with a network run 'hf download {name}{option}' and bring that folder (or the "
-           "cache, HF_HOME) here")
     try:
-        folder, files = _listed(name, revision or None)
+        try:
+            files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings]
+        except Exception:  # the hub cannot be asked: what the cache holds
+            if isinstance(config := try_to_load_from_cache(name, "config.json", revision=revision), str):
+                return Path(config).parent
+            raise
         layouts = [[file for pattern in layout for file in matching(files, pattern)] for layout in LAYOUTS]
-        chosen = next(filter(None, layouts), [])  # .bin files if there are no safetensors
-        if "config.json" not in files or weights and not chosen:
-            wanted = " or ".join(sum(LAYOUTS, ())) if "config.json" in files else "config.json"
-            raise FileNotFoundError(f"{folder or 'the repository'} has no {wanted}")
-        if not folder:
-            for file in ["towers.json", *TEXT_FILES, *(chosen if weights else []), "config.json"]:
-                fetched = _fetch(name, file, revision or None) if file in files else None
-            folder = fetched.parent
+        chosen = next(filter(None, layouts), []) if weights else []  # .bin files if there are no safetensors
+        folder = _fetch(name, "config.json", revision).parent
+        for file in ["towers.json", *TEXT_FILES, *chosen]:
+            if file in files:
+                _fetch(name, file, revision)
+        return folder
     except Exception as error:  # network, permission, name, revision, disk: the cause is in the message
         told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         reason = " ".join(f"{type(told).__name__}: {told}".split())
+        at = f"{name} --revision {revision}" if revision else name
+        way = (f"Give a local folder, or with a network run 'hf download {at}' and bring that folder (or the cache, "
+               "HF_HOME) here")
         if _refused(error):
             way = ("Check the name (and --revision); if it is private or asks for consent, get access on its page, and "
                    "log in with 'hf auth login' or set HF_TOKEN")
@@ -53,19 +56,6 @@ def resolve(folder_or_repo: str | Path, revision: str | None = None, weights: bo
             way = "Make room, or set HF_HOME to a folder on another disk; whole files that were fetched are kept"
         raise CheckpointError(f"{at}: no such folder here, and the hub repository could not be fetched ({reason}). "
                               f"{way}") from error
-    return folder
-
-
-def _listed(name: str, revision: str | None) -> tuple[Path | None, list[str]]:
-    """(None, a repository's files); if the hub cannot be asked, the cache's folder and what is in it."""
-    try:
-        return None, [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings]
-    except Exception:
-        config = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(config, str):
-            raise
-        folder = Path(config).parent
-        return folder, [file.relative_to(folder).as_posix() for file in folder.rglob("*")]
 
 
 def _fetch(name: str, file: str, revision: str | None) -> Path:
@@ -76,8 +66,8 @@ def _fetch(name: str, file: str, revision: str | None) -> Path:
         except Exception as error:
             if wait is None or _refused(error) or getattr(error, "errno", None):  # by the hub, or by the disk
                 raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"{name}: {file}: {reason}; asking again in {wait} s, whole files are kept", file=sys.stderr)
+            print(f"{name}: {file}: {type(error).__name__}; asking again in {wait} s, whole files are kept",
+                  file=sys.stderr)
             time.sleep(wait)
 
 
