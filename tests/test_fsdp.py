@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from erv_min.base.errors import CheckpointError, ClipError, SettingsError
 from erv_min.base.options import preset_values
-from erv_min.base.processes import join, leave, run_script
+from erv_min.base.processes import join_processes, leave, run_script
 from erv_min.config import humanomni
 from erv_min.fsdp import ALIGN, Sharded
 from erv_min.generate import rollout, sampling_noise
@@ -522,7 +522,7 @@ def test_states_that_do_not_fit_are_refused(runs, tmp_path):
 
 def faulty(out: Path) -> None:
     """Three steps with a state after each. Process 1 is killed in the third; started again, it fails after it."""
-    join("gloo")
+    join_processes("cpu")
     rank, again = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
     run, optimizer = start("hand", "sft", F32)
     first = load_state(out, run, optimizer)

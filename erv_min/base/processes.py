@@ -42,7 +42,8 @@ class Processes:
 
 
 def join_processes(device: str = "", deterministic: bool = False) -> Processes:
-    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun."""
+    """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun. A
+    collective that waits an hour is an error."""
     exact_kernels()
     if deterministic:
         deterministic_kernels()
@@ -54,7 +55,15 @@ def join_processes(device: str = "", deterministic: bool = False) -> Processes:
             raise SettingsError(f"--device {device}: this machine has no CUDA device; use --device cpu")
         torch.cuda.set_device(chosen)
     if size > 1 and not dist.is_initialized():
-        join("nccl" if chosen.type == "cuda" else "gloo")
+        hour = datetime.timedelta(hours=1)
+        store, *_ = next(rendezvous("env://", timeout=hour))
+        store.set_timeout(hour)
+        # torchrun's store outlives a restart (--max-restarts), and in it the addresses of processes that are gone
+        # (pytorch#135712): each restart meets under a name of its own. (Several machines: scripts/README.md.)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=hour)
     barrier()  # nccl connects at the first collective only
     return Processes(rank, size, chosen)
 
@@ -88,20 +97,6 @@ def any_kernels():
         torch.use_deterministic_algorithms(before)
 
 
-def join(backend: str) -> None:
-    """Joins the process group that torchrun describes; a collective that waits an hour is an error.
-
-    torchrun's store outlives a restart (--max-restarts), and in it the addresses of processes that are gone
-    (pytorch#135712): each restart meets under a name of its own. (Several machines: scripts/README.md.)
-    """
-    hour = datetime.timedelta(hours=1)
-    store, rank, size = next(rendezvous("env://", timeout=hour))
-    store.set_timeout(hour)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=hour)
-
-
 def barrier() -> None:
     """Waits until every process is here."""
     if dist.is_initialized():
@@ -113,23 +108,18 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
-    """Sums of a dictionary of numbers over processes (the keys must be the same everywhere)."""
-    if rank_and_size()[1] == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    return dict(zip(values, sums.tolist()))
-
-
 def all_gather_object(value) -> list:
     """Each process's value, in rank order, on every process."""
-    size = rank_and_size()[1]
-    parts = [value] * size
-    if size > 1:
+    parts = [value] * rank_and_size()[1]
+    if dist.is_initialized():
         dist.all_gather_object(parts, value)
     return parts
+
+
+def all_reduce_sum(values: dict[str, float]) -> dict[str, float]:
+    """Sums of a dictionary of numbers over processes (the keys must be the same everywhere)."""
+    first, *others = all_gather_object(values)
+    return {key: sum((other[key] for other in others), value) for key, value in first.items()}
 
 
 def gather_lists(rows: list) -> list:
@@ -173,7 +163,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         leave()
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except BaseException as error:
         progress.silence()
         if isinstance(error, BrokenPipeError):  # the reader of the output went away: `| head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -186,12 +176,12 @@ def run_script(main: Callable[[], None]) -> None:
             error = SystemExit("stopped by Ctrl-C")
         if not dist.is_initialized():
             raise error
-        if isinstance(error, SystemExit):
-            if not isinstance(error.code, str):
-                _exit(error.code or 0)
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        elif isinstance(error.code, str):
             print(error, file=sys.stderr)
         else:
-            traceback.print_exception(error)
+            _exit(error.code or 0)
         if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error):
             print("another process of this job ended: its error stands above, or is the system's", file=sys.stderr)
             time.sleep(10)

@@ -28,13 +28,14 @@ class Progress:
         self.started = self.last = time.time()  # last: when a line was shown
         self.over, self.thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
 
-    def start(self) -> None:
+    def start(self) -> "Progress":
         self.started = self.last = time.time()
         RUNNING.append(self)
         if os.environ.get("RANK", "0") == "0":
             self.thread.start()
+        return self
 
-    def stop(self) -> None:
+    def stop(self, *_) -> None:
         """Nothing is said after this."""
         self.over.set()
         if self.thread.is_alive():
@@ -42,12 +43,7 @@ class Progress:
         if self in RUNNING:
             RUNNING.remove(self)
 
-    def __enter__(self) -> "Progress":
-        self.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
+    __enter__, __exit__ = start, stop
 
     def add(self) -> None:
         self.done += 1
@@ -67,14 +63,10 @@ class Progress:
 
     def _watch(self) -> None:
         while not self.over.wait(max(0.0, self.last + EVERY - time.time())):
-            if time.time() < self.last + EVERY:  # another line was shown in the meantime
-                continue
-            self.last = time.time()
-            if RUNNING[-1:] == [self]:
-                try:
+            if time.time() >= self.last + EVERY:  # no other line was shown in the meantime
+                self.last = time.time()
+                if RUNNING[-1:] == [self]:
                     print(self, file=sys.stderr, flush=True)
-                except OSError:  # nobody reads them any more
-                    return
 
 
 def silence() -> None:
