@@ -22,7 +22,7 @@ from pathlib import Path
 from erv_min.base.chat import ChatClient
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl, write_jsonl
-from erv_min.base.options import add_options, checked, option
+from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.pairs import counts_table, read_rows
@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
                                   allow_abbrev=False)
     steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
     for name, (cls, text) in STEPS.items():
-        add_options(steps.add_parser(name, help=text, allow_abbrev=False), cls)
+        steps.add_parser(name, help=text, parents=[parser_for(cls, text)], add_help=False, allow_abbrev=False)
     return top
 
 

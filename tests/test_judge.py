@@ -142,7 +142,7 @@ def test_request_is_figure_3_at_temperature_0(serve):
     assert "Reply with only the emotion word." in prompt and reason(prompt) == "He smiles."
     assert prompt == judge_prompt("He smiles.", permuted(DFEW, "He smiles."))  # in the explanation's own order
     assert permuted(DFEW, "He smiles.") != list(DFEW) and api.auth == {f"Bearer {KEY}"}
-    assert "1 requests (0 answered or repeated), about" in shown[0] and "out" in shown[0]
+    assert "1 requests (0 answered or repeated) of at most 16 tokens out" in shown[0]
 
 
 def test_order_repeats_empty_and_outside(serve):

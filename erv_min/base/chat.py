@@ -60,8 +60,7 @@ class ChatClient:
             raise JudgeError(f"ERV_JUDGE_BASE_URL={own_server}: expected an address as http://127.0.0.1:8000/v1")
         self._key = os.environ.get(variable, "").strip()
         if not self._key and not own_server:
-            raise JudgeError(f"{spec}: no key; set {variable} in the environment"
-                             + (" (or ERV_JUDGE_BASE_URL for a server without one)" if provider == "openai" else ""))
+            raise JudgeError(f"{spec}: no key; set {variable} (openai: or ERV_JUDGE_BASE_URL, a server without keys)")
         self.name, self.url = spec, (own_server or url).rstrip("/")
         self.cache, self.concurrency, self.reply_tokens = cache, concurrency, reply_tokens
         self._lock, self._stop, self._reached, self._refused = threading.Lock(), threading.Event(), False, set()
@@ -97,9 +96,8 @@ class ChatClient:
                     for prompt, seed in zip(prompts, seeds or [None] * len(prompts))]
         keys = [self.key(request) for request in requests]
         todo = {key: request for key, request in zip(keys, requests) if key not in self.answers}
-        characters = sum(len(request["messages"][0]["content"]) for request in todo.values())  # about 4 per token
-        print(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated), about "
-              f"{characters // 4:,} tokens in, at most {limit * len(todo):,} out", flush=True)
+        print(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated) of at most {limit} "
+              "tokens out", flush=True)
         failed, in_a_row = {}, 0
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
@@ -119,10 +117,10 @@ class ChatClient:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         if failed:
-            said = f"{len(failed)} of {len(todo)} requests failed, the first: {next(iter(failed.values()))}"
-            if not any(key in self.answers for key in keys):
-                raise JudgeError(f"{self.name}: {said}")
-            print(f"{self.name}: {said}")
+            said = f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {[*failed.values()][0]}"
+            if not self.answers.keys() & keys:
+                raise JudgeError(said)
+            print(said)
         return [Reply(self.answers.get(key, ""), failed.get(key, "")) for key in keys]
 
     def _one(self, key: str, request: dict, whole: Callable[[str], bool]) -> str:

@@ -102,20 +102,16 @@ class Help(argparse.Action):
 
 
 def parser_for(cls: type, description: str, parents: list[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
-    """A parser with one option per field of the settings dataclass `cls`. Options are not to be abbreviated."""
+    """A parser with one option per field of the settings dataclass `cls`, under the title of its group; not to be
+    abbreviated. What is not given is not in the parsed arguments."""
     parser = OneLineParser(usage="%(prog)s [options]", description=description, parents=parents, add_help=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=("all",), default=argparse.SUPPRESS,
                         help="show this; --help all lists every option")
-    add_options(parser, cls)
-    return parser
-
-
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One option per field of `cls`, under the title of its group. What is not given is not in the parsed arguments."""
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    presets = PRESETS if "preset" in [f.name for f in dataclasses.fields(cls)] else ("",)
-    for f in dataclasses.fields(cls):
+    fields = dataclasses.fields(cls)
+    presets = PRESETS if "preset" in [f.name for f in fields] else ("",)
+    for f in fields:
         how = dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
@@ -124,6 +120,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         groups[f.metadata["group"]].add_argument(
             option_name(f.name), dest=f.name, default=argparse.SUPPRESS,
             help=(f.metadata["help"] + shown_default(f, presets)).replace("%", "%%"), **how)
+    return parser
 
 
 def shown_default(f: dataclasses.Field, presets: tuple[str, ...]) -> str:
