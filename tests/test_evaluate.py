@@ -207,7 +207,7 @@ def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
     rows = [{"video_id": str(i), "output": f"<think>{i}</think><answer>sad</answer>", "ground_truth": "sad",
              "dataset": "dfew"} for i in range(3)]
     path = write(tmp_path / "p.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(JudgeError, match="no completion from http://127.0.0.1:9/v1: .*[Cc]onnect"):
+    with pytest.raises(JudgeError, match="nothing more can be asked of http://127.0.0.1:9/v1: .*[Cc]onnect"):
         evaluate.main(["--predictions", path, "--judge", "openai:m", "--out", f"{tmp_path}/out"])
     assert not (tmp_path / "out" / "metrics.json").exists()
 

@@ -230,7 +230,7 @@ def test_an_answer_without_a_completion_is_told_in_the_server_s_words(serve, mon
             (200, {"choices": [{"message": {"content": None, "refusal": "I will not."}}]}, "reply: .*I will not."),
             (200, f"data: {chunk}\n\ndata: [DONE]\n\n".encode(), "chat.completion.chunk"),
             (200, page, "Please sign in to the hotel network"), (502, page, "HTTP 502, no completion: Please sign in"),
-            (403, b"Forbidden by the proxy's rules", "proxy before it .*Forbidden by the proxy's rules")):
+            (403, b"Forbidden by the proxy's rules", "http.*: HTTP 403, .*Forbidden by the proxy's rules")):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         serve(lambda prompt, times: (status, {}, body))
         with pytest.raises(JudgeError, match=told):
@@ -307,9 +307,9 @@ def test_lasting_failures_are_errors_and_not_cached(serve, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("answer, message", [
-    (bad(401, f"Incorrect API key provided: {KEY}"), "the key is refused"),
-    (bad(404, "model_not_found"), "no such model"),
-    (bad(429, 400 * "x" + "insufficient_quota"), "no credit left"), (bad(402, "top up"), "no credit left .*top up")])
+    (bad(401, f"Incorrect API key provided: {KEY}"), "Incorrect API key provided: [*]{3}"),
+    (bad(404, "model_not_found"), "HTTP 404, no completion: .*model_not_found"),
+    (bad(429, 400 * "x" + "insufficient_quota"), "HTTP 429.*xxx"), (bad(402, "top up"), "HTTP 402.*top up")])
 def test_hopeless_answers_end_the_run(serve, answer, message):
     api = serve(lambda prompt, times: answer)
     with pytest.raises(JudgeError, match=message):
@@ -364,7 +364,7 @@ def test_a_server_that_is_not_there_is_not_waited_for(monkeypatch):
     made = client()
     made._stop.wait = waits.append
     made.answers[made.key(made.request("cached", 16))] = "sad"
-    with pytest.raises(JudgeError, match="no completion from http://127.0.0.1:9/v1: .*[Cc]onnect"):
+    with pytest.raises(JudgeError, match="nothing more can be asked of http://127.0.0.1:9/v1: .*[Cc]onnect"):
         made.ask(["cached", "y", "z", "x"])  # all but the first are not sent
     assert len(waits) == 3 and sum(waits) < 5  # seconds before each of three tries
 
@@ -470,7 +470,7 @@ def test_offline_switch_is_named(serve, monkeypatch):
     import huggingface_hub.constants as constants
     serve(lambda prompt, times: good("sad"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(JudgeError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(JudgeError, match="offline mode is enabled.*HF_HUB_OFFLINE"):
         ask(["x"])
 
 

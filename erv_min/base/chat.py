@@ -29,10 +29,8 @@ PROVIDERS = {  # name -> its OpenAI-compatible server, the environment variable 
 TIMEOUT, RETRIES, BACKOFF = 60, 6, 1.0  # seconds of a request; further tries; seconds before the first of them
 MAX_WAIT = 300  # seconds; if a server asks for more, the prompt fails
 GIVE_UP = 20  # failed prompts in a row that end `ask`
-HOPELESS = {  # words in what a server says -> why asking on is pointless
-    "HTTP 401,": "the key is refused", "HTTP 402,": "no credit left", "insufficient_quota": "no credit left",
-    "HTTP 403,": "access is refused, by the server or a proxy before it", "HTTP 404,": "no such model or address",
-    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it to ask a hosted model"}
+# Asking on is pointless: a refused key, no credit, no access, no such model; on this machine HF_HUB_OFFLINE is set.
+HOPELESS = r"^HTTP 40[1-4],|insufficient_quota|OfflineModeIsEnabled"
 REFUSABLE = ("max_tokens", "temperature", "seed", "reasoning_effort")  # some models answer 400 to one of these:
 REFUSED = r"['\"`]{0}['\"`]|\b(?:invalid|unsupported|unknown)\W+{0}\b|\b{0} (?:is|does|must)\b"
 THOUGHT = r"[<\[◁]{}(?:think|thinking|thought|reasoning)[>\]▷]"  # a reasoning model's tags: {} is "" or "/"
@@ -87,9 +85,8 @@ class ChatClient:
         """A Reply for each prompt, in order, without a reasoning model's thought; equal prompts are asked once, cached
         ones not at all. A reply that was cut at its longest is an error, unless it is `whole` all the same.
 
-        Raises JudgeError if asking on is pointless: a refused key, an unknown model, no credit left, GIVE_UP failures
-        in a row, a server that is not there, or not one prompt with an answer. A stop (Ctrl-C) waits for the requests
-        under way, keeps their answers, and starts no other.
+        Raises JudgeError if what a server says is HOPELESS, if none is there, after GIVE_UP failures in a row, and if
+        no prompt has an answer. A stop (Ctrl-C) waits for the requests under way, keeps their answers, starts no other.
         """
         limit = self.reply_tokens or max_tokens
         requests = [self.request(prompt, limit, temperature, seed)
@@ -150,11 +147,8 @@ class ChatClient:
                 return ""
             said = f"HTTP {status}, no completion: {body}" if status else body
             reason, self._reached = self._told(said), self._reached or status >= 400
-            for sign, why in HOPELESS.items():
-                if sign in said:
-                    raise JudgeError(f"{self.name}: {why} ({self.url}: {reason})")
-            if attempt == 2 and not self._reached:
-                raise JudgeError(f"{self.name}: no completion from {self.url}: {reason}")
+            if re.search(HOPELESS, said) or attempt == 2 and not self._reached:
+                raise JudgeError(f"{self.name}: nothing more can be asked of {self.url}: {reason}")
             refused = [name for name in REFUSABLE if name in sent and re.search(REFUSED.format(name), body)]
             if status in (400, 422) and refused:
                 self._refused.add(refused[0])
