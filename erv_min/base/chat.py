@@ -62,10 +62,11 @@ class ChatClient:
         self.name, self.url = spec, (own_server or url).rstrip("/")
         self.cache, self.concurrency, self.reply_tokens = cache, concurrency, reply_tokens
         self._lock, self._stop, self._reached, self._refused = threading.Lock(), threading.Event(), False, set()
-        rows = read_jsonl(cache, log=True) if cache and Path(cache).exists() else []
-        self.answers = {row["key"]: row["raw"] for row in rows  # what is no answer is asked again
-                        if isinstance(row, dict) and isinstance(row.get("key"), str)
-                        and isinstance(row.get("raw"), str) and row["raw"].strip()}
+        self.answers = {}  # key of a request -> what was said
+        for row in read_jsonl(cache, log=True) if cache and Path(cache).exists() else []:
+            match row:  # what is no answer is asked again
+                case {"key": str(key), "raw": str(text)} if text.strip():
+                    self.answers[key] = text
 
     def request(self, prompt: str, limit: int, temperature: float = 0.0, seed: int | None = None) -> dict:
         """The body of a request for a reply of at most `limit` tokens. Half a surrogate in a prompt becomes "?"."""
@@ -92,10 +93,11 @@ class ChatClient:
         requests = [self.request(prompt, limit, temperature, seed)
                     for prompt, seed in zip(prompts, seeds or [None] * len(prompts))]
         keys = [self.key(request) for request in requests]
-        todo = {key: request for key, request in zip(keys, requests) if key not in self.answers}
+        replies = {key: Reply(self.answers[key]) for key in keys if key in self.answers}
+        todo = {key: request for key, request in zip(keys, requests) if key not in replies}
         print(f"{self.name}: {len(todo)} requests ({len(prompts) - len(todo)} answered or repeated) of at most {limit} "
               "tokens out", flush=True)
-        failed, in_a_row = {}, 0
+        in_a_row = 0  # failures
         self._stop.clear()
         pool = ThreadPoolExecutor(self.concurrency)
         try:
@@ -104,27 +106,25 @@ class ChatClient:
                     futures = {pool.submit(self._one, key, todo[key], whole): key for key in part}
                     for future in as_completed(futures):
                         progress.add()
-                        if error := future.result():
-                            failed[futures[future]] = error
-                        in_a_row = in_a_row + 1 if error else 0
+                        reply = replies[futures[future]] = future.result()
+                        in_a_row = in_a_row + 1 if reply.error else 0
                         if in_a_row == GIVE_UP:
-                            raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: {error}. "
-                                             "What was answered is kept; run again to go on")
+                            raise JudgeError(f"{self.name}: {in_a_row} requests failed in a row, the last: "
+                                             f"{reply.error}. What was answered is kept; run again to go on")
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-        if failed:
-            said = f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {[*failed.values()][0]}"
-            if not self.answers.keys() & keys:
+        if failed := [reply.error for reply in replies.values() if reply.error]:
+            said = f"{self.name}: {len(failed)} of {len(todo)} requests failed, the first: {failed[0]}"
+            if len(failed) == len(replies):
                 raise JudgeError(said)
             print(said)
-        return [Reply(self.answers.get(key, ""), failed.get(key, "")) for key in keys]
+        return [replies[key] for key in keys]
 
-    def _one(self, key: str, request: dict, whole: Callable[[str], bool]) -> str:
-        """One prompt with retries: "" with its answer kept, or what went wrong. Back-off is exponential with jitter,
-        never before Retry-After. A server that has sent neither a completion nor an error of HTTP is tried three times.
-        What a model refuses is left out from then on, and its limit called by its newer name.
-        """
+    def _one(self, key: str, request: dict, whole: Callable[[str], bool]) -> Reply:
+        """One prompt with retries; an answer is kept. Back-off is exponential with jitter, never before Retry-After. A
+        server that has sent neither a completion nor an error of HTTP is tried three times. What a model refuses is
+        left out from then on, and its limit called by its newer name."""
         reason, pause = "stopped", 0.0
         for attempt in range(RETRIES + 1):
             if self._stop.wait(pause):
@@ -137,14 +137,14 @@ class ChatClient:
                 text, cut = reply
                 self._reached = True
                 if cut and not whole(text):
-                    return f"a reply cut at {request['max_tokens']} tokens, raise --reply-tokens"
+                    return Reply("", f"a reply cut at {request['max_tokens']} tokens, raise --reply-tokens")
                 if not text.strip():  # or reasoning took all tokens before the first word
-                    return self._told(f"an empty reply: {body}")
+                    return Reply("", self._told(f"an empty reply: {body}"))
                 with self._lock:
                     if self.cache:
                         append_jsonl(self.cache, {"key": key, "model": self.name, "raw": text})
                     self.answers[key] = text
-                return ""
+                return Reply(text)
             said = f"HTTP {status}, no completion: {body}" if status else body
             reason, self._reached = self._told(said), self._reached or status >= 400
             if re.search(HOPELESS, said) or attempt == 2 and not self._reached:
@@ -157,7 +157,7 @@ class ChatClient:
             if 400 <= status < 500 and status not in (408, 409, 425, 429) or asked_to_wait > MAX_WAIT:
                 break  # about this prompt, so that asking again gives the same; or too long to wait for
             pause = max(min(BACKOFF * 2**attempt * random.uniform(0.5, 1.5), 60), asked_to_wait)
-        return reason
+        return Reply("", reason)
 
     def _post(self, body: dict) -> tuple[int, str, float]:
         """(status, body, seconds of Retry-After) of a response; (0, the reason, 0) if there is none."""
