@@ -4,7 +4,7 @@ A HumanOmni folder: config.json, towers.json (ours: the towers' sizes; a release
 repositories, or config.TOWERS, give them), weights (base/weights.py), tokenizer files, text_gate/tokenizer.json.
 A verifier folder is Hugging Face's RobertaForSequenceClassification.
 
-Left out: quantised weights, saving in shards, training state (train/state.py).
+Left out: quantised weights, saving in shards.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from erv_min.base.errors import CheckpointError, SettingsError
+from erv_min.base.errors import CheckpointError
 from erv_min.base.files import atomic_write, read_object, write_json
 from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
@@ -45,18 +45,16 @@ ALL_TOWERS = (Tower("vision", SiglipConfig, "mm_vision_tower", "model.vision_tow
               Tower("text", BertConfig, "mm_text_tower", "model.bert_model.", "bert."))
 
 
-def check_checkpoint(name: str | Path, kind: str, revision: str | None = None) -> dict:
-    """What can be known of a checkpoint before its weights are fetched or read; returns its config.json.
+def check_checkpoint(name: str | Path, kind: str, revision: str | None = None) -> None:
+    """What can be known of a checkpoint before its weights are fetched or read.
 
     kind: "humanomni" or "erv". Raises CheckpointError if there is no such folder or repository, if its config.json is
     not of that kind, or if its tokenizer cannot be read.
     """
     folder = resolve(name, revision, weights=False)
     read, tokenizer = {"humanomni": (read_qwen2, Tokenizer), "erv": (read_roberta, EncoderTokenizer)}[kind]
-    raw = config_of(folder)
-    read(raw, f"{folder}/config.json")
+    read(config_of(folder), f"{folder}/config.json")
     tokenizer(folder)
-    return raw
 
 
 # ---- HumanOmni ------------------------------------------------------------------------------------------------------
@@ -73,25 +71,21 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
     do not fit.
     """
     folder, overrides = resolve(folder_or_repo, revision), (vision_tower, audio_tower, text_tower)
-    raw, tensors = config_of(folder), open_weights(folder)
-    config, source, elsewhere = humanomni_config(folder, *overrides), {}, {}
-    for tower, override in zip(ALL_TOWERS, overrides):
-        if override or not any(name.startswith(tower.prefix) for name in tensors):
-            elsewhere[tower] = override or tower_place(raw, tower, folder)
-            source[tower.name] = f"{'override' if override else 'repository'} {elsewhere[tower]}"
-        else:
-            source[tower.name] = f"checkpoint {folder_or_repo}"
+    tensors, config, source, where = open_weights(folder), humanomni_config(folder, *overrides), {}, str(folder)
     if (last := tensors.get("model.audio_tower.audio_tower.classifier.weight")) is not None and last.dim() == 2:
         # Unused, and no released file states its size.
         audio = replace(config.audio, num_labels=last.shape[0], classifier_proj_size=last.shape[1])
         config = replace(config, audio=audio)
-    try:
-        with torch.device("meta"):
-            model = HumanOmni(config)
-    except SettingsError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
+    with torch.device("meta"):
+        model = HumanOmni(config)
     expected = {name for name, _ in model.named_parameters()}
-    for tower, place in elsewhere.items():
+    for tower, override in zip(ALL_TOWERS, overrides):
+        if not override and any(name.startswith(tower.prefix) for name in tensors):
+            source[tower.name] = f"checkpoint {folder_or_repo}"
+            continue
+        place = override or tower_place(config.extra, tower, folder)
+        source[tower.name] = f"{'override' if override else 'repository'} {place}"
+        where += f" with the tower of {place}"
         tensors = {name: x for name, x in tensors.items() if not name.startswith(tower.prefix)}
         for name, x in open_weights(resolve(place)).items():
             name = name.removeprefix(tower.strip)
@@ -100,8 +94,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
                     tensors[full] = x
     if config.text.tie_word_embeddings and (head := tensors.pop("lm_head.weight", None)) is not None:
         tensors.setdefault("model.embed_tokens.weight", head)  # if a file holds both, the embedding's counts
-    absent = fill(model, tensors, unused_parameters(model), dtype, device,
-                  " with the tower of ".join(map(str, [folder, *elsewhere.values()])))
+    absent = fill(model, tensors, unused_parameters(model), dtype, device, where)
     model.tie_weights()
     if absent:
         source["unused_parameters"] = f"zeros ({len(absent)} absent; never read)"
@@ -150,17 +143,14 @@ def humanomni_config(folder: Path, *overrides: str | None) -> HumanOmniConfig:
     for tower, override in zip(ALL_TOWERS, overrides):
         if tower.name in told and not override:
             sizes.append(read_part(tower.kind, told[tower.name], f"{folder}/towers.json, {tower.name}"))
+            continue
+        place = override or tower_place(raw, tower, folder)
+        if isinstance(TOWERS.get(place), tower.kind):
+            sizes.append(TOWERS[place])
         else:
-            sizes.append(tower_sizes(tower, override or tower_place(raw, tower, folder)))
+            file = resolve(place, weights=False) / "config.json"
+            sizes.append(read_part(tower.kind, read_object(file), str(file)))
     return read_humanomni(raw, *sizes, f"{folder}/config.json")
-
-
-def tower_sizes(tower: Tower, place: str):
-    """A tower's dimensions: those of a known repository, else from the config.json of the folder or repository."""
-    if isinstance(TOWERS.get(place), tower.kind):
-        return TOWERS[place]
-    file = resolve(place, weights=False) / "config.json"
-    return read_part(tower.kind, read_object(file), str(file))
 
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
@@ -182,15 +172,14 @@ def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
 # ---- the verifier ---------------------------------------------------------------------------------------------------
 
 
-def load_erv(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
-             revision: str | None = None) -> RobertaClassifier:
+def load_erv(folder_or_repo: str | Path) -> RobertaClassifier:
     """Reads a RobertaForSequenceClassification folder or repository in eval mode; errors as `load_humanomni`."""
-    folder = resolve(folder_or_repo, revision)
+    folder = resolve(folder_or_repo)
     config = read_roberta(config_of(folder), f"{folder}/config.json")
     with torch.device("meta"):
         model = RobertaClassifier(config)
     tensors = {k: v for k, v in open_weights(folder).items() if not k.startswith("roberta.pooler.")}  # never read
-    fill(model, tensors, set(), dtype, device, folder)
+    fill(model, tensors, set(), torch.float32, "cpu", str(folder))
     return use_onednn(model).eval()
 
 

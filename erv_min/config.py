@@ -6,11 +6,10 @@ towers, from TOWERS below. Left out: the settings of the training stages (train/
 means (checkpoint.py).
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Literal, get_args
 
 from erv_min.base.errors import CheckpointError, SettingsError
-from erv_min.base.fields import from_json
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,10 @@ class Qwen2Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     hidden_act: Literal["silu"] = "silu"
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,10 @@ class HumanOmniConfig:
     vision: SiglipConfig
     audio: WhisperConfig
     gate: BertConfig
-    projector: Literal["all_in_one_small", "all_in_one"] = "all_in_one_small"
+    mm_projector_type: Literal["all_in_one_small", "all_in_one"] = "all_in_one_small"
+    mm_vision_select_layer: int = -2
     mm_audio_projector_type: Literal["mlp2x_gelu"] = "mlp2x_gelu"
     num_frames: int = 8
-    select_layer: int = -2
     gate_hidden_size: int = 3584
     extra: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -131,11 +134,11 @@ def humanomni(name: str) -> HumanOmniConfig:
     if name not in ("0.5b", "7b"):
         raise SettingsError(f"model {name!r} is unknown; choose toy, 0.5b or 7b")
     siglip_base, siglip_so400m, whisper, bert = TOWERS.values()
-    ids = {"extra": {"eos_token_id": 151645, "bos_token_id": 151643, "pad_token_id": 151643}}
+    ids = {"eos_token_id": 151645, "bos_token_id": 151643, "pad_token_id": 151643}
     if name == "0.5b":
-        return HumanOmniConfig(Qwen2Config(151936, 896, 4864, 24, 14, 2), siglip_base, whisper, bert, **ids)
+        return HumanOmniConfig(Qwen2Config(151936, 896, 4864, 24, 14, 2), siglip_base, whisper, bert, extra=ids)
     text = Qwen2Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False)
-    return HumanOmniConfig(text, siglip_so400m, whisper, bert, projector="all_in_one", **ids)
+    return HumanOmniConfig(text, siglip_so400m, whisper, bert, "all_in_one", extra=ids)
 
 
 def roberta(name: str, num_labels: int = 11) -> BertConfig:
@@ -149,28 +152,45 @@ def roberta(name: str, num_labels: int = 11) -> BertConfig:
 
 # ---- config.json and towers.json ------------------------------------------------------------------------------------
 
-KEYS = {"projector": "mm_projector_type", "select_layer": "mm_vision_select_layer"}  # fields under another name there
-LIMITS = {"num_hidden_layers": (1, 1000), "encoder_layers": (1, 1000), "select_layer": (-1000, 1000),
-          "pad_token_id": (0, 2**24), "num_labels": (0, 2**24)}  # other sizes: 1 to 2**24
+LIMITS = {int: (1, 2**24), float: (0, 1e30), bool: (False, True), "num_hidden_layers": (1, 1000),
+          "encoder_layers": (1, 1000), "mm_vision_select_layer": (-1000, -1), "pad_token_id": (0, 2**24),
+          "num_labels": (0, 2**24)}  # by field, else by type
 MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"),
              ("d_model", "encoder_attention_heads"))  # the second divides the first
 
 
 def read_part(kind: type, values: dict, where: str, **given):
-    """Builds the dataclass `kind` from the values of a JSON object; `given` are fields that are taken as they are.
+    """Builds the dataclass `kind` from a JSON object, in which null counts as absent and which may hold anything, since
+    it came with a checkpoint; `given` are fields that are taken as they are.
 
     Raises CheckpointError naming `where` and the field that is missing, of another type or size, or not supported.
     """
     if kind is SiglipConfig and isinstance(values, dict):
         values = values.get("vision_config", values)  # SigLIP's own repository nests the vision half
-    part = from_json(kind, values, where, given, KEYS, LIMITS)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
+    found = {}
+    for of in fields(kind):
+        name, value = of.name, of.default if values.get(of.name) is None else values[of.name]
+        if name in given:
+            continue
+        if value is MISSING:
+            raise CheckpointError(f"{where}: {name} is missing")
+        if choices := get_args(of.type):  # of a Literal
+            fits, wanted = value in choices, " or ".join(choices)
+        else:
+            low, high = LIMITS.get(name) or LIMITS[of.type]
+            typed = type(value) is of.type or (of.type is float and type(value) is int)
+            fits, wanted = typed and low <= value <= high, f"{of.type.__name__} from {low} to {high}"
+        if not fits:
+            raise CheckpointError(f"{where}: {name} is {value!r}, what can be read is {wanted}")
+        found[name] = value
     for whole, divisor in MULTIPLES:
-        if hasattr(part, divisor) and getattr(part, whole) % getattr(part, divisor):
-            raise CheckpointError(f"{where}: {whole} {getattr(part, whole)} is no multiple of {divisor} "
-                                  f"{getattr(part, divisor)}")
-    if kind is BertConfig and part.pad_token_id >= part.vocab_size:
-        raise CheckpointError(f"{where}: pad_token_id {part.pad_token_id} is outside a vocabulary of {part.vocab_size}")
-    return part
+        if divisor in found and found[whole] % found[divisor]:
+            raise CheckpointError(f"{where}: {whole} {found[whole]} is no multiple of {divisor} {found[divisor]}")
+    if kind is BertConfig and found["pad_token_id"] >= found["vocab_size"]:
+        raise CheckpointError(f"{where}: pad_token_id {found['pad_token_id']} is outside the vocabulary")
+    return kind(**found, **given)
 
 
 def read_roberta(raw: dict, where: str) -> BertConfig:
@@ -188,14 +208,13 @@ def read_qwen2(raw: dict, where: str) -> Qwen2Config:
     if not any(key.startswith("mm_") for key in raw):
         raise CheckpointError(f"{where}: model_type is {raw.get('model_type')!r} without any mm_ key: not HumanOmni's")
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # of transformers 4 and 5
-    kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, dict) else repr(rope)
-    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):  # one per kind of layer
+    flat = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())  # else one per layer
+    if not flat or (rope.get("rope_type") or rope.get("type") or "default") != "default":
         raise CheckpointError(f"{where}: rope_scaling or rope_parameters is {rope}, only type 'default' is supported")
-    sizes = {"tie_word_embeddings": False, "rope_theta": 1e4} | {k: v for k, v in raw.items() if v is not None}
-    text = read_part(Qwen2Config, sizes | {k: v for k, v in rope.items() if k == "rope_theta" and v}, where)
+    text = read_part(Qwen2Config, raw | {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 1e4,
+                                         "tie_word_embeddings": raw.get("tie_word_embeddings") or False}, where)
     layers = text.num_hidden_layers
-    slides = (raw.get("use_sliding_window") and raw.get("sliding_window", 4096)
-              and raw.get("max_window_layers", 28) in range(layers))
+    slides = raw.get("use_sliding_window") and raw.get("max_window_layers", 28) in range(layers)
     types = raw.get("layer_types") or ["sliding_attention" if slides else "full_attention"] * layers
     if types != ["full_attention"] * layers:
         raise CheckpointError(f"{where}: layer_types or use_sliding_window is a sliding window, which is not supported")
@@ -209,23 +228,26 @@ def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: 
     for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
         if raw.get(key, width) != width:
             raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
-    return read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
+    config = read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
+    if vision.grid % 2 != (config.mm_projector_type == "all_in_one"):
+        raise CheckpointError(f"{where}: mm_projector_type {config.mm_projector_type} does not fit a grid of "
+                              f"{vision.grid} patches: all_in_one needs an odd one, all_in_one_small an even one")
+    return config
 
 
 def config_json(config: HumanOmniConfig) -> dict:
     """HumanOmniConfig -> the released config.json, keys of the file it was read from first and kept."""
-    siglip = "so400m-patch14-384" if config.projector == "all_in_one" else "base-patch16-224"
+    siglip = "so400m-patch14-384" if config.mm_projector_type == "all_in_one" else "base-patch16-224"
     released = {"model_type": "HumanOmni_qwen2", "architectures": ["HumanOmniQwen2ForCausalLM"],
                 "attention_dropout": 0.0, "use_cache": True, "use_mm_proj": True, "mm_use_x_start_end": True,
                 "mm_vision_tower": f"google/siglip-{siglip}", "mm_audio_tower": "openai/whisper-large-v3",
                 "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
-    own = asdict(config.text) | {
-        "mm_projector_type": config.projector, "mm_vision_select_layer": config.select_layer,
-        "mm_audio_projector_type": config.mm_audio_projector_type, "num_frames": config.num_frames,
-        "mm_hidden_size": config.vision.hidden_size, "audio_hidden_size": config.audio.d_model}
+    own = {key: getattr(config, key) for key in ("mm_projector_type", "mm_vision_select_layer",
+                                                 "mm_audio_projector_type", "num_frames")}
+    own |= {"mm_hidden_size": config.vision.hidden_size, "audio_hidden_size": config.audio.d_model}
     if config.gate_hidden_size != 3584:  # our key: the released code has 3584 written into it
         own["gate_hidden_size"] = config.gate_hidden_size
-    return released | config.extra | own
+    return released | config.extra | asdict(config.text) | own
 
 
 def towers_json(config: HumanOmniConfig) -> dict:

@@ -46,9 +46,10 @@ def test_padding_changes_nothing(golden):
 def test_positions():
     """RoBERTa counts real tokens from pad_token_id + 1 (padding sits at pad_token_id); BERT counts places from 0."""
     for config, ids, places in ((roberta("toy"), [0, 7, 1, 1], [2, 3, 1, 1]), (BERT, [2, 7, 0], [0, 1, 2])):
-        e, ids = BertEncoder(config).embeddings, torch.tensor(ids)
+        model, ids = BertEncoder(config), torch.tensor(ids)
+        e = model.embeddings
         summed = e.word_embeddings(ids) + e.position_embeddings.weight[places] + e.token_type_embeddings.weight[0]
-        torch.testing.assert_close(e(ids[None])[0], e.LayerNorm(summed))
+        torch.testing.assert_close(model.embed(ids[None])[0], e.LayerNorm(summed))
 
 
 @torch.no_grad()

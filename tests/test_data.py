@@ -620,7 +620,7 @@ def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
         assert key(**change) != same, change
     assert key(lr=1.0, seed=3, prompt_stage="sft") == same  # these shape no feature
     whole = model.config
-    for changes in (dict(select_layer=-3), dict(vision=replace(whole.vision, num_attention_heads=2)),
+    for changes in (dict(mm_vision_select_layer=-3), dict(vision=replace(whole.vision, num_attention_heads=2)),
                     dict(vision=replace(whole.vision, image_size=50)),
                     dict(vision=replace(whole.vision, layer_norm_eps=1)),
                     dict(audio=replace(whole.audio, encoder_attention_heads=2))):

@@ -8,11 +8,10 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from erv_min.base.errors import CheckpointError
@@ -36,7 +35,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     """
     tensors = {}
     for file in weight_files(folder):
-        for name, tensor in (_open_bin if file.suffix == ".bin" else _open_safetensors)(file).items():
+        for name, tensor in _tensors(file).items():
             if name.endswith(BUFFERS):
                 continue
             if tensor.dtype not in FLOATS:
@@ -60,16 +59,10 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no weights (neither {' nor '.join(single for single, _ in LAYOUTS)}, nor shards)")
 
 
-def _open_safetensors(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(file, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); fetch it again") from None
-
-
-def _open_bin(file: Path) -> dict[str, Tensor]:
-    try:
+        if file.suffix != ".bin":
+            return load_file(file)
         with Progress(f"{file}: opening"):
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # whatever the opcodes of a damaged pickle come to
@@ -81,34 +74,30 @@ def _open_bin(file: Path) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype: torch.dtype,
-         device: str | torch.device, where: str | Path) -> list[str]:
+         device: str | torch.device, where: str) -> list[str]:
     """Puts copies of `tensors` into a model on the meta device; returns which of `may_miss` were absent (now zeros).
 
     With `device` meta no byte is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
-    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors counted by part,
-    or with the name of one that is read and not finite.
+    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors, or with the name
+    of one that is read and not finite.
     """
     expected = {k: p.shape for k, p in model.named_parameters()}
     absent = [k for k in expected if k not in tensors]
     problems = {"missing": [k for k in absent if k not in may_miss],
                 "unknown": [k for k in tensors if k not in expected],
-                "of another shape": [k for k in tensors if k in expected and tensors[k].shape != expected[k]]}
-    lines = [f"{where}: the weights do not fit the config"]
-    for kind, names in problems.items():
-        for part, (first, *more) in groupby(sorted(names), lambda name: ".".join(name.split(".")[:2])):
-            shapes = f" {list(tensors[first].shape)}, not {list(expected[first])}" if kind == "of another shape" else ""
-            lines.append(f"  {kind}: {1 + len(more)} in {part}, such as {first}{shapes}")
-    if len(lines) > 1:
-        raise CheckpointError("\n".join(lines))
+                "of another shape": [f"{k} {list(x.shape)}, not {list(expected[k])}" for k, x in tensors.items()
+                                     if k in expected and x.shape != expected[k]]}
+    told = [f"{len(names)} {kind}, such as {min(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(told)}")
     filled = {k: torch.zeros(expected[k], dtype=dtype, device=device) for k in absent}
     with Progress(f"{where}: reading the weights", len(tensors), "tensor") as progress:
         for name, tensor in tensors.items():
-            filled[name] = tensor.to(device, dtype, copy=True)
+            filled[name] = x = tensor.to(device, dtype, copy=True)
             progress.add()
-            if filled[name].is_meta or name in may_miss:
-                continue
-            if not torch.stack(filled[name].aminmax()).isfinite().all():  # 25 times as fast as isfinite of every value
-                raise CheckpointError(f"{where}: tensor {name} holds values that are not finite, its training went "
+            # aminmax takes a 25th of the time of isfinite on every value
+            if not x.is_meta and name not in may_miss and not torch.stack(x.aminmax()).isfinite().all():
+                raise CheckpointError(f"{where}: tensor {name} holds values that are not finite: its training went "
                                       "astray")
     model.load_state_dict(filled, assign=True, strict=False)  # not strict: a tied parameter's other name is left out
     return absent

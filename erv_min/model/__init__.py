@@ -1,1 +1,1 @@
-"""HumanOmni (Eq. 1), part by part: each file is one published architecture under its released tensor names."""
+"""HumanOmni (Eq. 1), part by part, under the released tensor names."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erv_min.config import BertConfig
-from erv_min.model.siglip import multi_head
+from erv_min.model.towers import multi_head
 
 
 class Dropout(nn.Dropout):
@@ -31,38 +31,27 @@ class Dropout(nn.Dropout):
         return x * (drawn >= self.p) / (1 - self.p)
 
 
-class Embeddings(nn.Module):
-    """Words, positions and the first token type, summed and normed."""
+class Layer(nn.Module):
+    """Attention, then MLP, each followed by dropout, residual and layer norm (post-norm)."""
 
     def __init__(self, config: BertConfig, dropout: Dropout):
         super().__init__()
-        self.dropout = dropout
-        self.roberta, self.pad_id = config.roberta, config.pad_token_id
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.heads, self.dropout, width = config.num_attention_heads, dropout, config.hidden_size
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        if self.roberta:
-            real = (input_ids != self.pad_id).long()
-            positions = real.cumsum(1) * real + self.pad_id  # [B, L]; padding sits at pad_id
-        else:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, L]
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(torch.zeros_like(input_ids))
-        return self.dropout(self.LayerNorm(x + self.position_embeddings(positions)))  # [B, L, D]
+        def output(inputs: int) -> nn.ModuleDict:
+            return nn.ModuleDict({"dense": nn.Linear(inputs, width),
+                                  "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)})
 
+        projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+        self.attention = nn.ModuleDict({"self": projections, "output": output(width)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, config.intermediate_size)})
+        self.output = output(config.intermediate_size)
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: BertConfig, dropout: Dropout):
-        super().__init__()
-        self.heads, self.dropout = config.num_attention_heads, dropout
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+    def add_norm(self, output: nn.ModuleDict, x: Tensor, residual: Tensor) -> Tensor:
+        return output["LayerNorm"](self.dropout(output["dense"](x)) + residual)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = self.query(x), self.key(x), self.value(x)  # [B, L, D]
+    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (project(x) for project in self.attention["self"].values())  # [B, L, D]
         if not self.dropout.active:
             return multi_head(q, k, v, self.heads, mask)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, L, D / H]
@@ -70,31 +59,9 @@ class SelfAttention(nn.Module):
         scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
         return (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
-
-class AddNorm(nn.Module):
-    """Linear, dropout, residual, layer norm: the end of both halves of a layer (post-norm)."""
-
-    def __init__(self, width: int, config: BertConfig, dropout: Dropout):
-        super().__init__()
-        self.dropout = dropout
-        self.dense = nn.Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-class Layer(nn.Module):
-    def __init__(self, config: BertConfig, dropout: Dropout):
-        super().__init__()
-        self.attention = nn.ModuleDict({"self": SelfAttention(config, dropout),
-                                        "output": AddNorm(config.hidden_size, config, dropout)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
-        self.output = AddNorm(config.intermediate_size, config, dropout)
-
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention["output"](self.attention["self"](x, mask), x)
-        return self.output(F.gelu(self.intermediate["dense"](x)), x)
+        x = self.add_norm(self.attention["output"], self.attend(x, mask), x)
+        return self.add_norm(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
 
 class BertEncoder(nn.Module):
@@ -102,12 +69,16 @@ class BertEncoder(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.config, self.dropout = config, Dropout(0.0)
-        self.embeddings = Embeddings(config, self.dropout)
+        self.config, self.dropout, width = config, Dropout(0.0), config.hidden_size
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id),
+            "position_embeddings": nn.Embedding(config.max_position_embeddings, width),
+            "token_type_embeddings": nn.Embedding(config.type_vocab_size, width),
+            "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)})
         layers = (Layer(config, self.dropout) for _ in range(config.num_hidden_layers))
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
         if not config.roberta:  # no forward pass uses it: kept so that checkpoints go through unchanged
-            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(width, width)})
         self.apply(self._init)
 
     @staticmethod
@@ -117,10 +88,19 @@ class BertEncoder(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Words, positions and the first token type, summed and normed: [B, L] -> [B, L, D]."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, L]
+        if self.config.roberta:
+            real = (input_ids != self.config.pad_token_id).long()
+            positions = real.cumsum(1) * real + self.config.pad_token_id  # [B, L]; padding sits at pad_token_id
+        words, places, types, norm = self.embeddings.values()
+        return self.dropout(norm(words(input_ids) + types(torch.zeros_like(input_ids)) + places(positions)))
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [B, L] int64, attention_mask [B, L] (1 = real; None = all real) -> last hidden state [B, L, D]."""
         mask = None if attention_mask is None else attention_mask[:, None, None, :].bool()  # [B, 1, 1, L]
-        x = self.embeddings(input_ids)
+        x = self.embed(input_ids)
         for layer in self.encoder["layer"]:
             x = layer(x, mask)
         return x
@@ -131,10 +111,9 @@ class RobertaClassifier(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.config = config
-        self.roberta = BertEncoder(config)
-        self.classifier = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size),
-                                         "out_proj": nn.Linear(config.hidden_size, config.num_labels)})
+        self.config, self.roberta, width = config, BertEncoder(config), config.hidden_size
+        self.classifier = nn.ModuleDict({"dense": nn.Linear(width, width),
+                                         "out_proj": nn.Linear(width, config.num_labels)})
         self.classifier.apply(BertEncoder._init)
         self.dropout = self.roberta.dropout
 

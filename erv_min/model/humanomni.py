@@ -5,8 +5,7 @@
     text, with -201 in the video's place and -202 in the audio's ------------------------------+
 
 Names and shapes of the parameters are those of the released checkpoints, with those that no pass reads
-(parameters.unused_parameters). Left out: images (-200), several projector kinds of the release, generation
-(generate.py).
+(parameters.unused_parameters). Left out: images (-200), several projector kinds of the release.
 """
 
 from dataclasses import dataclass
@@ -15,14 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.errors import DataError
 from erv_min.config import AUDIO, VIDEO, HumanOmniConfig
 from erv_min.model.bert import BertEncoder
-from erv_min.model.checks import check_shape, input_shapes, positions_per_id
 from erv_min.model.projector import VisualProjector, mlp
 from erv_min.model.qwen2 import Qwen2
-from erv_min.model.siglip import SiglipVision
-from erv_min.model.whisper import WhisperEncoder
+from erv_min.model.towers import SiglipVision, WhisperEncoder
 
 IGNORE = -100  # label of a position that carries no loss
 
@@ -60,30 +57,25 @@ def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
 
 
 class HumanOmni(nn.Module):
-    """The whole model. Inputs of its methods may lie on another device or in another dtype: they are moved. One whose
-    shape does not fit is a DataError that names it.
+    """The whole model. Inputs of its methods may lie on another device or in another dtype: they are moved. One that
+    does not fit is a DataError that names it.
 
     The released names put towers and projectors under `model.`, beside the language model's own `model.layers`. So the
     language model is built first, whatever its class, and they are registered on it.
     """
 
     def __init__(self, config: HumanOmniConfig):
-        """Raises SettingsError if the projector cannot take the vision tower's patch grid."""
         super().__init__()
         vision, audio, width = config.vision, config.audio, config.text.hidden_size
-        odd = vision.grid % 2 == 1
-        if odd != (config.projector == "all_in_one"):
-            raise SettingsError(f"projector {config.projector!r} needs an {'even' if odd else 'odd'} patch grid, "
-                                f"image_size {vision.image_size} / patch_size {vision.patch_size} gives {vision.grid}")
         self.config = config
         self.model = Qwen2(config.text)
-        siglip = SiglipVision(vision, config.select_layer)
+        siglip = SiglipVision(vision, config.mm_vision_select_layer)
         self.model.vision_tower = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": siglip})})
         self.model.audio_tower = nn.ModuleDict({"audio_tower": nn.ModuleDict({  # Whisper's classifier, as released
             "encoder": WhisperEncoder(audio), "projector": nn.Linear(audio.d_model, audio.classifier_proj_size),
             "classifier": nn.Linear(audio.classifier_proj_size, audio.num_labels)})})
-        self.model.mm_projector = VisualProjector(vision.hidden_size, width, config.projector)
-        self.model.audio_projector = mlp(audio.d_model, width)
+        self.model.mm_projector = VisualProjector(vision.hidden_size, width, config.mm_projector_type)
+        self.model.audio_projector = mlp(audio.d_model, width, width)
         self.model.bert_model = BertEncoder(config.gate)
         self.model.bert_gate = mlp(config.gate.hidden_size, config.gate_hidden_size, 3)
         self.lm_head = nn.Linear(width, config.text.vocab_size, bias=False)
@@ -113,13 +105,16 @@ class HumanOmni(nn.Module):
     def head_weight(self) -> Tensor:
         return self.lm_head.weight  # [V, D]
 
-    def _input(self, name: str, x: Tensor, like: Tensor | None = None) -> Tensor:
-        """`x`, of the shape that checks.py gives for `name` or of the shape of `like`, as the model takes it: on its
-        device, floating point in its dtype, one clip alone as a batch of one."""
-        shape = input_shapes(self.config)[name] if like is None else {"rows": like.shape[0], "tokens": like.shape[1]}
-        if "clips" in shape and x.dim() == len(shape) - 1:
+    def _input(self, name: str, x: Tensor, *sizes: int | range | str) -> Tensor:
+        """`x` as the model takes it: on its device, floating point in its dtype, one clip alone as a batch of one.
+        `sizes`: of each dimension its one size, the range of its sizes, or a name if any will do."""
+        if sizes[0] == "clips" and x.dim() == len(sizes) - 1:
             x = x[None]
-        check_shape(name, x, shape)
+        fits = [n == size or isinstance(size, str) or isinstance(size, range) and n in size
+                for n, size in zip(x.shape, sizes)]
+        if x.dim() != len(sizes) or not all(fits):
+            takes = ", ".join(f"{x[0]} to {x[-1]}" if isinstance(x, range) else str(x) for x in sizes)
+            raise DataError(f"{name} has shape {list(x.shape)}, the model takes [{takes}]")
         weight = self.model.embed_tokens.weight
         return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
 
@@ -127,31 +122,33 @@ class HumanOmni(nn.Module):
 
     def vision_features(self, video: Tensor) -> Tensor:
         """The vision tower alone. video [B, T, 3, S, S] or [T, 3, S, S] in [-1, 1] -> [B, T, N, C]."""
-        video = self._input("video", video)
+        side = self.config.vision.image_size
+        video = self._input("video", video, "clips", "frames", 3, side, side)
         return self.vision_tower(video.flatten(0, 1)).unflatten(0, video.shape[:2])
 
     def audio_features(self, audio: Tensor) -> Tensor:
         """The audio tower and its average pool. audio [B, mels, F] or [mels, F], log-mel -> [B, F / 2 // 3, C]."""
-        heard = self.audio_tower(self._input("audio", audio))  # [B, F / 2, C]
-        return F.avg_pool1d(heard.transpose(1, 2), kernel_size=3, stride=3).transpose(1, 2)
+        sizes = self.config.audio
+        audio = self._input("audio", audio, "clips", sizes.num_mel_bins, range(5, 2 * sizes.max_source_positions + 1))
+        return F.avg_pool1d(self.audio_tower(audio).transpose(1, 2), kernel_size=3, stride=3).transpose(1, 2)
 
     # ---- projectors: once per clip and question ---------------------------------------------------------------------
 
     def gate_weights(self, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
-        """softmax(MLP(BERT [CLS])): weights of the branches video, body, face. gate_ids, gate_mask [B, Q] -> [B, 3].
-
-        gate_mask is 1 at real tokens; None means that all are.
-        """
-        gate_ids = self._input("gate_ids", gate_ids)
+        """softmax(MLP(BERT [CLS])): weights of the branches video, body, face. gate_ids, gate_mask [B, Q] (1 at real
+        tokens, None if all are) -> [B, 3]."""
+        most = self.config.gate.max_position_embeddings
+        gate_ids = self._input("gate_ids", gate_ids, "questions", range(1, most + 1))
         if gate_mask is not None:
-            gate_mask = self._input("gate_mask", gate_mask, like=gate_ids)
+            gate_mask = self._input("gate_mask", gate_mask, *gate_ids.shape)
         return self.model.bert_gate(self.model.bert_model(gate_ids, gate_mask)[:, 0]).softmax(-1)
 
     def project_video(self, vision_features: Tensor, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
         """[B, T, N, C] and gate_ids [B, Q] (or [1, Q] for one question to all clips) -> visual tokens [B, N_v, D]."""
         if gate_ids is None:
             raise DataError("a video needs gate_ids: the question as the text gate's BERT reads it")
-        features, grid = self._input("vision_features", vision_features), self.config.vision.grid
+        grid, width = self.config.vision.grid, self.config.vision.hidden_size
+        features = self._input("vision_features", vision_features, "clips", "frames", grid**2, width)
         if len(gate_ids) not in (1, len(features)):
             raise DataError(f"gate_ids has {len(gate_ids)} rows for {len(features)} videos")
         gate = self.gate_weights(gate_ids, gate_mask).expand(len(features), -1)
@@ -159,7 +156,8 @@ class HumanOmni(nn.Module):
 
     def project_audio(self, audio_features: Tensor) -> Tensor:
         """[B, N_a, C] -> audio tokens [B, N_a, D]."""
-        return self.model.audio_projector(self._input("audio_features", audio_features))
+        width = self.config.audio.d_model
+        return self.model.audio_projector(self._input("audio_features", audio_features, "clips", "positions", width))
 
     def encode_video(self, video: Tensor, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
         """video [B, T, 3, S, S] -> visual tokens [B, N_v, D]."""
@@ -180,11 +178,27 @@ class HumanOmni(nn.Module):
         attention_mask is 0 are dropped; labels are -100 at modality tokens and padding. Raises DataError if
         placeholders and clips differ in number, or an id is outside the vocabulary.
         """
-        ids = self._input("input_ids", input_ids)
-        keep = torch.ones_like(ids) if attention_mask is None else self._input("attention_mask", attention_mask, ids)
-        counts, total, longest = positions_per_id(
-            ids, keep.bool(), video_embeds, audio_embeds, self.config.text.vocab_size)
-        mask = torch.arange(longest, device=ids.device) < counts.sum(1)[:, None]  # [B, L']
+        ids, vocabulary = self._input("input_ids", input_ids, "rows", "tokens"), self.config.text.vocab_size
+        keep = torch.ones_like(ids) if attention_mask is None else attention_mask
+        keep = self._input("attention_mask", keep, *ids.shape).bool()
+        clips = (("video", VIDEO, video_embeds), ("audio", AUDIO, audio_embeds))
+        counts = keep.long()  # of each id: how many positions of X_m it takes
+        foreign, held = keep & ((ids < 0) | (ids >= vocabulary)), []
+        for _, placeholder, embeds in clips:
+            here = keep & (ids == placeholder)
+            counts = counts.masked_fill(here, 0 if embeds is None else embeds.shape[1])
+            foreign = foreign & ~here
+            held.append(here.sum())
+        lengths = counts.sum(1)
+        # All that is asked of the device, in one transfer.
+        *held, errors, total, longest = torch.stack([*held, foreign.sum(), lengths.sum(), lengths.max()]).tolist()
+        for (name, placeholder, embeds), wanted in zip(clips, held):
+            if wanted != (given := 0 if embeds is None else len(embeds)):
+                raise DataError(f"input_ids holds {wanted} <{name}> ({placeholder}), but {name} holds {given} clips")
+        if errors:
+            raise DataError(f"input_ids holds {ids[foreign][0]}: neither {VIDEO} nor {AUDIO} nor one of the "
+                            f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
+        mask = torch.arange(longest, device=ids.device) < lengths[:, None]  # [B, L']
 
         def expand(x: Tensor) -> Tensor:
             """Each position `counts` times: [B, L] -> [B, L']."""
@@ -195,12 +209,11 @@ class HumanOmni(nn.Module):
         words = self.language_model.embed_tokens(tokens[tokens >= 0])
         embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
         embeds[tokens >= 0] = words
-        if video_embeds is not None:
-            embeds[tokens == VIDEO] = video_embeds.flatten(0, 1).to(words)
-        if audio_embeds is not None:
-            embeds[tokens == AUDIO] = audio_embeds.flatten(0, 1).to(words)
+        for _, placeholder, clip_embeds in clips:
+            if clip_embeds is not None:
+                embeds[tokens == placeholder] = clip_embeds.flatten(0, 1).to(words)
         if labels is not None:
-            labels = expand(self._input("labels", labels, ids).masked_fill(ids < 0, IGNORE))
+            labels = expand(self._input("labels", labels, *ids.shape).masked_fill(ids < 0, IGNORE))
         return Prompts(embeds, mask, labels)
 
     def prompt_embeds(self, input_ids: Tensor, vision: Tensor | None = None, audio: Tensor | None = None,

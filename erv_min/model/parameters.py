@@ -1,6 +1,7 @@
 """HumanOmni's parameters: which ones a stage trains (table 8), which ones nothing reads, and random initialisation."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -9,8 +10,7 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.onednn import use_onednn
 from erv_min.config import HumanOmniConfig
 from erv_min.model.humanomni import HumanOmni
-from erv_min.model.qwen2 import RMSNorm
-from erv_min.model.whisper import WhisperEncoder, sinusoids
+from erv_min.model.towers import sinusoids
 
 # Table 8's names of what trains. The audio tower is in no stage's list.
 PARTS = {
@@ -23,16 +23,14 @@ PARTS = {
 }
 
 
-def freeze_except(model: HumanOmni, names) -> list[tuple[str, nn.Parameter]]:
-    """Makes exactly the parts `names` of table 8 trainable, without their unused parameters; returns their (name,
-    parameter) pairs. Raises SettingsError on a name that is not in PARTS."""
-    names = [names] if isinstance(names, str) else list(names)
+def freeze_except(model: HumanOmni, names: Iterable[str]) -> None:
+    """Makes exactly the parts `names` of table 8 trainable, without their unused parameters. Raises SettingsError on a
+    name that is not in PARTS."""
     if unknown := [name for name in names if name not in PARTS]:
         raise SettingsError(f"trainable part {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
     prefixes, unused = tuple(prefix for name in names for prefix in PARTS[name]), unused_parameters(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(prefixes) and name not in unused)
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def unused_parameters(model: HumanOmni) -> set[str]:
@@ -53,28 +51,24 @@ def frozen_reference(model: HumanOmni) -> HumanOmni:
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int = 0) -> None:
+def init_weights(model: HumanOmni, seed: int = 0) -> None:
     """Random weights in place, a function of `seed` and of the kind of device alone. Linear layers are normal with
     0.6 / sqrt(inputs), which is Qwen2's 0.02 at its width of 896."""
-    generator, done = torch.Generator(next(model.parameters()).device).manual_seed(seed), set()
-    for module in model.modules():
-        if isinstance(module, WhisperEncoder):
-            positions = module.embed_positions.weight
-            done.add(positions.copy_(sinusoids(*positions.shape)))
-        for name, p in module.named_parameters(recurse=False):
-            if p in done:
-                continue
-            done.add(p)
-            if name.endswith("bias"):
-                p.zero_()
-            elif isinstance(module, (nn.LayerNorm, RMSNorm)):
-                p.fill_(1)
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                p.normal_(0, p[0].numel() ** -0.5, generator=generator)
-            elif isinstance(module, nn.Linear) and p is not getattr(model, "head_weight", None):
-                p.normal_(0, 0.6 * module.in_features**-0.5, generator=generator)
-            else:
-                p.normal_(0, 0.02, generator=generator)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    for name, p in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("audio_tower.encoder.embed_positions.weight"):
+            p.copy_(sinusoids(*p.shape))
+        elif name.endswith("bias"):
+            p.zero_()
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            p.fill_(1)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+        elif isinstance(module, nn.Linear) and p is not model.head_weight:
+            p.normal_(0, 0.6 * module.in_features**-0.5, generator=generator)
+        else:
+            p.normal_(0, 0.02, generator=generator)
 
 
 def random_humanomni(config: HumanOmniConfig, seed: int = 0, dtype: torch.dtype = torch.float32,

@@ -14,29 +14,15 @@ from torch import Tensor, nn
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, layer norm over channels, SiLU if `activate`."""
+    """Convolution without bias, then layer norm over channels."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 1, groups: int = 1, activate: bool = True):
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, groups: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
         self.bn = nn.LayerNorm(outputs, eps=1e-5)
-        self.activate = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B * T, C, H, W]
-        return F.silu(x) if self.activate else x
-
-
-class SqueezeExcite(nn.Module):
-    """Channels scaled by what the whole map holds (arXiv 1709.01507)."""
-
-    def __init__(self, width: int, squeezed: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(width, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return self.bn(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B * T, C, H, W]
 
 
 class Bottleneck(nn.Module):
@@ -44,14 +30,18 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int):
         super().__init__()
+        squeezed = round(inputs / 4)
         self.conv1 = ConvNorm(inputs, width)
         self.conv2 = ConvNorm(width, width, kernel=3, groups=width)
-        self.se = SqueezeExcite(width, round(inputs / 4))
-        self.conv3 = ConvNorm(width, width, activate=False)
-        self.downsample = ConvNorm(inputs, width, activate=False) if inputs != width else nn.Identity()
+        self.se = nn.ModuleDict({"fc1": nn.Conv2d(width, squeezed, 1), "fc2": nn.Conv2d(squeezed, width, 1)})
+        self.conv3 = ConvNorm(width, width)
+        self.downsample = ConvNorm(inputs, width) if inputs != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.conv3(self.se(self.conv2(self.conv1(x)))) + self.downsample(x))
+        y = F.silu(self.conv2(F.silu(self.conv1(x))))
+        squeezed = F.silu(self.se["fc1"](y.mean((2, 3), keepdim=True)))  # squeeze and excitation (arXiv 1709.01507)
+        y = self.conv3(y * self.se["fc2"](squeezed).sigmoid())
+        return F.silu(y + self.downsample(x))
 
 
 def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
@@ -59,9 +49,9 @@ def stage(inputs: int, width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict((f"b{i + 1}", Bottleneck(width if i else inputs, width)) for i in range(depth)))
 
 
-def mlp(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
+def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Linear, exact GELU, Linear ("mlp2x_gelu")."""
-    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs or width))
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs))
 
 
 class VisualProjector(nn.Module):
@@ -75,19 +65,18 @@ class VisualProjector(nn.Module):
             convolution = nn.Conv3d(width, width, kernel_size=2, stride=(1, 2, 2))  # over [time, height, width]
             self.add_module(f"sampler_{branch}", nn.Sequential(convolution, nn.SiLU()))
             self.add_module(f"s2_{branch}", stage(width, width, depth))
-            self.add_module(f"readout_{branch}", mlp(width, width))
-        self.mlp_2xgelu_face = mlp(inputs, width)
+            self.add_module(f"readout_{branch}", mlp(width, width, width))
+        self.mlp_2xgelu_face = mlp(inputs, width, width)
 
     def convolve(self, branch: str, features: Tensor) -> Tensor:
         """The video or body branch: [B, T, H, W, C] -> [B, T, h, w, D]."""
-        batch, frames = features.shape[:2]
         x = self.get_submodule(f"s1_{branch}")(features.flatten(0, 1).permute(0, 3, 1, 2))  # [B * T, D, H, W]
-        x = x.unflatten(0, (batch, frames)).transpose(1, 2)  # [B, D, T, H, W]
+        x = x.unflatten(0, features.shape[:2]).transpose(1, 2)  # [B, D, T, H, W]
         # The release pads time on both sides and drops the last of its T + 1 steps: the same as padding the past alone.
-        around = 4 * (self.padding,)
-        x = self.get_submodule(f"sampler_{branch}")(F.pad(x, (*around, 1, 0)))  # [B, D, T, h, w]
-        x = self.get_submodule(f"s2_{branch}")(x.transpose(1, 2).flatten(0, 1))  # [B * T, D, h, w]
-        return self.get_submodule(f"readout_{branch}")(x.permute(0, 2, 3, 1)).unflatten(0, (batch, frames))
+        x = F.pad(x, (*4 * [self.padding], 1, 0))
+        x = self.get_submodule(f"sampler_{branch}")(x).transpose(1, 2)  # [B, T, D, h, w]
+        x = self.get_submodule(f"s2_{branch}")(x.flatten(0, 1)).permute(0, 2, 3, 1)  # [B * T, h, w, D]
+        return self.get_submodule(f"readout_{branch}")(x).unflatten(0, features.shape[:2])
 
     def face(self, features: Tensor) -> Tensor:
         """The face branch: [B, T, H, W, C] -> [B, T, ceil(H / 2), ceil(W / 2), D]."""

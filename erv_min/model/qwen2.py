@@ -1,6 +1,7 @@
 """The language model psi of Eq. 1: a Qwen2 decoder (arXiv 2407.10671) under its released tensor names.
 
-Grouped-query attention with bias on q, k, v and none on o; rotary positions in the half-split form; RMSNorm; SwiGLU.
+Grouped-query attention with bias on q, k, v and none on o; rotary positions in the half-split form;
+RMSNorm (arXiv 1910.07467); SwiGLU.
 A layer has one forward pass; what its queries look at is a function that it is given, one of the three of attention.py.
 Left out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
 """
@@ -15,18 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from erv_min.config import Qwen2Config
 from erv_min.model.attention import GroupCache, PackedGroups, attend_causal
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, statistics in float32 (arXiv 1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -49,8 +38,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        width, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
+        width, self.head_dim = config.hidden_size, config.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, kv_width)
         self.v_proj = nn.Linear(width, kv_width)
@@ -67,11 +56,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config: Qwen2Config):
+    def __init__(self, width: int, inner: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -83,9 +72,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: Qwen2Config):
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope, attend: Callable) -> tuple[Tensor, Tensor, Tensor]:
         attended, k, v = self.self_attn(self.input_layernorm(x), rope, attend)
@@ -99,11 +88,10 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.rope_theta = config.rope_theta
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute = False  # recompute each layer in the backward pass in place of keeping its activations
 
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past: PackedGroups | None = None,

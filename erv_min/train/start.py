@@ -118,7 +118,8 @@ def load_start(settings: PolicySettings, processes: Processes) -> tuple[HumanOmn
         folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = gather_lists([tower_key(model)] if processes.main else [])[0]  # others may have shapes alone
         about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
-        shape = (model.config.vision, model.config.audio, model.config.select_layer)  # not all of it shows in weights
+        config = model.config  # not all of it shows in weights
+        shape = (config.vision, config.audio, config.mm_vision_select_layer)
         cache = FeatureCache(folder, ":".join(map(str, (FEATURES, towers, *shape, *about))))
     return model, Collator(model, tokenizer, gate, cache, settings.modality, settings.prompt_stage)
 

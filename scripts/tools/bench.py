@@ -223,7 +223,7 @@ def fsdp_ways(options: argparse.Namespace, rank: int) -> Ways:
     def sharded(how: str) -> Callable[[], float]:
         model = random_humanomni(config)
         model.model.recompute = True
-        freeze_except(model, "language_model")
+        freeze_except(model, ["language_model"])
         run = shard(model, how, options.device, options.dtype)
         optimizer = torch.optim.AdamW(run.named_parameters().values(), lr=1e-4)
 

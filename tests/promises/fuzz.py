@@ -268,7 +268,7 @@ class Checkpoints:
         if kind == "run":
             load_state(place.parent, self.held, make_optimizer(self.linear.parameters()))
         else:
-            {"erv": load_erv, "policy": load_humanomni}[kind](place, device=rng.choice(("cpu", "meta")))
+            load_erv(place) if kind == "erv" else load_humanomni(place, device=rng.choice(("cpu", "meta")))
 
 
 class Predictions:
