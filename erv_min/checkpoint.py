@@ -3,12 +3,11 @@
 A HumanOmni folder: config.json, towers.json (ours: the towers' sizes; a released folder has none and its towers' own
 repositories, or config.TOWERS, give them), weights (base/weights.py), tokenizer files, text_gate/tokenizer.json.
 A verifier folder is Hugging Face's RobertaForSequenceClassification.
-
-Left out: quantised weights, saving in shards.
 """
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
 from erv_min.base.weights import WEIGHTS, fill, open_weights, write_safetensors
 from erv_min.config import (TOWERS, BertConfig, HumanOmniConfig, SiglipConfig, WhisperConfig, config_json,
-                            read_humanomni, read_part, read_qwen2, read_roberta, towers_json)
+                            read_humanomni, read_part, read_qwen2, read_roberta)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import unused_parameters
@@ -31,33 +30,24 @@ BERT = "google-bert/bert-base-uncased"
 
 @dataclass(frozen=True)
 class Tower:
-    """How a tower is named in towers.json and config.json, in a HumanOmni checkpoint and in its own repository."""
-
-    name: str
+    name: str  # in towers.json; mm_NAME_tower in config.json, --NAME-tower on a command line
     kind: type
-    key: str  # of config.json
-    prefix: str  # in the checkpoint
-    strip: str  # in the tower's own repository
+    prefix: str  # of its parameters in a HumanOmni checkpoint
+    strip: str  # their prefix in the tower's own repository
 
 
-ALL_TOWERS = (Tower("vision", SiglipConfig, "mm_vision_tower", "model.vision_tower.vision_tower.", ""),
-              Tower("audio", WhisperConfig, "mm_audio_tower", "model.audio_tower.audio_tower.", "model."),
-              Tower("text", BertConfig, "mm_text_tower", "model.bert_model.", "bert."))
+ALL_TOWERS = (Tower("vision", SiglipConfig, "model.vision_tower.vision_tower.", ""),
+              Tower("audio", WhisperConfig, "model.audio_tower.audio_tower.", "model."),
+              Tower("text", BertConfig, "model.bert_model.", "bert."))
 
 
 def check_checkpoint(name: str | Path, kind: str, revision: str | None = None) -> None:
-    """What can be known of a checkpoint before its weights are fetched or read.
-
-    kind: "humanomni" or "erv". Raises CheckpointError if there is no such folder or repository, if its config.json is
-    not of that kind, or if its tokenizer cannot be read.
-    """
+    """Before weights are fetched or read: raises CheckpointError if there is no such folder or repository, if its
+    config.json is not of that kind ("humanomni" or "erv"), or if its tokenizer cannot be read."""
     folder = resolve(name, revision, weights=False)
     read, tokenizer = {"humanomni": (read_qwen2, Tokenizer), "erv": (read_roberta, EncoderTokenizer)}[kind]
     read(config_of(folder), f"{folder}/config.json")
     tokenizer(folder)
-
-
-# ---- HumanOmni ------------------------------------------------------------------------------------------------------
 
 
 def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float32,
@@ -67,8 +57,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
 
     A tower's weights are the checkpoint's own if it has them, else those of the repository that config.json names
     (divergence 12); `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both.
-    `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors that
-    do not fit.
+    `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors.
     """
     folder, overrides = resolve(folder_or_repo, revision), (vision_tower, audio_tower, text_tower)
     tensors, config, source, where = open_weights(folder), humanomni_config(folder, *overrides), {}, str(folder)
@@ -104,22 +93,21 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
 
 def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | None = None, shapes=None,
                    stream=None) -> None:
-    """Writes a folder that `load_humanomni` and the released code read: released names, tied head left out.
-
-    `dtype` None keeps the model's. A sharded model is written from `shapes` and `stream` (sharding.save_model). Keys of
-    the config.json that the model came from are kept, the tokenizer files of its folder and text gate copied.
-    """
+    """Writes a folder that `load_humanomni` and the released code read, by default in the model's dtype. A sharded model
+    is written from `shapes` and `stream` (sharding.save_model). Keys of the config.json that the model came from are
+    kept, the tokenizer files of its folder and text gate copied."""
     folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     write_safetensors(folder / WEIGHTS, state, stream, dtype)
     origin, gate = model.source_folder, model.gate_folder
-    copies = [(Path(origin) / name, folder / name) for name in TEXT_FILES] if origin else []
-    copies += [(Path(gate) / "tokenizer.json", folder / "text_gate" / "tokenizer.json")] if gate else []
+    copies = [(Path(origin, name), folder / name) for name in TEXT_FILES] if origin else []
+    copies += [(Path(gate, "tokenizer.json"), folder / "text_gate" / "tokenizer.json")] if gate else []
     for old, new in copies:
         if old.exists() and old.resolve() != new.resolve():
             atomic_write(new, old.read_bytes())
-    write_json(folder / "towers.json", towers_json(model.config))
+    parts = zip(ALL_TOWERS, (model.config.vision, model.config.audio, model.config.gate))
+    write_json(folder / "towers.json", {tower.name: asdict(part) for tower, part in parts})
     stored_as = str(dtype or model.head_weight.dtype).removeprefix("torch.")
     config = config_json(model.config) | {"torch_dtype": stored_as}
     if "dtype" in config:  # transformers 5 reads this one
@@ -149,14 +137,16 @@ def humanomni_config(folder: Path, *overrides: str | None) -> HumanOmniConfig:
             sizes.append(TOWERS[place])
         else:
             file = resolve(place, weights=False) / "config.json"
-            sizes.append(read_part(tower.kind, read_object(file), str(file)))
+            own = read_object(file)
+            sizes.append(read_part(tower.kind, own.get("vision_config", own), str(file)))  # SigLIP's nests that half
     return read_humanomni(raw, *sizes, f"{folder}/config.json")
 
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
     """The folder or repository of a tower that the config.json `raw` of `folder` names. Configs in the wild hold paths
     of their authors' machines: one that is not here and ends in a known tower's name stands for that tower."""
-    name = str(raw.get(tower.key) or (BERT if tower.name == "text" else ""))
+    key = f"mm_{tower.name}_tower"
+    name = str(raw.get(key) or (BERT if tower.name == "text" else ""))
     if name and os.path.exists(os.path.join(name, "config.json")):
         return name
     place = re.sub(r".*/models--([\w.-]+)--([\w.-]+)/snapshots/\w+$", r"\1/\2", name.rstrip("/"))  # the hub's cache
@@ -165,11 +155,8 @@ def tower_place(raw: dict, tower: Tower, folder: Path) -> str:
     for repository in TOWERS:
         if place.split("/")[-1] == repository.split("/")[1]:
             return repository
-    raise CheckpointError(f"{folder}/config.json: {tower.key} is {name[:200]!r}, which is not here; name the tower's "
-                          f"folder or repository by --{tower.name}-tower")
-
-
-# ---- the verifier ---------------------------------------------------------------------------------------------------
+    raise CheckpointError(f"{folder}/config.json: {key} is {name[:200]!r}, which is not here; name the tower's folder "
+                          f"or repository by --{tower.name}-tower")
 
 
 def load_erv(folder_or_repo: str | Path) -> RobertaClassifier:
@@ -183,12 +170,9 @@ def load_erv(folder_or_repo: str | Path) -> RobertaClassifier:
     return use_onednn(model).eval()
 
 
-def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:
-    """Writes a verifier as Hugging Face's RobertaForSequenceClassification; `labels` name its outputs in order. The
-    caller puts tokenizer.json beside it."""
-    folder, labels = Path(folder), list(labels)
-    if len(labels) != model.config.num_labels:
-        raise CheckpointError(f"{folder}: {len(labels)} labels for a verifier of {model.config.num_labels} outputs")
+def save_erv(model: RobertaClassifier, folder: str | Path, labels: Sequence[str]) -> None:
+    """Writes a verifier as Hugging Face's RobertaForSequenceClassification; `labels` name its outputs in order."""
+    folder = Path(folder)
     sizes = {k: v for k, v in asdict(model.config).items() if k not in ("num_labels", "roberta")}
     write_safetensors(folder / WEIGHTS, model.state_dict())
     write_json(folder / "config.json", sizes | {
@@ -196,7 +180,7 @@ def save_erv(model: RobertaClassifier, folder: str | Path, labels) -> None:
         "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "position_embedding_type": "absolute",
         "problem_type": "multi_label_classification", "bos_token_id": 0, "eos_token_id": 2,
         "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
-        "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch.")})
+        "torch_dtype": "float32"})
 
 
 def text_gate_folder(folder_or_repo: str | Path, revision: str | None = None, text_tower: str | None = None) -> Path:

@@ -2,20 +2,17 @@
 
 Field names are those of the released files. A released config.json describes the language model and the projector; the
 towers' sizes come from towers.json if a folder has one, else from the tower's own repository, or, for the known
-towers, from TOWERS below. Left out: the settings of the training stages (train/settings.py), which tower a checkpoint
-means (checkpoint.py).
+towers, from TOWERS below. Which tower a checkpoint means: checkpoint.py.
 """
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Literal, get_args
 
-from erv_min.base.errors import CheckpointError, SettingsError
+from erv_min.base.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """The language model."""
-
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -102,13 +99,12 @@ class HumanOmniConfig:
 
     @property
     def video_tokens(self) -> int:
-        """N_v: visual tokens of a clip of num_frames (the branches halve the patch grid, 7B's odd one upwards)."""
-        half = (self.vision.grid + 1) // 2
-        return self.num_frames * half * half
+        """N_v of a clip of num_frames: the branches halve the patch grid, 7B's odd one upwards."""
+        return self.num_frames * ((self.vision.grid + 1) // 2) ** 2
 
     @property
     def audio_tokens(self) -> int:
-        """N_a: audio tokens of a clip of full length (an average pool of 3 over the encoder's positions)."""
+        """N_a of a clip of full length: an average pool of 3 over the encoder's positions."""
         return self.audio.max_source_positions // 3
 
 
@@ -124,28 +120,23 @@ TOWERS = {
 
 
 def humanomni(name: str) -> HumanOmniConfig:
-    """The named model: "toy" (the embedded world), "0.5b" or "7b" (released). Raises SettingsError on another name."""
-    if name == "toy":
-        text = Qwen2Config(800, 96, 256, 3, 4, 2, max_position_embeddings=2048)
-        vision = SiglipConfig(48, 96, 3, 4, image_size=48, patch_size=12)
-        audio = WhisperConfig(48, 2, 4, 96, num_mel_bins=32, max_source_positions=50, classifier_proj_size=8)
-        gate = BertConfig(256, 32, 1, 2, 64, max_position_embeddings=160)
-        return HumanOmniConfig(text, vision, audio, gate, num_frames=4, gate_hidden_size=32)
-    if name not in ("0.5b", "7b"):
-        raise SettingsError(f"model {name!r} is unknown; choose toy, 0.5b or 7b")
+    """The named model: "toy" (the embedded world), "0.5b" or "7b" (released)."""
     siglip_base, siglip_so400m, whisper, bert = TOWERS.values()
     ids = {"eos_token_id": 151645, "bos_token_id": 151643, "pad_token_id": 151643}
-    if name == "0.5b":
-        return HumanOmniConfig(Qwen2Config(151936, 896, 4864, 24, 14, 2), siglip_base, whisper, bert, extra=ids)
-    text = Qwen2Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False)
-    return HumanOmniConfig(text, siglip_so400m, whisper, bert, "all_in_one", extra=ids)
+    return {
+        "toy": HumanOmniConfig(
+            Qwen2Config(800, 96, 256, 3, 4, 2, max_position_embeddings=2048),
+            SiglipConfig(48, 96, 3, 4, image_size=48, patch_size=12),
+            WhisperConfig(48, 2, 4, 96, num_mel_bins=32, max_source_positions=50, classifier_proj_size=8),
+            BertConfig(256, 32, 1, 2, 64, max_position_embeddings=160), num_frames=4, gate_hidden_size=32),
+        "0.5b": HumanOmniConfig(Qwen2Config(151936, 896, 4864, 24, 14, 2), siglip_base, whisper, bert, extra=ids),
+        "7b": HumanOmniConfig(Qwen2Config(152064, 3584, 18944, 28, 28, 4, tie_word_embeddings=False),
+                              siglip_so400m, whisper, bert, "all_in_one", extra=ids)}[name]
 
 
 def roberta(name: str, num_labels: int = 11) -> BertConfig:
-    """The verifier's encoder: "toy" or "base" (RoBERTa base). Raises SettingsError on another name."""
+    """The verifier's encoder: "toy" or "base" (RoBERTa base)."""
     sizes = {"toy": (512, 64, 2, 4, 128, 130), "base": (50265, 768, 12, 12, 3072, 514)}  # the last: positions
-    if name not in sizes:
-        raise SettingsError(f"verifier {name!r} is unknown; choose toy or base")
     return BertConfig(*sizes[name], type_vocab_size=1, layer_norm_eps=1e-5, num_labels=num_labels, roberta=True,
                       pad_token_id=1)
 
@@ -161,12 +152,8 @@ MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "nu
 
 def read_part(kind: type, values: dict, where: str, **given):
     """Builds the dataclass `kind` from a JSON object, in which null counts as absent and which may hold anything, since
-    it came with a checkpoint; `given` are fields that are taken as they are.
-
-    Raises CheckpointError naming `where` and the field that is missing, of another type or size, or not supported.
-    """
-    if kind is SiglipConfig and isinstance(values, dict):
-        values = values.get("vision_config", values)  # SigLIP's own repository nests the vision half
+    it came with a checkpoint; `given` are fields that are taken as they are. Raises CheckpointError naming `where` and
+    the field that is missing, of another type or size, or not supported."""
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
     found = {}
@@ -224,11 +211,8 @@ def read_qwen2(raw: dict, where: str) -> Qwen2Config:
 def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,
                    where: str) -> HumanOmniConfig:
     """A released config.json and the towers' sizes -> HumanOmniConfig; errors as `read_part`."""
-    text = read_qwen2(raw, where)
-    for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
-        if raw.get(key, width) != width:
-            raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
-    config = read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
+    config = read_part(HumanOmniConfig, raw, where, text=read_qwen2(raw, where), vision=vision, audio=audio, gate=gate,
+                       extra=raw)
     if vision.grid % 2 != (config.mm_projector_type == "all_in_one"):
         raise CheckpointError(f"{where}: mm_projector_type {config.mm_projector_type} does not fit a grid of "
                               f"{vision.grid} patches: all_in_one needs an odd one, all_in_one_small an even one")
@@ -248,8 +232,3 @@ def config_json(config: HumanOmniConfig) -> dict:
     if config.gate_hidden_size != 3584:  # our key: the released code has 3584 written into it
         own["gate_hidden_size"] = config.gate_hidden_size
     return released | config.extra | asdict(config.text) | own
-
-
-def towers_json(config: HumanOmniConfig) -> dict:
-    """The three towers' sizes as towers.json holds them."""
-    return {"vision": asdict(config.vision), "audio": asdict(config.audio), "text": asdict(config.gate)}

@@ -214,7 +214,7 @@ def test_a_checkpoints_own_tower_is_loaded_unless_overridden(folder, tmp_path):
     (None, "google-bert/bert-base-uncased")])
 def test_paths_of_the_authors_machines(name, repository):
     tower = ALL_TOWERS[["google", "openai", "google-bert"].index(repository.split("/")[0])]
-    assert tower_place({tower.key: name}, tower, SMALL) == repository and isinstance(TOWERS[repository], tower.kind)
+    assert tower_place({f"mm_{tower.name}_tower": name}, tower, SMALL) == repository and isinstance(TOWERS[repository], tower.kind)
 
 
 def test_a_tower_that_nobody_knows(folder):
@@ -226,7 +226,7 @@ def test_a_tower_that_nobody_knows(folder):
             load_humanomni(folder)
     for tower, name in zip(ALL_TOWERS, ("me/siglip-base-patch16-224", "openai/whisper-large-v3-turbo",
                                         "someone/bert-base-uncased-goemotions")):
-        assert tower_place({tower.key: name}, tower, SMALL) == name
+        assert tower_place({f"mm_{tower.name}_tower": name}, tower, SMALL) == name
     with pytest.raises(CheckpointError, match="google/siglip-base-patch16-224"):
         humanomni_config(SMALL, None, "google/siglip-base-patch16-224", None)  # which is no audio tower
 
@@ -309,7 +309,6 @@ def test_pickled_code_is_refused(folder):
     ("config.json", dict(num_attention_heads=5), "hidden_size 48 is no multiple of num_attention_heads 5"),
     ("config.json", dict(hidden_act="relu"), "hidden_act is 'relu'"),
     ("config.json", dict(mm_projector_type="stc"), "mm_projector_type is 'stc', what can be read is all_in_one_small or all_in_one"),
-    ("config.json", dict(mm_hidden_size=99), "mm_hidden_size is 99.*32"),
     ("config.json", dict(num_frames="8"), "config.json: num_frames is '8', what can be read is int"),
     ("config.json", dict(mm_projector_type="all_in_one"), "grid of 4 patches.*needs an odd one"),
     ("towers.json", dict(vision={"hidden_act": "quick_gelu"}), "towers.json, vision: hidden_act is 'quick_gelu'"),
@@ -417,8 +416,6 @@ def test_verifier_round_trip(tmp_path):
     change_json(tmp_path / "config.json", model_type="bert")
     with pytest.raises(CheckpointError, match="model_type is 'bert'"):
         load_erv(tmp_path)
-    with pytest.raises(CheckpointError, match="2 labels for a verifier of 3 outputs"):
-        save_erv(model, tmp_path, ["a", "b"])
 
 
 def test_verifier_without_its_head(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import GOLDEN
-from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.errors import DataError
 from erv_min.base.onednn import Linear, use_onednn
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
@@ -79,7 +79,7 @@ def test_splice_equals_a_loop_over_tokens(toy, seed):
 
 @torch.no_grad()
 def test_rows_of_any_modality_in_one_batch(toy):
-    """Both, video alone, audio alone, text alone and two videos, with questions of their own: each as if by itself."""
+    """Both, video alone, audio alone, text alone and two videos, each with its question: each row as if by itself."""
     video, audio = clips(4), clips(2, 1)
     video, audio = video[0], audio[1]
     rows = [[3, VIDEO, 4, AUDIO, 5], [VIDEO, 6], [7, 8, AUDIO], [9, 10, 11, 12], [VIDEO, 13, VIDEO]]
@@ -88,11 +88,12 @@ def test_rows_of_any_modality_in_one_batch(toy):
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])  # padded on the left
     keep = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    logits = toy(ids, video, audio, gate_ids, gate_mask, attention_mask=keep).logits
+    held = [0, 1, 4, 4]  # the rows of the four videos
+    logits = toy(ids, video, audio, gate_ids[held], gate_mask[held], attention_mask=keep).logits
     mine = [(video[:1], audio[:1]), (video[1:2], None), (None, audio[1:]), (None, None), (video[2:], None)]
     for b, (row, (v, a)) in enumerate(zip(rows, mine)):
-        real = gate_mask[b : b + 1].bool()
-        alone = toy(torch.tensor([row]), v, a, gate_ids[b : b + 1][real][None]).logits[0]
+        question = gate_ids[b][gate_mask[b].bool()][None]
+        alone = toy(torch.tensor([row]), v, a, question).logits[0]
         close(logits[b, : len(alone)], alone, 2e-6)
     assert len(alone) == 1 + 2 * toy.config.video_tokens == 33
 
@@ -107,18 +108,6 @@ def test_one_question_for_all_clips_and_a_clip_without_its_batch_dimension(toy):
     close(toy(ids[:1], video[0], audio[0], gate).logits, both[:1], 2e-6)
     with pytest.raises(DataError, match=r"vision_features has shape \[1, 4, 9, 48\].*16, 48"):
         toy.prompt_embeds(ids, torch.zeros(1, 4, 9, 48), gate_ids=gate)
-
-
-@torch.no_grad()
-def test_a_masked_video_takes_no_question(toy):
-    """Row 0's <video> is dropped, so that the one clip is row 1's, and is gated by row 1's question."""
-    ids, keep, gate = torch.tensor([[VIDEO, 5], [6, VIDEO]]), torch.tensor([[0, 1], [1, 1]]), torch.tensor([[7], [9]])
-    vision = toy.vision_features(clips(1)[0])
-    got = toy.prompt_embeds(ids, vision, None, gate, attention_mask=keep)
-    alone = toy.prompt_embeds(ids[1:], vision, None, gate[1:])
-    assert got.lengths.tolist() == [1, 1 + toy.config.video_tokens]
-    close(got.embeds[1], alone.embeds[0], 1e-6)
-    assert (toy.prompt_embeds(ids[1:], vision, None, gate[:1]).embeds - alone.embeds).abs().max() > 1e-5
 
 
 def test_what_the_released_sizes_leave_to_their_defaults():
@@ -207,8 +196,6 @@ def test_trainable_parts():
     freeze_except(model, PARTS)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if "audio_tower" in n} | unused_parameters(model)
-    with pytest.raises(SettingsError, match="audio_tower.*choose from language_model"):
-        freeze_except(model, ["audio_tower"])
 
 
 def test_the_reference_is_a_frozen_copy_without_towers(toy):
@@ -306,7 +293,8 @@ def test_random_weights_have_the_spread_that_is_told():
         assert linear.weight.std().item() * linear.in_features**0.5 == pytest.approx(0.6, rel=0.05)
     assert model.vision_tower.embeddings["position_embedding"].weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (layer.input_layernorm.weight == 1).all() and (layer.self_attn.q_proj.bias == 0).all()
-    assert torch.equal(model.audio_tower.embed_positions.weight, sinusoids(50, 48))
+    positions = model.model.audio_tower["audio_tower"]["encoder"].embed_positions.weight
+    assert torch.equal(positions, sinusoids(50, 48))
 
 
 # ---- the pieces of the language model -------------------------------------------------------------------------------

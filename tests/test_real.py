@@ -25,7 +25,7 @@ from test_judge import good, serve  # noqa: E402, F401  (a fixture)
 
 from erv_min.train import start as stages  # noqa: F401
 from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: F401
-from erv_min.config import TOWERS, read_part, roberta, towers_json  # noqa: F401
+from erv_min.config import TOWERS, read_part, roberta  # noqa: F401
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
 from erv_min.base.errors import CheckpointError, DataError  # noqa: F401
 from erv_min.erv import Verifier  # noqa: F401
@@ -61,7 +61,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_every_released_repository_loads_by_its_name(hub, world, tmp_path, monkeypatch):  # noqa: F811
-    small = towers_json(load_humanomni(SMALL).config)
+    small = read_json(SMALL / "towers.json")
     for repo, part in zip(TOWERS, ("vision", "vision", "audio", "text")):  # known sizes, made tiny
         kind = next(tower.kind for tower in ALL_TOWERS if tower.name == part)
         monkeypatch.setitem(TOWERS, repo, read_part(kind, small[part], repo))

@@ -1,7 +1,5 @@
 """Weight files: safetensors or torch's .bin, one file or shards, read as views of the mapped files; safetensors are
-written, as a stream. So weights are never in memory twice. What the tensors mean is checkpoint.py's business. Left out:
-quantised weights, writing shards.
-"""
+written, as a stream. So weights are never in memory twice. Left out: quantised weights, writing shards."""
 
 import json
 import re
@@ -29,10 +27,8 @@ WRAPPERS = re.compile(r"^((module|base_model\.model|_orig_mod)\.)+|\b_(orig_mod|
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder's weight files by name, on the CPU; its bytes are read from the disk when it is used.
-
     Buffers are left out, and the names of what wrapped the model; TensorFlow's names of a layer norm (BERT's own
-    repository) become torch's.
-    """
+    repository) become torch's."""
     tensors = {}
     for file in weight_files(folder):
         for name, tensor in _tensors(file).items():
@@ -76,11 +72,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype: torch.dtype,
          device: str | torch.device, where: str) -> list[str]:
     """Puts copies of `tensors` into a model on the meta device; returns which of `may_miss` were absent (now zeros).
-
-    With `device` meta no byte is read: the model keeps shapes alone. A tied parameter goes by its first name; tying
-    again is the caller's. Raises CheckpointError with the missing, unknown and wrongly shaped tensors, or with the name
-    of one that is read and not finite.
-    """
+    With `device` meta no byte is read. A tied parameter goes by its first name; tying again is the caller's. Raises
+    CheckpointError with the missing, unknown and wrongly shaped tensors, or with one that is read and not finite."""
     expected = {k: p.shape for k, p in model.named_parameters()}
     absent = [k for k in expected if k not in tensors]
     problems = {"missing": [k for k in absent if k not in may_miss],
@@ -105,11 +98,9 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], may_miss: set[str], dtype
 
 def write_safetensors(path: Path, like: dict[str, Tensor], stream: Iterable[tuple[str, Tensor]] | None = None,
                       dtype: torch.dtype | None = None) -> int:
-    """Writes `path` whole or not at all, one tensor at a time: no second copy of the model exists, on GPU or CPU.
-
+    """Writes `path` whole or not at all, one tensor at a time, in its own type or `dtype`; returns the file's CRC-32.
     With `stream` the tensors come from there, in the order of `like`, which then gives names, shapes and types alone
-    (sharded models: one unit is whole at a time); `dtype` None keeps each one's own. Returns the CRC-32 of the file.
-    """
+    (sharded models: one unit is whole at a time)."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in like.items():
         kind, start = dtype or tensor.dtype, end

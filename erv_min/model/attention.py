@@ -25,7 +25,7 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, [B, M, K] and [B, K, N], summed and kept in the type of `out`: float32 for bfloat16 scores."""
+    """out = a @ b, [B, M, K] and [B, K, N], summed in the type of `out`: float32 for bfloat16 scores."""
     if a.dtype == out.dtype:
         out.copy_(a @ b)
     elif a.is_cuda and "dtype_out" in torch.ops.aten.bmm.overloads():  # from torch 2.8 on
@@ -35,14 +35,12 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class GroupCache:
-    """Keys and values while G completions of each of B prompts are sampled; the prompt's are held once, not G times.
-
-    Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph.
-    """
+    """Keys and values while G completions of each of B prompts are sampled, the prompt's held once, not G times.
+    Shapes are the same at each step (how far it is filled is a tensor), so that a step can be replayed as a graph."""
 
     def __init__(self, prefix: list, prefix_mask: Tensor, group_size: int, max_new_tokens: int):
-        """Empty, for N = `max_new_tokens`. `prefix`: keys and values of a prefill, per layer k, v: [B, KV, P, d];
-        prefix_mask [B, P] bool, False at padding."""
+        """Empty, for N = `max_new_tokens`. `prefix`: of a prefill, per layer k, v: [B, KV, P, d]; prefix_mask [B, P]
+        bool, False at padding."""
         batch, heads, _, width = prefix[0][0].shape
         shape = (batch, heads, group_size, max_new_tokens, width)  # [B, KV, G, N, d]
         self.own = [(v.new_zeros(shape), v.new_zeros(shape)) for _, v in prefix]  # zeros, since 0 * NaN is NaN
@@ -69,20 +67,16 @@ class GroupCache:
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, float("-inf"))[:, None, None]
 
     def attend(self, layer: int, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts.
-
-        `mask` is mask_of_step(), whose type the scores have. The H / KV query heads of a key head stand together; on
-        the prompt's keys those of all G rows do, so that these keys are read once.
-        """
+        """One query per row, q [B * G, H, 1, d], against prompt and own keys: one softmax over both parts, in the type
+        of `mask`, mask_of_step(). The query heads of a key head stand together; on the prompt's keys those of all G
+        rows do, so that these keys are read once."""
         batch, heads, group_size, _, width = self.own[layer][0].shape
         q, k, v = (x.to(v.dtype).view(batch, group_size, heads, -1, width).transpose(1, 2) for x in (q, k, v))
         for store, new in zip(self.own[layer], (k, v)):
             store.index_copy_(3, self.length, new)
         prefix_k, prefix_v = (x.flatten(0, 1) for x in self.prefix[layer])  # [B * KV, P, d]
         own_k, own_v = (x.flatten(0, 2)[:, : self.window] for x in self.own[layer])  # [B * KV * G, W, d]
-
-        length = prefix_k.shape[1]
-        q = q.reshape(batch * heads, -1, width)  # [B * KV, G * H / KV, d]
+        q, length = q.reshape(batch * heads, -1, width), prefix_k.shape[1]  # [B * KV, G * H / KV, d]
         scores = torch.empty(*q.shape[:2], mask.shape[-1], dtype=mask.dtype, device=q.device)
 
         def by_row(x: Tensor) -> Tensor:  # [B * KV, G * H / KV, _] -> [B * KV * G, H / KV, _]
@@ -93,15 +87,14 @@ class GroupCache:
         scores = torch.add(mask, scores.unflatten(0, (batch, heads)), alpha=width**-0.5)
         weights = scores.softmax(-1).to(v.dtype).flatten(0, 1)
         out = by_row(weights[..., :length] @ prefix_v).baddbmm_(by_row(weights)[..., length:], own_v)
-        out = out.view(batch, heads, group_size, -1, width)
-        return out.transpose(1, 2).reshape(batch * group_size, -1, 1, width)
+        return out.view(batch, heads, group_size, -1, width).transpose(1, 2).reshape(batch * group_size, -1, 1, width)
 
 
 @dataclass
 class PackedGroups:
-    """R = B * G completions in training, on the keys of their prompts, which are held once and get the sum of their
-    gradients. Their N tokens stand one after the other, without padding: all but attention works on that form. A token
-    sees its prompt, itself and what its completion has before it:
+    """R = B * G completions in training, on the keys of their prompts, which are held once. Their N tokens stand one
+    after the other, without padding: all but attention works on that form. A token sees its prompt, itself and what its
+    completion has before it:
 
         two completions of 2 and 3 tokens on a prompt of P = 3, packed: a1 a2 b1 b2 b3
                     a1: P P P a1          a2: P P P a1 a2
@@ -138,10 +131,8 @@ class PackedGroups:
         return x.new_zeros(rows * length, *x.shape[2:]).index_copy(0, self.places, x[0]).unflatten(0, self.shape)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Packed queries, q [1, H, N, d], look at their prompt's keys and at their own. N and T may be 0.
-
-        The H / KV query heads of a key head are folded into the query's length, so that no key is repeated for them.
-        """
+        """Packed queries, q [1, H, N, d], look at their prompt's keys and at their own. N and T may be 0. The query
+        heads of a key head are folded into the query's length, so that no key is repeated for them."""
         def on_prompt(prompt: Tensor, own: Tensor) -> Tensor:  # [B, KV, P, d], [R, KV, T, d] -> [R, KV, P + T, d]
             own = own.unflatten(0, (len(prompt), -1))
             return torch.cat([prompt[:, None].expand(-1, own.shape[1], -1, -1, -1), own], 3).flatten(0, 1)

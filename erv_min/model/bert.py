@@ -1,8 +1,7 @@
 """BERT and RoBERTa: one encoder that serves the text gate (section 3.1) and the ERV (section 3.2).
 
-What differs between the two is in the embeddings and the head. BERT numbers positions 0, 1, 2, ...; RoBERTa counts them
-over non-padding tokens only, starting after pad_token_id. Both are post-norm with exact GELU. Module names follow the
-released checkpoints. Left out: cross attention, decoding, LM heads, a second token type.
+BERT numbers positions 0, 1, 2, ...; RoBERTa counts them over non-padding tokens only, starting after pad_token_id. Both
+are post-norm with exact GELU. Left out: cross attention, decoding, LM heads, a second token type.
 """
 
 import torch

@@ -42,10 +42,8 @@ class Prompts:
 
 @dataclass
 class Output:
-    """`loss`: next-token cross entropy, mean over label tokens, None without labels. `logits` [B, L', V]."""
-
-    loss: Tensor | None
-    logits: Tensor
+    loss: Tensor | None  # next-token cross entropy, mean over label tokens; None without labels
+    logits: Tensor  # [B, L', V]
 
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -60,8 +58,8 @@ class HumanOmni(nn.Module):
     """The whole model. Inputs of its methods may lie on another device or in another dtype: they are moved. One that
     does not fit is a DataError that names it.
 
-    The released names put towers and projectors under `model.`, beside the language model's own `model.layers`. So the
-    language model is built first, whatever its class, and they are registered on it.
+    The released names put towers and projectors under `model.`, beside the language model's own `model.layers`: they
+    are registered on it, whatever its class.
     """
 
     def __init__(self, config: HumanOmniConfig):
@@ -94,10 +92,6 @@ class HumanOmni(nn.Module):
         return self.model.vision_tower["vision_tower"]["vision_model"]
 
     @property
-    def audio_tower(self) -> WhisperEncoder:
-        return self.model.audio_tower["audio_tower"]["encoder"]
-
-    @property
     def language_model(self) -> Qwen2:
         return self.model
 
@@ -106,8 +100,8 @@ class HumanOmni(nn.Module):
         return self.lm_head.weight  # [V, D]
 
     def _input(self, name: str, x: Tensor, *sizes: int | range | str) -> Tensor:
-        """`x` as the model takes it: on its device, floating point in its dtype, one clip alone as a batch of one.
-        `sizes`: of each dimension its one size, the range of its sizes, or a name if any will do."""
+        """`x` on the model's device, floating point in its dtype, one clip alone as a batch of one. `sizes`: of each
+        dimension its one size, the range of its sizes, or a name if any will do."""
         if sizes[0] == "clips" and x.dim() == len(sizes) - 1:
             x = x[None]
         fits = [n == size or isinstance(size, str) or isinstance(size, range) and n in size
@@ -117,8 +111,6 @@ class HumanOmni(nn.Module):
             raise DataError(f"{name} has shape {list(x.shape)}, the model takes [{takes}]")
         weight = self.model.embed_tokens.weight
         return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
-
-    # ---- towers: once per clip --------------------------------------------------------------------------------------
 
     def vision_features(self, video: Tensor) -> Tensor:
         """The vision tower alone. video [B, T, 3, S, S] or [T, 3, S, S] in [-1, 1] -> [B, T, N, C]."""
@@ -130,9 +122,8 @@ class HumanOmni(nn.Module):
         """The audio tower and its average pool. audio [B, mels, F] or [mels, F], log-mel -> [B, F / 2 // 3, C]."""
         sizes = self.config.audio
         audio = self._input("audio", audio, "clips", sizes.num_mel_bins, range(5, 2 * sizes.max_source_positions + 1))
-        return F.avg_pool1d(self.audio_tower(audio).transpose(1, 2), kernel_size=3, stride=3).transpose(1, 2)
-
-    # ---- projectors: once per clip and question ---------------------------------------------------------------------
+        heard = self.model.audio_tower["audio_tower"]["encoder"](audio)  # [B, F / 2, C]
+        return F.avg_pool1d(heard.transpose(1, 2), kernel_size=3, stride=3).transpose(1, 2)
 
     def gate_weights(self, gate_ids: Tensor, gate_mask: Tensor | None = None) -> Tensor:
         """softmax(MLP(BERT [CLS])): weights of the branches video, body, face. gate_ids, gate_mask [B, Q] (1 at real
@@ -167,34 +158,32 @@ class HumanOmni(nn.Module):
         """audio [B, mels, F] -> audio tokens [B, N_a, D]."""
         return self.project_audio(self.audio_features(audio))
 
-    # ---- the prompt and the language model --------------------------------------------------------------------------
-
     def splice(self, input_ids: Tensor, video_embeds: Tensor | None = None, audio_embeds: Tensor | None = None,
                labels: Tensor | None = None, attention_mask: Tensor | None = None) -> Prompts:
         """X_m = Concat(X_v, X_a, X_p) of Eq. 1: modality tokens in the place of -201 and -202, text embeddings around.
 
-        input_ids, labels, attention_mask [B, L]; video_embeds [clips, N_v, D], audio_embeds [clips, N_a, D], the i-th
-        placeholder of the batch (row by row) taking the i-th clip, so that rows may differ in modality. Positions whose
-        attention_mask is 0 are dropped; labels are -100 at modality tokens and padding. Raises DataError if
-        placeholders and clips differ in number, or an id is outside the vocabulary.
+        input_ids, labels, attention_mask [B, L]; video_embeds [clips, N_v, D], audio_embeds [clips, N_a, D]. The i-th
+        placeholder of the batch (row by row) takes the i-th clip. Positions whose attention_mask is 0 are dropped;
+        labels are -100 at modality tokens and padding.
         """
         ids, vocabulary = self._input("input_ids", input_ids, "rows", "tokens"), self.config.text.vocab_size
         keep = torch.ones_like(ids) if attention_mask is None else attention_mask
         keep = self._input("attention_mask", keep, *ids.shape).bool()
-        clips = (("video", VIDEO, video_embeds), ("audio", AUDIO, audio_embeds))
-        counts = keep.long()  # of each id: how many positions of X_m it takes
-        foreign, held = keep & ((ids < 0) | (ids >= vocabulary)), []
-        for _, placeholder, embeds in clips:
+        none = self.head_weight.new_zeros(0, 0, self.config.text.hidden_size)
+        clips = [("video", VIDEO, none if video_embeds is None else video_embeds),
+                 ("audio", AUDIO, none if audio_embeds is None else audio_embeds)]
+        counts, foreign, held = keep.long(), keep & ((ids < 0) | (ids >= vocabulary)), []
+        for _, placeholder, tokens in clips:
             here = keep & (ids == placeholder)
-            counts = counts.masked_fill(here, 0 if embeds is None else embeds.shape[1])
+            counts = counts.masked_fill(here, tokens.shape[1])  # how many positions of X_m an id takes
             foreign = foreign & ~here
             held.append(here.sum())
         lengths = counts.sum(1)
         # All that is asked of the device, in one transfer.
         *held, errors, total, longest = torch.stack([*held, foreign.sum(), lengths.sum(), lengths.max()]).tolist()
-        for (name, placeholder, embeds), wanted in zip(clips, held):
-            if wanted != (given := 0 if embeds is None else len(embeds)):
-                raise DataError(f"input_ids holds {wanted} <{name}> ({placeholder}), but {name} holds {given} clips")
+        for (name, placeholder, tokens), wanted in zip(clips, held):
+            if wanted != len(tokens):
+                raise DataError(f"input_ids holds {wanted} <{name}> ({placeholder}), but {name} holds {len(tokens)}")
         if errors:
             raise DataError(f"input_ids holds {ids[foreign][0]}: neither {VIDEO} nor {AUDIO} nor one of the "
                             f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
@@ -205,13 +194,12 @@ class HumanOmni(nn.Module):
             repeated = x.flatten().repeat_interleave(counts.flatten(), output_size=total)
             return x.new_full(mask.shape, IGNORE).masked_scatter(mask, repeated)
 
-        tokens = expand(ids)  # an id of the vocabulary, VIDEO, AUDIO, or IGNORE at padding
-        words = self.language_model.embed_tokens(tokens[tokens >= 0])
+        expanded = expand(ids)  # an id of the vocabulary, VIDEO, AUDIO, or IGNORE at padding
+        words = self.language_model.embed_tokens(expanded[expanded >= 0])
         embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
-        embeds[tokens >= 0] = words
-        for _, placeholder, clip_embeds in clips:
-            if clip_embeds is not None:
-                embeds[tokens == placeholder] = clip_embeds.flatten(0, 1).to(words)
+        embeds[expanded >= 0] = words
+        for _, placeholder, tokens in clips:
+            embeds[expanded == placeholder] = tokens.flatten(0, 1).to(words)
         if labels is not None:
             labels = expand(self._input("labels", labels, *ids.shape).masked_fill(ids < 0, IGNORE))
         return Prompts(embeds, mask, labels)
@@ -221,10 +209,6 @@ class HumanOmni(nn.Module):
                       attention_mask: Tensor | None = None) -> Prompts:
         """All between towers and language model: their features `vision` [clips, T, N, C] and `audio` [clips, N_a, C],
         projected and spliced into the text. The other arguments as `forward`'s."""
-        if vision is not None and gate_ids is not None and len(gate_ids) == len(input_ids) > 1:
-            held = input_ids == VIDEO if attention_mask is None else (input_ids == VIDEO) & attention_mask.bool()
-            rows = held.nonzero()[:, 0].to(gate_ids.device)  # each row's question gates its videos
-            gate_ids, gate_mask = gate_ids[rows], None if gate_mask is None else gate_mask[rows]
         video_embeds = None if vision is None else self.project_video(vision, gate_ids, gate_mask)
         audio_embeds = None if audio is None else self.project_audio(audio)
         return self.splice(input_ids, video_embeds, audio_embeds, labels, attention_mask)
@@ -235,8 +219,8 @@ class HumanOmni(nn.Module):
         """Logits at every position after splicing, and the loss of Eq. 2 (mean) if labels are given.
 
         input_ids [B, L] with -201 / -202; video [clips, T, 3, S, S] and audio [clips, mels, F]; gate_ids, gate_mask
-        [B, Q], one row per row of input_ids, or [clips, Q], or [1, Q]; labels [B, L] with -100 at positions without
-        loss; attention_mask [B, L]. Raises DataError on labels without a single target.
+        [videos, Q], or [1, Q] if all have one question; labels [B, L] with -100 at positions without loss;
+        attention_mask [B, L].
         """
         vision = None if video is None else self.vision_features(video)
         audio = None if audio is None else self.audio_features(audio)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from erv_min.base.errors import SettingsError
 from erv_min.base.onednn import use_onednn
 from erv_min.config import HumanOmniConfig
 from erv_min.model.humanomni import HumanOmni
@@ -24,10 +23,7 @@ PARTS = {
 
 
 def freeze_except(model: HumanOmni, names: Iterable[str]) -> None:
-    """Makes exactly the parts `names` of table 8 trainable, without their unused parameters. Raises SettingsError on a
-    name that is not in PARTS."""
-    if unknown := [name for name in names if name not in PARTS]:
-        raise SettingsError(f"trainable part {unknown[0]!r} is unknown; choose from {', '.join(PARTS)}")
+    """Makes exactly the parts `names` of table 8 trainable, without their unused parameters."""
     prefixes, unused = tuple(prefix for name in names for prefix in PARTS[name]), unused_parameters(model)
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(prefixes) and name not in unused)
@@ -35,9 +31,9 @@ def freeze_except(model: HumanOmni, names: Iterable[str]) -> None:
 
 def unused_parameters(model: HumanOmni) -> set[str]:
     """Names of the parameters that no forward pass reads: they are loaded and saved, and never trained."""
-    siglip, whisper_classifier = model.vision_tower, model.model.audio_tower["audio_tower"]
+    siglip, whisper = model.vision_tower, model.model.audio_tower["audio_tower"]
     modules = (*siglip.encoder["layers"][siglip.layers_run :], siglip.post_layernorm, siglip.head,
-               whisper_classifier["projector"], whisper_classifier["classifier"], model.model.bert_model.pooler)
+               whisper["projector"], whisper["classifier"], model.model.bert_model.pooler)
     unused = {p for module in modules for p in module.parameters()}
     return {name for name, p in model.named_parameters() if p in unused}
 

@@ -78,14 +78,11 @@ class VisualProjector(nn.Module):
         x = self.get_submodule(f"s2_{branch}")(x.flatten(0, 1)).permute(0, 2, 3, 1)  # [B * T, h, w, D]
         return self.get_submodule(f"readout_{branch}")(x).unflatten(0, features.shape[:2])
 
-    def face(self, features: Tensor) -> Tensor:
-        """The face branch: [B, T, H, W, C] -> [B, T, ceil(H / 2), ceil(W / 2), D]."""
-        x = self.mlp_2xgelu_face(features).flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, D, H, W]
-        half = [(side + 1) // 2 for side in features.shape[2:4]]
-        x = F.interpolate(x, size=half, mode="bilinear", align_corners=False)
-        return x.permute(0, 2, 3, 1).unflatten(0, features.shape[:2])
-
     def forward(self, features: Tensor, gate: Tensor) -> Tensor:
         """features [B, T, H, W, C], gate [B, 3] (video, body, face; sums to 1) -> visual tokens [B, T * h * w, D]."""
-        branches = (self.convolve("video", features), self.convolve("body", features), self.face(features))
+        branches = [self.convolve("video", features), self.convolve("body", features)]
+        face = self.mlp_2xgelu_face(features).flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, D, H, W]
+        half = [(side + 1) // 2 for side in features.shape[2:4]]
+        face = F.interpolate(face, size=half, mode="bilinear", align_corners=False)
+        branches.append(face.permute(0, 2, 3, 1).unflatten(0, features.shape[:2]))
         return sum(w.view(-1, 1, 1) * x.flatten(1, 3) for w, x in zip(gate.unbind(1), branches))

@@ -1,8 +1,7 @@
 """The language model psi of Eq. 1: a Qwen2 decoder (arXiv 2407.10671) under its released tensor names.
 
-Grouped-query attention with bias on q, k, v and none on o; rotary positions in the half-split form;
-RMSNorm (arXiv 1910.07467); SwiGLU.
-A layer has one forward pass; what its queries look at is a function that it is given, one of the three of attention.py.
+Grouped-query attention with bias on q, k, v and none on o; rotary positions (arXiv 2104.09864); RMSNorm (arXiv
+1910.07467); SwiGLU. What a layer's queries look at is a function that it is given, one of the three of attention.py.
 Left out: sliding windows, attention dropout, rope scaling (no released checkpoint uses them).
 """
 
@@ -19,18 +18,11 @@ from erv_min.model.attention import GroupCache, PackedGroups, attend_causal
 
 
 def rotary(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, and sin with its first half negated, [B, 1, L, head_dim] for positions [B, L] (RoPE, arXiv 2104.09864),
-    computed in float32."""
+    """cos, and sin with its first half negated, [B, 1, L, head_dim] for positions [B, L], computed in float32."""
     inverse = theta ** -(torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
     angles = position_ids[:, None, :, None].float() * inverse  # [B, 1, L, head_dim / 2]
     angles = torch.cat([-angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates [B, H, L, head_dim] in the half-split form: dimension i pairs with i + head_dim / 2."""
-    cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -49,7 +41,9 @@ class Attention(nn.Module):
         """x [B, L, D] -> output [B, L, D] and this layer's k, v [B, KV, L, d]."""
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for f in (self.q_proj, self.k_proj, self.v_proj))  # [B, H, L, d], [B, KV, L, d] twice
-        q, k = rotate(torch.cat([q, k], 1), rope).split([q.shape[1], k.shape[1]], 1)
+        (cos, sin), x = rope, torch.cat([q, k], 1)
+        x = torch.addcmul(x * cos, x.roll(self.head_dim // 2, -1), sin)  # half-split: i pairs with i + head_dim / 2
+        q, k = x.split([q.shape[1], k.shape[1]], 1)
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(2)), k, v
 
 
@@ -83,8 +77,7 @@ class DecoderLayer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Embeddings, decoder layers and the final norm; the head belongs to the model around it. What another one must
-    have to take its place: README.md, "Another language model"."""
+    """Embeddings, decoder layers, final norm. Another model in its place: erv_min/README.md."""
 
     def __init__(self, config: Qwen2Config):
         super().__init__()
@@ -97,9 +90,7 @@ class Qwen2(nn.Module):
     def forward(self, inputs_embeds: Tensor, position_ids: Tensor | None = None, past: PackedGroups | None = None,
                 keep_kv: bool = False) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """[B, L, D] -> hidden states after the final norm [B, L, D], and per layer (k, v) [B, KV, L, d] if `keep_kv`.
-
-        position_ids [B, L] default to 0..L-1. With `past` embeddings, positions and result are packed, [1, N, D].
-        """
+        position_ids [B, L] default to 0..L-1. With `past` embeddings, positions and result are packed, [1, N, D]."""
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)

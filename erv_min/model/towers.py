@@ -35,9 +35,6 @@ class SelfAttention(nn.Module):
         return self.out_proj(multi_head(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads))  # [B, N, C]
 
 
-# ---- SigLIP ---------------------------------------------------------------------------------------------------------
-
-
 def mlp(width: int, inner: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(fc1=nn.Linear(width, inner), activation=nn.GELU(approximate="tanh"),
                                      fc2=nn.Linear(inner, width)))
@@ -81,9 +78,6 @@ class SiglipVision(nn.Module):
         for layer in self.encoder["layers"][: self.layers_run]:
             x = layer(x)
         return x
-
-
-# ---- Whisper --------------------------------------------------------------------------------------------------------
 
 
 class WhisperLayer(nn.Module):
