@@ -211,8 +211,11 @@ def read_qwen2(raw: dict, where: str) -> Qwen2Config:
 def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,
                    where: str) -> HumanOmniConfig:
     """A released config.json and the towers' sizes -> HumanOmniConfig; errors as `read_part`."""
-    config = read_part(HumanOmniConfig, raw, where, text=read_qwen2(raw, where), vision=vision, audio=audio, gate=gate,
-                       extra=raw)
+    text = read_qwen2(raw, where)
+    for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
+        if raw.get(key, width) != width:
+            raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
+    config = read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
     if vision.grid % 2 != (config.mm_projector_type == "all_in_one"):
         raise CheckpointError(f"{where}: mm_projector_type {config.mm_projector_type} does not fit a grid of "
                               f"{vision.grid} patches: all_in_one needs an odd one, all_in_one_small an even one")

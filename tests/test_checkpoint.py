@@ -309,6 +309,7 @@ def test_pickled_code_is_refused(folder):
     ("config.json", dict(num_attention_heads=5), "hidden_size 48 is no multiple of num_attention_heads 5"),
     ("config.json", dict(hidden_act="relu"), "hidden_act is 'relu'"),
     ("config.json", dict(mm_projector_type="stc"), "mm_projector_type is 'stc', what can be read is all_in_one_small or all_in_one"),
+    ("config.json", dict(mm_hidden_size=99), "mm_hidden_size is 99.*32"),
     ("config.json", dict(num_frames="8"), "config.json: num_frames is '8', what can be read is int"),
     ("config.json", dict(mm_projector_type="all_in_one"), "grid of 4 patches.*needs an odd one"),
     ("towers.json", dict(vision={"hidden_act": "quick_gelu"}), "towers.json, vision: hidden_act is 'quick_gelu'"),

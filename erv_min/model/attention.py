@@ -109,16 +109,14 @@ class PackedGroups:
     @classmethod
     def of(cls, prompt: list[tuple[Tensor, Tensor]], prompt_mask: Tensor, mask: Tensor, fold: int) -> "PackedGroups":
         """prompt_mask [B, P] and mask [R, T], bool, True at the tokens that are there; `fold` is H / KV."""
-        rows, length = mask.shape
-        whole = bool(prompt_mask.all())
-        on_prompt = prompt_mask[:1] if whole else prompt_mask.repeat_interleave(rows // len(prompt_mask), 0)
-        on_prompt = on_prompt[:, None, None].expand(-1, 1, length, -1)  # [1 or R, 1, T, P]
+        (rows, length), (batch, width) = mask.shape, prompt_mask.shape
+        on_prompt = prompt_mask[:1] if prompt_mask.all() else prompt_mask.repeat_interleave(rows // batch, 0)
         on_own = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        visible = torch.cat([on_prompt, on_own.expand(len(on_prompt), 1, -1, -1)], -1).repeat(1, 1, fold, 1)
         # In the type of v, which is the kernel's, and with rows of a multiple of 16: CUDA would copy others every time.
-        row = -(-visible.shape[-1] // 16) * 16
-        term = torch.zeros(*visible.shape[:-1], row, dtype=prompt[0][1].dtype, device=mask.device)
-        term = term[..., : visible.shape[-1]].masked_fill_(~visible, float("-inf"))
+        shape = (len(on_prompt), 1, fold * length, -(-(width + length) // 16) * 16)
+        term = torch.zeros(shape, dtype=prompt[0][1].dtype, device=mask.device)[..., : width + length]
+        term[..., :width].masked_fill_(~on_prompt[:, None, None], float("-inf"))
+        term[..., width:].masked_fill_(~on_own.repeat(fold, 1), float("-inf"))
         return cls(prompt, term, mask.shape, mask.flatten().nonzero()[:, 0])
 
     def pack(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from erv_min.base.errors import DataError
 from erv_min.config import AUDIO, VIDEO, HumanOmniConfig
@@ -48,10 +49,9 @@ class Output:
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of ids, right-padded with `value`: ids [B, L] int64, and mask [B, L] bool, True at what is no padding."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.long, device=device)
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(width, device=device) < lengths[:, None]
+    return ids.to(device), torch.arange(ids.shape[1], device=device) < lengths[:, None]
 
 
 class HumanOmni(nn.Module):

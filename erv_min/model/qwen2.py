@@ -96,11 +96,9 @@ class Qwen2(nn.Module):
         rope = rotary(position_ids, self.head_dim, self.rope_theta, inputs_embeds.dtype)
         x, kv = inputs_embeds, []
         for i, layer in enumerate(self.layers):
-            attend = attend_causal if past is None else partial(past.attend, i)
             if self.recompute and torch.is_grad_enabled():
-                x, k, v = checkpoint(layer, x, rope, attend, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, k, v = layer(x, rope, attend)
+                layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            x, k, v = layer(x, rope, attend_causal if past is None else partial(past.attend, i))
             if keep_kv:
                 kv.append((k.clone(), v))  # k is a view of what holds the rotated q, too
         return self.norm(x), kv
