@@ -141,8 +141,6 @@ def roberta(name: str, num_labels: int = 11) -> BertConfig:
                       pad_token_id=1)
 
 
-# ---- config.json and towers.json ------------------------------------------------------------------------------------
-
 LIMITS = {int: (1, 2**24), float: (0, 1e30), bool: (False, True), "num_hidden_layers": (1, 1000),
           "encoder_layers": (1, 1000), "mm_vision_select_layer": (-1000, -1), "pad_token_id": (0, 2**24),
           "num_labels": (0, 2**24)}  # by field, else by type

@@ -107,7 +107,7 @@ class HumanOmni(nn.Module):
         fits = [n == size or isinstance(size, str) or isinstance(size, range) and n in size
                 for n, size in zip(x.shape, sizes)]
         if x.dim() != len(sizes) or not all(fits):
-            takes = ", ".join(f"{x[0]} to {x[-1]}" if isinstance(x, range) else str(x) for x in sizes)
+            takes = ", ".join(f"{n[0]} to {n[-1]}" if isinstance(n, range) else str(n) for n in sizes)
             raise DataError(f"{name} has shape {list(x.shape)}, the model takes [{takes}]")
         weight = self.model.embed_tokens.weight
         return x.to(weight.device, weight.dtype if x.is_floating_point() else x.dtype)
