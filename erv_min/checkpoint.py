@@ -93,9 +93,9 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
 
 def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | None = None, shapes=None,
                    stream=None) -> None:
-    """Writes a folder that `load_humanomni` and the released code read, by default in the model's dtype. A sharded model
-    is written from `shapes` and `stream` (sharding.save_model). Keys of the config.json that the model came from are
-    kept, the tokenizer files of its folder and text gate copied."""
+    """Writes a folder that `load_humanomni` and the released code read, by default in the model's dtype. A sharded
+    model is written from `shapes` and `stream` (sharding.save_model). Keys of the config.json that the model came from
+    are kept, the tokenizer files of its folder and text gate copied."""
     folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:
         state.pop("lm_head.weight", None)
