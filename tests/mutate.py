@@ -310,6 +310,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/config.py", "num_frames: int = 8", "num_frames: int = 16", "test_model.py"),
     ("erv_min/erv.py", "(stop + 1 - start) > token_budget", "(stop - start) > token_budget", "test_erv.py"),
     ("erv_min/model/humanomni.py", "masked_fill(ids < 0, IGNORE)", "masked_fill(ids < -201, IGNORE)", EQ1),
+    ("erv_min/model/humanomni.py", "attention_mask.bool()", "True", "test_model.py"),
     ("erv_min/model/parameters.py", "0.6 * module.in_features", "0.06 * module.in_features", "test_model.py"),
     ("erv_min/model/attention.py", "cat([self.prefix_mask,", "cat([~self.prefix_mask,", "test_generate.py"),
     ("erv_min/model/attention.py", "self.prefix = [(k[prompts], v[prompts])", "self.prefix = [(k[prompts], v[-prompts])",

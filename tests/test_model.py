@@ -79,7 +79,7 @@ def test_splice_equals_a_loop_over_tokens(toy, seed):
 
 @torch.no_grad()
 def test_rows_of_any_modality_in_one_batch(toy):
-    """Both, video alone, audio alone, text alone and two videos, each with its question: each row as if by itself."""
+    """Both, video alone, audio alone, text alone and two videos, with questions of their own: each as if by itself."""
     video, audio = clips(4), clips(2, 1)
     video, audio = video[0], audio[1]
     rows = [[3, VIDEO, 4, AUDIO, 5], [VIDEO, 6], [7, 8, AUDIO], [9, 10, 11, 12], [VIDEO, 13, VIDEO]]
@@ -88,8 +88,7 @@ def test_rows_of_any_modality_in_one_batch(toy):
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])  # padded on the left
     keep = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    held = [0, 1, 4, 4]  # the rows of the four videos
-    logits = toy(ids, video, audio, gate_ids[held], gate_mask[held], attention_mask=keep).logits
+    logits = toy(ids, video, audio, gate_ids, gate_mask, attention_mask=keep).logits
     mine = [(video[:1], audio[:1]), (video[1:2], None), (None, audio[1:]), (None, None), (video[2:], None)]
     for b, (row, (v, a)) in enumerate(zip(rows, mine)):
         question = gate_ids[b][gate_mask[b].bool()][None]
@@ -108,6 +107,18 @@ def test_one_question_for_all_clips_and_a_clip_without_its_batch_dimension(toy):
     close(toy(ids[:1], video[0], audio[0], gate).logits, both[:1], 2e-6)
     with pytest.raises(DataError, match=r"vision_features has shape \[1, 4, 9, 48\].*16, 48"):
         toy.prompt_embeds(ids, torch.zeros(1, 4, 9, 48), gate_ids=gate)
+
+
+@torch.no_grad()
+def test_a_masked_video_takes_no_question(toy):
+    """Row 0's <video> is dropped, so that the one clip is row 1's, and is gated by row 1's question."""
+    ids, keep, gate = torch.tensor([[VIDEO, 5], [6, VIDEO]]), torch.tensor([[0, 1], [1, 1]]), torch.tensor([[7], [9]])
+    vision = toy.vision_features(clips(1)[0])
+    got = toy.prompt_embeds(ids, vision, None, gate, attention_mask=keep)
+    alone = toy.prompt_embeds(ids[1:], vision, None, gate[1:])
+    assert got.lengths.tolist() == [1, 1 + toy.config.video_tokens]
+    close(got.embeds[1], alone.embeds[0], 1e-6)
+    assert (toy.prompt_embeds(ids[1:], vision, None, gate[:1]).embeds - alone.embeds).abs().max() > 1e-5
 
 
 def test_what_the_released_sizes_leave_to_their_defaults():

@@ -54,6 +54,29 @@ def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
     return ids.to(device), torch.arange(ids.shape[1], device=device) < lengths[:, None]
 
 
+def positions_per_id(ids: Tensor, keep: Tensor, clips: dict[int, Tensor], vocabulary: int) -> tuple[Tensor, int, int]:
+    """How many positions of X_m each id takes, [B, L]: a word 1, a placeholder the tokens of its clip, a dropped id 0;
+    the sum of all, and that of the longest row. ids, keep (False: dropped) [B, L]; clips: placeholder -> [clips, N, D].
+
+    Raises DataError if placeholders and clips differ in number, or an id is outside the vocabulary."""
+    counts, foreign, held = keep.long(), keep & ((ids < 0) | (ids >= vocabulary)), []
+    for placeholder, tokens in clips.items():
+        here = keep & (ids == placeholder)
+        counts, foreign = counts.masked_fill(here, tokens.shape[1]), foreign & ~here
+        held.append(here.sum())
+    lengths = counts.sum(1)
+    # All that is asked of the device, in one transfer.
+    *held, errors, total, longest = torch.stack([*held, foreign.sum(), lengths.sum(), lengths.max()]).tolist()
+    for placeholder, tokens, wanted in zip(clips, clips.values(), held):
+        if wanted != len(tokens):
+            name = "video" if placeholder == VIDEO else "audio"
+            raise DataError(f"input_ids holds {wanted} <{name}> ({placeholder}), but {name} holds {len(tokens)} clips")
+    if errors:
+        raise DataError(f"input_ids holds {ids[foreign][0]}: neither {VIDEO} nor {AUDIO} nor one of the vocabulary's "
+                        f"{vocabulary} ids (another model's tokenizer?)")
+    return counts, total, longest
+
+
 class HumanOmni(nn.Module):
     """The whole model. Inputs of its methods may lie on another device or in another dtype: they are moved. One that
     does not fit is a DataError that names it.
@@ -166,28 +189,14 @@ class HumanOmni(nn.Module):
         placeholder of the batch (row by row) takes the i-th clip. Positions whose attention_mask is 0 are dropped;
         labels are -100 at modality tokens and padding.
         """
-        ids, vocabulary = self._input("input_ids", input_ids, "rows", "tokens"), self.config.text.vocab_size
+        ids = self._input("input_ids", input_ids, "rows", "tokens")
         keep = torch.ones_like(ids) if attention_mask is None else attention_mask
         keep = self._input("attention_mask", keep, *ids.shape).bool()
         none = self.head_weight.new_zeros(0, 0, self.config.text.hidden_size)
-        clips = [("video", VIDEO, none if video_embeds is None else video_embeds),
-                 ("audio", AUDIO, none if audio_embeds is None else audio_embeds)]
-        counts, foreign, held = keep.long(), keep & ((ids < 0) | (ids >= vocabulary)), []
-        for _, placeholder, tokens in clips:
-            here = keep & (ids == placeholder)
-            counts = counts.masked_fill(here, tokens.shape[1])  # how many positions of X_m an id takes
-            foreign = foreign & ~here
-            held.append(here.sum())
-        lengths = counts.sum(1)
-        # All that is asked of the device, in one transfer.
-        *held, errors, total, longest = torch.stack([*held, foreign.sum(), lengths.sum(), lengths.max()]).tolist()
-        for (name, placeholder, tokens), wanted in zip(clips, held):
-            if wanted != len(tokens):
-                raise DataError(f"input_ids holds {wanted} <{name}> ({placeholder}), but {name} holds {len(tokens)}")
-        if errors:
-            raise DataError(f"input_ids holds {ids[foreign][0]}: neither {VIDEO} nor {AUDIO} nor one of the "
-                            f"vocabulary's {vocabulary} ids (another model's tokenizer?)")
-        mask = torch.arange(longest, device=ids.device) < lengths[:, None]  # [B, L']
+        clips = {VIDEO: none if video_embeds is None else video_embeds,
+                 AUDIO: none if audio_embeds is None else audio_embeds}
+        counts, total, longest = positions_per_id(ids, keep, clips, self.config.text.vocab_size)
+        mask = torch.arange(longest, device=ids.device) < counts.sum(1)[:, None]  # [B, L']
 
         def expand(x: Tensor) -> Tensor:
             """Each position `counts` times: [B, L] -> [B, L']."""
@@ -198,7 +207,7 @@ class HumanOmni(nn.Module):
         words = self.language_model.embed_tokens(expanded[expanded >= 0])
         embeds = words.new_zeros(*mask.shape, words.shape[-1])  # [B, L', D]
         embeds[expanded >= 0] = words
-        for _, placeholder, tokens in clips:
+        for placeholder, tokens in clips.items():
             embeds[expanded == placeholder] = tokens.flatten(0, 1).to(words)
         if labels is not None:
             labels = expand(self._input("labels", labels, *ids.shape).masked_fill(ids < 0, IGNORE))
@@ -209,6 +218,10 @@ class HumanOmni(nn.Module):
                       attention_mask: Tensor | None = None) -> Prompts:
         """All between towers and language model: their features `vision` [clips, T, N, C] and `audio` [clips, N_a, C],
         projected and spliced into the text. The other arguments as `forward`'s."""
+        if vision is not None and gate_ids is not None and len(gate_ids) == len(input_ids) > 1:
+            held = input_ids == VIDEO if attention_mask is None else (input_ids == VIDEO) & attention_mask.bool()
+            rows = held.nonzero()[:, 0].to(gate_ids.device)  # each row's question gates its videos
+            gate_ids, gate_mask = gate_ids[rows], None if gate_mask is None else gate_mask[rows]
         video_embeds = None if vision is None else self.project_video(vision, gate_ids, gate_mask)
         audio_embeds = None if audio is None else self.project_audio(audio)
         return self.splice(input_ids, video_embeds, audio_embeds, labels, attention_mask)
@@ -219,8 +232,8 @@ class HumanOmni(nn.Module):
         """Logits at every position after splicing, and the loss of Eq. 2 (mean) if labels are given.
 
         input_ids [B, L] with -201 / -202; video [clips, T, 3, S, S] and audio [clips, mels, F]; gate_ids, gate_mask
-        [videos, Q], or [1, Q] if all have one question; labels [B, L] with -100 at positions without loss;
-        attention_mask [B, L].
+        [B, Q], one row per row of input_ids, or [clips, Q], or [1, Q]; labels [B, L] with -100 at positions without
+        loss; attention_mask [B, L].
         """
         vision = None if video is None else self.vision_features(video)
         audio = None if audio is None else self.audio_features(audio)
