@@ -19,12 +19,12 @@ from itertools import combinations
 from pathlib import Path
 
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
-from erv_min.base.errors import DataError, SettingsError
+from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, write_json, write_jsonl
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, part, run_script
 from erv_min.data.comparisons import agreement, moved, next_with_another
-from erv_min.data.examples import check_clips, load_examples, summary
+from erv_min.data.examples import check_clips, load_examples, summary, too_many
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, bootstrap, read_prediction, score, table
@@ -65,9 +65,8 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
     examples = load_examples(settings.data, settings.split)[: settings.limit or None] if settings.data else []
     if settings.predictions:
         rows, lost = read_predictions(settings.predictions, examples)
-        if len(lost["missing"]) > settings.allow_missing * len(examples):
-            raise DataError(f"{settings.predictions}: no prediction for {len(lost['missing'])} of {len(examples)} "
-                            f"clips, the first: {lost['missing'][0]}; give the same split, or --allow-missing")
+        too_many(len(lost["missing"]), len(examples), settings.allow_missing, "".join(lost["missing"][:1]),
+                 "have no prediction (of the same --split?)")
         return rows, lost | {"failed": []}
     if processes.main:
         print(summary(examples), flush=True)
@@ -77,10 +76,8 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
     rows, failed = predict_to_file(policy, found, processes, out, settings)
     there = {example.path for example in found}
     missing = [example.video_id for example in examples if example.path not in there]
-    if not rows or failed and len(missing) + len(failed) > settings.allow_missing * len(examples):
-        raise DataError(f"{len(failed)} of {len(examples)} clips could not be decoded ({out}/failed_clips.jsonl) and "
-                        f"{len(missing)} are missing, the first: {failed[0]}; if that is how it is, go on with "
-                        "--resume and a larger --allow-missing")
+    too_many(len(missing) + len(failed), len(examples), settings.allow_missing, "".join(failed[:1]),
+             f"are missing or cannot be decoded ({len(failed)}: {out}/failed_clips.jsonl; --resume goes on)")
     beside = {"missing": missing, "unknown": [], "failed": failed, "towers": policy.model.tower_source}
     if settings.think:
         beside["think"] = answers_again(policy, found, rows, processes, settings)
@@ -91,26 +88,23 @@ def answers_again(policy, examples: list, rows: list[dict], processes, settings:
     """Data set -> `comparisons.moved`: the answers after no explanation, or another clip's, against those after the own
     one, all written again the same way. Left out: clips without explanation or readable answer, or without another
     answer to exchange with."""
-    def answer(output: str, dataset: str) -> str | None:
-        return read_prediction(output, dataset, settings.rule)[1]
-
     results, kept, cut = {}, [], settings.think == "cut"
     clips = {(example.dataset, example.video_id): example for example in examples}
     for dataset, of_set in by_data_set(rows).items():
-        explained = [row for row in of_set if extract_explanation(row["output"]) and answer(row["output"], dataset)]
-        said = [answer(row["output"], dataset) for row in explained]
-        pairs = [(row, j) for row, j in zip(explained, next_with_another(said)) if cut or j is not None]
-        again = [clips[dataset, row["video_id"]] for row, _ in pairs]
-        own = [extract_explanation(row["output"]) for row, _ in pairs]
-        given = ["" if cut else extract_explanation(explained[j]["output"]) for _, j in pairs]
-        outputs = answers_after(policy, again + again, own + given, processes, settings)
-        answers = [answer(output, dataset) for output in outputs]
+        said = [(clips[dataset, row["video_id"]], extract_explanation(row["output"]),
+                 read_prediction(row["output"], dataset, settings.rule)[1]) for row in of_set]
+        said = [(clip, explanation, answer) for clip, explanation, answer in said if explanation and answer]
+        others = next_with_another([answer for *_, answer in said])
+        pairs = [(own, None if cut else said[j]) for own, j in zip(said, others) if cut or j is not None]
+        given = [own[1] for own, _ in pairs] + ["" if cut else other[1] for _, other in pairs]
+        outputs = answers_after(policy, 2 * [own[0] for own, _ in pairs], given, processes, settings)
+        answers = [read_prediction(output, dataset, settings.rule)[1] for output in outputs]
         before, after = answers[: len(pairs)], answers[len(pairs) :]
-        results[dataset] = moved(before, after, None if cut else [said[j] for _, j in pairs])
+        results[dataset] = moved(before, after, None if cut else [other[2] for _, other in pairs])
         results[dataset]["left_out"] = len(of_set) - len(pairs)
-        for (row, j), first, second in zip(pairs, before, after):
-            kept.append({"video_id": row["video_id"], "dataset": dataset, "answer": first,
-                         "answer_after_change": second, "explanation_of": None if cut else explained[j]["video_id"]})
+        kept += [{"video_id": own[0].video_id, "dataset": dataset, "answer": first, "answer_after_change": second,
+                  "explanation_of": None if cut else other[0].video_id}
+                 for (own, other), first, second in zip(pairs, before, after)]
     if processes.main:
         write_jsonl(Path(settings.out, "think.jsonl"), kept)
     return results
@@ -120,9 +114,8 @@ def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
     """Judge -> rows with its emotions. Without a judge: the emotions that the predictions bring, or none."""
     if not judges:
         return {"as in the file" if any("judged_emotion" in row for row in rows) else "no judge": rows}
-    result = {}
+    result = {name: [dict(row) for row in rows] for name in judges}
     for name, judge in judges.items():
-        result[name] = [{k: v for k, v in row.items() if k not in ("judged_emotion", "judge_status")} for row in rows]
         judge_rows(result[name], judge)
     return result
 
@@ -139,14 +132,10 @@ def figures(rows: list[dict], settings: EvaluateSettings) -> dict[str, dict]:
 
 def agreements_of(judged: dict[str, list[dict]]) -> dict[str, dict]:
     """Data set -> "A and B" -> agreement of two judges, the second as truth."""
-    found = {}
-    for (a, rows_a), (b, rows_b) in combinations(judged.items(), 2):
-        part_b = by_data_set(rows_b)
-        for dataset, some in by_data_set(rows_a).items():
-            said_a = [row["judged_emotion"] for row in some]
-            said_b = [row["judged_emotion"] for row in part_b[dataset]]
-            found.setdefault(dataset, {})[f"{a} and {b}"] = agreement(said_a, said_b)
-    return found
+    said = {judge: {dataset: [row["judged_emotion"] for row in some] for dataset, some in by_data_set(rows).items()}
+            for judge, rows in judged.items() if len(judged) > 1}
+    return {dataset: {f"{a} and {b}": agreement(said[a][dataset], said[b][dataset]) for a, b in combinations(said, 2)}
+            for dataset in next(iter(said.values()), {})}
 
 
 def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
@@ -159,15 +148,18 @@ def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
             for name in ("sentences", "formed", "face", "true face", "voice", "true voice")}
 
 
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def confusion_text(result: dict) -> str:
     """The confusion matrix, true labels in rows, predictions in columns; recall in percent at a row's end."""
     names = [*result["labels"], "unknown"]
     width = max(map(len, names)) + 1
-    lines = [" " * width + "".join(f"{name[:7]:>8}" for name in names) + f"{'recall':>8}"]
-    for name, row in zip(result["labels"], result["confusion"]):
-        recall = result["recall"][name]
+    lines = [" " * width + "".join(f"{name[:7]:>8}" for name in [*names, "recall"])]
+    for name, row in zip(names, result["confusion"]):
         lines.append(f"{name:{width}}" + "".join(f"{count:8d}" for count in row)
-                     + (f"{recall:8.2f}" if recall is not None else f"{'-':>8}"))
+                     + f"{shown(result['recall'][name], '.2f'):>8}")
     return "\n".join(lines)
 
 
@@ -175,30 +167,12 @@ def beside_the_figures(result: dict) -> str:
     """One system's intervals, how far its right answers hang together (section 6), and what could not be counted."""
     parts = []
     if "intervals" in result:
-        spans = [(name, *result["intervals"][name]) for name in COLUMNS if name in result["intervals"]]
-        parts.append("95% intervals over clips "
-                     + ", ".join(f"{name} {low:.1f} to {high:.1f}" for name, low, high in spans))
+        spans = ("{} {:.1f} to {:.1f}".format(x, *result["intervals"][x]) for x in COLUMNS if x in result["intervals"])
+        parts.append("95% intervals over clips " + ", ".join(spans))
     if result["FCR/WAR"] is not None:
         parts.append(f"right answers with an incoherent explanation (1 - FCR/WAR) {100 - result['FCR/WAR']:.2f}")
     return "; ".join([*parts, f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged "
                               f"outside the list, {result['judge_errors']} judge errors"])
-
-
-def agreement_text(pair: str, value: dict) -> str:
-    if not value["n"]:
-        return f"{pair}: no explanation has an emotion from both judges ({value['left_out']} left out)"
-    kappa = f"{value['kappa']:.3f}" if value["kappa"] is not None else "-"
-    return (f"{pair}: the judges agree on {value['accuracy']:.1%} of {value['n']} explanations, kappa {kappa} "
-            f"({value['left_out']} left out)")
-
-
-def think_text(value: dict) -> str:
-    if not value["n"]:
-        return f"no answer to write again ({value['left_out']} clips left out)"
-    after = "no explanation"
-    if "followed" in value:
-        after = f"another clip's explanation ({value['followed']:.1%} to its answer)"
-    return f"{value['moved']:.1%} of {value['n']} answers move after {after}; {value['left_out']} clips left out"
 
 
 def report(found: dict) -> str:
@@ -211,9 +185,15 @@ def report(found: dict) -> str:
         parts.append(f"{dataset}, {first['n']} clips (percent; judged by {', '.join(judges)})\n{table(scores)}")
         parts += [f"{system}: {beside_the_figures(result)}" for system, result in scores.items()]
         parts.append(confusion_text(first))
-        parts += [agreement_text(pair, value) for pair, value in found["agreement"].get(dataset, {}).items()]
+        parts += [f"{pair}: the judges agree on {shown(x['accuracy'], '.1%')} of {x['n']} explanations, kappa "
+                  f"{shown(x['kappa'], '.3f')} ({x['left_out']} left out)"
+                  for pair, x in found["agreement"].get(dataset, {}).items()]
         if "think" in found:
-            parts.append(think_text(found["think"][dataset]))
+            x = found["think"][dataset]
+            after = (f"another clip's explanation ({shown(x['followed'], '.1%')} to its answer)" if "followed" in x else
+                     "no explanation")
+            parts.append(f"{shown(x['moved'], '.1%')} of {x['n']} answers move after {after}; {x['left_out']} clips "
+                         "left out")
     if found["sentences"]:
         parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the "
                      "face, {:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(
@@ -228,12 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     given = vars(parser.parse_args(argv))
     specs = [spec.strip() for value in given.pop("judge") for spec in value.split(",")]
     settings = checked(parser, EvaluateSettings, {"out": "runs/evaluate", **given})
-    if bool(settings.model) == bool(settings.predictions):
-        raise SettingsError("give either --model (with --data) or --predictions")
+    if bool(settings.model) == bool(settings.predictions) or settings.model and not settings.data:
+        raise SettingsError("give either --model with --data (dfew:/path, toy:/world), or --predictions")
     if settings.predictions and (settings.without or settings.think):
         raise SettingsError("--without and --think need --model: given predictions are as they are")
-    if settings.model and not settings.data:
-        raise SettingsError("--model needs clips: --data dfew:/path or toy:/world")
     if not specs and settings.data.startswith("toy:"):
         specs = ["lexicon"]
     processes, out, judges = join_processes(settings.device), Path(settings.out), {}

@@ -29,17 +29,12 @@ def find_clips(names: list[str]) -> list[Path]:
     """Files, folders (of frames, or of clips, sorted) and lists (.txt, a path per line, relative to it) -> clips."""
     clips = []
     for path in map(Path, names):
-        if path.is_dir():
-            found = [path] if frame_files(path) else clips_in(path)
-            if not found:
-                raise DataError(f"{path}: no clip in it ({', '.join(CLIP_SUFFIXES)})")
-            clips += found
-        elif path.suffix == ".txt":
+        if path.suffix == ".txt":
             clips += [path.parent / line.strip() for line in read_text(path).splitlines() if line.strip()]
         else:
-            clips.append(path)
+            clips += clips_in(path) if path.is_dir() and not frame_files(path) else [path]
     if not clips:
-        raise DataError(f"{', '.join(names)}: no clip is named there")
+        raise DataError(f"{', '.join(names)}: no clip is named there, or in it ({', '.join(CLIP_SUFFIXES)})")
     if missing := [path for path in clips if not path.exists()]:
         raise DataError(f"{missing[0]}: no such file ({len(missing)} of {len(clips)} clips are not there)")
     return clips
@@ -48,18 +43,14 @@ def find_clips(names: list[str]) -> list[Path]:
 class Stream:
     """Shows an answer while it is sampled: prints what each token adds to the text."""
 
-    def __init__(self, tokenizer, file=sys.stdout):
-        self.tokenizer, self.file = tokenizer, file
-        self.start()
-
-    def start(self) -> None:
-        self.ids, self.shown = [], ""
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
 
     def __call__(self, ids: torch.Tensor) -> None:
         self.ids.append(int(ids[0]))
         text = self.tokenizer.decode(self.ids, skip_special=True)
         if text.startswith(self.shown) and not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(text[len(self.shown):], end="", file=self.file, flush=True)
+            print(text[len(self.shown):], end="", flush=True)
             self.shown = text
 
 
@@ -83,14 +74,6 @@ class InferSettings(AnswerSettings):
     tau: float = option(0.5, "its threshold (release: 0.1; divergence 1)", least=0, most=1)
 
 
-def show_reward(reward: dict | None) -> None:
-    """What `explain_reward` found, a line per sentence."""
-    if reward:
-        for sentence in reward["sentences"]:
-            print(f"  [{', '.join(f'{name} {p:.2f}' for name, p in sentence['labels'].items())}] {sentence['text']}")
-        print(f"  R_E for {reward['label']}: {reward['R_E']:.3f}", flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = parser_for(InferSettings, __doc__)
     parser.add_argument("clips", nargs="+", help="clips, folders of clips, or .txt files with a path per line")
@@ -108,13 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     verifier = Verifier.load(settings.erv, processes.device) if settings.erv else None
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer
     live, failed = not settings.json and sys.stdout.isatty(), 0
-    stream = Stream(policy.tokenizer) if live else None
-    found = answers(policy, clips, settings, settings.subtitle, stream)
+    found = answers(policy, clips, settings, settings.subtitle, (lambda ids: stream(ids)) if live else None)
     for path in clips:
         if not settings.json and len(clips) > 1:
             print(f"== {path}", flush=True)
-        if live:
-            stream.start()
+        stream = Stream(policy.tokenizer)
         said = next(found)
         if isinstance(said, ClipError):
             failed += 1
@@ -126,9 +107,13 @@ def main(argv: list[str] | None = None) -> None:
                                            RewardSettings(tau=settings.tau))
         if settings.json:
             print(json.dumps(row, ensure_ascii=False), flush=True)
-        else:
-            print("" if live else said.text, flush=True)  # on a terminal it stands there already
-            show_reward(row.get("reward"))
+            continue
+        print("" if live else said.text, flush=True)  # on a terminal it stands there already
+        if verifier:
+            for sentence in row["reward"]["sentences"]:
+                labels = ", ".join(f"{name} {p:.2f}" for name, p in sentence["labels"].items())
+                print(f"  [{labels}] {sentence['text']}")
+            print(f"  R_E for {settings.explain_reward}: {row['reward']['R_E']:.3f}", flush=True)
     if failed:
         sys.exit(f"{failed} of {len(clips)} clips could not be decoded")
 
