@@ -16,7 +16,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from erv_min.base.chat import ChatClient
@@ -93,11 +93,9 @@ def labelled(rows: list[dict], client: ChatClient, seed: int = 0) -> tuple[list[
 
 def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
                     seed: int) -> list[tuple[str, list[str], int]]:
-    """(emotion, two examples, seed of the draw) for each description that is missing to `target` per class.
-
-    The two examples are drawn at random from the pseudo-labelled rows of the class (all rows if there are fewer than
-    two); the draw depends on seed, class and number alone. Raises DataError if a class has less than two examples.
-    """
+    """(emotion, two examples, seed of the draw) for each description that is missing to `target` per class: drawn from
+    the class's pseudo-labelled rows, or all if these are fewer than two, by seed, class and number alone. Raises
+    DataError if a class has less than two examples."""
     plan = []
     for emotion in classes:
         of_class = [row for row in rows if emotion in map(to_erv, row["labels"])]
@@ -105,8 +103,7 @@ def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
         pool = pool if len(pool) > 1 else [row["text"] for row in of_class]
         missing = max(0, target - len(of_class))
         if missing and len(pool) < 2:
-            raise DataError(f"--input holds {len(pool)} descriptions of {emotion}: figure 7 shows two; give more data, "
-                            "or name other --classes")
+            raise DataError(f"--input holds {len(pool)} descriptions of {emotion}: figure 7 shows two")
         for number in range(missing):
             key = int.from_bytes(hashlib.sha256(f"{seed}:{emotion}:{number}".encode()).digest()[:4], "big")
             plan.append((emotion, random.Random(key).sample(sorted(pool), 2), key % 2**31))
@@ -137,8 +134,12 @@ class Annotated:
 
 
 @dataclass
-class Label:
+class Stats:
     input: str = option("", "JSONL files, separated by commas")
+
+
+@dataclass
+class Label(Stats):
     ask: str = option("", "openai:MODEL, gemini:MODEL, hf:ORG/MODEL (paper: gpt-4.1 for label, gpt-4.1-mini for "
                            "complement)")
     out: str = option("", "JSONL file")
@@ -153,11 +154,6 @@ class Complement(Label):
     per_class: int = option(1000, "descriptions per class in the end (section 3.2: about 1K)", least=0)
     classes: str = option("disgust,fear,contempt,disappointment,neutral,helplessness", "the rare ones (section 3.2)")
     temperature: float = option(1.0, "of the new descriptions (the paper does not say)", least=0)
-
-
-@dataclass
-class Stats:
-    input: str = option("", "JSONL files, separated by commas")
 
 
 STEPS = {"annotated": (Annotated, "EMER and MERR-fine as training rows"),
@@ -176,6 +172,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def keep(out: str | Path, rejected_out: str | Path, good: list[dict], rejected: list[dict]) -> None:
+    write_jsonl(out, good)
+    write_jsonl(rejected_out, rejected)
+    if rejected and not good:
+        raise DataError(f"none of {len(rejected)} answers can be used; they are in {rejected_out}")
+    print(f"{out}: {len(good)} rows, {len(rejected)} rejected ({rejected_out})")
+
+
 def describe(settings: PredictionSettings) -> None:
     examples = load_examples(settings.data, "train")
     for part in re.split(r",(?=\w+:)", settings.data):
@@ -184,21 +188,14 @@ def describe(settings: PredictionSettings) -> None:
     processes, out = join_processes(settings.device), Path(settings.out)
     if processes.main:
         print(summary(examples), flush=True)
-    examples = check_clips([replace(e, split="train") for e in examples], settings.allow_missing,
-                           out / "missing_clips.txt" if processes.main else None)
+    examples = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if processes.main else None)
     check_names(settings)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
     rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)
     too_many(len(failed), len(examples), settings.allow_missing, "".join(failed[:1]))
     if processes.main:
-        good, empty = described(rows, settings.model, settings.seed)
-        write_jsonl(out / "descriptions.jsonl", good)
-        write_jsonl(out / "descriptions.rejected.jsonl", empty)
-        if not good:
-            raise DataError(f"none of {len(rows)} outputs has an explanation; they are in "
-                            f"{out}/descriptions.rejected.jsonl")
-        print(f"{out}/descriptions.jsonl: {len(good)} different descriptions; {len(empty)} outputs without one, "
-              f"{len(failed)} clips that could not be decoded")
+        keep(out / "descriptions.jsonl", out / "descriptions.rejected.jsonl",
+             *described(rows, settings.model, settings.seed))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -221,27 +218,23 @@ def main(argv: list[str] | None = None) -> None:
     files = args.input.split(",")
     if step == "stats":
         return print(counts_table(read_rows(files)))
-    rows = [row for file in files for row in read_jsonl(file)]
-    if bad := [row for row in rows if isinstance(row, dict) and row.get("split") == "test"]:
-        raise DataError(f"{args.input}: {len(bad)} rows come from a test split, the first: clip {bad[0].get('clip')}; "
-                        "the verifier must not see test clips")
+    rows = [(f"{file}, row {n}", row) for file in files for n, row in enumerate(read_jsonl(file), 1)]
+    for where, row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not cell(row["text"]):
+            raise DataError(f"{where}: no text in field text; `describe` writes such rows")
+        if row.get("split") == "test":
+            raise DataError(f"{where}: clip {row.get('clip')} is of a test split, which the verifier must not see")
     if not rows:
         raise DataError(f"{args.input}: no description in it")
+    rows = [row for _, row in rows]
     client = ChatClient(args.ask, f"{args.out}.cache.jsonl", args.concurrency, reply_tokens=args.reply_tokens)
     if step == "label":
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not cell(row["text"]):
-                raise DataError(f"{args.input}, row {number}: no text in field text; `describe` writes such rows")
         good, rejected = labelled(rows, client, args.seed)
     else:
         read_rows(files)  # checks every field
         classes = tuple(map(to_erv, args.classes.split(",")))
         good, rejected = complemented(rows, client, args.per_class, classes, args.seed, args.temperature)
-    write_jsonl(args.out, good)
-    write_jsonl(f"{args.out}.rejected.jsonl", rejected)
-    if rejected and not good:
-        raise DataError(f"none of {len(rejected)} answers can be used; they are in {args.out}.rejected.jsonl")
-    print(f"{args.out}: {len(good)} rows, {len(rejected)} rejected ({args.out}.rejected.jsonl)")
+    keep(args.out, f"{args.out}.rejected.jsonl", good, rejected)
     if good:
         print(counts_table(read_rows([args.out])))
 

@@ -101,7 +101,7 @@ def test_test_clips_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     write_jsonl(tmp_path / "raw.jsonl", rows_of("a", "b", split="test"))
     for step in ("label", "complement"):
-        with pytest.raises(DataError, match="2 rows come from a test split, the first: clip dfew/0"):
+        with pytest.raises(DataError, match="raw.jsonl, row 1: clip dfew/0 is of a test split"):
             augment.main([step, "--input", str(tmp_path / "raw.jsonl"), "--ask", "openai:m", "--out",
                           str(tmp_path / "o")])
 
@@ -130,7 +130,7 @@ def test_no_result_is_an_error(serve, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(augment, "load_collator", lambda *_: None)
     monkeypatch.setattr(augment, "check_names", lambda _: None)
     row = {"video_id": "0", "dataset": "emer", "ground_truth": "sad", "output": "<answer>sad</answer>"}
-    for found, message in ((([row, row], []), "none of 2 outputs has an explanation.*descriptions.rejected.jsonl"),
+    for found, message in ((([row, row], []), "none of 2 answers can be used.*descriptions.rejected.jsonl"),
                            (([], ["0.mp4: broken", "1.mp4: broken"]), "2 of 2 clips cannot be decoded.*0.mp4: broken")):
         monkeypatch.setattr(augment, "predict_to_file", lambda *_: found)
         with pytest.raises(DataError, match=message):

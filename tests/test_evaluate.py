@@ -443,7 +443,7 @@ def test_a_wrong_judge_is_told_before_the_predictions_begin(world, tmp_path, mon
 def test_augment_describes_training_clips(world, tmp_path):
     command = ["describe", "--model", str(world / "model"), "--data", f"toy:{world}", "--out", str(tmp_path / "raw"),
                "--max-new-tokens", "8", "--device", "cpu", "--workers", "0"]
-    with pytest.raises(DataError, match="none of 8 outputs has an explanation"):  # random weights write no <think>
+    with pytest.raises(DataError, match="none of 8 answers can be used"):  # random weights write no <think>
         augment.main(command)
     assert len(read_jsonl(tmp_path / "raw" / "predictions.jsonl")) == 8
     rejected = read_jsonl(tmp_path / "raw" / "descriptions.rejected.jsonl")
