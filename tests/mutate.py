@@ -273,8 +273,8 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("scripts/tools/survey_score.py", "max(0, top - above) / level", "max(0, top - above)", "test_survey.py"),
     ("scripts/tools/survey.py", 'paths[entry["dataset"], entry["video_id"]]',
      'next(x for (_, i), x in paths.items() if i == entry["video_id"])', "test_survey.py"),
-    ("scripts/tools/report.py", 'row.get("dataset", dataset) == dataset', "True", "test_report.py"),
-    ("scripts/tools/report.py", 'key != "skipped_because" and', "", "test_report.py"),
+    ("scripts/tools/report.py", 'run.paths.get((split, row["dataset"], row["video_id"]))',
+     '{(x, i): path for (x, _, i), path in run.paths.items()}.get((split, row["video_id"]))', "test_report.py"),
     ("erv_min/base/progress.py", "RUNNING[-1:] == [self]", "True", "test_progress.py"),
     ("erv_min/train/folder.py", "time.time() - self.shown > 5", "time.time() - self.progress.last > 5", "test_progress.py"),
     # ---- training: schedule, update, processes, shards, states

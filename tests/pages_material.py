@@ -55,7 +55,7 @@ def make_run(folder: Path, world: Path, truths: dict, steps: int = 40, **setting
     lines(folder / "metrics.jsonl", [{"step": i, "reward": 2.0, "reward_answer": i / steps, "kl": i / 100, **same}
                                      for i in range(steps)])
     clip, truth = next(iter(truths["train"].items()))
-    row = {"video_id": clip, "ground_truth": truth,
+    row = {"video_id": clip, "dataset": "dfew", "ground_truth": truth,
            "completion": f"<think>{EVIL} He cries. It is a room.</think>\n<answer>{truth}</answer>",
            "sentences": [EVIL, "He cries.", "It is a room."],
            "labels": [["happiness"], ["sadness", "anxiety"], ["neutral"]],

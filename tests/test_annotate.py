@@ -230,7 +230,7 @@ def test_a_runs_own_completions(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no completions.jsonl"):
         read_examples(str(tmp_path))
     said = ("<think>A room. He cries.</think>\n<answer>sad</answer>", "<think>Well.</think>\n<answer>happy</answer>")
-    rows = [{"step": 3, "video_id": "v <1>", "ground_truth": "sad", "completion": o, "labels": EL,
+    rows = [{"step": 3, "video_id": "v <1>", "dataset": "dfew", "ground_truth": "sad", "completion": o, "labels": EL,
              "sentences": [""] * len(EL), "reward_format": 1.0, "reward_answer": 0.0, "reward_explanation": r}
             for o, EL, r in ((said[1], [["happiness"]], 0.0), (said[0], [["neutral"], ["anger"]], 0.5))]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 from erv_min.base.chat import after_thought
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
+from erv_min.base.options import file_list
 from erv_min.data.readers import check_label, clip_key, read_text
 from erv_min.emotions import labels
 from erv_min.inputs import Example
@@ -36,7 +37,7 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
                             "be told apart")
         datasets[clip].add(example.dataset)
     rows, first, unknown = {}, {}, []  # first: (key, kind) -> its place in the files
-    for path in files.split(","):
+    for path in file_list(files):
         for where, row in _rows(Path(path.strip()), datasets):
             clip = clip_key(row["video_id"])
             known = [row["dataset"].lower()] if row.get("dataset") else sorted(datasets.get(clip, []))

@@ -6,7 +6,6 @@ scripts, pictures and clips stand inside it. Frames are JPEG (PyAV encodes them)
 
 import base64
 import html
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +39,6 @@ def table(head: list[str], rows: list[list[str]], attributes: str = "") -> str:
     return f'<div class="wide"><table{attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def json_script(value) -> str:
-    """JSON for a <script type="application/json">: no `<` in it, so that no text can close the element."""
-    return json.dumps(value, ensure_ascii=True).replace("<", "\\u003c")
-
-
 def read_objects(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
     """The rows of a JSONL file, each with these fields of these types. Raises DataError naming file, row and field."""
     rows = read_jsonl(path, log=True)
@@ -52,9 +46,8 @@ def read_objects(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
         if not isinstance(row, dict):
             raise DataError(f"{path}, row {number}: expected a JSON object, found {str(row)[:60]}")
         for name, kind in fields.items():
-            if not isinstance(row.get(name), kind) or (isinstance(row[name], bool) and kind is not bool):
-                raise DataError(f"{path}, row {number}: field {name!r} is {'missing' if name not in row else 'wrong'}"
-                                f"{'' if name not in row else ': ' + repr(row[name])[:60]}; was the file edited?")
+            if not isinstance(row.get(name), kind):
+                raise DataError(f"{path}, row {number}: field {name!r} is {str(row.get(name))[:60]!r}; was it edited?")
     return rows
 
 
@@ -89,19 +82,19 @@ def jpeg(frame: torch.Tensor, width: int = 200) -> bytes:
     return b"".join(bytes(packet) for packet in packets)
 
 
-def clip_media(path: Path, frames: int = 4, max_bytes: int = 0) -> ClipMedia:
+def clip_media(path: Path, max_bytes: int = 0) -> ClipMedia:
     """A clip's sampled frames, and its player if the file is at most `max_bytes` (0: none) and of a form that browsers
     play. A clip that cannot be decoded gives the reason as `note` and nothing else."""
     try:
-        shown = load_frames(path, frames)
+        shown = load_frames(path, 4)
     except ClipError as error:
         return ClipMedia(note=str(error))
-    pictures, ratio = [data_uri("image/jpeg", jpeg(frame)) for frame in shown], shown.shape[2] / shown.shape[1]
+    media = ClipMedia([data_uri("image/jpeg", jpeg(frame)) for frame in shown], ratio=shown.shape[2] / shown.shape[1])
     size, kind = path.stat().st_size, PLAYABLE.get(path.suffix.lower())
-    if not max_bytes:
-        return ClipMedia(pictures, "", "", ratio)
-    if kind is None:
-        return ClipMedia(pictures, "", f"frames only: browsers do not play {path.suffix or 'this file'}", ratio)
-    if size > max_bytes:
-        return ClipMedia(pictures, "", f"frames only: the clip has {size / 1e6:.2f} MB", ratio)
-    return ClipMedia(pictures, data_uri(kind, path.read_bytes()), "", ratio)
+    if max_bytes and size > max_bytes:
+        media.note = f"frames only: the clip has {size / 1e6:.2f} MB"
+    elif max_bytes and kind is None:
+        media.note = f"frames only: browsers do not play {path.suffix or 'this file'}"
+    elif max_bytes:
+        media.player = data_uri(kind, path.read_bytes())
+    return media

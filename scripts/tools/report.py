@@ -20,6 +20,7 @@ from erv_min.base.files import atomic_write, read_json
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
 from erv_min.data.examples import load_examples
+from erv_min.data.results import read_predictions
 from erv_min.emotions import normalize
 from erv_min.metrics import bootstrap, read_prediction, score
 from erv_min.rewards import extract_answer
@@ -39,13 +40,16 @@ class Run:
 
     name: str
     folder: Path
-    config: dict = field(default_factory=dict)  # {"settings", "versions", "git_commit", "command"}
-    settings: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict)  # {"settings"[, "versions", "git_commit", "command"]}
     metrics: list[dict] = field(default_factory=list)  # a row per step
     sampled: dict[int, list[dict]] = field(default_factory=dict)  # step -> the group of completions
     systems: list["System"] = field(default_factory=list)
     paths: dict[tuple[str, str, str], Path] = field(default_factory=dict)  # (split, data set, id) -> clip
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict:
+        return self.about.get("settings", {})
 
 
 @dataclass
@@ -66,65 +70,45 @@ def read_run(argument: str) -> Run:
     if not equals or Path(argument).exists():
         name, folder = Path(argument).resolve().name, argument
     run = Run(name, Path(folder))
-    there = [file for file in (*FILES, "metrics.json") if (run.folder / file).exists()]
+    there = {file: run.folder / file for file in (*FILES, "metrics.json") if (run.folder / file).exists()}
     if not there:
         raise DataError(f"{folder}: no run in it: expected {', '.join(FILES)} of scripts/grpo.py, or metrics.json of "
                         "scripts/evaluate.py")
-    if "config.json" in there:
-        run.config = read_dict(run.folder / "config.json", "erv_min")
-        run.settings = read_dict(run.folder / "config.json", "erv_min", "settings")
     if "metrics.json" in there:  # of scripts/evaluate.py, with a file for each judge
-        path = run.folder / "metrics.json"
-        judges, run.settings = read_dict(path, "judges"), read_dict(path, "settings")
+        run.about = read_dict(there["metrics.json"], "judges", "settings")
+        judges = run.about["judges"]
         for number, judge in enumerate(judges, 1):
-            system = str(read_dict(path).get("system") or run.name) + (f", {judge}" if len(judges) > 1 else "")
+            system = str(run.about.get("system") or run.name) + (f", {judge}" if len(judges) > 1 else "")
             add_systems(run, system, f"judged-{number}.jsonl", run.settings.get("rule", "paper"))
         return run
+    if "config.json" in there:
+        run.about = read_dict(there["config.json"], "erv_min")["erv_min"]
     if "metrics.jsonl" in there:
-        run.metrics = read_metrics(run.folder / "metrics.jsonl")
+        run.metrics = read_objects(there["metrics.jsonl"], {"step": int})
     if "completions.jsonl" in there:
-        run.sampled = read_completions(run.folder / "completions.jsonl")
-    if "evaluation.json" in there:
-        for system in read_dict(run.folder / "evaluation.json"):
-            add_systems(run, system, f"predictions-{system.replace(' ', '-')}.jsonl")
+        run.sampled = read_completions(there["completions.jsonl"])
+    for system in read_dict(there["evaluation.json"]) if "evaluation.json" in there else ():
+        add_systems(run, system, f"predictions-{system.replace(' ', '-')}.jsonl")
     run.missing += [f"{name}: {file} is not there: {what}" for file, what in FILES.items() if file not in there]
     return run
 
 
-def read_dict(path: Path, *keys: str) -> dict:
-    """The object in a JSON file, or in its object of that name ({} if it has none)."""
-    value = read_json(path)
-    for key in ("", *keys):
-        value = value.get(key, {}) if key else value
+def read_dict(path: Path, *fields: str) -> dict:
+    """The object in a JSON file, in which each of these fields is an object, too."""
+    found = read_json(path)
+    for value in (found, *(found.get(name) for name in fields)) if isinstance(found, dict) else (found,):
         if not isinstance(value, dict):
             raise DataError(f"{path}: expected an object, found {str(value)[:60]}; was it edited?")
-    return value
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """A row per step, numbers or None but for "skipped_because"; of a step that a resume did again the later row."""
-    rows = {row["step"]: row for row in read_objects(path, {"step": int})}
-    for step, row in rows.items():
-        for key, value in row.items():
-            if key != "skipped_because" and not isinstance(value, (*NUMBER, type(None))):
-                raise DataError(f"{path}, step {step}: {key} is {str(value)[:60]!r}, no number")
-    return [rows[step] for step in sorted(rows)]
+    return found
 
 
 def read_completions(path: Path) -> dict[int, list[dict]]:
-    """Step -> the group that was sampled; of a step that a resume did again the later group."""
-    sampled, last = {}, None
+    """Step -> the group that was sampled."""
+    sampled = {}
     for row in read_objects(path, {
-            "step": int, "video_id": str, "ground_truth": str, "completion": str, "sentences": list, "labels": list,
-            "reward_format": NUMBER, "reward_answer": NUMBER, "reward_explanation": NUMBER}):
-        if row["step"] != last:
-            last = row["step"]
-            sampled[last] = []
-        lists = all(isinstance(x, list) for x in row["labels"]) and len(row["sentences"]) == len(row["labels"])
-        if not lists or not all(isinstance(x, str) for x in [*row["sentences"], *sum(row["labels"], [])]):
-            raise DataError(f"{path}, step {last}: {len(row['sentences'])} sentences and {str(row['labels'])[:60]} as "
-                            "their labels; expected a list of names for each")
-        sampled[last].append(row)
+            "step": int, "video_id": str, "dataset": str, "ground_truth": str, "completion": str, "sentences": list,
+            "labels": list, "reward_format": NUMBER, "reward_answer": NUMBER, "reward_explanation": NUMBER}):
+        sampled.setdefault(row["step"], []).append(row)
     return sampled
 
 
@@ -134,14 +118,9 @@ def add_systems(run: Run, name: str, file: str, rule: str = "paper") -> None:
     if not path.exists():
         run.missing.append(f"{run.name}: {file} is not there: nothing of {name}")
         return
-    of_set = {}  # data set -> video_id -> row
-    for row in read_objects(path, {"video_id": str, "output": str, "ground_truth": str, "dataset": str}):
-        rows = of_set.setdefault(row["dataset"], {})
-        if row["video_id"] in rows:
-            raise DataError(f"{path}: clip {row['video_id']} of {row['dataset']} is there twice")
-        rows[row["video_id"]] = row
-    for dataset, rows in of_set.items():
-        own = list(rows.values())
+    rows, _ = read_predictions(str(path), [])
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        own = [row for row in rows if row["dataset"] == dataset]
         found = score(own, dataset, rule), bootstrap(own, dataset, rule=rule)
         run.systems.append(System(run, name, dataset, own, *found))
 
@@ -167,12 +146,10 @@ def find_clips(run: Run, data: str) -> None:
 
 
 def clip_of(run: Run, split: str, row: dict, max_bytes: int = 0) -> ClipMedia:
-    """A row without "dataset" (logs of commit a10d4ee and before) finds its clip if only one data set has the id."""
-    found = [path for (part, dataset, clip), path in run.paths.items()
-             if (part, clip) == (split, row["video_id"]) and row.get("dataset", dataset) == dataset]
-    if len(found) == 1:
-        return clip_media(found[0], max_bytes=max_bytes)
-    return ClipMedia(note=f"clip {row['video_id']} is {len(found)} times in the {split} data" if run.paths else "")
+    path = run.paths.get((split, row["dataset"], row["video_id"]))
+    if path is None:
+        return ClipMedia(note=f"clip {row['video_id']} is not in the {split} data" if run.paths else "")
+    return clip_media(path, max_bytes)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -221,18 +198,14 @@ def training_section(runs: list[Run]) -> str:
 
 
 def build(runs: list[Run]) -> str:
-    """The page as text."""
-    systems, sections = all_systems(runs), {}  # (id, heading) -> HTML
-    if systems:
-        sections["results", "Held-out results"] = parts.score_table(systems) + parts.matrices(systems)
-    if any(run.metrics for run in runs):
-        sections["curves", "Training"] = parts.curves(runs)
-    if systems:
-        sections["clips", "What each system says"] = held_out_section(systems)
-    if any(run.sampled for run in runs):
-        sections["completions", "Completions over the training"] = training_section(runs)
-    if any(run.config for run in runs):
-        sections["settings", "Settings and versions"] = parts.settings_table(runs)
+    systems = all_systems(runs)
+    sections = {  # (id, heading) -> HTML
+        ("results", "Held-out results"): systems and parts.score_table(systems) + parts.matrices(systems),
+        ("curves", "Training"): any(run.metrics for run in runs) and parts.curves(runs),
+        ("clips", "What each system says"): systems and held_out_section(systems),
+        ("completions", "Completions over the training"): any(run.sampled for run in runs) and training_section(runs),
+        ("settings", "Settings and versions"): any(run.about for run in runs) and parts.settings_table(runs)}
+    sections = {head: content for head, content in sections.items() if content}
     names, about = ", ".join(run.name for run in runs), [text(f"{run.name}: {run.folder}") for run in runs]
     missing = "".join(f"<li>{text(line)}</li>" for run in runs for line in run.missing)
     return fill("report.html", title=text(names), heading=text(names), subtitle=" · ".join(about),

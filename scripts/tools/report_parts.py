@@ -4,7 +4,6 @@ Every text that a model, a file or a user wrote goes through pages.text. A curve
 completion at most TEXT characters, a setting SETTING.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -79,9 +78,10 @@ def curves(runs: list) -> str:
     for key, (title, unit) in PANELS.items():
         series = {}
         for number, run in enumerate(runs):
-            rows = [row for row in run.metrics if math.isfinite(row.get(key) or 0) and row.get(key) is not None]
-            if any(row[key] for row in rows):
-                series[number] = np.array([row["step"] for row in rows]), np.array([float(row[key]) for row in rows])
+            values = np.array([row.get(key) for row in run.metrics], dtype=float)  # NaN for None
+            there = np.isfinite(values)
+            if values[there].any():
+                series[number] = np.array([row["step"] for row in run.metrics])[there], values[there]
         if series:
             figures += (f"<figure><figcaption>{text(title)} <small>{text(unit)}</small></figcaption>"
                         f"{panel(series)}</figure>")
@@ -127,8 +127,8 @@ def matrices(systems: list) -> str:
 
 def settings_table(runs: list) -> str:
     """Settings, versions, commit and command of each run; what differs between them comes first."""
-    columns = [{**run.settings, **(run.config.get("versions") or {}), "commit": run.config.get("git_commit") or "–",
-                "command": " ".join(map(str, run.config.get("command") or ["–"])), "steps done": len(run.metrics),
+    columns = [{**run.settings, **run.about.get("versions", {}), "commit": run.about.get("git_commit") or "–",
+                "command": " ".join(run.about.get("command", ["–"])), "steps done": len(run.metrics),
                 "steps skipped": sum("skipped_because" in row for row in run.metrics)} for run in runs]
     rows = []
     for name in dict.fromkeys(name for column in columns for name in column):

@@ -20,7 +20,7 @@ import random
 import shutil
 from pathlib import Path
 
-from pages import PLAYABLE, data_uri, fill, json_script, text
+from pages import PLAYABLE, data_uri, fill, text
 from survey_score import report, score
 
 from erv_min.base.errors import DataError, SettingsError
@@ -104,8 +104,9 @@ def make(args) -> None:
         item["clip"] = (data_uri(PLAYABLE[path.suffix.lower()], path.read_bytes()) if embed else
                         f"clips/{item['id']}{path.suffix.lower()}")
     survey = hashlib.sha256(json.dumps([items, key, args.seed], sort_keys=True).encode()).hexdigest()[:12]
+    data = json.dumps({"survey": survey, "items": items}).replace("<", "\\u003c")  # no text closes the script
     page = fill("survey.html", css=fill("page.css") + fill("survey.css"), script=fill("survey.js"),
-                title=text(args.title), data=json_script({"survey": survey, "items": items}))
+                title=text(args.title), data=data)
     if not embed:
         (out / "clips").mkdir(parents=True, exist_ok=True)
         for item, path in zip(items, files):
