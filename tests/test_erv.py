@@ -337,22 +337,21 @@ HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows f
     ("claim calm around one", ["The face is calm and neutral.", "His voice shows anger.", "The person is neutral."]),
     ("wrong answer", HONEST)])
 def test_ways_to_cheat(way, expected):
-    assert audit.cheat(way, HONEST, "angry", [0.0, 0.9, 0.1], [True, False, False]) == expected
+    assert audit.ways_to_cheat(HONEST, "angry", [0.0, 0.9, 0.1], [True, False, False])[way] == expected
 
 
 def test_every_way_is_written():
-    for way in audit.CHEATS:
-        assert all(audit.cheat(way, HONEST, "sad", [0.0, 0.9, 0.1], [True, True, True]))
-    assert audit.cheat("drop neutral sentences", HONEST, "neutral", [0.9, 0, 0], [True, False, False]) == HONEST
-    with pytest.raises(SettingsError, match="unknown"):
-        audit.cheat("bribe", HONEST, "sad", [0, 0, 0], [True, False, False])
+    ways = audit.ways_to_cheat(HONEST, "sad", [0.0, 0.9, 0.1], [True, True, True])
+    assert len(ways) == 11 and all(sum(ways.values(), []))
+    ways = audit.ways_to_cheat(HONEST, "neutral", [0.9, 0, 0], [True, False, False])
+    assert ways["drop neutral sentences"] == HONEST
 
 
 def test_audit_by_hand():
     """Honest R_E: neutral, anger, fear against angry: 1 / (3 - 1) = 1/2."""
     rows = {row.way: row for row in audit.audit(FakeVerifier(), [" ".join(HONEST), ""], ["angry", "sad"], "dfew", DFEW,
                                                 lambda texts: ["angry"] * len(texts))}
-    assert list(rows) == ["honest", *audit.CHEATS]
+    assert list(rows) == list(audit.ways_to_cheat(HONEST, "angry", [0, 1, 0], [True, False, False]))
     honest = rows["honest"].rewards
     assert honest == pytest.approx({"paper": 0.5, "no neutral filter": 1 / 3})
     assert rows["repeat one sentence"].rewards["paper"] == 1.0
@@ -534,9 +533,10 @@ def test_audit_command(trained, tmp_path, capsys):
                             ([rows[0], {**rows[0], "dataset": "mafw", "ground_truth": "anger"}], "dfew and mafw")):
         with pytest.raises(DataError, match=message):
             audit.main(["--erv", str(trained), "--predictions", str(write(tmp_path / "broken.jsonl", broken))])
-    with pytest.raises(SettingsError, match="--erv"):
+    with pytest.raises(SystemExit):
         audit.main(["--predictions", predictions])
-    with pytest.raises(SettingsError, match="--predictions"):
+    assert "--erv is needed" in capsys.readouterr().err
+    with pytest.raises(DataError, match="--data ''"):
         audit.main(["--erv", str(trained)])
 
 

@@ -23,59 +23,42 @@ from erv_min.data.quality import verifier_report
 from erv_min.data.results import read_predictions
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns
-from erv_min.judge import make_judge
+from erv_min.judge import erv_judge, make_judge
 from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.toy.lexicon import PARAPHRASES, sentences
 from erv_min.train.log import explanation_statistics
 
 
-def best_label(verifier: Verifier, sentences: list[str], labels: tuple[str, ...]) -> list[str]:
-    """The verifier's best emotion of each sentence among `labels` (a data set's names: what a judge can answer)."""
-    columns = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
-    probs = verifier.probabilities(sentences)[:, [columns[to_erv(x)] for x in labels]]  # [S, len(labels)]
-    return [labels[i] for i in probs.argmax(1).tolist()]
-
-
 # ---- what the reward pays for ways to cheat --------------------------------------------------------------------------
 
-CHEATS = ("repeat one sentence", "stuff label words", "drop neutral sentences", "one sentence only",
-          "name the emotion in each", "two emotions in each", "claim calm around one", "copy the question",
-          "another language", "wrong answer")
 SPANISH = dict(zip(ERV_LABELS, ("enojo", "asco", "miedo", "felicidad", "calma", "tristeza", "sorpresa", "desprecio",
                                 "ansiedad", "impotencia", "decepción")))
 
 
-def cheat(way: str, sentences: list[str], e_gt: str, p_gt: list[float], neutral: list[bool]) -> list[str]:
-    """An honest explanation's sentences, rewritten to earn R_E in one of CHEATS; it keeps the number where it can.
+def ways_to_cheat(sentences: list[str], e_gt: str, p_gt: list[float], neutral: list[bool]) -> dict[str, list[str]]:
+    """Way -> an honest explanation's sentences, rewritten to earn R_E by it; the number is kept where it can be.
 
     p_gt: the verifier's probability of e_gt for each sentence; neutral: whether the reward leaves it out. A policy
-    under R_E finds both by trying, so the cheat may use them. Raises SettingsError on another way."""
+    under R_E finds both by trying, so a cheat may use them."""
     best = sentences[max(range(len(sentences)), key=p_gt.__getitem__)]
-    word, n = to_erv(e_gt), len(sentences)
-    if way == "repeat one sentence":
-        return [best] * n
-    if way == "stuff label words":
-        return [f"{word}, {word}, {word}.".capitalize()] * n
-    if way == "drop neutral sentences":  # for a neutral e_gt they are the matches: nothing to gain
-        return [s for s, out in zip(sentences, neutral) if not out or word == "neutral"] or [best]
-    if way == "one sentence only":
-        return [best]
-    if way == "name the emotion in each":
-        return [f"{s.rstrip('.!? ')}, which shows {word}." for s in sentences]
-    if way == "two emotions in each":
-        other = "fear" if word == "happiness" else "happiness"
-        return [f"{s.rstrip('.!? ')}, which shows {word} or {other}." for s in sentences]
-    if way == "claim calm around one":  # the filter leaves out what contradicts: found by a policy in the toy
-        return ["The face is calm and neutral.", best, "The person is neutral."]
-    if way == "copy the question":
-        return split_sentences(QUESTION)
-    if way == "another language":
-        x = SPANISH[word]
-        return [f"La persona del vídeo muestra {x}.", f"Su voz transmite {x}.", f"En conjunto, siente {x}."]
-    if way == "wrong answer":
-        return sentences
-    raise SettingsError(f"way to cheat {way!r} is unknown; there are {', '.join(CHEATS)}")
+    word, bare = to_erv(e_gt), [s.rstrip(".!? ") for s in sentences]
+    other, said = "fear" if word == "happiness" else "happiness", SPANISH[word]
+    return {
+        "honest": sentences,
+        "repeat one sentence": [best] * len(sentences),
+        "stuff label words": [f"{word}, {word}, {word}.".capitalize()] * len(sentences),
+        # for a neutral e_gt they are the matches: nothing to gain
+        "drop neutral sentences": [s for s, out in zip(sentences, neutral) if not out or word == "neutral"] or [best],
+        "one sentence only": [best],
+        "name the emotion in each": [f"{s}, which shows {word}." for s in bare],
+        "two emotions in each": [f"{s}, which shows {word} or {other}." for s in bare],
+        # the filter leaves out what contradicts: found by a policy in the toy
+        "claim calm around one": ["The face is calm and neutral.", best, "The person is neutral."],
+        "copy the question": split_sentences(QUESTION),
+        "another language": [f"La persona del vídeo muestra {said}.", f"Su voz transmite {said}.",
+                             f"En conjunto, siente {said}."],
+        "wrong answer": sentences}
 
 
 RULES = {"paper": {}, "no neutral filter": {"ablate": "neutral-filtering"}}  # of RewardSettings; the second: table 2
@@ -97,48 +80,46 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
     """Honest explanations and their e_gt -> a row per way to cheat, "honest" first; only the last has a wrong answer.
 
     labels: the data set's; judge: explanations -> emotions. Raises SettingsError where no sentence is found."""
-    split = [split_sentences(text, settings.sentence_rule) for text in explanations]
-    kept = [i for i, sentences in enumerate(split) if sentences]
-    if not kept:
-        raise SettingsError("the audit needs explanations with at least one sentence")
     column = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
-    truths, ways = [e_gt[i] for i in kept], {way: [] for way in ("honest", *CHEATS)}
-    for i in kept:
-        probs = verifier.probabilities(split[i])  # [N_i, K]
+    truths, ways = [], {}  # way -> completions
+    for text, truth in zip(explanations, e_gt):
+        if not (split := split_sentences(text, settings.sentence_rule)):
+            continue
+        truths.append(truth)
+        probs = verifier.probabilities(split)  # [N_i, K]
         neutral = [EL == ["neutral"] for EL in select_labels(probs, verifier.labels, settings.tau, settings.k)]
-        p_gt = probs[:, column[to_erv(e_gt[i])]].tolist()
-        for way, texts in ways.items():
-            sentences = split[i] if way == "honest" else cheat(way, split[i], e_gt[i], p_gt, neutral)
-            answer = next(x for x in labels if x != e_gt[i]) if way == "wrong answer" else e_gt[i]
-            texts.append(sft_target(" ".join(sentences), answer))
+        p_gt = probs[:, column[to_erv(truth)]].tolist()
+        for way, sentences in ways_to_cheat(split, truth, p_gt, neutral).items():
+            answer = next(x for x in labels if x != truth) if way == "wrong answer" else truth
+            ways.setdefault(way, []).append(sft_target(" ".join(sentences), answer))
+    if not truths:
+        raise SettingsError("the audit needs explanations with at least one sentence")
     rows = []
     for way, texts in ways.items():
         means = {}
         for name, changes in RULES.items():
             rules = replace(settings, **changes)
             scored = score_completions(texts, truths, dataset, verifier.probabilities, verifier.labels, rules)
-            statistics = explanation_statistics(scored)  # the same under each
             means[name] = sum(r.explanation for r in scored) / len(scored)
         said = judge([extract_explanation(text) for text in texts]) if judge else None
         judged = sum(j == e for j, e in zip(said, truths)) / len(said) if said else None
-        rows.append(AuditRow(way, means, judged, statistics))
+        rows.append(AuditRow(way, means, judged, explanation_statistics(scored)))  # the same under each rule
     return rows
 
 
 def audit_table(rows: list[AuditRow]) -> str:
     """The rows as a Markdown table; R_E in percent, the judge's column is EEA on the same explanations."""
-    def cell(x: float | None, scale: float = 1) -> str:
-        return "-" if x is None else f"{x * scale:.1f}"
+    def percent(x: float | None) -> str:
+        return "-" if x is None else f"{100 * x:.1f}"
 
-    names = list(rows[0].rewards)
-    head = ["explanation", *(f"R_E, {x}" for x in names), "judge", "sentences", "neutral", "label words", "distinct",
-            "words"]
-    lines = [head, ["---"] * len(head)]
+    lines = [["explanation", *(f"R_E, {rule}" for rule in RULES), "judge", "sentences", "neutral", "label words",
+              "distinct", "words"]]
+    lines.append(["---"] * len(lines[0]))
     for row in rows:
         s = row.statistics
-        lines.append([row.way, *(cell(row.rewards[x], 100) for x in names), cell(row.judged, 100), cell(s["sentences"]),
-                      *(cell(s[x], 100) for x in ("neutral_share", "label_word_rate", "distinct_sentence_rate")),
-                      cell(s["explanation_words"])])
+        shares = [percent(s[x]) for x in ("neutral_share", "label_word_rate", "distinct_sentence_rate")]
+        lines.append([row.way, *map(percent, row.rewards.values()), percent(row.judged), f"{s['sentences']:.1f}",
+                      *shares, f"{s['explanation_words']:.1f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -158,22 +139,18 @@ class AuditSettings:
     device: str = option("cpu", "cpu, cuda, cuda:1")
 
 
-def read_completions(args: AuditSettings) -> list[tuple[str, str, str]]:
-    """(completion, e_gt, data set) from predictions or annotated explanations, of one data set. Raises SettingsError
-    without any, DataError naming file and row."""
+def read_explanations(args: AuditSettings) -> tuple[list[tuple[str, str]], str]:
+    """[(explanation, e_gt)] of predictions or annotated clips, and their one data set. Raises DataError."""
     if args.predictions:
-        found = [(x["output"], x["ground_truth"], x["dataset"]) for x in read_predictions(args.predictions, [])[0]]
-    elif args.data:
-        found = [(sft_target(x.explanation, x.label), x.label, x.dataset)
-                 for x in load_examples(args.data, "sft") if x.explanation]
+        found = [(extract_explanation(x["output"]), x["ground_truth"], x["dataset"])
+                 for x in read_predictions(args.predictions, [])[0]]
     else:
-        raise SettingsError("no explanations: give --predictions rows.jsonl or --data toy:/world")
-    if not found:
-        raise SettingsError(f"{args.predictions or args.data}: no explanation found")
-    if len(names := sorted({dataset for *_, dataset in found})) > 1:
-        raise DataError(f"{args.predictions or args.data}: clips of {' and '.join(names)}; give one data set at a "
-                        "time, since each has its own labels")
-    return found
+        found = [(x.explanation, x.label, x.dataset) for x in load_examples(args.data, "sft") if x.explanation]
+    names = sorted({dataset for *_, dataset in found})
+    if len(names) != 1:
+        raise DataError(f"{args.predictions or args.data}: explanations of {' and '.join(names) or 'none'}: give one "
+                        "data set at a time: each has its own labels")
+    return [(explanation, e_gt) for explanation, e_gt, _ in found], names[0]
 
 
 def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
@@ -185,24 +162,20 @@ def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Pays each way to cheat; honest are the explanations that the judge (where given) reads as their label."""
     args = parse(AuditSettings, __doc__, argv)
-    if not args.erv:
-        raise SettingsError("--erv: name a verifier, a folder or a hub repository")
-    found, verifier = read_completions(args), Verifier.load(args.erv, args.device)
-    dataset = found[0][2]
+    (found, dataset), verifier = read_explanations(args), Verifier.load(args.erv, args.device)
     names, judge = dataset_labels(dataset), make_judge(args.judge) if args.judge else None
-    found = [(extract_explanation(c), e) for c, e, _ in found]
     found = found[:args.limit * (4 if judge else 1) or None]
 
     def ask(texts: list[str]) -> list[str | None]:
-        return [x.emotion if x.status == "ok" else None for x in judge(texts, names)]
+        return [x.emotion for x in judge(texts, names)]
 
     result = {"erv": args.erv, "dataset": dataset, "judge": args.judge, "tau": args.tau, "k": args.k}
     if judge:
         sentences = list(dict.fromkeys(s for text, _ in found for s in split_sentences(text)))
         with Progress("verifier and judge read the sentences"):
-            result["agreement"] = agreement(best_label(verifier, sentences, names), ask(sentences))
+            read = [x.emotion for x in erv_judge(verifier)(sentences, names)]
+            result["agreement"] = agreement(read, ask(sentences))
         honest = [x for x, emotion in zip(found, ask([text for text, _ in found])) if emotion == x[1]]
         print(f"{len(honest)} of {len(found)} explanations are honest: {args.judge} reads their label in them")
         found = honest[:args.limit or None]
