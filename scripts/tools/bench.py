@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -58,24 +58,23 @@ def synchronize(device: str) -> None:
 
 def peak_of(work: Callable[[], object], device: str) -> int:
     """Runs `work` twice; the most bytes that the second run holds beside what was there before it."""
-    if not device.startswith("cuda"):
-        with Live() as live:
-            work()
-            before = live.peak = live.now
-            work()
-        return live.peak - before
-    work()
-    synchronize(device)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated() - before
+    if device.startswith("cuda"):
+        work()
+        synchronize(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
+    with Live() as live:
+        work()
+        before = live.peak = live.now
+        work()
+    return live.peak - before
 
 
 def measure(ways: Ways, options: argparse.Namespace) -> Found:
-    peaks = {way: peak_of(work, options.device) for way, work in ways.items()}
-    seconds = {way: [] for way in ways}
+    peaks, seconds = {way: peak_of(work, options.device) for way, work in ways.items()}, {way: [] for way in ways}
     for turn in range(options.repeats):
         for way in ways if turn % 2 == 0 else reversed(ways):
             synchronize(options.device)
@@ -88,8 +87,7 @@ def measure(ways: Ways, options: argparse.Namespace) -> Found:
 
 def build(options: argparse.Namespace) -> tuple[HumanOmni, Tensor, Tensor]:
     """A model that recomputes activations, and a clip of noise: video [1, T, 3, S, S], audio [1, mels, F]."""
-    c = humanomni(options.size)
-    placed = {"device": options.device, "dtype": options.dtype}
+    c, placed = humanomni(options.size), {"device": options.device, "dtype": options.dtype}
     model = random_humanomni(c, **placed)
     model.model.recompute = True
     video = torch.randn(1, c.num_frames, 3, c.vision.image_size, c.vision.image_size, **placed)
@@ -115,15 +113,11 @@ def policy_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def their_model(options: argparse.Namespace):
     """transformers' Qwen2 of the same dimensions with random weights, and a prompt: ids [1, P]."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    whole = humanomni(options.size)
-    c = whole.text
+    c = humanomni(options.size)
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, tie_word_embeddings=c.tie_word_embeddings, use_sliding_window=False,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    prompt = torch.ones(1, whole.video_tokens + whole.audio_tokens + TEXT_TOKENS, dtype=torch.long)
+    nothing_special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    model = Qwen2ForCausalLM(Qwen2Config(**asdict(c.text), **nothing_special))
+    prompt = torch.ones(1, c.video_tokens + c.audio_tokens + TEXT_TOKENS, dtype=torch.long)
     return model.to(options.device, options.dtype).eval(), prompt.to(options.device)
 
 
@@ -149,14 +143,8 @@ def rollout_ways(options: argparse.Namespace) -> Ways:
         prompts = prompt_of(model, (model.vision_features(video), model.audio_features(audio)))
     noise = sampling_noise(0, 0, [0], options.group, options.tokens)
     other, their_prompt = their_model(options)
-
-    def ours() -> Tensor:
-        return rollout(model, prompts, options.group, options.tokens, -1, noise).ids
-
-    def theirs() -> Tensor:
-        return their_rollout(other, their_prompt, options)
-
-    return {"ours": ours, "transformers": theirs}
+    return {"ours": lambda: rollout(model, prompts, options.group, options.tokens, -1, noise).ids,
+            "transformers": lambda: their_rollout(other, their_prompt, options)}
 
 
 def step_ways(options: argparse.Namespace) -> Ways:
@@ -198,13 +186,8 @@ def logps_ways(options: argparse.Namespace) -> Ways:
     def backward(loss: Tensor) -> tuple[Tensor, ...]:
         return loss.detach(), *torch.autograd.grad(loss, [hidden, weight])
 
-    def ours() -> tuple[Tensor, ...]:
-        return backward(-token_logps(hidden, weight, ids)[0].mean())
-
-    def theirs() -> tuple[Tensor, ...]:
-        return backward(ForCausalLMLoss(hidden @ weight.T, None, c.vocab_size, shift_labels=ids))
-
-    return {"ours": ours, "transformers": theirs}
+    return {"ours": lambda: backward(-token_logps(hidden, weight, ids)[0].mean()),
+            "transformers": lambda: backward(ForCausalLMLoss(hidden @ weight.T, None, c.vocab_size, shift_labels=ids))}
 
 
 def fsdp_ways(options: argparse.Namespace, rank: int) -> Ways:
