@@ -629,13 +629,13 @@ def test_plan_says_what_helps(monkeypatch):
     for memory, tight in ((needed + 10, True), (2 * needed, False)):
         monkeypatch.setitem(GPUS, "h200", memory)
         assert ("expandable_segments" in show(one, "h200", 1)) == tight
-    steps = ways_to_fit(config, "grpo", settings, 1)
-    assert [name for name, _, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "9 GPUs"]
-    peaks = [one.peak, *(p.peak for _, _, p in steps)]
+    steps = [*ways_to_fit(config, "grpo", settings, 1)]
+    assert [name for name, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "9 GPUs"]
+    peaks = [one.peak, *(p.peak for _, p in steps)]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 5
-    assert steps[0][2].rollout_copy == pytest.approx(one.rollout_copy / 2, rel=1e-3)  # bfloat16
-    assert steps[-1][2].optimizer == pytest.approx(one.optimizer / 9, rel=1e-3)
-    assert steps[-1][2].rollout_copy == pytest.approx(steps[0][2].rollout_copy, rel=1e-3)  # whole, on however many
+    assert steps[0][1].rollout_copy == pytest.approx(one.rollout_copy / 2, rel=1e-3)  # bfloat16
+    assert steps[-1][1].optimizer == pytest.approx(one.optimizer / 9, rel=1e-3)
+    assert steps[-1][1].rollout_copy == pytest.approx(steps[0][1].rollout_copy, rel=1e-3)  # whole, on however many
 
 
 @pytest.mark.parametrize("gpu,verdict", [("3090-24", "FITS on 2 x 3090-24"), (None, "invalid choice: 'b200'")])

@@ -32,15 +32,15 @@ TINY = ["--group-size", 3, "--batch-size", 2, "--micro-batch", 2, "--max-new-tok
 WORLD = """import sys
 from erv_min.toy.world import WorldSettings, build_world
 build_world(sys.argv[1], WorldSettings(train=8, test=4, pretrain=0, sft_clips=5, erv_train=60, erv_valid=20))"""
+PROBE = """import json, sys
+sys.path.insert(0, sys.argv[1])
+import gpu_probes
+print(json.dumps(getattr(gpu_probes, sys.argv[2])(sys.argv[3])))"""
 MEASURED = """import runpy, sys, torch
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
 runpy.run_path(sys.argv[0])["main"]()
 print("PEAK", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)"""
-
-
-class PartError(Exception):
-    """A command of a part failed: the line that names the error, or its last."""
 
 
 @dataclass
@@ -55,11 +55,11 @@ class Machine:
         return self.device != "cpu"
 
     def python(self, *words: object) -> str:
-        """What `python WORDS` prints. Raises PartError."""
+        """What `python WORDS` prints. Raises RuntimeError: the line that names what went wrong, or the last."""
         done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             lines = ((done.stderr or done.stdout).strip() or "no output").splitlines()
-            raise PartError(next((line for line in lines if "Error: " in line), lines[-1]))
+            raise RuntimeError(next((line for line in lines if "Error: " in line), lines[-1]))
         return done.stdout
 
     def bench(self, name: str, size: str, group: int, tokens: int) -> tuple[dict, dict]:
@@ -72,8 +72,8 @@ class Machine:
         return ours, theirs
 
     def probe(self, name: str) -> dict[str, float]:
-        """What gpu_probes.py prints."""
-        return json.loads(self.python(TOOLS / "gpu_probes.py", name, "--device", self.device))
+        """What a function of gpu_probes.py finds."""
+        return json.loads(self.python("-c", PROBE, TOOLS, name, self.device))
 
     def train(self, script: str, out: str, preset: str, *options: object, start=()) -> tuple[list[dict], int]:
         """metrics.jsonl of a training script from random weights, on a world of eight clips; peak bytes on CUDA.
@@ -86,7 +86,7 @@ class Machine:
                             "--out", self.folder / out, *options)
         rows = [json.loads(line) for line in (self.folder / out / "metrics.jsonl").read_text().splitlines()]
         if skipped := [row["skipped_because"] for row in rows if "skipped_because" in row]:
-            raise PartError(f"skipped steps, the first: {skipped[0]}")
+            raise RuntimeError(f"skipped steps, the first: {skipped[0]}")
         return rows, 0 if start else int(found.split("PEAK")[-1])
 
 
@@ -96,8 +96,8 @@ def suite(on: Machine) -> tuple[str, bool]:
 
 def gradients(on: Machine) -> tuple[str, bool]:
     found = on.probe("gradients")
-    return (", ".join(f"{name} {gap:.4f}" for name, gap in found.items()),
-            all(gap < (0.01 if name.startswith("sampler") else 0.05) for name, gap in found.items()))  # no NaN
+    ok = all(gap < (0.01 if name.startswith("sampler") else 0.05) for name, gap in found.items())  # NaN is not
+    return ", ".join(f"{name} {gap:.4f}" for name, gap in found.items()), ok
 
 
 def decode(on: Machine) -> tuple[str, bool]:
@@ -180,18 +180,6 @@ PARTS: dict[str, tuple[str, Callable[[Machine], tuple[str, bool]]]] = {
 }
 
 
-def check(name: str, on: Machine) -> dict:
-    """Runs a part. On a CPU, whose figures promise nothing, it is ok if it ends."""
-    expected, part = PARTS[name]
-    started = time.time()
-    try:
-        measured, ok = part(on)
-        ok = ok or not on.cuda
-    except (PartError, OSError, KeyError, ValueError, TypeError) as error:  # it is a line, and the next part still runs
-        measured, ok = f"{type(error).__name__}: {error}", False
-    return {"part": name, "expected": expected, "measured": measured, "ok": ok, "seconds": time.time() - started}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -207,10 +195,17 @@ def main(argv: list[str] | None = None) -> int:
         if not given.json:
             print(torch.cuda.get_device_name(given.device) if on.cuda else "a CPU, toy size: figures are not judged")
         for name in given.parts or PARTS:
-            line = check(name, on)
-            missed += not line["ok"]
-            print(json.dumps(line) if given.json else f"{'ok    ' if line['ok'] else 'MISSED'} {name:<10} "
-                  f"expected {line['expected']}; measured {line['measured']} ({line['seconds']:.0f} s)", flush=True)
+            expected, part = PARTS[name]
+            started = time.time()
+            try:
+                measured, ok = part(on)
+                ok = ok or not on.cuda  # a CPU's figures promise nothing
+            except Exception as error:  # it is a line, and the next part still runs
+                measured, ok = f"{type(error).__name__}: {error}", False
+            missed, seconds = missed + (not ok), time.time() - started
+            line = {"part": name, "expected": expected, "measured": measured, "ok": ok, "seconds": seconds}
+            print(json.dumps(line) if given.json else f"{'ok    ' if ok else 'MISSED'} {name:<10} expected {expected}; "
+                  f"measured {measured} ({seconds:.0f} s)", flush=True)
     return int(missed > 0)
 
 

@@ -1,14 +1,11 @@
-"""What gpu_check.py measures itself: `gpu_probes.py gradients` or `decode`, with --device; one JSON object."""
+"""What gpu_check.py measures itself, each in a process of its own: `gradients` and `decode`."""
 
-import argparse
-import json
 import time
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from erv_min.base.processes import exact_kernels, run_script
+from erv_min.base.processes import exact_kernels
 from erv_min.config import humanomni
 from erv_min.generate import prefill, rollout, sample_token, sampling_noise
 from erv_min.logps import completion_logps
@@ -39,20 +36,20 @@ def prompts_of(model: HumanOmni, lengths: tuple[int, ...]) -> Prompts:
 def gradients(device: str) -> dict[str, float]:
     """Of bfloat16, at head widths 64 and 128: how far its gradient lies from float32's, relative to that, and the mean
     |log-prob of the sampler - of the trainer| on tokens that it sampled. NaN if something is."""
+    exact_kernels()
     found = {}
     for width in (64, 128):
-        model = biased_model(width, device)
         noise, grads = sampling_noise(0, 0, range(len(LENGTHS)), GROUP, TOKENS), []
-        completions = None
         for dtype in (torch.bfloat16, torch.float32):
-            each = model.to(dtype) if dtype == torch.float32 else biased_model(width, device).to(dtype)
-            prompts = prompts_of(each, LENGTHS)
-            completions = completions or rollout(each, prompts, GROUP, TOKENS, -1, noise)
-            logps, _ = completion_logps(each, prompts, completions)
+            model = biased_model(width, device).to(dtype)
+            prompts = prompts_of(model, LENGTHS)
+            if dtype == torch.bfloat16:
+                completions = rollout(model, prompts, GROUP, TOKENS, -1, noise)
+            logps, _ = completion_logps(model, prompts, completions)
             if dtype == torch.bfloat16:
                 found[f"sampler_gap_{width}"] = (logps - completions.logps).abs().mean().item()
             logps.mean().backward()
-            grads.append(torch.cat([p.grad.flatten().float() for p in each.parameters() if p.grad is not None]))
+            grads.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None]))
         found[f"gradient_gap_{width}"] = ((grads[0] - grads[1]).norm() / grads[1].norm()).item()
     return found
 
@@ -78,6 +75,7 @@ def kernels(work) -> int:
 def decode(device: str) -> dict[str, float]:
     """16 completions of a prompt of 950 tokens at 0.5B in bfloat16: seconds of the first rollout, in which graphs are
     captured, and of the second; kernels of a decode step; milliseconds of sample_token alone."""
+    exact_kernels()
     cuda = device.startswith("cuda")
     model = random_humanomni(humanomni("0.5b" if cuda else "toy"), dtype=torch.bfloat16, device=device)
     prompts, (group, tokens) = prompts_of(model, (950 if cuda else 9,)), (16, 512) if cuda else (3, 4)
@@ -88,23 +86,6 @@ def decode(device: str) -> dict[str, float]:
     decoder.run(last)
     draw = noise[:, 0].to(device)
     sample_token(logits, draw, 1.0)
-
-    def draws() -> list[Tensor]:
-        return [sample_token(logits, draw, 1.0) for _ in range(20)]
-
-    return {"first": first, "second": second, "ms_per_token": 1e3 * second / tokens,
-            "sample_ms": 50 * seconds(draws, device),
+    sampling = seconds(lambda: [sample_token(logits, draw, 1.0) for _ in range(20)], device)
+    return {"first": first, "second": second, "ms_per_token": 1e3 * second / tokens, "sample_ms": 1e3 * sampling / 20,
             "kernels": kernels(lambda: decoder.run(last)) if cuda else 0}
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("probe", choices=("gradients", "decode"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args(argv)
-    exact_kernels()
-    print(json.dumps({"gradients": gradients, "decode": decode}[given.probe](given.device)))
-
-
-if __name__ == "__main__":
-    run_script(main)

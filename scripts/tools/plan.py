@@ -9,7 +9,8 @@ tests/test_fsdp.py holds the plan of a small model against the same steps on rea
 """
 
 import sys
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -73,17 +74,13 @@ def room(memory: int) -> float:
 def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
     """Runs a pass of `stage` ("sft" or "grpo") on fake tensors, for a model of these dimensions sharded over `gpus`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
-
-    if gpus > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        # Fake tensors lie on a CPU.
-        with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),
+        with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
               Progress(f"a step on {gpus} GPUs is planned")):
             return _run(config, stage, settings, gpus)
     finally:
-        if gpus > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
@@ -151,17 +148,16 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         rollout_copy=grpo * copy, kv_cache=cache, rollout=rollout, update=update)
 
 
-def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> list[tuple[str, int, Plan]]:
-    """Switches that lower the peak: (what to give, number of GPUs, the plan with it), each added to those before it."""
-    found = []
+def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Iterator[tuple[str, Plan]]:
+    """Switches that lower the peak: (what to give, the plan with it), each added to those before it."""
     for switch, name, value in (("--dtype bfloat16", "dtype", "bfloat16"), ("--recompute", "recompute", True),
                                 ("--micro-batch 1", "micro_batch", 1), ("--rollout-batch 1", "rollout_batch", 1)):
         given = getattr(settings, name, value)
         if given == value or (name == "rollout_batch" and not given):  # 0 takes no more than there is
             continue
         settings = replace(settings, **{name: value})
-        found.append((switch, gpus, plan(config, stage, settings, gpus)))
-    return [*found, (f"{gpus + 8} GPUs", gpus + 8, plan(config, stage, settings, gpus + 8))]
+        yield switch, plan(config, stage, settings, gpus)
+    yield f"{gpus + 8} GPUs", plan(config, stage, settings, gpus + 8)
 
 
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
@@ -177,7 +173,7 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     lines.append(f"{'room on ' + gpu:<34}{room(GPUS[gpu]) / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for "
                  f"CUDA and {RESERVE[1]:.0%} for fragmentation")
     verdicts = [f"{'FITS' if p.fits(GPUS[name]) else 'DOES NOT FIT'} on {gpus} x {name}"
-                for name in (gpu, *(other for other in GPUS if other != gpu))]
+                for name in sorted(GPUS, key=lambda name: name != gpu)]
     if p.fits(GPUS[gpu]) and p.peak > TIGHT * room(GPUS[gpu]):
         verdicts.insert(1, "tight: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" + bool(p.rollout) *
                         ", and give --rollout-batch 1 (0 fills 90% of what is free)")
@@ -193,9 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=positive, default=8, help="number of GPUs [8]")
     own = parser.parse_args(argv)
     given = {"preset": "paper-7b", "out": "."} | vars(own)  # nothing is written
-    names = [f.name for f in fields(KINDS[stage])]
-    values = preset_values(KINDS[stage], given["preset"]) | given
-    settings = checked(parser, KINDS[stage], {name: values[name] for name in names})
+    values = preset_values(KINDS[stage], given["preset"])
+    settings = checked(parser, KINDS[stage], {name: given.get(name, value) for name, value in values.items()})
     config = humanomni(DIMENSIONS[settings.preset])
     targets = f"targets of {TARGET_TOKENS}"
     if own.stage == "grpo":
@@ -208,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     if first.fits(GPUS[own.gpu]):
         return 0
     print("what helps, one after the other (logits are in chunks already):")
-    for switch, _, p in ways_to_fit(config, own.stage, settings, own.gpus):
+    for switch, p in ways_to_fit(config, own.stage, settings, own.gpus):
         fits = p.fits(GPUS[own.gpu])
         print(f"  {switch}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
