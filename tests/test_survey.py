@@ -70,10 +70,11 @@ def test_clips_of_two_data_sets_with_one_id_are_two(world, truths, tmp_path):
 
 
 @pytest.mark.parametrize("path, value", [
-    ("items", []), ("items/q01", "x"), ("items/q01/judged", []), ("items/q01/judged/Ours", 3), ("systems", ["Ours"]),
+    ("items", {"q01": []}), ("items/q01", "x"), ("items/q01/judged", []), ("items/q01/judged/Ours", 3), ("systems", ["Ours"]),
     ("choices/q02", 3), ("choices", None), ("items/q02/left", "Nobody"), ("", [1])])
 def test_an_edited_key_is_refused(studies, tmp_path, path, value):
     file, key = key_of(studies["inside"])
+    given = json.dumps(answers(key, "Anna", {"Ours": 5, "Theirs": 3}))
     *above, last = path.split("/")
     place = key
     for name in above:
@@ -81,8 +82,9 @@ def test_an_edited_key_is_refused(studies, tmp_path, path, value):
     if last:
         place[last] = value
     (tmp_path / "key.json").write_text(json.dumps(key if last else value))
+    (tmp_path / "a.json").write_text(given)
     with pytest.raises(DataError, match="key.json: not the key that survey.py make wrote"):
-        survey_score.score(str(tmp_path / "key.json"), [])
+        survey_score.score(str(tmp_path / "key.json"), [str(tmp_path / "a.json")])
 
 
 def test_make_says_what_is_wrong(studies, world, tmp_path):
@@ -140,7 +142,7 @@ def test_score_by_hand_and_every_problem_named(studies, tmp_path, capsys):
     files.append(str(tmp_path / "cut.json"))
     survey.main(["score", "--key", str(path), *files, "--out", str(tmp_path / "result.json")])
     printed = capsys.readouterr().out
-    for problem in ("Cara, q02 emotion: 'bored' is not among the choices", "Cara, q02 left: 6 is not a score from 1",
+    for problem in ("Cara, q02 emotion: 'bored' is not among the choices", "Cara, q02 left: 6 is not among the choices",
                     "Cara, q02 right: not answered", "Cara, q03 emotion: not answered", "cut.json: not a JSON file",
                     "again.json: rater 'Anna' has answered in another file", "other.json: answers survey 'zzz'",
                     "Cara, question 'q99': not in this survey"):

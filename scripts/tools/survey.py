@@ -46,15 +46,12 @@ def eligible(first: list[dict], second: list[dict], any_answer: bool) -> list[tu
             continue
         if a["ground_truth"] != b["ground_truth"]:
             raise DataError(f"clip {a['video_id']} of {a['dataset']}: the two files disagree about its label")
-
-        def fits(row: dict) -> bool:
-            truth, dataset = row["ground_truth"], row["dataset"]
-            said = [read_prediction(row["output"], dataset)[0]]
-            if "judged_emotion" in row:
-                said.append(normalize(row["judged_emotion"] or "", dataset))
-            return all(emotion == normalize(truth, dataset) for emotion in said)
-
-        if all(extract_explanation(row["output"]) and (any_answer or fits(row)) for row in (a, b)):
+        said = []
+        for row in (a, b):
+            said += [read_prediction(row["output"], row["dataset"])[0],
+                     normalize(row.get("judged_emotion", row["ground_truth"]) or "", row["dataset"])]
+        right = set(said) == {normalize(a["ground_truth"], a["dataset"])}
+        if all(extract_explanation(row["output"]) for row in (a, b)) and (any_answer or right):
             pairs.append((a, b))
     return pairs
 
@@ -88,17 +85,14 @@ def make(args) -> None:
     examples = load_examples(args.data, args.split)
     (first, _), (second, _) = (read_predictions(file, examples) for file in (args.first, args.second))
     pairs = eligible(first, second, args.any_answer)
-    if len(pairs) < args.clips or args.clips < 1:
+    if len(pairs) < args.clips:
         right = "" if args.any_answer else " with the right answer and emotion (--any-answer lifts this)"
         raise SettingsError(f"--clips {args.clips}: {len(pairs)} clips have an explanation of both systems{right}")
     items, key = draw(pairs, args.clips, args.seed, names)
     paths = {(example.dataset, example.video_id): example.path for example in examples}
     files = [paths[entry["dataset"], entry["video_id"]] for entry in key.values()]
-    for path in files:
-        if not path.is_file():
-            raise DataError(f"{path}: no such clip")
-        if path.suffix.lower() not in PLAYABLE:
-            raise DataError(f"{path}: browsers do not play it; convert it first (ffmpeg -i IN -c:v libx264 OUT.mp4)")
+    if unplayable := [path for path in files if path.suffix.lower() not in PLAYABLE]:
+        raise DataError(f"{unplayable[0]}: browsers do not play it; first: ffmpeg -i IN -c:v libx264 OUT.mp4")
     embed = sum(path.stat().st_size for path in files) <= args.embed_mb * 1e6
     for item, path in zip(items, files):
         item["clip"] = (data_uri(PLAYABLE[path.suffix.lower()], path.read_bytes()) if embed else

@@ -15,73 +15,39 @@ from erv_min.base.errors import DataError
 from erv_min.base.files import read_json
 from erv_min.emotions import normalize
 
-PAPER = {"win rate": (53.6, 46.4), "mean": (3.52, 3.42), "sd": (0.41, 0.34), "top 1": 92.9, "top 2": 96.4}
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def read_key(path: str) -> dict:
-    key = read_json(path)
-    try:
-        first, second = key["systems"]
-        whole = bool(key["survey"])
-        for item, entry in key["items"].items():
-            emotions = [*key["choices"][item], *(entry["judged"][name] or "" for name in (first, second))]
-            whole &= {entry["left"], entry["right"]} == {first, second} and entry["emotion_of"] in (first, second)
-            whole &= all(isinstance(x, str) for x in (entry["video_id"], entry["dataset"], *emotions))
-    except (TypeError, KeyError, ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise DataError(f"{path}: not the key that survey.py make wrote, or edited since")
-    return key
+SCORES = (1, 2, 3, 4, 5)  # figure 5
 
 
 def read_raters(key: dict, files: list[str]) -> tuple[dict[str, dict], list[str]]:
     """rater -> {(item, question): value}, and the problems found. Questions: emotion, left, right."""
     raters, problems = {}, []
     for file in files:
+        where = Path(file).name
         try:
             content = read_json(file)
+            if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
+                raise DataError(f"{where}: not an export of the survey page")
+            if content.get("survey") != key["survey"]:
+                raise DataError(f"{where}: answers survey {content.get('survey')!r}, the key is of {key['survey']!r}")
+            rater = str(content.get("rater") or where)
+            if rater in raters:
+                raise DataError(f"{where}: rater {rater!r} has answered in another file already")
         except DataError as error:
             problems.append(f"{error}: the file is left out")
             continue
-        where = Path(file).name
-        if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
-            problems.append(f"{where}: not an export of the survey page: the file is left out")
-            continue
-        if content.get("survey") != key["survey"]:
-            problems.append(f"{where}: answers survey {content.get('survey')!r}, the key is of {key['survey']!r}: the "
-                            "file is left out")
-            continue
-        rater = str(content.get("rater") or "").strip()
-        if not rater:
-            rater = where
-            problems.append(f"{where}: names no rater; counted as {where!r}")
-        if rater in raters:
-            problems.append(f"{where}: rater {rater!r} has answered in another file already: the file is left out")
-            continue
         raters[rater] = {}
-        for item in content["answers"]:
-            if item not in key["items"]:
-                problems.append(f"{rater}, question {item!r}: not in this survey: left out")
+        problems += [f"{rater}, question {item!r}: not in this survey: left out" for item in content["answers"]
+                     if item not in key["items"]]
         for item in key["items"]:
             given = content["answers"].get(item)
-            given = given if isinstance(given, dict) else {}
-            for question in ("emotion", "left", "right"):
-                value = given.get(question)
-                if value is None:
-                    problems.append(f"{rater}, {item} {question}: not answered")
-                elif question == "emotion" and value not in key["choices"][item]:
-                    problems.append(f"{rater}, {item} {question}: {value!r} is not among the choices: left out")
-                elif question != "emotion" and not (type(value) is int and 1 <= value <= 5):
-                    problems.append(f"{rater}, {item} {question}: {value!r} is not a score from 1 to 5: left out")
-                else:
+            for question, choices in (("emotion", key["choices"][item]), ("left", SCORES), ("right", SCORES)):
+                value = given.get(question) if isinstance(given, dict) else None
+                if value in choices:
                     raters[rater][item, question] = value
+                else:
+                    problems.append(f"{rater}, {item} {question}: " + (
+                        "not answered" if value is None else f"{value!r} is not among the choices: left out"))
     return raters, problems
-
-
-# ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
 def top_share(votes: list[str], emotion: str, top: int) -> float:
@@ -96,8 +62,14 @@ def top_share(votes: list[str], emotion: str, top: int) -> float:
 
 def score(key_file: str, files: list[str]) -> dict:
     """All figures of a study as a dictionary, with "problems". Raises DataError where no answer is left."""
-    key = read_key(key_file)
-    raters, problems = read_raters(key, files)
+    key = read_json(key_file)
+    try:
+        return _score(key, *read_raters(key, files))
+    except (AttributeError, KeyError, TypeError, ValueError):  # every value of the raters' files is checked
+        raise DataError(f"{key_file}: not the key that survey.py make wrote, or edited since") from None
+
+
+def _score(key: dict, raters: dict[str, dict], problems: list[str]) -> dict:
     systems, items = key["systems"], key["items"]
     ratings = {name: {item: [] for item in items} for name in systems}
     votes = {item: [] for item in items}
@@ -115,7 +87,7 @@ def score(key_file: str, files: list[str]) -> dict:
     ties = sum(a == b for a, b in zip(first, second))
     result = {"survey": key["survey"], "systems": systems, "raters": sorted(raters), "clips": len(items), "ties": ties,
               "answers": sum(map(len, raters.values())), "expected": 3 * len(items) * len(raters), "problems": problems}
-    for name, scores, others in ((systems[0], first, second), (systems[1], second, first)):
+    for name, scores, others in zip(systems, (first, second), (second, first)):
         wins = sum(a > b for a, b in zip(scores, others)) + ties / 2
         result[name] = {"win rate": 100 * wins / len(both), "mean": mean(scores),
                         "sd": stdev(scores) if len(both) > 1 else None}
@@ -141,26 +113,22 @@ def agreement(systems: list[str], items: dict, votes: dict[str, list[str]]) -> d
 def report(result: dict) -> str:
     """Tables 3 and 6 as text, beside the paper's figures, then the agreement and every problem."""
     systems = result["systems"]
-    width = max(18, *map(len, systems))
-    scores = [result[name] for name in systems]
+    first, second = (result[name] for name in systems)
+    spreads = [f"{s['mean']:.2f} ± " + ("-" if s["sd"] is None else f"{s['sd']:.2f}") for s in (first, second)]
+    agreed = [[group, f"{a['top 1']:.1f}%", f"{a['top 2']:.1f}%", f"{a['clips']} clips", ""]
+              for group, a in result["agreement"].items()]
+    rows = [
+        ["Table 3", *systems, "paper: Ours", "R1-Omni"],
+        ["Win rate", f"{first['win rate']:.1f}%", f"{second['win rate']:.1f}%", "53.6%", "46.4%"],
+        ["Assessment score", f"{first['mean']:.2f}", f"{second['mean']:.2f}", "3.52", "3.42"],
+        ["Table 6: over clips", *spreads, "3.52 ± 0.41", "3.42 ± 0.34"],
+        ["Judge and raters", "top 1", "top 2", "", ""], *agreed, ["paper, Ours", "92.9%", "96.4%", "", ""]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [f"survey {result['survey']}: {result['clips']} clips, {len(result['raters'])} raters, "
-             f"{result['answers']} of {result['expected']} answers", "",
-             f"{'Table 3':22}{systems[0]:>{width}}{systems[1]:>{width}}{'paper: Ours':>16}{'R1-Omni':>10}",
-             f"{'Win rate':22}" + "".join(f"{s['win rate']:>{width - 1}.1f}%" for s in scores)
-             + f"{PAPER['win rate'][0]:>15}%{PAPER['win rate'][1]:>9}%",
-             f"{'Assessment score':22}" + "".join(f"{s['mean']:>{width}.2f}" for s in scores)
-             + f"{PAPER['mean'][0]:>16}{PAPER['mean'][1]:>10}",
-             f"{result['ties']} clips tied: half a win for each", "",
-             f"{'Table 6':22}{'mean and deviation over clips':>30}{'paper':>16}"]
-    for name, s, paper_mean, paper_sd in zip(systems, scores, PAPER["mean"], PAPER["sd"]):
-        spread = f"{s['mean']:.2f} ± " + ("-" if s["sd"] is None else f"{s['sd']:.2f}")
-        lines.append(f"{name:22}{spread:>30}{f'{paper_mean} ± {paper_sd}':>16}")
-    lines += ["", f"{'Judge and raters':22}{'clips':>7}{'top 1':>9}{'top 2':>9}   (paper, Ours: {PAPER['top 1']}, "
-                  f"{PAPER['top 2']})"]
-    for group, a in result["agreement"].items():
-        lines.append(f"{group:22}{a['clips']:>7}{a['top 1']:>8.1f}%{a['top 2']:>8.1f}%")
-    if not result["agreement"]:
-        lines.append("  the predictions carry no judged_emotion: give make the judged-1.jsonl of scripts/evaluate.py")
+             f"{result['answers']} of {result['expected']} answers; {result['ties']} clips tied: half a win for each",
+             *("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)]
+    if not agreed:
+        lines.append("the predictions carry no judged_emotion: give make the judged-1.jsonl of scripts/evaluate.py")
     if result["problems"]:
-        lines += ["", f"{len(result['problems'])} problems:", *(f"  {line}" for line in result["problems"])]
+        lines += [f"{len(result['problems'])} problems:", *(f"  {line}" for line in result["problems"])]
     return "\n".join(lines)
