@@ -21,7 +21,7 @@ from test_pages import browser, clean, look, no_overflow  # noqa: E402, F401
 from erv_min import erv, generate, grpo, metrics, rewards, sft  # noqa: E402
 from erv_min.emotions import ERV_LABELS  # noqa: E402
 from erv_min.metrics import COLUMNS  # noqa: E402
-from erv_min.base.errors import DataError  # noqa: E402
+from erv_min.base.errors import CheckpointError, DataError  # noqa: E402
 
 OF_THE_PAPER = [*(f"Eq. {n}" for n in range(1, 6)), "Algorithm 1", *COLUMNS]
 
@@ -227,14 +227,14 @@ def test_the_command_writes_the_page_in_seconds(tmp_path, capsys):
 
 
 def test_a_runs_own_completions(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="no completions.jsonl"):
+    with pytest.raises(DataError, match="completions.jsonl: no such file"):
         read_examples(str(tmp_path))
     said = ("<think>A room. He cries.</think>\n<answer>sad</answer>", "<think>Well.</think>\n<answer>happy</answer>")
     rows = [{"step": 3, "video_id": "v <1>", "dataset": "dfew", "ground_truth": "sad", "completion": o, "labels": EL,
              "sentences": [""] * len(EL), "reward_format": 1.0, "reward_answer": 0.0, "reward_explanation": r}
             for o, EL, r in ((said[1], [["happiness"]], 0.0), (said[0], [["neutral"], ["anger"]], 0.5))]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="no erv/"):
+    with pytest.raises(CheckpointError, match="erv"):
         read_examples(str(tmp_path))
     (tmp_path / "erv").mkdir()
     monkeypatch.setitem(SMALL, "probabilities", {"A room.": {"neutral": 0.9}, "He cries.": {"sadness": 0.9}})

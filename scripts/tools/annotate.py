@@ -126,14 +126,11 @@ def read_examples(run: str) -> Examples:
     """The small example; or the group of a run's completion that shows most: 0 < R_E < 1, most kinds of labels."""
     if not run:
         return Examples(SMALL["completions"], SMALL["e_gt"], small_verifier, ERV_LABELS, "a small example")
-    completions, folder = Path(run, "completions.jsonl"), Path(run, "erv")
-    if not completions.exists() or not folder.is_dir():
-        raise DataError(f"{run}: no completions.jsonl, or no erv/: --run is the folder of a toy run with a verifier")
-    if not (sampled := read_completions(completions)):  # step -> group
-        raise DataError(f"{completions}: no completion in it")
+    if not (sampled := read_completions(Path(run, "completions.jsonl"))):  # step -> group
+        raise DataError(f"{run}/completions.jsonl: no completion in it")
     best = max(sum(sampled.values(), []), key=lambda row: (0 < row["reward_explanation"] < 1,
                                                            len(set(map(tuple, row["labels"])))))
-    group, verifier = sorted(sampled[best["step"]], key=lambda row: row is not best), erv.Verifier.load(folder)
+    group, verifier = sorted(sampled[best["step"]], key=lambda row: row is not best), erv.Verifier.load(f"{run}/erv")
     return Examples([row["completion"] for row in group], best["ground_truth"], verifier.probabilities,
                     verifier.labels, f"{run}, step {best['step']}, clip {best['video_id']}")
 
