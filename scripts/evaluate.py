@@ -51,14 +51,6 @@ class EvaluateSettings(PredictionSettings):
                                    "0: 16", least=0)
 
 
-def by_data_set(rows: list[dict]) -> dict[str, list[dict]]:
-    """Data set -> its rows, in their order."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["dataset"], []).append(row)
-    return groups
-
-
 def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
     """Rows to judge, and what is told beside the figures: the clips that did not get that far, {"missing": [...],
     "unknown": [...], "failed": [...]}, and of a model its "towers" and, with --think, its answers_again, "think"."""
@@ -90,7 +82,8 @@ def answers_again(policy, examples: list, rows: list[dict], processes, settings:
     answer to exchange with."""
     results, kept, cut = {}, [], settings.think == "cut"
     clips = {(example.dataset, example.video_id): example for example in examples}
-    for dataset, of_set in by_data_set(rows).items():
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        of_set = [row for row in rows if row["dataset"] == dataset]
         said = [(clips[dataset, row["video_id"]], extract_explanation(row["output"]),
                  read_prediction(row["output"], dataset, settings.rule)[1]) for row in of_set]
         said = [(clip, explanation, answer) for clip, explanation, answer in said if explanation and answer]
@@ -118,34 +111,6 @@ def judged_by(judges: dict, rows: list[dict]) -> dict[str, list[dict]]:
     for name, judge in judges.items():
         judge_rows(result[name], judge)
     return result
-
-
-def figures(rows: list[dict], settings: EvaluateSettings) -> dict[str, dict]:
-    """Data set -> score, with "intervals" beside it."""
-    results = {}
-    for dataset, some in by_data_set(rows).items():
-        results[dataset] = score(some, dataset, settings.rule)
-        if settings.bootstrap:
-            results[dataset]["intervals"] = bootstrap(some, dataset, settings.bootstrap, settings.seed, settings.rule)
-    return results
-
-
-def agreements_of(judged: dict[str, list[dict]]) -> dict[str, dict]:
-    """Data set -> "A and B" -> agreement of two judges, the second as truth."""
-    said = {judge: {dataset: [row["judged_emotion"] for row in some] for dataset, some in by_data_set(rows).items()}
-            for judge, rows in judged.items() if len(judged) > 1}
-    return {dataset: {f"{a} and {b}": agreement(said[a][dataset], said[b][dataset]) for a, b in combinations(said, 2)}
-            for dataset in next(iter(said.values()), {})}
-
-
-def toy_sentences(rows: list[dict], data: str) -> dict[str, float]:
-    """What `count_sentences` counts, per explanation, if `data` is one embedded world. Else nothing."""
-    world = Path(data.removeprefix("toy:"))
-    if not data.startswith("toy:") or not (world / "params.jsonl").exists():
-        return {}
-    counts = count_sentences(rows, world)
-    return {name: counts[name] / len(rows)
-            for name in ("sentences", "formed", "face", "true face", "voice", "true voice")}
 
 
 def shown(value: float | None, form: str) -> str:
@@ -227,8 +192,22 @@ def main(argv: list[str] | None = None) -> None:
         return
     judged = judged_by(judges, rows)
     found = {"system": settings.name or Path((settings.model or settings.predictions).rstrip("/")).name,
-             "settings": asdict(settings), "judges": {judge: figures(of, settings) for judge, of in judged.items()},
-             "agreement": agreements_of(judged), "sentences": toy_sentences(rows, settings.data), **lost}
+             "settings": asdict(settings), "judges": {judge: {} for judge in judged}, "agreement": {}, "sentences": {},
+             **lost}
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        of_set = {judge: [row for row in of if row["dataset"] == dataset] for judge, of in judged.items()}
+        for judge, some in of_set.items():
+            result = found["judges"][judge][dataset] = score(some, dataset, settings.rule)
+            if settings.bootstrap:
+                result["intervals"] = bootstrap(some, dataset, settings.bootstrap, settings.seed, settings.rule)
+        said = {judge: [row.get("judged_emotion") for row in some] for judge, some in of_set.items()}
+        for a, b in combinations(said, 2):
+            found["agreement"].setdefault(dataset, {})[f"{a} and {b}"] = agreement(said[a], said[b])
+    world = Path(settings.data.removeprefix("toy:"))
+    if settings.data.startswith("toy:") and (world / "params.jsonl").exists():  # one embedded world
+        counts = count_sentences(rows, world)
+        found["sentences"] = {name: counts[name] / len(rows) for name in (
+            "sentences", "formed", "face", "true face", "voice", "true voice")}
     for path in out.glob("judged-*.jsonl"):  # of an evaluation before this one, maybe with more judges
         path.unlink()
     for number, judged_rows in enumerate(judged.values(), 1):
