@@ -270,7 +270,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/judge.py", "normalize(word, dataset)", "normalize(word, 'dfew')", "test_judge.py"),
     ("erv_min/judge.py", "labels[int(row.argmax())]", "labels[int(row.argmin())]", "test_judge.py"),
     ("erv_min/judge.py", "permuted(labels, text))", "labels)", "test_judge.py"),
-    ("scripts/tools/survey_score.py", "max(0, top - above) / level", "max(0, top - above)", "test_survey.py"),
+    ("scripts/tools/survey.py", "max(0, top - above) / level", "max(0, top - above)", "test_survey.py"),
     ("scripts/tools/survey.py", 'paths[entry["dataset"], entry["video_id"]]',
      'next(x for (_, i), x in paths.items() if i == entry["video_id"])', "test_survey.py"),
     ("scripts/tools/report.py", 'run.paths.get((split, row["dataset"], row["video_id"]))',

@@ -10,7 +10,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts" / "tools"))
 
 import survey  # noqa: E402
-import survey_score  # noqa: E402, F401
 
 from erv_min.data.examples import load_examples  # noqa: F401
 from erv_min.metrics import score  # noqa: F401

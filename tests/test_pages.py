@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pages_material import key_of, run, studies, survey_score, truths, world  # noqa: F401
+from pages_material import key_of, run, studies, survey, truths, world  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_rater_answers_reloads_and_exports(browser, studies, tmp_path, kind, w
         time.sleep(0.1)
     exported = json.loads(files[0].read_text())
     assert exported["rater"] == "Anna B." and exported["complete"] is True and exported["survey"] == key["survey"]
-    result = survey_score.score(str(path), [str(files[0])])
+    result = survey.score(str(path), [str(files[0])])
     assert result["problems"] == [] and result["Ours"]["win rate"] == 100 and result["Theirs"]["mean"] == 2
     assert result["agreement"]["both"]["top 1"] == 100
     clean(browser)

@@ -4,16 +4,16 @@ import json
 import re
 
 import pytest
-from pages_material import key_of, lines, prediction, studies, survey, survey_score, truths, world  # noqa: F401
+from pages_material import key_of, lines, prediction, studies, survey, truths, world  # noqa: F401
 
 from erv_min.base.errors import DataError, SettingsError
 
 
 def test_top_one_and_top_two_break_ties_by_chance():
     votes = ["sad", "sad", "fear", "fear", "happy"]
-    assert [survey_score.top_share(votes, e, 1) for e in ("sad", "fear", "happy", "angry")] == [0.5, 0.5, 0, 0]
-    assert [survey_score.top_share(votes, e, 2) for e in ("sad", "happy")] == [1, 0]
-    assert survey_score.top_share(["sad", "sad", "fear", "happy"], "happy", 2) == 0.5
+    assert [survey.top_share(votes, e, 1) for e in ("sad", "fear", "happy", "angry")] == [0.5, 0.5, 0, 0]
+    assert [survey.top_share(votes, e, 2) for e in ("sad", "happy")] == [1, 0]
+    assert survey.top_share(["sad", "sad", "fear", "happy"], "happy", 2) == 0.5
 
 
 def test_the_page_is_blind_and_balanced(studies, truths):
@@ -84,7 +84,7 @@ def test_an_edited_key_is_refused(studies, tmp_path, path, value):
     (tmp_path / "key.json").write_text(json.dumps(key if last else value))
     (tmp_path / "a.json").write_text(given)
     with pytest.raises(DataError, match="key.json: not the key that survey.py make wrote"):
-        survey_score.score(str(tmp_path / "key.json"), [str(tmp_path / "a.json")])
+        survey.score(str(tmp_path / "key.json"), [str(tmp_path / "a.json")])
 
 
 def test_make_says_what_is_wrong(studies, world, tmp_path):
@@ -121,7 +121,7 @@ def test_score_by_hand_and_every_problem_named(studies, tmp_path, capsys):
     for name, content in (("a.json", anna), ("b.json", ben)):
         (tmp_path / name).write_text(json.dumps(content))
         files.append(str(tmp_path / name))
-    result = survey_score.score(str(path), files)
+    result = survey.score(str(path), files)
     assert result["Ours"]["win rate"] == 75 and result["Theirs"]["win rate"] == 25 and result["problems"] == []
     assert result["Ours"]["mean"] == pytest.approx((3 + 3 * 4.5) / 4) and result["Theirs"]["mean"] == 3.5
     assert result["Ours"]["sd"] == pytest.approx(0.75) and result["Theirs"]["sd"] == 0
@@ -129,7 +129,7 @@ def test_score_by_hand_and_every_problem_named(studies, tmp_path, capsys):
     assert result["ties"] == 0
     ben["answers"]["q01"]["left" if q1["left"] == "Theirs" else "right"] = 3  # q01: 3 and 3
     (tmp_path / "b.json").write_text(json.dumps(ben))
-    assert survey_score.score(str(path), files)["Ours"]["win rate"] == 87.5  # three clips and half of one
+    assert survey.score(str(path), files)["Ours"]["win rate"] == 87.5  # three clips and half of one
 
     cara = answers(key, "Cara", {"Ours": 5, "Theirs": 5})
     cara["answers"]["q02"] = {"emotion": "bored", "left": 6}
@@ -150,7 +150,7 @@ def test_score_by_hand_and_every_problem_named(studies, tmp_path, capsys):
     assert "53.6%" in printed and "3.52 ± 0.41" in printed and "30 of 36 answers" in printed
     assert json.loads((tmp_path / "result.json").read_text())["raters"] == ["Anna", "Ben", "Cara"]
     with pytest.raises(DataError, match="no clip has a score for both systems"):
-        survey_score.score(str(path), [str(tmp_path / "cut.json")])
+        survey.score(str(path), [str(tmp_path / "cut.json")])
 
 
 def test_ties_by_hand(studies, tmp_path):
@@ -167,6 +167,6 @@ def test_ties_by_hand(studies, tmp_path):
     for name, content in (("a.json", anna), ("b.json", ben)):
         (tmp_path / name).write_text(json.dumps(content))
         files.append(str(tmp_path / name))
-    result = survey_score.score(str(path), files)
+    result = survey.score(str(path), files)
     assert (result["Ours"]["win rate"], result["Theirs"]["win rate"], result["ties"]) == (12.5, 87.5, 1)
     assert result["agreement"]["both"] == {"clips": 4, "top 1": 87.5, "top 2": 100}
