@@ -6,9 +6,9 @@
   complement  figure 7, for rare classes:       --input human.jsonl,pseudo.jsonl --ask openai:gpt-4.1-mini --out c.jsonl
   stats       table 5:                           --input human.jsonl,pseudo.jsonl,c.jsonl
 
-Rows are JSONL of {"text", "labels", "source", "clip", ...}, what `scripts/erv.py --data` reads, with the raw answer,
-the prompt's figure, model and seed beside. A stopped step goes on where it was (hosted answers lie in OUT.cache.jsonl).
-What has no usable answer goes to OUT.rejected.jsonl. Texts are kept once; clips of a test split are refused.
+Rows are what `scripts/erv.py --data` reads, with the raw answer, the prompt's figure, model and seed beside. A stopped
+step goes on where it was (hosted answers lie in OUT.cache.jsonl). What has no usable answer goes to OUT.rejected.jsonl.
+Texts are kept once; clips of a test split are refused.
 """
 
 import argparse
@@ -37,8 +37,7 @@ from erv_min.train.start import check_names, load_collator
 
 
 def text_key(text: str) -> str:
-    """Two texts are one if they differ in case and white space alone."""
-    return " ".join(text.lower().split())
+    return " ".join(text.lower().split())  # texts that differ in case and white space alone are one
 
 
 def without_repeats(rows: list[dict]) -> list[dict]:
@@ -101,10 +100,9 @@ def complement_plan(rows: list[dict], target: int, classes: tuple[str, ...],
         of_class = [row for row in rows if emotion in map(to_erv, row["labels"])]
         pool = [row["text"] for row in of_class if row.get("prompt") == "figure 6"]
         pool = pool if len(pool) > 1 else [row["text"] for row in of_class]
-        missing = max(0, target - len(of_class))
-        if missing and len(pool) < 2:
-            raise DataError(f"--input holds {len(pool)} descriptions of {emotion}: figure 7 shows two")
-        for number in range(missing):
+        for number in range(target - len(of_class)):
+            if len(pool) < 2:
+                raise DataError(f"--input holds {len(pool)} descriptions of {emotion}: figure 7 shows two")
             key = int.from_bytes(hashlib.sha256(f"{seed}:{emotion}:{number}".encode()).digest()[:4], "big")
             plan.append((emotion, random.Random(key).sample(sorted(pool), 2), key % 2**31))
     return plan
@@ -115,8 +113,7 @@ def complemented(rows: list[dict], client: ChatClient, target: int, classes: tup
     """New descriptions (figure 7) that bring each class to about `target`; those that repeat a text are rejected."""
     plan = complement_plan(rows, target, classes, seed)
     prompts = [complement_prompt(emotion, examples) for emotion, examples, _ in plan]
-    seeds = [draw for *_, draw in plan]
-    replies = client.ask(prompts, temperature, seeds, max_tokens=400)
+    replies = client.ask(prompts, temperature, [draw for *_, draw in plan], max_tokens=400)
     good, rejected, seen = [], [], {text_key(row["text"]) for row in rows}
     for (emotion, examples, draw), reply in zip(plan, replies):
         text = re.sub(r"^\W*target emotion:\s*\w+\W*", "", reply.text.strip(), flags=re.IGNORECASE).strip()

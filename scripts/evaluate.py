@@ -4,14 +4,13 @@
   another system      --predictions FILE[,FILE] --data dfew:/path --judge ...
                       our JSONL, the released `clip|output` text, the released judged JSON, or the last two together
   table 4             give --judge twice: each judge's figures and their agreement
-  masked modality     --without audio (or video): the same clips mute (or black); of toy:/world the sentences are
-                      counted, so that one sees which share of claims about the voice (or the face) stays
+  masked modality     --without audio (or video): the same clips mute (or black)
   faithfulness        --think cut (or exchange): the answers written again after no explanation (or another clip's),
-                      and how many move (arXiv 2307.13702); OUT/think.jsonl has them
+                      and how many move (arXiv 2307.13702)
 
-Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json (with 95% intervals over resampled clips, recall per
-class and confusion matrix), table.txt, judge-cache.jsonl (a stopped run asks nothing twice). Hosted judges take their
-key from OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends openai: to another server.
+Leaves in OUT: predictions.jsonl, judged-*.jsonl, metrics.json, table.txt, think.jsonl, judge-cache.jsonl (a stopped run
+asks nothing twice). Hosted judges take their key from OPENAI_API_KEY or GEMINI_API_KEY; ERV_JUDGE_BASE_URL sends
+openai: to another server.
 """
 
 from dataclasses import asdict, dataclass
@@ -52,8 +51,8 @@ class EvaluateSettings(PredictionSettings):
 
 
 def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], dict]:
-    """Rows to judge, and what is told beside the figures: the clips that did not get that far, {"missing": [...],
-    "unknown": [...], "failed": [...]}, and of a model its "towers" and, with --think, its answers_again, "think"."""
+    """Rows to judge, and what is told beside the figures: clips that are "missing", "unknown" or "failed"; of a model
+    its "towers" and, with --think, its answers_again, "think"."""
     examples = load_examples(settings.data, settings.split)[: settings.limit or None] if settings.data else []
     if settings.predictions:
         rows, lost = read_predictions(settings.predictions, examples)
@@ -77,9 +76,8 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
 
 
 def answers_again(policy, examples: list, rows: list[dict], processes, settings: EvaluateSettings) -> dict[str, dict]:
-    """Data set -> `comparisons.moved`: the answers after no explanation, or another clip's, against those after the own
-    one, all written again the same way. Left out: clips without explanation or readable answer, or without another
-    answer to exchange with."""
+    """Data set -> `comparisons.moved` of the answers after a changed explanation and after the own one, both written
+    again. Left out: clips without explanation or readable answer, or without another answer to exchange with."""
     results, kept, cut = {}, [], settings.think == "cut"
     clips = {(example.dataset, example.video_id): example for example in examples}
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
@@ -118,7 +116,7 @@ def shown(value: float | None, form: str) -> str:
 
 
 def confusion_text(result: dict) -> str:
-    """The confusion matrix, true labels in rows, predictions in columns; recall in percent at a row's end."""
+    """A row per true label, a column per prediction, and the row's recall in percent."""
     names = [*result["labels"], "unknown"]
     width = max(map(len, names)) + 1
     lines = [" " * width + "".join(f"{name[:7]:>8}" for name in [*names, "recall"])]
@@ -129,11 +127,8 @@ def confusion_text(result: dict) -> str:
 
 
 def beside_the_figures(result: dict) -> str:
-    """One system's intervals, how far its right answers hang together (section 6), and what could not be counted."""
-    parts = []
-    if "intervals" in result:
-        spans = ("{} {:.1f} to {:.1f}".format(x, *result["intervals"][x]) for x in COLUMNS if x in result["intervals"])
-        parts.append("95% intervals over clips " + ", ".join(spans))
+    spans = ["{} {:.1f} to {:.1f}".format(x, *span) for x, span in result.get("intervals", {}).items() if x in COLUMNS]
+    parts = ["95% intervals over clips " + ", ".join(spans)] if spans else []
     if result["FCR/WAR"] is not None:
         parts.append(f"right answers with an incoherent explanation (1 - FCR/WAR) {100 - result['FCR/WAR']:.2f}")
     return "; ".join([*parts, f"{result['unparsed']} without a readable answer, {result['judge_outside']} judged "
@@ -141,7 +136,7 @@ def beside_the_figures(result: dict) -> str:
 
 
 def report(found: dict) -> str:
-    """What is printed and kept as table.txt, of what metrics.json holds."""
+    """What metrics.json holds, as text."""
     judges, parts = found["judges"], []
     for dataset in next(iter(judges.values())):
         scores = {f"{found['system']}, {judge}" if len(judges) > 1 else found["system"]: result[dataset]

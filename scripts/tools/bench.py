@@ -7,10 +7,9 @@
   fsdp     a training step on two processes (on CUDA: one per GPU), sharded by hand, beside PyTorch's fully_shard; at
            toy size the language model has 6 layers of width 384, 20 M parameters
 
-Weights are random, of the dimensions `--size`, and a prompt is as long as a clip of that size makes it (950 tokens at
-0.5B). Each way runs once to warm up and once to count its memory; then they take turns, so that whatever else the
-machine does meets both, and the median of --repeats runs counts. Memory is the most that a run holds beside what was
-there before it: by CUDA's allocator, on a CPU the storages that exist (live.py). On CPUs bfloat16 may be emulated.
+Weights are random, a prompt is as long as a clip makes it (950 tokens at 0.5B). Each way runs once to warm up and once
+to count its memory, the most that it holds beside what was there before (CUDA's allocator; on a CPU live.py); then they
+take turns, so that whatever else the machine does meets both, and the median of --repeats runs counts.
 """
 
 import argparse
@@ -50,7 +49,6 @@ Found = dict[str, tuple[float, int]]  # way -> (median seconds, peak bytes)
 
 
 def synchronize(device: str) -> None:
-    """Waits for the GPU, and for the other processes where there are some."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     barrier()
@@ -96,7 +94,7 @@ def build(options: argparse.Namespace) -> tuple[HumanOmni, Tensor, Tensor]:
 
 
 def prompt_of(model: HumanOmni, features: tuple[Tensor, Tensor]) -> Prompts:
-    """X_m of Eq. 1 for one clip's tower features, TEXT_TOKENS words of text around it."""
+    """X_m of Eq. 1 for one clip's tower features."""
     device = features[0].device
     words = torch.ones(TEXT_TOKENS, dtype=torch.long, device=device)
     ids = torch.cat([words[:10], torch.tensor([VIDEO, AUDIO], device=device), words[10:]])

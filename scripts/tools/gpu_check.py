@@ -1,7 +1,7 @@
 """Is this machine's GPU as fast and as exact as promised? `python scripts/tools/gpu_check.py [PART ...] [--json]`
 
-Runs the parts one after the other, each in processes of its own, and prints a line for each: expected, measured, ok. A
-part that fails is a line too, and the others still run. About 10 minutes on one card with 22 GB and more.
+Prints a line for each part: expected, measured, ok. Each runs in processes of its own; one that fails is a line, too.
+About 10 minutes on one card with 22 GB and more.
 
   suite      tests/test_cuda.py                       logps  log-probs beside transformers' loss on whole logits
   gradients  bfloat16's beside float32's; sampler_gap grpo   3 steps of paper-0.5b: plan.py's bytes; one resumed

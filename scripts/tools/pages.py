@@ -1,7 +1,6 @@
 """What report, survey and annotate share: templates, text made safe for HTML, tables, a clip's frames and player.
 
-A page is one file that asks no network for anything: its Content-Security-Policy allows data: alone, and styles,
-scripts, pictures and clips stand inside it. Frames are JPEG (PyAV encodes them), a player is the clip's own bytes.
+A page is one file that asks no network for anything: its Content-Security-Policy allows data: alone.
 """
 
 import base64
@@ -10,8 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from erv_min.base.errors import ClipError, DataError
 from erv_min.base.files import read_jsonl
@@ -22,9 +20,8 @@ PLAYABLE = {".mp4": "video/mp4", ".m4v": "video/mp4", ".webm": "video/webm"}  # 
 
 
 def fill(template: str, **parts: str) -> str:
-    """A template of scripts/templates with each {{name}} replaced, in one pass: what is put in is not read again."""
-    text = (TEMPLATES / template).read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], text)
+    """A template with each {{name}} replaced, in one pass: what is put in is not read again."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m[1]], (TEMPLATES / template).read_text(encoding="utf-8"))
 
 
 def text(value) -> str:
@@ -68,23 +65,22 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def jpeg(frame: torch.Tensor, width: int = 200) -> bytes:
-    """uint8 [H, W, 3] -> JPEG, scaled down to `width` where it is wider; sides are even (4:2:0)."""
+def jpeg(frame: Tensor) -> bytes:
+    """uint8 [H, W, 3] -> JPEG, at most 200 wide; sides are even (4:2:0)."""
     import av
-    scale = min(1.0, width / frame.shape[1])
+    scale = min(1.0, 200 / frame.shape[1])
     height, width = (max(2, round(side * scale / 2) * 2) for side in frame.shape[:2])
-    pixels = F.interpolate(frame.permute(2, 0, 1)[None].float(), (height, width), mode="area")[0]  # [3, H', W']
-    picture = av.VideoFrame.from_ndarray(pixels.round().byte().permute(1, 2, 0).contiguous().numpy(), format="rgb24")
+    picture = av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")
     codec = av.CodecContext.create("mjpeg", "w")
     codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuvj420p", 1
     codec.options = {"qmin": "3", "qmax": "3"}
-    packets = codec.encode(picture.reformat(width, height, "yuvj420p", dst_color_range="JPEG")) + codec.encode(None)
+    picture = picture.reformat(width, height, "yuvj420p", dst_color_range="JPEG", interpolation="AREA")
+    packets = codec.encode(picture) + codec.encode(None)
     return b"".join(bytes(packet) for packet in packets)
 
 
 def clip_media(path: Path, max_bytes: int = 0) -> ClipMedia:
-    """A clip's sampled frames, and its player if the file is at most `max_bytes` (0: none) and of a form that browsers
-    play. A clip that cannot be decoded gives the reason as `note` and nothing else."""
+    """A clip's sampled frames, and its player if the file is at most `max_bytes` (0: none) and browsers play it."""
     try:
         shown = load_frames(path, 4)
     except ClipError as error:

@@ -1,11 +1,10 @@
 """Will it fit? `python scripts/tools/plan.py --preset paper-7b --gpu a100-80 --gpus 8 [--stage grpo|sft] [settings]`
 
 Prints the bytes that one GPU holds with --sharding hand, and whether they fit; if not, the switches that help. No GPU,
-no weights, no minutes: the sharded step itself runs (fsdp.py, logps.py, generate.py: the real code) on PyTorch's fake
-tensors, which have shapes and no memory, in a process group of N whose collectives do nothing; `Live` adds up the
-storages that exist. Fake tensors have no values, so prompts and masks are built here from their shapes alone.
-What is estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE), prompt text and target lengths.
-tests/test_fsdp.py holds the plan of a small model against the same steps on real tensors.
+no weights: the sharded step itself runs on PyTorch's fake tensors, which have shapes and no memory, in a process group
+of N whose collectives do nothing; `Live` adds up the storages that exist. Fake tensors have no values, so prompts and
+masks are built here from their shapes. Estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE),
+prompt text and target lengths.
 """
 
 import sys
@@ -59,8 +58,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Of sampling and of a pass; AdamW's fused kernel needs nothing beside its state."""
-        return self.stays + max(self.rollout, self.update)
+        return self.stays + max(self.rollout, self.update)  # AdamW's fused kernel needs nothing beside its state
 
     def fits(self, memory: int) -> bool:
         return self.peak <= room(memory)
@@ -95,8 +93,8 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
     clips = settings.micro_batch if grpo else max(1, settings.micro_batch // settings.targets_per_clip)
     group = settings.group_size if grpo else settings.targets_per_clip
     length = settings.max_new_tokens if grpo else TARGET_TOKENS
-    sampled = grpo and settings.rollout_batch or 1
-    most = max(clips, sampled) if grpo else clips
+    sampled = settings.rollout_batch or 1 if grpo else 1
+    most = max(clips, sampled)
     video = torch.zeros(most, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
     audio = torch.zeros(most, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
     gate_ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
@@ -142,10 +140,9 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         total.backward()
         update = live.peak
     size, trained = compute.itemsize, sum(len(p) for p in run.named_parameters().values())
-    return Plan(
-        shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * size * language // gpus,
-        optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
-        rollout_copy=grpo * copy, kv_cache=cache, rollout=rollout, update=update)
+    return Plan(shards=4 * sum(len(u.shard) for u in run.units), reference=grpo * size * language // gpus,
+                optimizer=8 * trained, gradients=4 * trained, verifier=int(grpo * VERIFIER),
+                rollout_copy=grpo * copy, kv_cache=cache, rollout=rollout, update=update)
 
 
 def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Iterator[tuple[str, Plan]]:
@@ -168,7 +165,6 @@ ROWS = {"what stays": "stays", "  parameter shards, float32": "shards", "  refer
 
 
 def show(p: Plan, gpu: str, gpus: int) -> str:
-    """The table, and the verdict."""
     lines = [f"{title:<34}{getattr(p, name) / 2**30:8.2f} GiB" for title, name in ROWS.items() if getattr(p, name)]
     lines.append(f"{'room on ' + gpu:<34}{room(GPUS[gpu]) / 2**30:8.2f} GiB, after {RESERVE[0] / 2**30:g} GiB for "
                  f"CUDA and {RESERVE[1]:.0%} for fragmentation")

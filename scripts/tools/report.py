@@ -1,11 +1,10 @@
 """One page that shows what runs did: `scripts/tools/report.py RUN [RUN ...] [--out report.html]`
 
 RUN is a folder of scripts/grpo.py (or sft.py, erv.py) or of scripts/evaluate.py, or NAME=FOLDER. Several are overlaid.
-The page holds the metrics with 95% bootstrap intervals, confusion matrices, the curves, held-out clips with each
-system's explanation (as figures 8 to 11), completions over the training with their sentences' labels and R_E, settings
-and versions. It is one file, asks no network, and goes dark with the reader's system. What a run does not hold is named
-on it; a damaged file is an error. Its size is bounded, however long the runs: RUNS, STEPS and COMPLETIONS of each,
-CLIPS held-out clips, with a player up to CLIP_BYTES, and parts.POINTS of a curve.
+The page holds metrics with 95% bootstrap intervals, confusion matrices, curves, held-out clips with each system's
+explanation (as figures 8 to 11), completions over the training with their sentences' labels and R_E, settings and
+versions. It is one file and asks no network. What a run does not hold is named on it; a damaged file is an error. Its
+size is bounded, however long the runs.
 """
 
 import argparse
@@ -36,8 +35,6 @@ FILES = {"config.json": "no settings and versions", "metrics.jsonl": "no curves"
 
 @dataclass
 class Run:
-    """What one folder holds."""
-
     name: str
     folder: Path
     about: dict = field(default_factory=dict)  # {"settings"[, "versions", "git_commit", "command"]}
@@ -126,7 +123,7 @@ def add_systems(run: Run, name: str, file: str, rule: str = "paper") -> None:
 
 
 def all_systems(runs: list[Run]) -> list[System]:
-    """Every run's systems, under names of their own; the same predictions of two runs (their common SFT) stand once."""
+    """Every run's systems; the same predictions of two runs (their common SFT) stand once."""
     kept = []
     for system in (system for run in runs for system in run.systems):
         if all(system.rows != other.rows for other in kept):
@@ -136,7 +133,7 @@ def all_systems(runs: list[Run]) -> list[System]:
 
 
 def find_clips(run: Run, data: str) -> None:
-    """Fills in the paths of a run's clips: an id is one of a split of a data set, and others may have it, too."""
+    """Fills in the paths of a run's clips."""
     spec = data or run.settings.get("data") or f"toy:{run.settings.get('world') or run.folder / 'world'}"
     for split in ("train", "test") if run.sampled or run.systems else ():
         try:
