@@ -116,9 +116,9 @@ def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
             ("metrics.jsonl", '{"step": "0"}\n', "metrics.jsonl, row 1: field 'step' is '0'; was it edited?"),
             ("completions.jsonl", '{"step": 3, "video_id": "1"}\n', "completions.jsonl, row 1: field 'dataset' is 'None'"),
             ("evaluation.json", "{", "evaluation.json: not a JSON file"),
-            ("evaluation.json", "[3]", "evaluation.json: expected an object, found [3]"),
+            ("evaluation.json", "[3]", "evaluation.json: expected a JSON object, found [3]"),
             ("predictions-SFT.jsonl", (run / "predictions-SFT.jsonl").read_text() * 2, "predictions-SFT.jsonl, row 5: a second output of clip 10004"),
-            ("config.json", '{"erv_min": 3}', "config.json: expected an object, found 3; was it edited?")):
+            ("config.json", '{"erv_min": 3}', "config.json: field 'erv_min' is '3'; was it edited?")):
         damaged = tmp_path / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(run, damaged)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from erv_min.base.errors import ClipError, DataError
-from erv_min.base.files import read_jsonl
+from erv_min.base.errors import ClipError
 from erv_min.media import load_frames
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -34,21 +33,6 @@ def table(head: list[str], rows: list[list[str]], attributes: str = "") -> str:
     head = "".join(f"<th scope=col>{cell}</th>" for cell in head)
     body = "".join(f"<tr><th scope=row>{row[0]}</th>{''.join(f'<td>{x}</td>' for x in row[1:])}</tr>" for row in rows)
     return f'<div class="wide"><table{attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def read_objects(path: Path, fields: dict[str, type | tuple]) -> list[dict]:
-    """The rows of a JSONL file, each with these fields of these types. Raises DataError naming file, row and field."""
-    rows = read_jsonl(path, log=True)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: expected a JSON object, found {str(row)[:60]}")
-        for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
-                raise DataError(f"{path}, row {number}: field {name!r} is {str(row.get(name))[:60]!r}; was it edited?")
-    return rows
-
-
-# ---- clips -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import report_parts as parts
-from pages import ClipMedia, clip_media, fill, read_objects, text
+from pages import ClipMedia, clip_media, fill, text
 
 from erv_min.base.errors import DataError, SettingsError
-from erv_min.base.files import atomic_write, read_json
+from erv_min.base.files import atomic_write, read_json, read_jsonl
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
 from erv_min.data.examples import load_examples
@@ -25,7 +25,6 @@ from erv_min.metrics import bootstrap, read_prediction, score
 from erv_min.rewards import extract_answer
 
 RUNS, STEPS, COMPLETIONS, CLIPS, CLIP_BYTES = 8, 12, 2, 6, 1_000_000  # the last: of a held-out clip with a player
-NUMBER = (int, float)
 FILES = {"config.json": "no settings and versions", "metrics.jsonl": "no curves",
          "completions.jsonl": "no completions over training",
          "evaluation.json": "no metrics (a toy run writes it at its end; scripts/evaluate.py makes them, too)"}
@@ -72,39 +71,45 @@ def read_run(argument: str) -> Run:
         raise DataError(f"{folder}: no run in it: expected {', '.join(FILES)} of scripts/grpo.py, or metrics.json of "
                         "scripts/evaluate.py")
     if "metrics.json" in there:  # of scripts/evaluate.py, with a file for each judge
-        run.about = read_dict(there["metrics.json"], "judges", "settings")
+        path = there["metrics.json"]
+        run.about = checked(read_json(path), path, judges=dict, settings=dict)
         judges = run.about["judges"]
         for number, judge in enumerate(judges, 1):
             system = str(run.about.get("system") or run.name) + (f", {judge}" if len(judges) > 1 else "")
             add_systems(run, system, f"judged-{number}.jsonl", run.settings.get("rule", "paper"))
         return run
     if "config.json" in there:
-        run.about = read_dict(there["config.json"], "erv_min")["erv_min"]
+        run.about = checked(read_json(there["config.json"]), there["config.json"], erv_min=dict)["erv_min"]
     if "metrics.jsonl" in there:
-        run.metrics = read_objects(there["metrics.jsonl"], {"step": int})
+        run.metrics = read_rows(there["metrics.jsonl"], step=int)
     if "completions.jsonl" in there:
         run.sampled = read_completions(there["completions.jsonl"])
-    for system in read_dict(there["evaluation.json"]) if "evaluation.json" in there else ():
-        add_systems(run, system, f"predictions-{system.replace(' ', '-')}.jsonl")
+    if "evaluation.json" in there:
+        for system in checked(read_json(there["evaluation.json"]), there["evaluation.json"]):
+            add_systems(run, system, f"predictions-{system.replace(' ', '-')}.jsonl")
     run.missing += [f"{name}: {file} is not there: {what}" for file, what in FILES.items() if file not in there]
     return run
 
 
-def read_dict(path: Path, *fields: str) -> dict:
-    """The object in a JSON file, in which each of these fields is an object, too."""
-    found = read_json(path)
-    for value in (found, *(found.get(name) for name in fields)) if isinstance(found, dict) else (found,):
-        if not isinstance(value, dict):
-            raise DataError(f"{path}: expected an object, found {str(value)[:60]}; was it edited?")
-    return found
+def checked(value, where: str | Path, **fields: type | tuple) -> dict:
+    """`value`, an object of a JSON file that has these fields of these types. Raises DataError."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {str(value)[:60]}")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind):
+            raise DataError(f"{where}: field {name!r} is {str(value.get(name))[:60]!r}; was it edited?")
+    return value
+
+
+def read_rows(path: Path, **fields: type | tuple) -> list[dict]:
+    return [checked(row, f"{path}, row {number}", **fields) for number, row in enumerate(read_jsonl(path, log=True), 1)]
 
 
 def read_completions(path: Path) -> dict[int, list[dict]]:
     """Step -> the group that was sampled."""
-    sampled = {}
-    for row in read_objects(path, {
-            "step": int, "video_id": str, "dataset": str, "ground_truth": str, "completion": str, "sentences": list,
-            "labels": list, "reward_format": NUMBER, "reward_answer": NUMBER, "reward_explanation": NUMBER}):
+    sampled, number = {}, (int, float)
+    for row in read_rows(path, step=int, video_id=str, dataset=str, ground_truth=str, completion=str, sentences=list,
+                         labels=list, reward_format=number, reward_answer=number, reward_explanation=number):
         sampled.setdefault(row["step"], []).append(row)
     return sampled
 
@@ -120,16 +125,6 @@ def add_systems(run: Run, name: str, file: str, rule: str = "paper") -> None:
         own = [row for row in rows if row["dataset"] == dataset]
         found = score(own, dataset, rule), bootstrap(own, dataset, rule=rule)
         run.systems.append(System(run, name, dataset, own, *found))
-
-
-def all_systems(runs: list[Run]) -> list[System]:
-    """Every run's systems; the same predictions of two runs (their common SFT) stand once."""
-    kept = []
-    for system in (system for run in runs for system in run.systems):
-        if all(system.rows != other.rows for other in kept):
-            name = system.name if len(runs) == 1 else f"{system.run.name}: {system.name}"
-            kept.append(replace(system, name=name))
-    return kept
 
 
 def find_clips(run: Run, data: str) -> None:
@@ -195,7 +190,11 @@ def training_section(runs: list[Run]) -> str:
 
 
 def build(runs: list[Run]) -> str:
-    systems = all_systems(runs)
+    systems = []
+    for system in (system for run in runs for system in run.systems):
+        if all(system.rows != other.rows for other in systems):  # the SFT that two runs share stands once
+            name = system.name if len(runs) == 1 else f"{system.run.name}: {system.name}"
+            systems.append(replace(system, name=name))
     sections = {  # (id, heading) -> HTML
         ("results", "Held-out results"): systems and parts.score_table(systems) + parts.matrices(systems),
         ("curves", "Training"): any(run.metrics for run in runs) and parts.curves(runs),
