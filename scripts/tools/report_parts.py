@@ -1,7 +1,6 @@
 """The parts of report.py's page, each as HTML: curves as SVG, tables, completions, settings.
 
-Every text that a model, a file or a user wrote goes through pages.text. A curve has at most POINTS points per run, a
-completion at most TEXT characters, a setting SETTING.
+Every text that a model, a file or a user wrote goes through pages.text.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from erv_min.emotions import canonical
 from erv_min.metrics import COLUMNS
 from erv_min.rewards import explanation_reward
 
-POINTS, TEXT, SETTING = 400, 6000, 600
+POINTS, TEXT, SETTING = 400, 6000, 600  # at most: points of a curve, characters of a completion, of a setting
 WIDTH, HEIGHT, LEFT, BOTTOM = 340, 200, 44, 20  # of a plot, and of its margins for numbers
 DASHES = ("", "6 2", "2 1.5", "7 2 2 2", "4 3", "1 1", "9 3", "3 1 1 1")  # a run is not told by colour alone
 HUES = {"anger": 4, "disgust": 84, "fear": 268, "happiness": 44, "sadness": 212, "surprise": 324,
@@ -44,11 +43,10 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def panel(series: dict[int, tuple[np.ndarray, np.ndarray]]) -> str:
     """A small plot as SVG in the page's colours. series: the run's number -> (steps, values)."""
-    every = np.concatenate([values for _, values in series.values()])
-    low, high = every.min(), every.max()
+    steps, values = (np.concatenate(parts) for parts in zip(*series.values()))
+    low, high, first, last = values.min(), values.max(), steps.min(), steps.max()
     if high - low <= 1e-9 * abs(high):
         low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    first, last = min(steps[0] for steps, _ in series.values()), max(steps[-1] for steps, _ in series.values())
 
     def x(step):
         return LEFT + (WIDTH - LEFT - 8) * (step - first) / max(1, last - first)
@@ -108,17 +106,16 @@ def score_table(systems: list) -> str:
 
 
 def matrices(systems: list) -> str:
-    """Confusion matrices: a row per true label, a column per answer; the shade is the share of the row."""
     out = ""
     for system in systems:
-        names, rows = [*system.score["labels"], "unknown"], ""
-        head = "".join(f"<th scope=col><span>{text(name)}</span></th>" for name in [*names, "recall"])
+        names, rows = system.score["labels"], ""
+        head = "".join(f"<th scope=col><span>{text(name)}</span></th>" for name in [*names, "unknown", "recall"])
         for name, counts in zip(names, system.score["confusion"]):
-            total, recall = max(1, sum(counts)), system.score["recall"][name]
-            rows += f"<tr><th scope=row>{text(name)}</th>"
-            for count in counts:
-                rows += f'<td style="--r:{count / total:.3f}"{"" if count else " class=zero"}>{count}</td>'
-            rows += f'<td class="recall">{"–" if recall is None else f"{recall:.0f}%"}</td></tr>'
+            recall, shades = system.score["recall"][name], [count / max(1, sum(counts)) for count in counts]
+            cells = "".join(f'<td style="--r:{shade:.3f}"{"" if count else " class=zero"}>{count}</td>'
+                            for count, shade in zip(counts, shades))
+            rows += (f"<tr><th scope=row>{text(name)}</th>{cells}"
+                     f'<td class="recall">{"–" if recall is None else f"{recall:.0f}%"}</td></tr>')
         out += (f"<figure tabindex=0><figcaption>{text(system.name)}</figcaption><table class=matrix>"
                 f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></figure>")
     return (f'<h3>Confusion matrices</h3><div class="matrices">{out}</div><p class="note">A row per true label, a '
@@ -126,7 +123,7 @@ def matrices(systems: list) -> str:
 
 
 def settings_table(runs: list) -> str:
-    """Settings, versions, commit and command of each run; what differs between them comes first."""
+    """What differs between the runs comes first."""
     columns = [{**run.settings, **run.about.get("versions", {}), "commit": run.about.get("git_commit") or "–",
                 "command": " ".join(run.about.get("command", ["–"])), "steps done": len(run.metrics),
                 "steps skipped": sum("skipped_because" in row for row in run.metrics)} for run in runs]
@@ -143,10 +140,9 @@ def sentence(words: str, labels: list[str], e_gt: str) -> str:
     """A sentence with its labels beside it; ✓ if it counts for e_gt (c of Eq. 4)."""
     right = [label for label in labels if explanation_reward([[label]], e_gt, neutral_filter=False) > 0]
     hue = HUES.get(canonical((right or labels)[0])) if labels else None  # neutral has none, nor GoEmotions' others
-    kind = "" if hue is not None else " grey" if right else " plain"
-    style = "" if hue is None else f' style="--h:{hue}"'
+    kind = f'sentence" style="--h:{hue}' if hue is not None else f"sentence {'grey' if right else 'plain'}"
     named = text(", ".join(labels) or "no label") + (" ✓" if right else "")
-    return f'<span class="sentence{kind}"{style}>{text(words)}<span class="tag">{named}</span></span>'
+    return f'<span class="{kind}">{text(words)}<span class="tag">{named}</span></span>'
 
 
 def completion(title: str, output: str, e_gt: str, sentences: list[str], labels: list[list[str]], facts: list[tuple],
