@@ -3,13 +3,6 @@
 Prints a line for each part: expected, measured, ok. Each runs in processes of its own; one that fails is a line, too.
 About 10 minutes on one card with 22 GB and more.
 
-  suite      tests/test_cuda.py                       logps  log-probs beside transformers' loss on whole logits
-  gradients  bfloat16's beside float32's; sampler_gap grpo   3 steps of paper-0.5b: plan.py's bytes; one resumed
-  decode     kernels and time per token at 0.5B       sft    SFT across an epoch with cached features
-  toy        40 GRPO steps of the toy's dimensions    pair   SFT on two GPUs beside one; skipped with one
-  rollout    sampling at 0.5B beside transformers     7b     sampling and a step at 7B, from 75 GiB on
-  step       a GRPO step at 0.5B beside transformers
-
 `--device cpu` runs all parts at toy size: it says that the command works and judges no figure. Status 1: a part missed.
 """
 
@@ -165,25 +158,25 @@ def large(on: Machine) -> tuple[str, bool]:
     return f"{ratio:.1f}x transformers, step {ours['seconds']:.1f} s", ratio >= 2
 
 
-PARTS: dict[str, tuple[str, Callable[[Machine], tuple[str, bool]]]] = {
-    "suite": ("all pass", suite),
-    "gradients": ("gradients within 5%, sampler_gap under 0.01", gradients),
-    "decode": ("<= 720 kernels and 4 ms a token", decode),
-    "toy": ("40 steps, all finite", toy),
-    "rollout": (">= 3x transformers", rollout),
-    "step": (">= 4x transformers", step),
-    "logps": (">= 1/1.2 of the speed, <= 1/10 of the memory", logps),
-    "grpo": ("plan.py's bytes within 10%, under 22 GiB, resumed to step 4", grpo),
-    "sft": ("9 steps, all finite", sft),
-    "pair": ("losses within 1e-4", pair),
-    "7b": ("sampling >= 2x transformers, a step ends", large),
-}
+PARTS: dict[str, tuple[str, Callable[[Machine], tuple[str, bool]]]] = {  # name -> what is expected, what measures it
+    "suite": ("tests/test_cuda.py passes", suite),
+    "gradients": ("bfloat16's within 5% of float32's, sampler_gap under 0.01", gradients),
+    "decode": ("<= 720 kernels and 4 ms a token at 0.5B", decode),
+    "toy": ("40 GRPO steps of the toy's dimensions", toy),
+    "rollout": (">= 3x transformers at 0.5B", rollout),
+    "step": (">= 4x transformers at 0.5B", step),
+    "logps": (">= 1/1.2 of the speed, <= 1/10 of the memory of transformers' loss on whole logits", logps),
+    "grpo": ("paper-0.5b: plan.py's bytes within 10%, under 22 GiB, resumed to step 4", grpo),
+    "sft": ("9 steps across epochs, with cached features", sft),
+    "pair": ("SFT on two GPUs beside one: losses within 1e-4", pair),
+    "7b": ("from 75 GiB on: sampling >= 2x transformers, a step ends", large)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS) + " (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="; ".join(
+        f"{name}: {expected}".replace("%", "%%") for name, (expected, _) in PARTS.items()) + " (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one object a line")
     given = parser.parse_args(argv)

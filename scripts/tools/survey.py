@@ -1,16 +1,13 @@
 """The human study of section 5.3 and appendix A: `survey.py make` writes its page, `survey.py score` reads the answers.
 
-  make    --first FILE --second FILE --data dfew:/path --names Ours,Baseline --out DIR
-          two systems' predictions of the same clips (our JSONL, or the released forms) -> DIR/survey.html and, outside
-          of DIR, DIR-key.json, which unblinds it and stays with you; send DIR to the raters, or the page alone
-  score   --key DIR-key.json ANSWERS.json [...]
-          the raters' exported files -> tables 3 and 6: win rate, scores; agreement with the judge
+  make    two systems' predictions of the same clips -> DIR/survey.html (send DIR to the raters) and, outside of DIR,
+          DIR-key.json, which unblinds it and stays with you
+  score   the raters' exported files -> tables 3 and 6: win rate, scores; agreement with the judge
 
 A clip takes three questions (figures 4 and 5): which emotion one explanation represents, read without the clip; then,
 with the clip, how well each of the two explanations reflects the emotion, 1 to 5. Clips are drawn as in section 5.3
 among those that both systems answered right (A.2: and whose explanations the judge read so); which they are, their
 order, the sides, and whose explanation the first question shows (each system's in half of the clips) come from --seed.
-The page is one file; more than --embed-mb of clips are copied into DIR/clips instead. It works from the disk, offline.
 
 What the paper leaves open: a clip's score is the mean over its raters; a system wins a clip with the higher score, a
 tie is half a win for each; table 6's deviation is the sample deviation of the clips' scores. Top 1: the judge's emotion
@@ -44,7 +41,7 @@ from erv_min.rewards import extract_explanation
 
 def eligible(first: list[dict], second: list[dict], any_answer: bool) -> list[tuple[dict, dict]]:
     """Pairs of rows of one clip that may be shown: explanations in both, and, unless any_answer, both answers right and
-    (where they were judged) both explanations judged so. Raises DataError if two rows disagree about the truth."""
+    (if they were judged) both explanations judged so."""
     other, pairs = {(row["dataset"], row["video_id"]): row for row in second}, []
     for a in first:
         b = other.get((a["dataset"], a["video_id"]))
@@ -63,7 +60,7 @@ def eligible(first: list[dict], second: list[dict], any_answer: bool) -> list[tu
 
 
 def draw(pairs: list[tuple[dict, dict]], count: int, seed: int, names: list[str]) -> tuple[list[dict], dict]:
-    """(items for the page, what the key says of each): drawn, ordered and sided by `seed`, balanced where it can be."""
+    """(items for the page, what the key says of each)"""
     rng = random.Random(seed)
     chosen = rng.sample(pairs, count)
     half = [i % 2 for i in range(count)]  # 0: the first system
@@ -157,7 +154,7 @@ def read_raters(key: dict, files: list[str]) -> tuple[dict[str, dict], list[str]
 
 
 def top_share(votes: list[str], emotion: str, top: int) -> float:
-    """Whether `emotion` is among the `top` most chosen: the chance of it where ties at the cut are broken at random."""
+    """Whether `emotion` is among the `top` most chosen: the chance of it if ties at the cut are broken at random."""
     counts = Counter(votes)
     if emotion not in counts:
         return 0.0
@@ -167,7 +164,7 @@ def top_share(votes: list[str], emotion: str, top: int) -> float:
 
 
 def score(key_file: str, files: list[str]) -> dict:
-    """All figures of a study as a dictionary, with "problems". Raises DataError where no answer is left."""
+    """All figures of a study, with "problems". Raises DataError."""
     key = read_json(key_file)
     try:
         return _score(key, *read_raters(key, files))
@@ -217,7 +214,6 @@ def agreement(systems: list[str], items: dict, votes: dict[str, list[str]]) -> d
 
 
 def report(result: dict) -> str:
-    """Tables 3 and 6 as text, beside the paper's figures, then the agreement and every problem."""
     systems = result["systems"]
     first, second = (result[name] for name in systems)
     spreads = [f"{s['mean']:.2f} ± " + ("-" if s["sd"] is None else f"{s['sd']:.2f}") for s in (first, second)]
