@@ -6,13 +6,9 @@ A page is one file that asks no network for anything: its Content-Security-Polic
 import base64
 import html
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
-
-from erv_min.base.errors import ClipError
-from erv_min.media import load_frames
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLAYABLE = {".mp4": "video/mp4", ".m4v": "video/mp4", ".webm": "video/webm"}  # what every browser opens
@@ -35,16 +31,6 @@ def table(head: list[str], rows: list[list[str]], attributes: str = "") -> str:
     return f'<div class="wide"><table{attributes}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-@dataclass
-class ClipMedia:
-    """A clip in a page: frames and player as data URIs; `note` says why there is no player, or no frames."""
-
-    frames: list[str] = field(default_factory=list)
-    player: str = ""
-    note: str = ""
-    ratio: float = 1.0  # width / height
-
-
 def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -61,20 +47,3 @@ def jpeg(frame: Tensor) -> bytes:
     picture = picture.reformat(width, height, "yuvj420p", dst_color_range="JPEG", interpolation="AREA")
     packets = codec.encode(picture) + codec.encode(None)
     return b"".join(bytes(packet) for packet in packets)
-
-
-def clip_media(path: Path, max_bytes: int = 0) -> ClipMedia:
-    """A clip's sampled frames, and its player if the file is at most `max_bytes` (0: none) and browsers play it."""
-    try:
-        shown = load_frames(path, 4)
-    except ClipError as error:
-        return ClipMedia(note=str(error))
-    media = ClipMedia([data_uri("image/jpeg", jpeg(frame)) for frame in shown], ratio=shown.shape[2] / shown.shape[1])
-    size, kind = path.stat().st_size, PLAYABLE.get(path.suffix.lower())
-    if max_bytes and size > max_bytes:
-        media.note = f"frames only: the clip has {size / 1e6:.2f} MB"
-    elif max_bytes and kind is None:
-        media.note = f"frames only: browsers do not play {path.suffix or 'this file'}"
-    elif max_bytes:
-        media.player = data_uri(kind, path.read_bytes())
-    return media

@@ -104,6 +104,16 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         vision, sound = model.project_video(features[0][:count], gate_ids), model.project_audio(features[1][:count])
         return torch.cat([vision, sound, text], 1)
 
+    def sample() -> int:
+        embeds = prompts(sampled)
+        _, kv = model.model(embeds, keep_kv=True)
+        cache = GroupCache(kv, torch.ones(embeds.shape[:2], dtype=torch.bool), group, length)
+        cache.length += length - 1
+        rows = torch.zeros(sampled * group, 1, dtype=torch.long)
+        hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
+        sample_token(hidden @ model.head_weight.T, torch.zeros(sampled * group), settings.temperature)
+        return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
+
     def loss() -> Tensor:  # logps.completion_logps without its look at masks
         hidden, kv = model.model(prompts(clips), keep_kv=True)
         fold = config.text.num_attention_heads // config.text.num_key_value_heads
@@ -115,23 +125,11 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
         ids = torch.zeros(len(hidden), dtype=torch.long)
         return token_logps(hidden, model.head_weight, ids, with_entropy=grpo)[0].sum()
 
-    def sample() -> int:
-        embeds = prompts(sampled)
-        _, kv = model.model(embeds, keep_kv=True)
-        cache = GroupCache(kv, torch.ones(embeds.shape[:2], dtype=torch.bool), group, length)
-        cache.length += length - 1
-        rows = torch.zeros(sampled * group, 1, dtype=torch.long)
-        hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
-        sample_token(hidden @ model.head_weight.T, torch.zeros(sampled * group), settings.temperature)
-        return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
-
-    cache, rollout = 0, 0
     with Live() as live, run.unsharded():
         copy = live.now
         features = model.vision_features(video), model.audio_features(audio)  # kept for the update
-        if grpo:
-            cache = sample()
-            rollout = live.peak
+        cache = sample() if grpo else 0
+        rollout = grpo * live.peak
     with Live() as live:
         for shard in run.named_parameters().values():
             shard.grad = torch.zeros_like(shard)  # of the passes before, that this one adds to

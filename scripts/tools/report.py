@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import report_parts as parts
-from pages import ClipMedia, clip_media, fill, text
+from pages import fill, text
 
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import atomic_write, read_json, read_jsonl
@@ -137,11 +137,11 @@ def find_clips(run: Run, data: str) -> None:
             run.missing.append(f"{run.name}: no frames of its {split} clips; --data says where they are ({error})")
 
 
-def clip_of(run: Run, split: str, row: dict, max_bytes: int = 0) -> ClipMedia:
+def clip_of(run: Run, split: str, row: dict, max_bytes: int = 0) -> str:
+    if not run.paths:
+        return ""
     path = run.paths.get((split, row["dataset"], row["video_id"]))
-    if path is None:
-        return ClipMedia(note=f"clip {row['video_id']} is not in the {split} data" if run.paths else "")
-    return clip_media(path, max_bytes)
+    return parts.clip(path, max_bytes) if path else parts.note(f"clip {row['video_id']} is not in the {split} data")
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ Every text that a model, a file or a user wrote goes through pages.text.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from pages import ClipMedia, table, text
+from pages import PLAYABLE, data_uri, jpeg, table, text
 
+from erv_min.base.errors import ClipError
 from erv_min.emotions import canonical
+from erv_min.media import load_frames
 from erv_min.metrics import COLUMNS
 from erv_min.rewards import explanation_reward
 
@@ -155,23 +158,38 @@ def completion(title: str, output: str, e_gt: str, sentences: list[str], labels:
         room -= len(words)
     body = f'<p class="text">{" ".join(shown)}</p>' if shown else f"<pre>{text(output[:TEXT])}</pre>"
     if len(output) > TEXT:
-        body += f'<p class="note">cut after {TEXT} of {len(output)} characters</p>'
+        body += note(f"cut after {TEXT} of {len(output)} characters")
     marks = {True: ' <span class="ok">✓</span>', False: ' <span class="no">✗</span>', None: ""}
     told = "".join(f"<span>{text(name)} <b>{text(value)}</b>{marks[right]}</span>" for name, value, right in facts)
     edge = "" if run is None else f' style="--edge:var(--run{run})"'
     return f'<article class="completion"{edge}><h4>{text(title)}</h4>{body}<p class="rewards">{told}</p></article>'
 
 
-def case(facts: dict[str, str], media: ClipMedia, columns: list[str]) -> str:
+def note(words) -> str:
+    return f'<p class="note">{text(words)}</p>'
+
+
+def clip(path: Path, max_bytes: int = 0) -> str:
+    """A clip's sampled frames, and its player if the file is at most `max_bytes` (0: none) and browsers play it."""
+    try:
+        frames = load_frames(path, 4)
+    except ClipError as error:
+        return note(error)
+    pictures = [data_uri("image/jpeg", jpeg(frame)) for frame in frames]
+    shown = "".join(f'<img src="{uri}" alt="frame {n} of the clip">' for n, uri in enumerate(pictures, 1))
+    kind, size, below, alone = PLAYABLE.get(path.suffix.lower()), path.stat().st_size, "", " alone"
+    if max_bytes and size > max_bytes:
+        below = note(f"frames only: the clip has {size / 1e6:.2f} MB")
+    elif max_bytes and kind is None:
+        below = note(f"frames only: browsers do not play {path.suffix or 'this file'}")
+    elif max_bytes:
+        player, alone = data_uri(kind, path.read_bytes()), ""
+        shown += f'<video src="{player}" poster="{pictures[0]}" controls preload="none"></video>'
+    return f'<div class="media{alone}" style="--ratio:{frames.shape[2] / frames.shape[1]:.3f}">{shown}</div>{below}'
+
+
+def case(facts: dict[str, str], media: str, columns: list[str]) -> str:
     """A clip, `facts` of it, and what was said about it."""
     heading = "".join(f"<span>{name} <b>{text(value)}</b></span>" for name, value in facts.items())
-    shown = "".join(f'<img src="{uri}" alt="frame {n} of the clip">' for n, uri in enumerate(media.frames, 1))
-    if media.player:
-        shown += f'<video src="{media.player}" poster="{media.frames[0]}" controls preload="none"></video>'
-    if shown:
-        alone = "" if media.player else " alone"
-        shown = f'<div class="media{alone}" style="--ratio:{media.ratio:.3f}">{shown}</div>'
-    if media.note:
-        shown += f'<p class="note">{text(media.note)}</p>'
-    return (f'<figure class="case"><figcaption>{heading}</figcaption>{shown}'
+    return (f'<figure class="case"><figcaption>{heading}</figcaption>{media}'
             f'<div class="columns">{"".join(columns)}</div></figure>')
