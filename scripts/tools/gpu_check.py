@@ -38,14 +38,9 @@ print("PEAK", torch.cuda.max_memory_allocated() if torch.cuda.is_available() els
 
 @dataclass
 class Machine:
-    """Where the parts run, and what they share."""
-
     device: str
+    cuda: bool
     folder: Path  # of worlds and runs
-
-    @property
-    def cuda(self) -> bool:
-        return self.device != "cpu"
 
     def python(self, *words: object) -> str:
         """What `python WORDS` prints. Raises RuntimeError: the line that names what went wrong, or the last."""
@@ -65,7 +60,6 @@ class Machine:
         return ours, theirs
 
     def probe(self, name: str) -> dict[str, float]:
-        """What a function of gpu_probes.py finds."""
         return json.loads(self.python("-c", PROBE, TOOLS, name, self.device))
 
     def train(self, script: str, out: str, preset: str, *options: object, start=()) -> tuple[list[dict], int]:
@@ -184,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{', '.join(unknown)}: the parts are {', '.join(PARTS)}")
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
-        on = Machine(given.device, Path(folder))
+        on = Machine(given.device, given.device != "cpu", Path(folder))
         if not given.json:
             print(torch.cuda.get_device_name(given.device) if on.cuda else "a CPU, toy size: figures are not judged")
         for name in given.parts or PARTS:

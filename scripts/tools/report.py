@@ -50,8 +50,6 @@ class Run:
 
 @dataclass
 class System:
-    """One system's predictions on one data set, and their scores."""
-
     run: Run
     name: str
     dataset: str
@@ -128,7 +126,6 @@ def add_systems(run: Run, name: str, file: str, rule: str = "paper") -> None:
 
 
 def find_clips(run: Run, data: str) -> None:
-    """Fills in the paths of a run's clips."""
     spec = data or run.settings.get("data") or f"toy:{run.settings.get('world') or run.folder / 'world'}"
     for split in ("train", "test") if run.sampled or run.systems else ():
         try:

@@ -189,7 +189,6 @@ def clip(path: Path, max_bytes: int = 0) -> str:
 
 
 def case(facts: dict[str, str], media: str, columns: list[str]) -> str:
-    """A clip, `facts` of it, and what was said about it."""
     heading = "".join(f"<span>{name} <b>{text(value)}</b></span>" for name, value in facts.items())
     return (f'<figure class="case"><figcaption>{heading}</figcaption>{media}'
             f'<div class="columns">{"".join(columns)}</div></figure>')

@@ -194,13 +194,7 @@ def _score(key: dict, raters: dict[str, dict], problems: list[str]) -> dict:
         wins = sum(a > b for a, b in zip(scores, others)) + ties / 2
         result[name] = {"win rate": 100 * wins / len(both), "mean": mean(scores),
                         "sd": stdev(scores) if len(both) > 1 else None}
-    result["agreement"] = agreement(systems, items, votes)
-    return result
-
-
-def agreement(systems: list[str], items: dict, votes: dict[str, list[str]]) -> dict[str, dict]:
-    """Whose explanations question 1 showed -> how often raters and judge read the same emotion, percent of clips."""
-    result = {}
+    result["agreement"] = {}  # whose explanations question 1 showed -> do raters and judge read the same, % of clips
     for group in (*systems, "both"):
         pairs = []  # (votes, the judge's emotion)
         for item, entry in items.items():
@@ -209,7 +203,7 @@ def agreement(systems: list[str], items: dict, votes: dict[str, list[str]]) -> d
                 pairs.append((votes[item], normalize(judged, entry["dataset"]) or judged))
         if pairs:
             top1, top2 = (100 * mean(top_share(v, judged, top) for v, judged in pairs) for top in (1, 2))
-            result[group] = {"clips": len(pairs), "top 1": top1, "top 2": top2}
+            result["agreement"][group] = {"clips": len(pairs), "top 1": top1, "top 2": top2}
     return result
 
 
