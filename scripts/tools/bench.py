@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,6 @@ from live import Live
 from torch import Tensor
 
 from erv_min.base.errors import SettingsError
-from erv_min.base.files import read_json, write_json
 from erv_min.base.options import positive
 from erv_min.base.processes import barrier, exact_kernels, leave, run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
@@ -222,8 +220,8 @@ def fsdp_ways(options: argparse.Namespace, rank: int) -> Ways:
     return {"ours": sharded("hand"), "fully_shard": sharded("torch")}
 
 
-def fsdp_process(rank: int, folder: str, options: argparse.Namespace, processes: int) -> None:
-    """One of the processes of `fsdp`; the first leaves what it found in FOLDER/found.json."""
+def fsdp_process(rank: int, folder: str, results, options: argparse.Namespace, processes: int) -> None:
+    """One of the processes of `fsdp`; the first hands over what it found."""
     torch.set_num_threads(1)
     backend = "gloo"
     if options.device.startswith("cuda"):
@@ -232,7 +230,7 @@ def fsdp_process(rank: int, folder: str, options: argparse.Namespace, processes:
     dist.init_process_group(backend, f"file://{folder}/meet", rank=rank, world_size=processes)
     found = measure(fsdp_ways(options, rank), options)
     if rank == 0:
-        write_json(Path(folder, "found.json"), found)
+        results.put(found)
     leave()
 
 
@@ -240,9 +238,10 @@ def fsdp(options: argparse.Namespace) -> Found:
     processes = torch.cuda.device_count() if options.device.startswith("cuda") else 2
     if processes < 2:
         raise SettingsError("fsdp needs two GPUs; --device cpu measures two processes on gloo")
+    results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(fsdp_process, (folder, options, processes), nprocs=processes)
-        return read_json(Path(folder, "found.json"))
+        mp.spawn(fsdp_process, (folder, results, options, processes), nprocs=processes)
+    return results.get()
 
 
 BENCHES = {"rollout": rollout_ways, "step": step_ways, "logps": logps_ways, "fsdp": fsdp}
