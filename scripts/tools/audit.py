@@ -163,6 +163,8 @@ def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(AuditSettings, __doc__, argv)
+    if not args.erv:
+        raise SettingsError("--erv: name a verifier, a folder or a hub repository")
     (found, dataset), verifier = read_explanations(args), Verifier.load(args.erv, args.device)
     names, judge = dataset_labels(dataset), make_judge(args.judge) if args.judge else None
     found = found[:args.limit * (4 if judge else 1) or None]
