@@ -155,9 +155,8 @@ def report(found: dict) -> str:
             parts.append(f"{shown(x['moved'], '.1%')} of {x['n']} answers move after {after}; {x['left_out']} clips "
                          "left out")
     if found["sentences"]:
-        parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about the "
-                     "face, {:.2f} true of the clip; {:.2f} about the voice, {:.2f} true".format(
-                         *found["sentences"].values()))
+        parts.append("per explanation {:.2f} sentences, {:.2f} of the grammar in the right person; {:.2f} about "
+                     "face or voice, {:.2f} true of the clip".format(*found["sentences"].values()))
     return "\n".join(parts) + "\n"
 
 
@@ -201,8 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     world = Path(settings.data.removeprefix("toy:"))
     if settings.data.startswith("toy:") and (world / "params.jsonl").exists():  # one embedded world
         counts = count_sentences(rows, world)
-        found["sentences"] = {name: counts[name] / len(rows) for name in (
-            "sentences", "formed", "face", "true face", "voice", "true voice")}
+        found["sentences"] = {name: counts[name] / len(rows) for name in ("sentences", "formed", "cues", "true")}
     for path in out.glob("judged-*.jsonl"):  # of an evaluation before this one, maybe with more judges
         path.unlink()
     for number, judged_rows in enumerate(judged.values(), 1):

@@ -525,5 +525,4 @@ def test_sentences_counted_by_hand(tmp_path):
     rows = [{"video_id": "7", "output": f"<think>{said}</think>\n<answer>sad</answer>"},
             {"video_id": "7", "output": "<think></think>"}]
     assert text.count_sentences(rows, tmp_path) == {
-        "outputs": 2, "format": 1, "sentences": 9, "formed": 5, "cues": 3, "true": 2,
-        "face": 2, "true face": 1, "voice": 2, "true voice": 1}  # "He sobs" too: not her person, and sad is not shown
+        "outputs": 2, "format": 1, "sentences": 9, "formed": 5, "cues": 3, "true": 2}  # "He sobs.": not her person

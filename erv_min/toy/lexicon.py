@@ -10,37 +10,35 @@ import math
 import re
 from collections import Counter
 
-# Weights: 3 names the emotion, 2 hardly means anything else, 1 leans towards it. A key is the beginning
-# of a word (\b: the whole word).
+# Beginnings of words (\b: the whole word) that name the emotion, weight 3; that hardly mean anything else, 2; that lean
+# towards it, 1.
 WEIGHTS = {
-    "happy": {"happ": 3, "joy": 3, "glad": 3, "delight": 3, "pleased": 2, "smil": 2, "grin": 2, "laugh": 2, "beam": 2,
-              "cheer": 2, "giggl": 2, "warm": 1, "bright": 1, "amus": 2},
-    "sad": {"sad": 3, "sorrow": 3, "grief": 3, "griev": 3, "unhapp": 3, "despair": 3, "tear": 2, "sob": 2, "weep": 2,
-            "cry": 1, "droop": 2, "mourn": 2, "heav": 1, "tired": 1, "gloom": 2, "mope": 2, "slump": 2},
-    "angry": {"angr": 3, "anger": 3, "rage": 3, "furious": 3, "fury": 3, r"mad\b": 3, "hostil": 2, "scowl": 2,
-              "glar": 2, "clench": 2, "shout": 2, "yell": 2, "harsh": 2, "scold": 2, "snarl": 2, r"hard\b": 1},
-    "surprise": {"surpris": 3, "shock": 3, "amaz": 3, "astonish": 3, "startl": 3, "gasp": 2, "jump": 2, "sudden": 2,
-                 "drop": 1, "stare": 1, r"round\b": 1, "unexpected": 2, "gape": 2, "blink": 2},
-    "disgust": {"disgust": 3, "distaste": 3, "revol": 3, "repuls": 3, "nausea": 3, "sick": 2, "sneer": 2, "wrinkl": 2,
-                "groan": 2, "curl": 1, "sour": 2, "gag": 2, "turns away": 1, "squint": 1, "grimac": 2},
-    "fear": {"fear": 3, "afraid": 3, "scare": 3, "terror": 3, "terrif": 3, "panic": 3, "fright": 3, "dread": 3,
-             "trembl": 2, "shak": 2, "whimper": 2, "shrink": 2, "freez": 2, r"thin\b": 1, "flinch": 2},
-    "neutral": {"neutral": 3, "calm": 2, "relax": 2, "plain": 2, r"rests?\b": 2, r"even\b": 1, "composed": 2,
-                "ordinary": 2, "nothing": 2, r"(waits|talks)\b": 1, "indifferen": 3, r"still\b": 1, "unmoved": 2},
+    "happy": ("happ joy glad delight", "pleased smil grin laugh beam cheer giggl amus", "warm bright"),
+    "sad": ("sad sorrow grief griev unhapp despair", "tear sob weep droop mourn gloom mope slump", "cry heav tired"),
+    "angry": (r"angr anger rage furious fury mad\b", "hostil scowl glar clench shout yell harsh scold snarl",
+              r"hard\b"),
+    "surprise": ("surpris shock amaz astonish startl", "gasp jump sudden unexpected gape blink", r"drop stare round\b"),
+    "disgust": ("disgust distaste revol repuls nausea", "sick sneer wrinkl groan sour gag grimac",
+                r"curl turns\saway squint"),
+    "fear": ("fear afraid scare terror terrif panic fright dread", "trembl shak whimper shrink freez flinch",
+             r"thin\b"),
+    "neutral": ("neutral indifferen", r"calm relax plain rests?\b composed ordinary nothing unmoved",
+                r"even\b (waits|talks)\b still\b"),
 }
 SPELLINGS = {"happy": ("happy", "happiness"), "sad": ("sad", "sadness"), "angry": ("angry", "anger"),
              "surprise": ("surprise", "surprised"), "disgust": ("disgust", "disgusted"),
              "fear": ("fear", "fearful"), "neutral": ("neutral",)}
-NEGATIONS = ("no", "not", "without", "never", "n't", "hardly")
+NEGATIONS = {"no", "not", "without", "never", "n't", "hardly"}
 
 
-def weight_of(phrase: str, words: dict[str, int]) -> int:
-    """Sum of the weights of those `words` that `phrase` holds, and that none of the three words before it negates."""
+def weight_of(phrase: str, stems: tuple[str, ...]) -> int:
+    """Sum of the weights of those `stems` that `phrase` holds, and that none of the three words before negates."""
     total = 0
-    for stem, weight in words.items():
-        found = re.search(rf"\b{stem}", phrase)  # the beginning of a word
-        if found and not set(re.findall(r"[a-z']+", phrase[: found.start()])[-3:]) & set(NEGATIONS):
-            total += weight
+    for weight, of_weight in zip((3, 2, 1), stems):
+        for stem in of_weight.split():
+            found = re.search(rf"\b{stem}", phrase)
+            if found and not NEGATIONS.intersection(re.findall(r"[a-z']+", phrase[: found.start()])[-3:]):
+                total += weight
     return total
 
 
@@ -68,7 +66,7 @@ class LexiconJudge(Judge):
     def votes(self, text: str) -> dict[str, float]:
         votes = dict.fromkeys(WEIGHTS, 0.0)
         for phrase in re.split(r"[.,;:!?]|\bbut\b|\bwhile\b", text):
-            scores = {emotion: weight_of(phrase, words) for emotion, words in WEIGHTS.items()}
+            scores = {emotion: weight_of(phrase, stems) for emotion, stems in WEIGHTS.items()}
             best = max(scores.values())
             winners = [emotion for emotion, score in scores.items() if score == best > 0]
             for emotion in winners:

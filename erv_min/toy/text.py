@@ -22,38 +22,35 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
-# What a sentence is about -> the emotion that it conveys -> its wordings: {S} He/She, {o} him/her.
-# All differ in their last word alone, so that a policy that begins one and ends another (GRPO paid it for "The voice is
-# calm and tired.", "The voice is long.", "His mouth back.") still writes a sentence of the grammar.
-CUES = {
-    "face": {
-        "happy": ("{S} smiles.", "{S} grins.", "{S} beams."),
-        "sad": ("{S} weeps.", "{S} mopes.", "{S} slumps."),
-        "neutral": ("{S} rests.", "{S} relaxes.", "{S} waits."),
-        "angry": ("{S} scowls.", "{S} glares.", "{S} snarls."),
-        "surprise": ("{S} gapes.", "{S} stares.", "{S} blinks."),
-        "disgust": ("{S} sneers.", "{S} gags.", "{S} grimaces."),
-        "fear": ("{S} trembles.", "{S} freezes.", "{S} flinches.")},
-    "voice": {
-        "happy": ("The voice is bright.", "{S} laughs."),
-        "sad": ("The voice is heavy.", "{S} sobs."),
-        "neutral": ("The voice is even.", "{S} talks."),
-        "angry": ("The voice is harsh.", "{S} shouts."),
-        "surprise": ("The voice is sudden.", "{S} gasps."),
-        "disgust": ("The voice is sour.", "{S} groans."),
-        "fear": ("The voice is shaky.", "{S} whimpers.")},
-    "conclusion": {
-        "happy": ("{S} feels happy.", "{S} feels glad.", "This shows joy."),
-        "sad": ("{S} feels sad.", "{S} feels grief.", "This shows sorrow."),
-        "neutral": ("{S} feels neutral.", "{S} feels nothing.", "This shows indifference."),
-        "angry": ("{S} feels angry.", "{S} feels mad.", "This shows rage."),
-        "surprise": ("{S} feels surprised.", "{S} feels amazed.", "This shows shock."),
-        "disgust": ("{S} feels disgusted.", "{S} feels sick.", "This shows distaste."),
-        "fear": ("{S} feels afraid.", "{S} feels scared.", "This shows fear.")},
+# The last words of the sentences that convey an emotion, in the forms below; {S}: He or She. They differ in it alone, so
+# that a policy that begins one and ends another (GRPO paid it for "The voice is calm and tired.", "The voice is long.",
+# "His mouth back.") still writes a sentence of the grammar.
+FORMS = {"face": ["{S} _."] * 3, "voice": ["The voice is _.", "{S} _."],
+         "conclusion": ["{S} feels _.", "{S} feels _.", "This shows _."]}
+WORDS = {
+    "happy": ("smiles grins beams", "bright laughs", "happy glad joy"),
+    "sad": ("weeps mopes slumps", "heavy sobs", "sad grief sorrow"),
+    "neutral": ("rests relaxes waits", "even talks", "neutral nothing indifference"),
+    "angry": ("scowls glares snarls", "harsh shouts", "angry mad rage"),
+    "surprise": ("gapes stares blinks", "sudden gasps", "surprised amazed shock"),
+    "disgust": ("sneers gags grimaces", "sour groans", "disgusted sick distaste"),
+    "fear": ("trembles freezes flinches", "shaky whimpers", "afraid scared fear"),
 }
-# Class shares of the human-annotated pairs: few of disgust, fear and neutral, as in table 5's EMER and MERR rows.
-HUMAN_SHARES = dict(zip(EMOTIONS, (0.24, 0.24, 0.05, 0.27, 0.13, 0.02, 0.05)))
-COMPLEMENT = ("disgust", "fear", "neutral")  # classes of section 3.2's complement set that this world has
+CUES: dict[str, dict[str, list[str]]] = {subject: {} for subject in FORMS}  # subject -> emotion -> wordings
+for emotion, of_subjects in WORDS.items():
+    for (subject, forms), words in zip(FORMS.items(), of_subjects):
+        CUES[subject][emotion] = [form.replace("_", word) for form, word in zip(forms, words.split())]
+
+# What a caption says of a parameter below -0.3, between, and above 0.3; then what only shows above 0.4.
+LEVELS = {
+    "mouth_curve": "down, level, up", "mouth_open": "-, shut, open", "brow_height": "low, level, high",
+    "brow_slant": "tilt out, straight, tilt in", "eye_open": "small, level, wide", "pitch": "low, level, high",
+    "tempo": "slow, steady, fast", "loudness": "faint, level, loud", "glide": "falls, steady, rises"}
+SEEN = ("The mouth is {mouth_curve} and {mouth_open}.", "The brows are {brow_height} and {brow_slant}.",
+        "The eyes are {eye_open}.")
+HEARD = ("The voice is {pitch} and {tempo}.", "The voice is {loudness} and {glide}.")
+MARKS = {"lip_skew": "The lip is tilted.", "tremble": "The mouth moves fast.", "tremolo": "The voice moves fast.",
+         "roughness": "The voice is rough."}
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,15 @@ def pick(rng: np.random.Generator, items):
 
 
 def fill(wording: str, woman: bool) -> str:
-    return wording.format(S="She", o="her") if woman else wording.format(S="He", o="him")
+    return wording.format(S="She" if woman else "He")
 
 
 def appearances(look: Look) -> tuple[list[str], list[str]]:
     """What can be said about the clip besides the expression: first sentences, and second ones."""
-    who = "woman" if look.woman else "man"
-    first = [f"A {who} wears {look.shirt}.", f"Behind {{o}} is the {look.room}."]
-    more = [f"{{S}} has {'long' if look.long_hair else 'short'} hair.", f"{{S}} has {look.hair} hair.",
-            *(["{S} has glasses."] if look.glasses else [])]
-    return [fill(words, look.woman) for words in first], [fill(words, look.woman) for words in more]
+    who, S, o = ("woman", "She", "her") if look.woman else ("man", "He", "him")
+    more = [f"{S} has {'long' if look.long_hair else 'short'} hair.", f"{S} has {look.hair} hair."]
+    return ([f"A {who} wears {look.shirt}.", f"Behind {o} is the {look.room}."],
+            more + [f"{S} has glasses."] * look.glasses)
 
 
 def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sentence]:
@@ -88,7 +84,6 @@ def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sent
 
 
 def cue(rng: np.random.Generator, subject: str, look: Look, emotion: str) -> Sentence:
-    """One sentence of CUES that conveys `emotion`."""
     return Sentence(fill(pick(rng, CUES[subject][emotion]), look.woman), emotion)
 
 
@@ -116,6 +111,18 @@ def join(sentences: list[Sentence]) -> str:
     return " ".join(s.text for s in sentences)
 
 
+def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
+    """What is seen and heard, without a word of emotion: attributes read off the clip's parameters (pre-training)."""
+    values = dict(zip(FACE + VOICE, (*face, *voice)))
+    say = {name: words.split(", ")[(values[name] >= -0.3) + (values[name] > 0.3)] for name, words in LEVELS.items()}
+    chosen = []
+    for wordings, names, most in ((SEEN, FACE, 3), (HEARD, VOICE, 2)):
+        said = [wording.format(**say) for wording in wordings]
+        said += [sentence for name, sentence in MARKS.items() if name in names and values[name] > 0.4]
+        chosen += [said[i] for i in sorted(rng.permutation(len(said))[:most])]
+    return " ".join([appearance(rng, look, 0.0)[0].text, *chosen])
+
+
 # ------------------------------------------------------------------------------ is it of this grammar, and is it true?
 
 @lru_cache
@@ -139,49 +146,17 @@ def count_sentences(rows: list[dict], world: str | Path) -> Counter:
 
     "outputs": all, "format": those that keep it; "sentences": of all explanations, "formed": of the grammar and in the
     clip's person, "cues": of these about face or voice, "true": cues that convey what the clip's face (voice) shows.
-    true / cues is the explanations' grounding. "face", "true face", "voice", "true voice": the same for each, and in
-    either person, since who sees nothing takes a woman for a man.
     """
     clips = {str(clip["number"]): clip for clip in read_jsonl(Path(world, "params.jsonl"))}
     total = Counter(outputs=len(rows))
     for row in rows:
         clip, sentences = clips[row["video_id"]], split_sentences(extract_explanation(row["output"]))
-        own, known = grammar(clip["look"]["woman"]), grammar(True) | grammar(False)
-        total.update(format=int(format_reward(row["output"])), sentences=len(sentences))
-        for sentence in [s for s in sentences if s in known]:
-            subject, emotion = known[sentence]
-            total["formed"] += sentence in own
-            if subject in ("face", "voice"):
-                true = clip[f"{subject}_shows"] == emotion
-                total.update({subject: 1, f"true {subject}": true})
-                total.update(cues=sentence in own, true=true and sentence in own)
+        own = grammar(clip["look"]["woman"])
+        formed = [own[sentence] for sentence in sentences if sentence in own]
+        cues = [clip[f"{subject}_shows"] == emotion for subject, emotion in formed if subject in ("face", "voice")]
+        total.update(format=int(format_reward(row["output"])), sentences=len(sentences), formed=len(formed),
+                     cues=len(cues), true=sum(cues))
     return total
-
-
-# ------------------------------------------------------------------------------------------------------- captions
-
-# What a caption says of a parameter below -0.3, between, and above 0.3; then what only shows above 0.4.
-LEVELS = {
-    "mouth_curve": "down level up", "mouth_open": "- shut open", "brow_height": "low level high",
-    "brow_slant": "out straight in", "eye_open": "small level wide", "pitch": "low level high",
-    "tempo": "slow steady fast", "loudness": "faint level loud", "glide": "falls steady rises"}
-MARKS = {"lip_skew": "The lip is tilted.", "tremble": "The mouth moves fast.", "tremolo": "The voice moves fast.",
-         "roughness": "The voice is rough."}
-
-
-def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
-    """What is seen and heard, without a word of emotion: attributes read off the clip's parameters (pre-training)."""
-    values = dict(zip(FACE + VOICE, (*face, *voice)))
-    say = {name: words.split()[(values[name] >= -0.3) + (values[name] > 0.3)] for name, words in LEVELS.items()}
-    tilt = f"{'' if say['brow_slant'] == 'straight' else 'tilt '}{say['brow_slant']}"
-    seen = [f"The mouth is {say['mouth_curve']} and {say['mouth_open']}.",
-            f"The brows are {say['brow_height']} and {tilt}.", f"The eyes are {say['eye_open']}."]
-    heard = [f"The voice is {say['pitch']} and {say['tempo']}.", f"The voice is {say['loudness']} and {say['glide']}."]
-    chosen = []
-    for said, names, most in ((seen, FACE, 3), (heard, VOICE, 2)):
-        said += [sentence for name, sentence in MARKS.items() if name in names and values[name] > 0.4]
-        chosen += [said[i] for i in sorted(rng.permutation(len(said))[:most])]
-    return " ".join([appearance(rng, look, 0.0)[0].text, *chosen])
 
 
 # ----------------------------------------------------------------------------------- training pairs of the verifier
@@ -191,11 +166,9 @@ def true_labels(sentences: list[Sentence]) -> list[str]:
 
     Appearance alone is neutral. Of two equally frequent emotions the later mentioned one comes first.
     """
-    counts: dict[str, int] = {}
-    for emotion in [s.emotion for s in sentences if s.emotion] or ["neutral"]:
-        counts[emotion] = counts.pop(emotion, 0) + 1  # re-inserted: the order is that of the last mention
-    ranked = sorted(reversed(counts), key=counts.get, reverse=True)  # equal ones keep their order
-    return [ERV_NAMES[e] for e in ranked[:2] if counts[e] >= counts[ranked[0]] / 2]
+    told = [s.emotion for s in sentences if s.emotion] or ["neutral"]
+    ranked = sorted(dict.fromkeys(reversed(told)), key=told.count, reverse=True)  # equal ones keep their order
+    return [ERV_NAMES[e] for e in ranked[:2] if told.count(e) >= told.count(ranked[0]) / 2]
 
 
 def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, clip: str, noise: float,
@@ -209,7 +182,7 @@ def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, cli
     if source != "human" and rng.random() < 0.6:
         sentences = [pick(rng, sentences)]
     truth = true_labels(sentences)
-    labels = list(truth)
+    labels = [*truth]
     if rng.random() < noise:
         labels[0] = pick(rng, [name for name in ERV_NAMES.values() if name not in truth])
     return {"text": join(sentences), "labels": labels, "truth": truth, "source": source, "clip": clip}

@@ -9,6 +9,7 @@ The same text gives the same files.
 import re
 from collections import Counter
 from pathlib import Path
+from string import ascii_lowercase, digits
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -26,24 +27,22 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizers(folder: Path, spoken: list[str], described: list[str]) -> None:
-    """Trains and writes all three: `spoken` is what the policy writes, `described` what the verifier reads."""
-    for name, tokenizer in (("lm", qwen_tokenizer(spoken)), ("text_gate", bert_tokenizer(spoken)),
-                            ("erv", roberta_tokenizer(described))):
+    """Makes and writes all three: `spoken` is what the policy writes, `described` what the verifier reads."""
+    made = {"lm": qwen_tokenizer(spoken), "text_gate": bert_tokenizer(spoken), "erv": roberta_tokenizer(described)}
+    for name, tokenizer in made.items():
         atomic_write(folder / name / "tokenizer.json", tokenizer.to_str())
     write_json(folder / "lm" / "tokenizer_config.json", {
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT_TEMPLATE,
         "tokenizer_class": "Qwen2Tokenizer", "model_max_length": 2048})
 
 
-def byte_level_bpe(tokenizer: Tokenizer, lines: list[str], size: int, special_tokens: list[str] = []) -> Tokenizer:
-    """Trains `tokenizer` on `lines`; a vocabulary that stays short of `size` (little text) is filled with placeholders,
-    so that model dimensions hold."""
+def byte_level_bpe(tokenizer: Tokenizer, lines: list[str], size: int, special_tokens: list[str] = []) -> None:
+    """Trains `tokenizer`; a vocabulary that stays short of `size` is filled up, so that model dimensions hold."""
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
         vocab_size=size, special_tokens=special_tokens, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     tokenizer.add_tokens([f"<unused{i}>" for i in range(size - tokenizer.get_vocab_size())])
-    return tokenizer
 
 
 def qwen_tokenizer(spoken: list[str]) -> Tokenizer:
@@ -67,14 +66,12 @@ def roberta_tokenizer(described: list[str]) -> Tokenizer:
 
 
 def bert_tokenizer(spoken: list[str]) -> Tokenizer:
-    """WordPiece over whole words of the question, then the commonest words, above an alphabet of pieces.
-
-    The vocabulary is listed, not trained: the library's WordPiece trainer gives other ids in each process.
-    """
+    """Pieces of one letter, then whole words of the question, then the commonest ones. The vocabulary is listed, not
+    trained: the library's WordPiece trainer gives other ids in each process."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = ascii_lowercase + digits
     words = re.findall(r"\w+", f"{QUESTION} {REASONING_SUFFIX}".lower())
-    common = Counter(word for line in spoken for word in re.findall(r"\w+", line.lower()))
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    common = Counter(re.findall(r"\w+", " ".join(spoken).lower()))
     entries = [*specials, *letters, *("##" + c for c in letters), *"!'(),-./:;<>?_", *words,
                *sorted(common, key=lambda w: (-common[w], w))]
     vocab = {entry: i for i, entry in enumerate(list(dict.fromkeys(entries))[:256])}

@@ -31,6 +31,10 @@ VERSION = 10  # of what a seed gives; raise it when rendering, grammar or files 
 SPLITS = ("train", "test", "tune", "pretrain")
 FIRST_NUMBER = 10_001  # five digits without leading zeros, however a reader spells them
 
+# Class shares of the human-annotated pairs: few of disgust, fear and neutral, as in table 5's EMER and MERR rows.
+HUMAN_SHARES = (0.24, 0.24, 0.05, 0.27, 0.13, 0.02, 0.05)
+COMPLEMENT = ("disgust", "fear", "neutral")  # classes of section 3.2's complement set that this world has
+
 # Expression and voice of each emotion, in the order of FACE and VOICE: (face [7], voice [6]). Neutral is not 0: there
 # every weak expression lies, so that its clips would be taken for all others.
 PROTOTYPES = {
@@ -105,8 +109,8 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
         lowest = [0.0 if name in ONE_SIDED else -1.0 for name in names]
         values.append(tuple(round(float(v), 4) for v in np.clip(noisy, lowest, 1.0)))
     woman = bool(rng.random() < 0.5)
-    long_hair = woman  # a model goes by its length, and would miss what goes against it
-    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)), long_hair,
+    look = Look(woman, text.pick(rng, list(SHIRTS)), text.pick(rng, list(HAIRS)),
+                woman,  # long hair: a model goes by its length, and would miss what goes against it
                 bool(rng.random() < 0.25), text.pick(rng, ROOMS), int(rng.integers(len(SKINS))))
     return ClipSpec(number, split, label, *shows, *values, look)
 
@@ -114,8 +118,8 @@ def sample_clip(settings: WorldSettings, split: str, index: int, number: int) ->
 def sample_clips(settings: WorldSettings) -> list[ClipSpec]:
     """Every clip of the world, in the order of their numbers: train, test, tune, pretrain."""
     sizes = {split: getattr(settings, split) for split in SPLITS}
-    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) <= 99_999 - FIRST_NUMBER:
-        raise SettingsError(f"a world holds 1 to {99_999 - FIRST_NUMBER} clips, not {sizes}")
+    if min(sizes.values()) < 0 or not 0 < sum(sizes.values()) < 90_000:  # numbers of five digits
+        raise SettingsError(f"a world holds 1 to 89,999 clips, not {sizes}")
     places = [(split, index) for split, size in sizes.items() for index in range(size)]
     return [sample_clip(settings, *place, number) for number, place in enumerate(places, FIRST_NUMBER)]
 
@@ -149,11 +153,10 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
     rendered = {p.name for p in (folder / "clip").glob("*.mp4") if p.stat().st_size}
     missing = [clip for clip in clips if f"{clip.number}.mp4" not in rendered]
     render = partial(render_clip, folder, settings)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        steps = pool.map(render, missing, chunksize=25) if workers > 1 else map(render, missing)
-        with Progress("clips are rendered", len(missing), "clip") as progress:
-            for _ in steps:
-                progress.add()
+    with (ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+          Progress("clips are rendered", len(missing), "clip") as progress):
+        for _ in pool.map(render, missing, chunksize=25) if workers > 1 else map(render, missing):
+            progress.add()
     for part in (folder / "clip").glob(".*"):  # what a killed worker left
         part.unlink()
     write_annotations(folder, clips, settings)
@@ -170,7 +173,9 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
     write_jsonl(folder / "params.jsonl", map(asdict, clips))
     write_json(folder / "train.json", sft_entries(by_split["train"][:settings.sft_clips], settings))
     write_json(folder / "pretrain.json", caption_entries(by_split["pretrain"], settings))
-    write_jsonl(folder / "reading.jsonl", reading_rows(clips, settings))
+    rng = generator(settings, "reading")
+    told = [any_explanation(rng, text.pick(rng, clips), settings) for _ in range(settings.reading)]
+    write_jsonl(folder / "reading.jsonl", [{"explanation": said, "emotion": emotion} for said, emotion in told])
     train, valid = erv_pairs(by_split["train"] or clips, settings)
     write_jsonl(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
     write_jsonl(folder / "erv_valid.jsonl", valid)
@@ -182,9 +187,8 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
 
 def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
     """One item of the released training JSON."""
-    question = f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"
     return {"video": f"clip/{clip.number}.mp4", "conversations": [
-        {"from": "human", "value": question},
+        {"from": "human", "value": f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"},
         {"from": "gpt", "value": f"<think>{explanation}</think>\n<answer>{answer}</answer>"}]}
 
 
@@ -200,8 +204,8 @@ def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
         for _ in range(settings.resamples):
             about = text.pick(rng, EMOTIONS) if rng.random() < settings.about_noise else percept
             answer = about if rng.random() < settings.reads else percept
-            sentences = text.explain(rng, clip.look, about, settings.sentence_noise)
-            entries.append(entry(clip, text.join(sentences), answer))
+            explanation = text.explain(rng, clip.look, about, settings.sentence_noise)
+            entries.append(entry(clip, text.join(explanation), answer))
     return entries
 
 
@@ -223,28 +227,20 @@ def any_explanation(rng: np.random.Generator, clip: ClipSpec, settings: WorldSet
     return text.join(text.explain(rng, clip.look, emotion, settings.sentence_noise)), emotion
 
 
-def reading_rows(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """Explanations without a clip, and the emotions that they speak of, from which a base model learns to read."""
-    rng = generator(settings, "reading")
-    told = [any_explanation(rng, text.pick(rng, clips), settings) for _ in range(settings.reading)]
-    return [{"explanation": explanation, "emotion": emotion} for explanation, emotion in told]
-
-
 def erv_pairs(clips: list[ClipSpec], settings: WorldSettings) -> tuple[list[dict], list[dict]]:
     """Training and validation pairs of the verifier (section 3.2): a fifth from human annotators, with few of some
     classes; a complement set for those classes; the rest pseudo-labelled. Train and valid share no clip."""
     cut = max(1, round(len(clips) * settings.erv_train / max(1, settings.erv_train + settings.erv_valid)))
-
-    def pairs(name: str, pool: list[ClipSpec], size: int) -> list[dict]:
+    pairs = []
+    for name, pool, size in (("train", clips[:cut], settings.erv_train),
+                             ("valid", clips[cut:] or clips[:cut], settings.erv_valid)):
         rng, rows = generator(settings, f"erv/{name}"), []
         for i in range(size):
             clip, share = text.pick(rng, pool), i / size
             source = "human" if share < 0.2 else "complement" if share < 0.3 else "pseudo"
-            emotion = {"human": rng.choice(EMOTIONS, p=list(text.HUMAN_SHARES.values())).item(),
-                       "complement": text.pick(rng, text.COMPLEMENT), "pseudo": clip.label}[source]
+            emotion = {"human": rng.choice(EMOTIONS, p=HUMAN_SHARES).item(),
+                       "complement": text.pick(rng, COMPLEMENT), "pseudo": clip.label}[source]
             rows.append(text.erv_row(rng, clip.look, emotion, source, str(clip.number), settings.erv_noise,
                                      settings.sentence_noise))
-        return rows
-
-    return (pairs("train", clips[:cut], settings.erv_train),
-            pairs("valid", clips[cut:] or clips[:cut], settings.erv_valid))
+        pairs.append(rows)
+    return tuple(pairs)
