@@ -50,9 +50,8 @@ def world(tmp_path_factory):
     build_world(folder, WorldSettings(train=24, test=8, pretrain=16, sft_clips=8, resamples=3, reading=64,
                                       erv_train=160, erv_valid=40))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base.train_towers, "__defaults__", (0, 4, 8, 2e-3))
-        patch.setattr(base.train_reading, "__defaults__", (0, 4, 8, 3e-3))
-        patch.setattr(base.train_captions, "__defaults__", (0, 60, 8, 4e-3))
+        patch.setattr(base, "TRAININGS", {"towers": (4, 8, 2e-3, 0.1), "reading": (4, 8, 3e-3, 0.05),
+                                          "captions": (60, 8, 4e-3, 0.05)})
         base.train_base(folder)
     return folder
 

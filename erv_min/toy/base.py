@@ -10,8 +10,6 @@ emotion in a clip.
 Towers are frozen from here on. Without this base the explanations are not grounded, and no reward can find them.
 """
 
-import shutil
-import time
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -39,35 +37,37 @@ from erv_min.toy.render import HAIRS, ROOMS, SHIRTS
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.sharding import Replicated
 
-
-def look_targets(look: dict) -> list[float]:
-    """What a clip shows besides the expression, as numbers: room, shirt and hair one-hot, woman, glasses, long hair."""
-    shown = [look["room"] == room for room in ROOMS] + [look["shirt"] == shirt for shirt in SHIRTS]
-    shown += [look["hair"] == hair for hair in HAIRS] + [look["woman"], look["glasses"], look["long_hair"]]
-    return [float(value) for value in shown]
+# Steps, clips or texts per step over all processes, peak learning rate, share of the steps that warm up.
+TRAININGS = {"towers": (250, 32, 2e-3, 0.1), "reading": (250, 64, 3e-3, 0.05), "captions": (250, 16, 4e-3, 0.05)}
 
 
-def train(name: str, module: nn.Module, losses: Callable[[int], dict[str, Tensor]], steps: int, lr: float,
-          warmup: float) -> None:
-    """Descends the sum of `losses(step)`, named losses of this process's share, in place; a line every 50 steps."""
-    learner, started = Replicated(module, compute=torch.float32), time.time()
+def train(name: str, module: nn.Module, loss_of: Callable[[list[int]], Tensor], count: int, seed: int) -> None:
+    """Trains `module` in place, as TRAININGS[name] says: descends the loss of each step's batch, given as numbers of
+    this process's `count` items."""
+    steps, batch_size, lr, warmup = TRAININGS[name]
+    (rank, size), learner = rank_and_size(), Replicated(module, compute=torch.float32)
     optimizer = make_optimizer(learner.named_parameters().values())
     with Progress(name, steps, "step") as progress:
         for step in range(steps):
-            found = losses(step)
-            sum(found.values()).backward()
+            loss = loss_of(batch_of_step(count, batch_size // size, seed, step))
+            loss.backward()
             update(learner, optimizer, learning_rate(step, steps, lr, warmup), 1.0)
             progress.add()
-            if (step + 1) % 50 == 0 and rank_and_size()[0] == 0:
-                print(f"{name}: step {step + 1}/{steps} " + " ".join(f"{k} {v.item():.4f}" for k, v in found.items())
-                      + f", {time.time() - started:.1f} s", flush=True)
+    if rank == 0:
+        print(f"base model, {name}: loss {loss.item():.4f} after {steps} steps", flush=True)
+
+
+def look_targets(look: dict) -> list[bool]:
+    """What a clip shows besides the expression: room, shirt and hair one-hot, woman, glasses, long hair."""
+    shown = [look["room"] == room for room in ROOMS] + [look["shirt"] == shirt for shirt in SHIRTS]
+    return shown + [look["hair"] == hair for hair in HAIRS] + [look["woman"], look["glasses"], look["long_hair"]]
 
 
 def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tensor, gate: tuple[Tensor, Tensor],
-                 seed: int = 0, steps: int = 250, batch_size: int = 32, lr: float = 2e-3) -> None:
+                 seed: int) -> None:
     """Regresses params.jsonl's `rows` from their clips' modality tokens; towers and projectors train, in place."""
     seen = torch.tensor([r["face"] + look_targets(r["look"]) for r in rows])  # [clips, F]
-    heard = torch.tensor([r["voice"] + [float(r["look"]["woman"])] for r in rows])
+    heard = torch.tensor([r["voice"] + [r["look"]["woman"]] for r in rows])
     # Linear heads on the mean token, normalised as the language model's first layer will: what a head of attention that
     # looks at a whole modality finds. Dropped afterwards.
     width = model.config.text.hidden_size
@@ -76,17 +76,15 @@ def train_towers(model: HumanOmni, rows: list[dict], video: Tensor, audio: Tenso
     freeze_except(model, ("vision_tower", "visual_projector", "audio_projector"))
     model.model.audio_tower.requires_grad_()
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = torch.tensor(batch_of_step(len(rows), batch_size // rank_and_size()[1], seed, step))
+    def loss_of(batch: list[int]) -> Tensor:
         shown = see(F.rms_norm(model.encode_video(video[batch], *gate), (width,)).mean(1))
         sounds = hear(F.rms_norm(model.encode_audio(audio[batch]), (width,)).mean(1))
-        return {"video loss": F.mse_loss(shown, seen[batch]), "audio loss": F.mse_loss(sounds, heard[batch])}
+        return F.mse_loss(shown, seen[batch]) + F.mse_loss(sounds, heard[batch])
 
-    train("towers", nn.ModuleList([model, see, hear]), losses, steps, lr, warmup=0.1)
+    train("towers", nn.ModuleList([model, see, hear]), loss_of, len(rows), seed)
 
 
-def train_reading(model: HumanOmni, texts: list[dict], tokenizer: Tokenizer, seed: int = 0, steps: int = 250,
-                  batch_size: int = 64, lr: float = 3e-3) -> None:
+def train_reading(model: HumanOmni, texts: list[dict], tokenizer: Tokenizer, seed: int) -> None:
     """Eq. 2 on `texts` (rows of reading.jsonl), no clip before them; the language model alone trains, in place.
 
     The answer's tokens count a second time, as a mean of their own: among all tokens they would hardly weigh.
@@ -96,19 +94,18 @@ def train_reading(model: HumanOmni, texts: list[dict], tokenizer: Tokenizer, see
     ends = [len(tokenizer.encode(f"<answer>{t['emotion']}</answer>") + tokenizer.turn_end) for t in texts]
     ends, start = torch.tensor(ends), torch.tensor([[tokenizer.eos_id]])
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = batch_of_step(len(texts), batch_size // rank_and_size()[1], seed, step)
+    def loss_of(batch: list[int]) -> Tensor:
         y = Completions(*pad_rows([targets[i] for i in batch], tokenizer.pad_id, start.device))
         logps, _ = completion_logps(model, model.splice(start.expand(len(batch), -1)), y)
         left = y.mask.flip(1).cumsum(1).flip(1)  # tokens of the text from here on
         answers = y.mask & (left <= ends[batch][:, None])
-        return {"loss": sft_loss(logps, y.mask), "answer loss": sft_loss(logps, answers)}
+        return sft_loss(logps, y.mask) + sft_loss(logps, answers)
 
-    train("reading", model, losses, steps, lr, warmup=0.05)
+    train("reading", model, loss_of, len(texts), seed)
 
 
 def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, audio: Tensor, tokenizer: Tokenizer,
-                   seed: int = 0, steps: int = 250, batch_size: int = 16, lr: float = 4e-3) -> None:
+                   seed: int) -> None:
     """Eq. 2 on `captions` (several per clip, sharing its prompt); the language model alone trains, in place.
 
     video, audio: the clips' tokens [clips, V, D], [clips, A, D].
@@ -116,14 +113,13 @@ def train_captions(model: HumanOmni, captions: list[list[str]], video: Tensor, a
     freeze_except(model, ("language_model",))
     ids = torch.tensor([tokenizer.encode(render())])
 
-    def losses(step: int) -> dict[str, Tensor]:
-        batch = batch_of_step(len(captions), batch_size // rank_and_size()[1], seed, step)
+    def loss_of(batch: list[int]) -> Tensor:
         prompts = model.splice(ids.expand(len(batch), -1), video[batch], audio[batch])
         targets = [tokenizer.encode(c) + tokenizer.turn_end for i in batch for c in captions[i]]
         targets = Completions(*pad_rows(targets, tokenizer.pad_id, prompts.embeds.device))
-        return {"loss": sft_loss(completion_logps(model, prompts, targets)[0], targets.mask)}
+        return sft_loss(completion_logps(model, prompts, targets)[0], targets.mask)
 
-    train("captions", model, losses, steps, lr, warmup=0.05)
+    train("captions", model, loss_of, len(captions), seed)
 
 
 def train_base(world: Path, seed: int = 0) -> None:
@@ -133,25 +129,23 @@ def train_base(world: Path, seed: int = 0) -> None:
     processes gives another model. The main command takes two.
     """
     rank, size = rank_and_size()
-    started, texts, out = time.time(), world / "tokenizers", world / "base"
-    tokenizer, gate_tokenizer = Tokenizer(texts / "lm"), EncoderTokenizer(texts / "text_gate")
     model = use_onednn(HumanOmni(humanomni("toy")))
+    model.source_folder, model.gate_folder = (world / "tokenizers" / name for name in ("lm", "text_gate"))
+    tokenizer, gate_tokenizer = Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
     init_weights(model, seed)
     params = {str(row["number"]): row for row in read_jsonl(world / "params.jsonl")}
     written = read_training_json(world / "pretrain.json", world, "dfew")
     units = [list(unit) for _, unit in groupby(written, key=lambda e: e.video_id)]  # captions of a clip stand together
-    units = units[rank::size]
-    decoded = clip_inputs([unit[0] for unit in units], model.config, None, num_frames=model.config.num_frames)
+    units, config = units[rank::size], model.config
+    video = torch.empty(len(units), config.num_frames, 3, config.vision.image_size, config.vision.image_size)
+    audio = torch.empty(len(units), config.audio.num_mel_bins, 2 * config.audio.max_source_positions)
     with Progress("clips are decoded", len(units), "clip") as progress:
+        decoded = clip_inputs([unit[0] for unit in units], config, None, num_frames=config.num_frames)
         for i, x in enumerate(decoded):
             if isinstance(x, ClipError):
                 raise x
-            if i == 0:  # [clips, T, 3, S, S], [clips, mels, F]; a list of clips, stacked, would hold them twice
-                video, audio = (one.new_empty(len(units), *one.shape) for one in (x.clip.video, x.clip.audio))
             video[i], audio[i] = x.clip.video, x.clip.audio
             progress.add()
-    if rank == 0:
-        print(f"base model: {len(written)} captions, their clips decoded in {time.time() - started:.1f} s", flush=True)
     gate = gate_tokenizer.encode_batch([gate_text()])
     train_towers(model, [params[unit[0].video_id] for unit in units], video, audio, gate, seed)
     with torch.no_grad():  # nothing before the language model moves from here on: its tokens are computed once
@@ -160,8 +154,5 @@ def train_base(world: Path, seed: int = 0) -> None:
     train_reading(model, read_jsonl(world / "reading.jsonl")[rank::size], tokenizer, seed)
     captions = [[sft_target(e.explanation, e.label) for e in unit] for unit in units]
     train_captions(model, captions, video, audio, tokenizer, seed)
-    if rank:
-        return
-    shutil.copytree(texts / "lm", out, dirs_exist_ok=True)
-    shutil.copytree(texts / "text_gate", out / "text_gate", dirs_exist_ok=True)
-    save_humanomni(model, out)
+    if rank == 0:
+        save_humanomni(model, world / "base")
