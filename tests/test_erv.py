@@ -487,7 +487,7 @@ def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
 def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, monkeypatch):
     """Table 2's row in one command on the toy; with real data the error says which verifier to train."""
     grpo, commands = load_script("grpo"), []
-    monkeypatch.setattr(grpo.chain, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(grpo.chain, "run", lambda some, processes: commands.extend(some))
     for ablate, name, sources in (("augmentation", "erv-unaugmented", ["--sources", "human"]), ("", "erv", [])):
         commands.clear()
         grpo.chain.prepare(grpo.GRPOSettings(out=str(tmp_path), ablate=ablate), Path("scripts"),

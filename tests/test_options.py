@@ -143,7 +143,7 @@ def test_a_subtitle_that_is_given_stands_in_the_prompt(tiny, tmp_path):
 @pytest.fixture
 def no_weights(monkeypatch):
     """No weight of any checkpoint may be read, and none be made."""
-    monkeypatch.setattr(chain, "run", lambda command, **_: pytest.fail(f"{command} is run"))
+    monkeypatch.setattr(chain, "run", lambda commands, _: pytest.fail(f"{commands} are run"))
     monkeypatch.setattr(checkpoint, "open_weights", lambda folder: pytest.fail(f"the weights of {folder} are read"))
 
 

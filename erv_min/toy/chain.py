@@ -22,9 +22,10 @@ from erv_min.data.examples import load_examples
 from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
-from erv_min.toy.launch import become, run
+from erv_min.toy.launch import Stage, become, run
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import predict
+from erv_min.train.folder import LOCKS
 from erv_min.train.settings import AnswerSettings, ERVSettings, GRPOSettings, SFTSettings
 from erv_min.train.start import clip_options
 
@@ -39,37 +40,38 @@ def one_thread(preset: str) -> None:
 
 
 def world_folder(settings) -> Path:
-    """Where the world of this seed lies: --world, whatever its seed, else in OUT or beside it. To be made: in GRPO's
-    OUT, beside the others' unless one of another seed is there."""
+    """--world, whatever its seed; else "world" in GRPO's OUT, and beside the OUT of the stages before it. Raises
+    SettingsError if one of another seed lies there."""
     if settings.world:
         return Path(settings.world)
-    inside, beside = Path(settings.out) / "world", Path(settings.out).parent / "world"
-    where = [path for path in (inside, beside) if world_seed(path) == settings.seed]
-    where += [path for path in ((inside,) if isinstance(settings, GRPOSettings) else (beside, inside))
-              if world_seed(path) is None]
-    if not where:
-        raise SettingsError(f"{inside}: holds a world of seed {world_seed(inside)}, not {settings.seed}: give another "
-                            f"--out, or --world {inside} to take it all the same")
-    return where[0]
+    out = Path(settings.out)
+    world = (out if isinstance(settings, GRPOSettings) else out.parent) / "world"
+    for about in (path for path in (world / "world.json", world / "world.partial.json") if path.exists()):
+        seed = read_json(about).get("settings", {}).get("seed")
+        if seed != settings.seed:
+            raise SettingsError(f"{world}: holds a world of seed {seed}, not {settings.seed}: give another --out, or "
+                                f"--world {world} to take it all the same")
+    return world
 
 
-def world_seed(folder: Path) -> int | None:
-    """The seed of a world that is rendered or begun; None if there is none."""
-    about = next((path for path in (folder / "world.json", folder / "world.partial.json") if path.exists()), None)
-    return read_json(about).get("settings", {}).get("seed") if about else None
-
-
-def prepare_world(settings, processes: Processes, base: bool = False) -> Path:
-    """Renders the embedded world, and trains its base model if `base`, where they are not there yet; names its folder
-    in `settings`. The main process does it, the others wait."""
+def world_stages(settings, base: bool = False) -> list[Stage]:
+    """Names the world's folder in `settings`. Returns what makes it, with its base model if `base`: nothing if it is
+    there."""
     one_thread(settings.preset)
     world = world_folder(settings)
     settings.world = str(world)
-    if processes.main and not (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
-        run(["-m", "erv_min.toy", str(world), "--seed", str(settings.seed), *([] if base else ["--clips-only"])],
-            processes=2 if base else 1)
+    if (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
+        return []
+    command = ["-m", "erv_min.toy", str(world), "--seed", str(settings.seed)]
+    return [([command], 2) if base else ([[*command, "--clips-only"]], 1)]
+
+
+def make(stages: list[Stage], processes: Processes) -> None:
+    """The main process runs the stages, the others wait."""
+    if processes.main:
+        for stage in stages:
+            run(*stage)
     barrier()
-    return world
 
 
 def prepare_sft(settings: SFTSettings, processes: Processes) -> None:
@@ -77,8 +79,8 @@ def prepare_sft(settings: SFTSettings, processes: Processes) -> None:
     Nothing for other presets."""
     if settings.preset == "toy" or settings.random_weights:
         base = not (settings.model or settings.random_weights)
-        world = prepare_world(settings, processes, base)
-        settings.model = str(world / "base") if base else settings.model
+        make(world_stages(settings, base), processes)
+        settings.model = f"{settings.world}/base" if base else settings.model
 
 
 def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
@@ -89,7 +91,8 @@ def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
         return
     if settings.data and (settings.tokenizer or not from_scratch):
         return
-    world = prepare_world(settings, processes)
+    make(world_stages(settings), processes)
+    world = Path(settings.world)
     if not settings.data:
         settings.data, settings.valid = str(world / "erv_train.jsonl"), settings.valid or str(world / "erv_valid.jsonl")
     if from_scratch:
@@ -108,25 +111,26 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     folder `scripts`; names them in `settings`. The main process makes them, the others wait. Nothing for other presets.
 
     A process that is alone under torchrun on a CPU gives each stage to two, which share a step's prompts (that pays
-    better than two threads on matrices as small as the toy's), and does not return: the Baseline and this run are
-    trained side by side, in one process each, and two make the table. `python scripts/grpo.py` stays alone, and so does
-    a batch that does not halve.
+    better than two threads on matrices as small as the toy's), and does not return: after them the Baseline and this
+    run are trained side by side, in one process each, and two make the table. `python scripts/grpo.py` stays alone, and
+    so does a batch that does not halve.
     """
     if settings.preset != "toy" and not settings.random_weights:
         return
-    out, todo = Path(settings.out), []
+    out = Path(settings.out)
     base = not (settings.model or settings.random_weights or (out / "sft" / WEIGHTS).exists())
-    world = prepare_world(settings, processes, base)
+    stages = world_stages(settings, base)
     if settings.random_weights:  # the world's text is all that is needed
-        return
+        return make(stages, processes)
     if settings.cache_features == "memory":
-        settings.cache_features = str(world / "features")  # the towers see each clip once, for all that follows
-    same = ["--preset", "toy", "--world", str(world), "--seed", str(settings.seed), "--resume",
+        settings.cache_features = f"{settings.world}/features"  # the towers see each clip once, for all that follows
+    several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
+    same = ["--preset", "toy", "--world", settings.world, "--seed", str(settings.seed), "--resume",
             "--device", settings.device or processes.device.type, *["--deterministic"] * settings.deterministic]
 
     def made(script: str, name: str, *more: str) -> str:
         if not (out / name / WEIGHTS).exists():
-            todo.append([str(scripts / script), *same, "--out", str(out / name), *more])
+            stages.append(([[str(scripts / script), *same, "--out", str(out / name), *more]], several))
         return str(out / name)
 
     settings.model = settings.model or made("sft.py", "sft", "--cache-features", settings.cache_features)
@@ -134,20 +138,16 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         table_2 = settings.ablate == "augmentation"  # a verifier of its own
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
     settings.baseline = bool(settings.baseline and settings.w_explanation and has_table(settings))
-    if processes.main:
-        ours = [str(scripts / "grpo.py"), *sys.argv[1:]]
-        without = "--w-explanation 0 --eval-clips -1 --resume --erv= --ablate=".split()
-        baseline = [*ours, "--world", str(world), "--model", settings.model, *without, "--out", str(out / "baseline")]
-        training = [baseline] if settings.baseline and not (out / "baseline" / WEIGHTS).exists() else []
-        several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
-        for stage in todo:
-            run(stage, processes=several)
-        if os.environ.get("WORLD_SIZE") == "1" and several > 1:
-            training.append([*ours, "--eval-clips", "-1"])
-            become(*([(training, 1), ([[*ours, "--resume"]], several)] if settings.baseline else [([ours], several)]))
-        elif training:
-            run(*training)
-    barrier()
+    ours = [str(scripts / "grpo.py"), *sys.argv[1:]]
+    without = "--w-explanation 0 --eval-clips -1 --resume --erv= --ablate=".split()
+    baseline = [*ours, "--world", settings.world, "--model", settings.model, *without, "--out", str(out / "baseline")]
+    training = [baseline] if settings.baseline and not (out / "baseline" / WEIGHTS).exists() else []
+    if os.environ.get("WORLD_SIZE") == "1" and several > 1:
+        after = [([ours], several)]
+        if settings.baseline:
+            after = [([*training, [*ours, "--eval-clips", "-1"]], 1), ([[*ours, "--resume"]], several)]
+        return become(stages, [lock.fileno() for lock in LOCKS.values()], after)
+    make(stages + [(training, 1)] * bool(training), processes)
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
@@ -172,12 +172,11 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     if not processes.main:
         return
     write_json(Path(settings.out, "evaluation.json"), scores)
-    print(f"\n{len(examples)} held-out clips, explanations judged by the lexicon, percent:\n{table(scores)}\n\nfiles: "
-          + ", ".join(f"{k} {v}" for k, v in systems.items()) + f", evaluation {settings.out}/evaluation.json")
-    print(f"{name} over SFT on {len(examples)} held-out clips: "
+    print(f"\n{len(examples)} held-out clips, explanations judged by the lexicon, percent:\n{table(scores)}\n\n"
+          f"{name} over SFT on {len(examples)} held-out clips: "
           + ", ".join(f"{m} {scores[name][m] - scores['SFT'][m]:+.1f}" for m in COLUMNS))
     if settings.baseline:
-        print(movement(*scores.values()))
+        print(movement(*scores.values())[0])
     for system, n in counted.items():
         shares = [f"{100 * n[part] / n[whole]:.1f}%" if n[whole] else "none" for part, whole in (
             ("format", "outputs"), ("formed", "sentences"), ("true", "cues"))]
@@ -185,11 +184,13 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
               "{} of those about face or voice are true of the clip".format(system, *shares), flush=True)
 
 
-def movement(sft: dict, baseline: dict, ours: dict, least: float = 5.0) -> str:
-    """What table 1's three rows show, in the paper's words if they show it: each step moves by `least` points."""
-    apart, together = baseline["EPC"] - sft["EPC"], ours["EPC"] - baseline["EPC"]
-    right, true = baseline["WAR"] - sft["WAR"], ours["EEA"] - baseline["EEA"]
-    first = "take explanations and answers apart" if apart <= -least else "do not take explanations and answers apart"
-    second = "brings them together" if together >= least else "does not bring them closer"
+def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:
+    """What table 1's three rows {metric: percent} show, in the paper's words if they show it, and whether it is all of
+    the paper's movement: each step moves two metrics, by at least 10 points."""
+    apart, right = baseline["EPC"] - sft["EPC"], baseline["WAR"] - sft["WAR"]
+    together, true = ours["EPC"] - baseline["EPC"], ours["EEA"] - baseline["EEA"]
+    steps = apart <= -10 and right >= 10, together >= 10 and true >= 10
+    first = "take explanations and answers apart" if steps[0] else "do not take explanations and answers apart"
+    second = "brings them together" if steps[1] else "does not bring them closer"
     return (f"Rewards for answers alone {first} (EPC {apart:+.1f}, WAR {right:+.1f} over SFT); R_E {second} "
-            f"(EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)")
+            f"(EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)"), all(steps)

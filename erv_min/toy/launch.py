@@ -1,7 +1,7 @@
 """Starts the processes of stages and waits for them, as torchrun does: `python -m erv_min.toy.launch JSON`.
 
-Nothing here imports PyTorch, which takes 0.2 GB in each process (0.4 with CUDA): `become` frees it where a process does
-nothing any more but wait.
+Without torchrun itself, which is a big process more, and would not hand on the status STOPPED. Nothing here imports
+PyTorch, which takes 0.2 GB in each process (0.4 with CUDA): `become` frees it if a process has nothing to do but wait.
 """
 
 import json
@@ -11,24 +11,23 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from erv_min.base.errors import STOPPED
 
+Stage = tuple[list[list[str]], int]  # commands that run side by side, and how many processes each of them takes
+
 # What torchrun tells a process of its group; the last one: the store is not torchrun's own.
 GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
-SECONDS: list[tuple[str, float]] = []  # what `run` has taken for which stage
 
 
-def run(*commands: list[str], processes: int = 1) -> None:
+def run(commands: list[list[str]], processes: int) -> None:
     """Runs `torchrun --nproc_per_node=PROCESSES COMMAND`, or `python COMMAND` if it is one process, for each command,
     side by side, one thread per process, and waits for all.
 
-    (Without torchrun itself, which is a big process more, and would not hand on the status STOPPED.)
     SIGTERM and Ctrl-C are handed on, and a process that fails ends the others. Raises SystemExit: STOPPED after a
     signal and if one of them stopped in order, else naming the command that failed.
     """
-    started, jobs, signals = time.time(), [], []
+    jobs, signals = [], []
 
     def hand_on(number: int, _) -> None:
         signals.append(number)
@@ -58,19 +57,22 @@ def run(*commands: list[str], processes: int = 1) -> None:
                          "message stands above")
     if signals or any(ended):
         raise SystemExit(STOPPED)
-    SECONDS.append(("world" if command[0] == "-m" else Path(command[0]).stem, time.time() - started))
 
 
-def become(*stages: tuple[list[list[str]], int]) -> None:
-    """Replaces this process by one that runs its last stages, (commands, processes) one after the other, and prints
-    what each took. Locks of this process are let go: the commands take the folder."""
+def become(before: list[Stage], locks: list[int], after: list[Stage]) -> None:
+    """Replaces this process by one that runs the stages `before` and `after`. In between it closes the files `locks`,
+    which it holds locked until then: the commands of `after` take their folder."""
+    for lock in locks:
+        os.set_inheritable(lock, True)
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "erv_min.toy.launch", json.dumps([stages, SECONDS])])
+    os.execv(sys.executable, [sys.executable, "-m", "erv_min.toy.launch", json.dumps([before, locks, after])])
 
 
 if __name__ == "__main__":
-    stages, SECONDS = json.loads(sys.argv[1])
-    for commands, processes in stages:
-        run(*commands, processes=processes)
-    print("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in SECONDS)
-          + f"; {sum(seconds for _, seconds in SECONDS) / 60:.1f} minutes in all")
+    before, locks, after = json.loads(sys.argv[1])
+    for stage in before:
+        run(*stage)
+    for lock in locks:
+        os.close(lock)
+    for stage in after:
+        run(*stage)

@@ -22,9 +22,9 @@ from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
 ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
-# The last words of the sentences that convey an emotion, in the forms below; {S}: He or She. They differ in it alone, so
-# that a policy that begins one and ends another (GRPO paid it for "The voice is calm and tired.", "The voice is long.",
-# "His mouth back.") still writes a sentence of the grammar.
+# The last words of the sentences that convey an emotion, and the forms that they end; {S}: He or She. Sentences differ
+# in this word alone, so that a policy that begins one and ends another (GRPO paid it for "The voice is calm and
+# tired.", "The voice is long.", "His mouth back.") still writes a sentence of the grammar.
 FORMS = {"face": ["{S} _."] * 3, "voice": ["The voice is _.", "{S} _."],
          "conclusion": ["{S} feels _.", "{S} feels _.", "This shows _."]}
 WORDS = {
