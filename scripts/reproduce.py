@@ -6,14 +6,12 @@ explanations (toy/lexicon.py). Two rows more: the base model as it is, and a pol
 `--rows table-1` leaves table 2 out (then `--rows tables` adds it to some of the seeds); `--rows objective` compares
 Ours with each named variant of Eq. 3. Every stage is a command that a user could type, printed as it starts; --jobs run
 side by side, one thread each, so that figures repeat to the last bit. A stopped run goes on with what is missing.
-Settings are chosen on --split tune of other seeds. Leaves in OUT: seed-N/ROW (run folders), seed-N/log, results.json,
-tables.txt.
-Differences of two rows are paired by seed, and their intervals are over seeds (Student's t): each seed trains anew, and
-trained models differ by more than the clips that they answer, so an interval over clips would promise too much.
+Settings are chosen on --split tune of other seeds. Leaves in OUT: seed-N/ROW, seed-N/log, results.json, tables.txt.
+Differences of two rows are paired by seed, with intervals over seeds (Student's t): trained models differ by more than
+the clips that they answer, so that an interval over clips would promise too much.
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -30,7 +28,7 @@ from erv_min.base.options import positive
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
 from erv_min.metrics import COLUMNS
-from erv_min.toy.text import count_sentences
+from erv_min.toy.chain import movement
 
 SCRIPTS = Path(__file__).parent
 JUDGES = ("lexicon", "paraphrases")
@@ -69,13 +67,13 @@ GROUPS = {"table-1": list(ROWS)[:4], "tables": list(ROWS)[:8], "objective": ["sf
 
 
 class Job(NamedTuple):
-    before: tuple[str, ...]  # names of the jobs that it builds on
+    before: tuple[str, ...]  # names of the jobs of its seed that it builds on
     product: Path  # the file that says it is done
     command: list[str]  # words after `python`
 
 
-def plan(folder: Path, seed: int, split: str, clips: int, steps: int) -> dict[str, Job]:
-    """The jobs of one seed, by name."""
+def plan(folder: Path, seed: int, rows: list[str], split: str, clips: int, steps: int) -> dict[str, Job]:
+    """The jobs of one seed that the evaluation of `rows` needs, by name, each after those that it builds on."""
     world = folder / "world"
     made = ["-m", "erv_min.toy", str(world), "--seed", str(seed), f"--{split}", str(clips)]
     jobs = {"world": Job((), world / "base" / "model.safetensors", made + (["--test", "0"] if split == "tune" else []))}
@@ -96,23 +94,16 @@ def plan(folder: Path, seed: int, split: str, clips: int, steps: int) -> dict[st
             reward = ["--erv", str(folder / row.erv)] if row.erv else ["--w-explanation", "0"]
             add("grpo", name, "--model", str(folder / row.model), *reward, "--eval-clips", "-1", "--watch-every", "0",
                 "--steps", str(steps), *row.words.split(), before=(row.model, *([row.erv] if row.erv else [])))
-        model = world / "base" if name == "base" else folder / name
-        out = folder / "evaluation" / name
+        model, out = world / "base" if name == "base" else folder / name, folder / "evaluation" / name
         jobs[f"evaluate {name}"] = Job(("world" if name == "base" else name,), out / "metrics.json", [
             str(SCRIPTS / "evaluate.py"), "--model", str(model), "--data", f"toy:{world}", "--split", split,
             "--judge", ",".join(JUDGES), "--max-new-tokens", "72", "--batch-size", "64", "--workers", "0",
             "--bootstrap", "0", "--device", "cpu", "--resume", "--out", str(out)])
-    return jobs
 
-
-def wanted(jobs: dict[str, Job], rows: list[str]) -> dict[str, Job]:
-    """The jobs that the evaluation of `rows` needs."""
-    todo, found = [f"evaluate {row}" for row in rows], set()
-    while todo:
-        name = todo.pop()
-        found.add(name)
-        todo += jobs[name].before
-    return {name: job for name, job in jobs.items() if name in found}
+    wanted = {f"evaluate {row}" for row in rows}
+    for name in reversed(jobs):
+        wanted.update(jobs[name].before if name in wanted else ())
+    return {name: job for name, job in jobs.items() if name in wanted}
 
 
 def run_all(plans: dict[int, dict[str, Job]], out: Path, workers: int) -> None:
@@ -120,18 +111,16 @@ def run_all(plans: dict[int, dict[str, Job]], out: Path, workers: int) -> None:
 
     Raises SettingsError with the end of a failed job's log; the others that run are ended, what is done stays done.
     """
-    every = [(seed, name) for seed, jobs in plans.items() for name in jobs]
-    done = {(seed, name) for seed, name in every if plans[seed][name].product.exists()}
-    todo = [job for job in every if job not in done]
-    total, started, running = len(todo), time.time(), {}  # running: (seed, name) -> process, ...
+    todo = {(seed, name): job for seed, jobs in plans.items() for name, job in jobs.items() if not job.product.exists()}
+    total, started, running = len(todo), time.time(), {}  # running: (seed, name) -> process, its log, its start
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     try:
         while todo or running:
-            ready = [(seed, name) for seed, name in todo
-                     if all((seed, before) in done for before in plans[seed][name].before)]
+            unfinished = {*todo, *running}
+            ready = [(seed, name) for (seed, name), job in todo.items()
+                     if unfinished.isdisjoint((seed, before) for before in job.before)]
             for seed, name in ready[: workers - len(running)]:
-                todo.remove((seed, name))
-                command = plans[seed][name].command
+                command = todo.pop((seed, name)).command
                 print("$ OMP_NUM_THREADS=1 python", *command, flush=True)
                 log = out / f"seed-{seed}" / "log" / f"{name.replace(' ', '-')}.txt"
                 log.parent.mkdir(parents=True, exist_ok=True)
@@ -147,10 +136,8 @@ def run_all(plans: dict[int, dict[str, Job]], out: Path, workers: int) -> None:
                     end = "\n".join(log.read_text().splitlines()[-8:])
                     raise SettingsError(f"seed {seed}, {name}: status {process.returncode}; {log} ends with\n{end}\n"
                                         "what is done is kept: run the same command again to go on")
-                done.add((seed, name))
-                count, minutes = total - len(todo) - len(running), (time.time() - started) / 60
-                print(f"  seed {seed}: {name} done in {time.time() - began:.0f} s ({count}/{total}, "
-                      f"{minutes:.1f} min, about {minutes / count * (total - count):.0f} min left)", flush=True)
+                print(f"  seed {seed}: {name} done in {time.time() - began:.0f} s ({total - len(todo) - len(running)}/"
+                      f"{total}, {(time.time() - started) / 60:.1f} min)", flush=True)
     finally:
         for process, *_ in running.values():
             process.terminate()
@@ -160,35 +147,29 @@ def run_all(plans: dict[int, dict[str, Job]], out: Path, workers: int) -> None:
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
-# What stands beside the metrics: a key of metrics.jsonl -> its name in the table, and what it is multiplied by.
+FIGURES = (*COLUMNS, "FCR/WAR")
+# What stands beside them: a key of metrics.jsonl -> its name in the table, and what it is multiplied by.
 LOGGED = {"reward_explanation": ("R_E", 100), "sentences": ("sentences", 1), "neutral_share": ("neutral", 100),
           "kl": ("100 KL", 100), "completion_length": ("tokens", 1)}
 BESIDE = ("formed", "true", *(name for name, _ in LOGGED.values()))
+SECOND = tuple(f"{name} again" for name in COLUMNS[:3])  # by the second judge
 
 
-def collect(out: Path, seeds: list[int], row: str) -> dict[str, dict[str, list[float | None]]]:
-    """{judge: {metric: [a figure per seed]}, "beside": {name of BESIDE: [...]}} of one row; None: there is none.
+def collect(folder: Path, row: str) -> dict[str, float | None]:
+    """FIGURES, BESIDE and SECOND of one row in the folder of one seed; None: there is none.
 
     formed, true: sentences of the grammar in the right person, and cues that are true of their clip, in percent. The
     others: means over the last tenth of GRPO's steps.
     """
-    found = {judge: {metric: [] for metric in (*COLUMNS, "FCR/WAR")} for judge in JUDGES}
-    found["beside"] = {name: [] for name in BESIDE}
-    for folder in [out / f"seed-{seed}" for seed in seeds]:
-        answered = folder / "evaluation" / row
-        for judge, scores in read_json(answered / "metrics.json")["judges"].items():
-            for metric, values in found[judge].items():
-                values.append(scores["dfew"][metric])
-        n = count_sentences(read_jsonl(answered / "judged-1.jsonl"), folder / "world")
-        figures = {"formed": 100 * n["formed"] / n["sentences"] if n["sentences"] else None,
-                   "true": 100 * n["true"] / n["cues"] if n["cues"] else None}
-        log = folder / row / "metrics.jsonl"
-        steps = read_jsonl(log) if log.exists() else []
-        for key, (name, scale) in LOGGED.items():
-            last = [step[key] for step in steps[-max(1, len(steps) // 10):] if step.get(key) is not None]
-            figures[name] = scale * float(np.mean(last)) if last else None
-        for name, values in found["beside"].items():
-            values.append(figures[name])
+    answered, log = read_json(folder / "evaluation" / row / "metrics.json"), folder / row / "metrics.jsonl"
+    scores, again = (answered["judges"][judge]["dfew"] for judge in JUDGES)
+    found = {name: scores[name] for name in FIGURES} | {name: again[name.split()[0]] for name in SECOND}
+    n, steps = answered["sentences"], read_jsonl(log) if log.exists() else []
+    for name, whole in (("formed", "sentences"), ("true", "cues")):
+        found[name] = 100 * n[name] / n[whole] if n[whole] else None
+    for key, (name, scale) in LOGGED.items():
+        last = [step[key] for step in steps[-max(1, len(steps) // 10):] if step.get(key) is not None]
+        found[name] = scale * float(np.mean(last)) if last else None
     return found
 
 
@@ -199,9 +180,8 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
 
 def interval(values: list[float]) -> tuple[float, float]:
     """The 95% interval of the mean of `values`, one per seed; of a single seed everything."""
-    if len(values) < 2:
-        return -np.inf, np.inf
-    half = T[min(len(values) - 1, len(T)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5
+    n = len(values)
+    half = T[min(n - 1, len(T)) - 1] * np.std(values, ddof=1) / n**0.5 if n > 1 else np.inf
     return np.mean(values) - half, np.mean(values) + half
 
 
@@ -213,69 +193,50 @@ def difference(ours: list[float], other: list[float]) -> str:
             f"[{min(gaps):+.1f}, {max(gaps):+.1f}]")
 
 
-def cells(columns: list[list[float | None]]) -> str:
-    """Mean ± standard deviation over seeds of each column; "-" if no seed has a figure."""
-    text = ""
-    for column in columns:
-        values = [value for value in column if value is not None]
-        deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-        text += f"{f'{np.mean(values):.1f} ±{deviation:4.1f}' if values else '-':>13}"
-    return text
-
-
-def moves(sft: dict, baseline: dict, ours: dict) -> bool:
-    """Whether three rows {metric: percent} show table 1's movement: SFT explains what it answers; answers alone become
-    right and come apart from the explanations; R_E keeps them together and makes them true, and costs no answers."""
-    coherent = sft["EPC"] >= 60 and ours["EPC"] >= sft["EPC"] - 5
-    apart = baseline["EPC"] <= sft["EPC"] - 10 and baseline["WAR"] >= sft["WAR"] + 10
-    true = all(ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR"))
-    return coherent and apart and true and ours["WAR"] >= baseline["WAR"] - 3
+def cell(column: list[float | None]) -> str:
+    """Mean ± standard deviation over seeds; "-" if no seed has a figure."""
+    values = [value for value in column if value is not None]
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{f'{np.mean(values):.1f} ±{deviation:4.1f}' if values else '-':>13}"
 
 
 def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int) -> str:
     """Tables 1 and 2 with means, spreads and the paper's figures, paired differences, what stands beside, table 4."""
-    results = {row: collect(out, seeds, row) for row in rows}
-    write_json(out / "results.json", {"seeds": seeds, "split": split, "clips": clips, "rows": results})
-    width, first = max(len(ROWS[row].name) for row in rows), JUDGES[0]
-
-    def headed(title: str, names) -> list[str]:
-        return [title, " " * width + "".join(f"{name:>13}" for name in names)]
-
-    lines = headed(f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {first}; "
-                   "percent, mean ± standard deviation over seeds; (the paper on MAFW); what FCR/WAR lacks of 100 are "
-                   "right answers whose explanation says something else", (*COLUMNS, "FCR/WAR"))
+    results = {}
     for row in rows:
-        lines.append(f"{ROWS[row].name:{width}}" + cells(results[row][first].values()))
-        if ROWS[row].paper:
-            lines.append(" " * width + "".join(f"{f'({x:.2f})' if x else '':>13}" for x in ROWS[row].paper))
-    flat = {row: results[row][first] | results[row]["beside"] for row in rows}
-    pairs = [("baseline", "sft"), *(("ours", row) for row in rows if row != "ours")]
+        of_seeds = [collect(out / f"seed-{seed}", row) for seed in seeds]
+        results[row] = {name: [found[name] for found in of_seeds] for name in of_seeds[0]}
+    write_json(out / "results.json", {"seeds": seeds, "split": split, "clips": clips, "rows": results})
+    width = max(len(ROWS[row].name) for row in rows)
+
+    def block(title: str, names: tuple[str, ...], rows: list[str]) -> list[str]:
+        lines = [f"{ROWS[row].name:{width}}" + "".join(cell(results[row][name]) for name in names) for row in rows]
+        return [title, " " * width + "".join(f"{name:>13}" for name in names), *lines]
+
+    lines = block(f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; "
+                  "percent, mean ± standard deviation over seeds; what FCR/WAR lacks of 100 are right answers whose "
+                  "explanation says something else", FIGURES, rows)
+    lines.append("\nThe paper on MAFW")
+    for name, paper, *_ in [ROWS[row] for row in rows if ROWS[row].paper]:
+        lines.append(f"{name:{width}}" + "".join(f"{f'{x:.2f}' if x else '-':>13}" for x in paper))
     lines.append("\nOne row minus another, paired by seed; (95% interval over seeds, * if it excludes 0); "
                  "[lowest, highest seed]")
-    for one, other in [pair for pair in pairs if {*pair} <= {*rows}]:
-        names = [name for name in (*COLUMNS, "FCR/WAR", "true", "100 KL", "tokens")
-                 if None not in flat[one][name] + flat[other][name]]
-        lines.append(f"  {ROWS[one].name} minus {ROWS[other].name}: "
-                     + "; ".join(f"{name} {difference(flat[one][name], flat[other][name])}" for name in names))
-    three = [flat[row] for row in ("sft", "baseline", "ours") if row in rows]
-    if len(three) == 3:
-        shown = 0
-        lines += ["\nSFT -> Baseline -> Ours; whether it is the paper's movement (`moves`)"]
+    for one, other in [("baseline", "sft"), *(("ours", row) for row in rows if row != "ours")]:
+        if {one, other} <= results.keys():
+            pairs = [(name, results[one][name], results[other][name])
+                     for name in (*FIGURES, "true", "100 KL", "tokens")]
+            lines.append(f"  {ROWS[one].name} minus {ROWS[other].name}: " + "; ".join(
+                f"{name} {difference(a, b)}" for name, a, b in pairs if None not in a + b))
+    if {"sft", "baseline", "ours"} <= results.keys():
+        lines.append("\nSFT -> Baseline -> Ours, and whether it is the paper's movement (`movement` in toy/chain.py)")
         for i, seed in enumerate(seeds):
-            system = [{name: row[name][i] for name in COLUMNS} for row in three]
-            shown += moves(*system)
-            lines.append(f"  seed {seed}: " + "; ".join(
-                f"{name} " + " -> ".join(f"{row[name]:.1f}" for row in system) for name in COLUMNS[:4])
-                + ("; yes" if moves(*system) else "; no"))
-        lines.append(f"  in {shown} of {len(seeds)} seeds")
-    lines += headed("\nSentences, percent: of the grammar and in the right person; true claims about face and voice. "
-                    "GRPO, mean of the last tenth of the steps: R_E in percent, sentences per explanation, percent of "
-                    "them only neutral, KL in hundredths of a nat per token, tokens per completion", BESIDE)
-    lines += [f"{ROWS[row].name:{width}}" + cells(results[row]["beside"].values()) for row in rows]
-    lines += headed("\nTable 4 in miniature: a second judge", ("judge", *COLUMNS[:3]))
-    for row in [row for row in ("baseline", "ours") if row in rows]:
-        for judge in JUDGES:
-            lines.append(f"{ROWS[row].name:{width}}{judge:>13}" + cells([results[row][judge][m] for m in COLUMNS[:3]]))
+            three = [{name: results[row][name][i] for name in COLUMNS[:4]} for row in ("sft", "baseline", "ours")]
+            moves = [f"{name} " + " -> ".join(f"{row[name]:.1f}" for row in three) for name in COLUMNS[:4]]
+            lines.append(f"  seed {seed}: " + "; ".join([*moves, "yes" if movement(*three)[1] else "no"]))
+    lines += block("\nSentences, percent: of the grammar and in the right person; true claims about face and voice. "
+                   "GRPO, mean of the last tenth of the steps: R_E in percent, sentences per explanation, percent of "
+                   "them only neutral, KL in hundredths of a nat per token, tokens per completion", BESIDE, rows)
+    lines += block(f"\nTable 4 in miniature: judged again, by {JUDGES[1]}", SECOND, rows)
     return "\n".join(lines) + "\n"
 
 
@@ -292,18 +253,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="commands at a time, of one thread")
     given = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: run_all ends its commands on the way out
-    named = [row for word in given.rows.split(",") for row in GROUPS.get(word, [word])]
-    if unknown := set(named) - set(ROWS):
+    named = {row for word in given.rows.split(",") for row in GROUPS.get(word, [word])}
+    if unknown := named - ROWS.keys():
         raise SettingsError(f"--rows {', '.join(sorted(unknown))}: there are {', '.join([*GROUPS, *ROWS])}")
     rows = [row for row in ROWS if row in named]
     seeds = list(range(given.first_seed, given.first_seed + given.seeds))
     about = {"clips": given.clips, "split": given.split, "steps": given.steps}
     kept = given.out / "reproduce.json"
     if kept.exists() and read_json(kept) != about:
-        raise SettingsError(f"{kept} holds a run of other settings ({json.dumps(read_json(kept))}): give another --out")
+        raise SettingsError(f"{kept} holds a run of other settings ({read_json(kept)}): give another --out")
     write_json(kept, about)
     started = time.time()
-    plans = {seed: wanted(plan(given.out / f"seed-{seed}", seed, **about), rows) for seed in seeds}
+    plans = {seed: plan(given.out / f"seed-{seed}", seed, rows, **about) for seed in seeds}
     with Progress("stages run"):
         run_all(plans, given.out, given.jobs)
     text = tables(given.out, seeds, rows, given.split, given.clips)

@@ -16,8 +16,6 @@ import pytest
 from erv_min.base.errors import SettingsError
 from erv_min.base.options import parse
 from erv_min.metrics import score
-from erv_min.toy import render
-from erv_min.toy.text import CUES, appearances, fill
 from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -29,10 +27,12 @@ spec.loader.exec_module(reproduce)
 
 
 def test_each_row_has_its_commands_and_each_command_parses(tmp_path):
-    jobs = reproduce.plan(tmp_path, 3, "test", 1000, 7)
-    assert set(reproduce.wanted(jobs, list(reproduce.ROWS))) == set(jobs)
-    assert set(reproduce.wanted(jobs, ["answers"])) == {"world", "sft-answers", "answers", "evaluate answers"}
-    assert set(reproduce.wanted(jobs, ["base", "k2"])) == {"world", "sft", "erv", "k2", "evaluate base", "evaluate k2"}
+    def plan(*rows: str) -> dict:
+        return reproduce.plan(tmp_path, 3, list(rows), "test", 1000, 7)
+
+    assert set(plan("answers")) == {"world", "sft-answers", "answers", "evaluate answers"}
+    assert set(plan("base", "k2")) == {"world", "sft", "erv", "k2", "evaluate base", "evaluate k2"}
+    jobs = plan(*reproduce.ROWS)
     seen = []
     for name, (before, product, words) in jobs.items():
         assert set(before) <= set(jobs) and str(product).startswith(str(tmp_path))
@@ -103,28 +103,16 @@ def test_sigterm_ends_the_commands_too(tmp_path):
             os.kill(int(pid.read_text()), signal.SIGKILL)
 
 
-LOOK = appearances(render.Look(False, "red", "dark", True, True, "office", 0))[0][0]
-CUE = {emotion: fill(CUES["voice"][emotion][1], False) for emotion in ("happy", "surprise")}
-
-
-def predictions(folder: Path, right: int, clips: int = 10) -> None:
-    """Every answer right; `right` of the explanations judged as the truth, the others as fear (truth: happy).
-
-    Each explanation has one sentence out of the grammar, one of it about the look, and one cue, true where it is right.
-    """
+def predictions(folder: Path, right: int) -> None:
+    """What evaluate.py says of ten clips: every answer right, `right` of the explanations judged as the truth, and of
+    three sentences two of the grammar, one a cue, which is true if the explanation is right."""
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
              "judged_emotion": "happy" if i < right else "fear",
-             "output": f"<think>She freeurprised. {LOOK} {CUE['happy' if i < right else 'surprise']}</think>"
-                       "<answer>happy</answer>"} for i in range(clips)]
-    world = folder.parents[1] / "world"
-    world.mkdir(parents=True, exist_ok=True)
-    (world / "params.jsonl").write_text("".join(json.dumps(
-        {"number": i, "look": {"woman": False}, "face_shows": "happy", "voice_shows": "happy"}) + "\n"
-        for i in range(clips)))
+             "output": "<think>He laughs.</think><answer>happy</answer>"} for i in range(10)]
     folder.mkdir(parents=True)
-    (folder / "judged-1.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    scores = {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES}
-    (folder / "metrics.json").write_text(json.dumps({"judges": scores}))
+    (folder / "metrics.json").write_text(json.dumps({
+        "judges": {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES},
+        "sentences": {"sentences": 3.0, "formed": 2.0, "cues": 1.0, "true": right / 10}}))
 
 
 def test_tables_by_hand(tmp_path):
@@ -144,36 +132,21 @@ def test_tables_by_hand(tmp_path):
     blocks = [{line[:27].strip(): line[27:].split() for line in block.splitlines()} for block in text.split("\n\n")]
     assert blocks[0]["Ours"][:2] == ["70.0", "±14.1"]  # mean of 80 and 60; sqrt(((80-70)^2 + (60-70)^2) / 1)
     assert blocks[0]["Baseline (GRPO without R_E)"][:3] == ["25.0", "±", "7.1"]
-    assert "(48.93)" in text and "(75.79)" in text  # the paper's EEA, and 43.57 / 57.49
+    assert blocks[1]["Ours"] == "48.93 43.57 68.58 57.49 39.12 75.79".split()  # the paper's; the last is 43.57 / 57.49
     # Gaps 50 and 40: mean 45, standard error 5, t of one degree of freedom 12.706; two seeds resolve nothing.
     assert "EEA +45.0  (-18.5 to +108.5) [+40.0, +50.0]" in text and "WAR +0.0  (+0.0 to +0.0)" in text
     assert "100 KL +0.0  (+0.0 to +0.0) [+0.0, +0.0]; tokens +5.0  (-58.5 to +68.5) [+0.0, +10.0]" in text
     (sft,) = [line for line in text.splitlines() if line.startswith("  Ours minus SFT: ")]
     assert "EEA +0.0" in sft and "KL" not in sft  # SFT has no KL to compare
     assert "  Baseline (GRPO without R_E) minus SFT: EEA -45.0  (-108.5 to +18.5)" in text
-    assert "  seed 1: EEA 60.0 -> 20.0 -> 60.0; " in text and "WAR 100.0 -> 100.0 -> 100.0; no\n  in 0 of 2" in text
+    assert "  seed 1: EEA 60.0 -> 20.0 -> 60.0; " in text and "WAR 100.0 -> 100.0 -> 100.0; no\n" in text
     # Of three sentences two are of the grammar; the cue is true in 8 and 6 of ten. Last tenth: steps 18 and 19.
-    beside = blocks[3]["Ours"]
+    beside = blocks[4]["Ours"]
     assert beside == "66.7 ± 0.0 70.0 ±14.1 37.0 ± 0.0 4.0 ± 0.0 50.0 ± 0.0 18.5 ± 0.0 53.5 ± 7.1".split()
-    assert blocks[3]["SFT"] == "66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
-    assert blocks[4]["Ours"][:3] == ["paraphrases", "70.0", "±14.1"] and "SFT" not in blocks[4]
+    assert blocks[4]["SFT"] == "66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
+    assert blocks[5]["Ours"][:2] == ["70.0", "±14.1"]
     kept = json.loads((tmp_path / "results.json").read_text())
-    assert kept["rows"]["ours"]["paraphrases"]["FCR"] == [80, 60]
-    assert kept["rows"]["baseline"]["beside"]["tokens"] == [48.5, 48.5]
-
-
-def test_the_papers_movement_by_hand():
-    """At its bounds; and each of them crossed by a tenth of a point."""
-    sft, baseline, ours = ({"EEA": 40.0, "FCR": 35.0, "EPC": 70.0, "WAR": 50.0},
-                           {"EEA": 45.0, "FCR": 42.0, "EPC": 60.0, "WAR": 60.0},
-                           {"EEA": 55.0, "FCR": 52.0, "EPC": 65.0, "WAR": 57.0})
-    assert reproduce.moves(sft, baseline, ours)
-    for row, name, step in ((baseline, "EPC", 0.1), (baseline, "WAR", -0.1), (ours, "EPC", -0.1), (ours, "EEA", -0.1),
-                            (ours, "FCR", -0.1), (ours, "WAR", -0.1)):
-        row[name] += step
-        assert not reproduce.moves(sft, baseline, ours), name
-        row[name] -= step
-    assert not reproduce.moves(sft | {"EPC": 59}, baseline | {"EPC": 40}, ours)  # an SFT that does not cohere
+    assert kept["rows"]["ours"]["FCR again"] == [80, 60] and kept["rows"]["baseline"]["tokens"] == [48.5, 48.5]
 
 
 def test_intervals_over_seeds_by_hand():
