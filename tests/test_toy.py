@@ -113,25 +113,17 @@ def test_a_seed_gives_what_it_gave_when_its_version_was_made(tmp_path):
     assert (world.VERSION, hashlib.sha256(found).hexdigest()[:16]) == (10, "4039ae76bc3d7917")
 
 
-def test_interrupted_world_is_finished_and_a_complete_one_reused(small, tmp_path, monkeypatch):
+def test_a_world_is_whole_or_not_there_and_a_complete_one_is_reused(small, tmp_path, monkeypatch):
     folder = tmp_path / "world"
     with monkeypatch.context() as m:
         m.setattr(world, "write_annotations", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build_world(folder, SMALL, workers=1)
-    assert not (folder / "world.json").exists()
-    (folder / "clip" / "10002.mp4").unlink()
-    (folder / "clip" / "10003.mp4").write_bytes(b"")  # what a power cut may leave
-    (folder / "clip" / ".10003.999").write_bytes(b"half")
-    kept = (folder / "clip" / "10001.mp4").stat().st_mtime_ns
-    rendered, render_clip = [], world.render_clip
-    monkeypatch.setattr(world, "render_clip", lambda folder, settings, clip: (
-        rendered.append(clip.number), render_clip(folder, settings, clip)))
+    assert not folder.exists() and list(tmp_path.iterdir())  # what a stopped run leaves is taken away by the next
     build_world(folder, SMALL, workers=1)
-    assert rendered == [10002, 10003] and (folder / "clip" / "10001.mp4").stat().st_mtime_ns == kept
-    assert contents(folder) == contents(small)
-    build_world(folder, SMALL, workers=1)
-    assert rendered == [10002, 10003]
+    assert list(tmp_path.iterdir()) == [folder] and contents(folder) == contents(small)
+    written = (folder / "clip" / "10001.mp4").stat().st_mtime_ns
+    assert build_world(folder, SMALL) == folder and (folder / "clip" / "10001.mp4").stat().st_mtime_ns == written
 
 
 def test_a_folder_of_something_else_is_refused(small, tmp_path):
@@ -346,9 +338,9 @@ def test_slips_are_of_another_emotion_but_never_calm():
 
 def test_a_world_that_is_taken_is_of_the_runs_seed(tmp_path):
     """GRPO's own lies inside, that of the stages before it beside them; one of another seed is not taken unasked."""
-    def world(folder: str, seed: int, name: str = "world.json") -> None:
+    def world(folder: str, seed: int) -> None:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder / name).write_text(json.dumps({"settings": {"seed": seed}}))
+        (tmp_path / folder / "world.json").write_text(json.dumps({"settings": {"seed": seed}}))
 
     def where(cls, seed: int, **given) -> str:
         return str(chain.world_folder(cls(out=str(tmp_path / "run"), seed=seed, **given)).relative_to(tmp_path))
@@ -357,7 +349,7 @@ def test_a_world_that_is_taken_is_of_the_runs_seed(tmp_path):
     world("world", 17)
     assert where(SFTSettings, 17) == "world" and where(GRPOSettings, 0) == "run/world"
     assert where(GRPOSettings, 0, world=str(tmp_path / "world")) == "world"  # it is asked for
-    world("run/world", 1, "world.partial.json")  # begun
+    world("run/world", 1)
     assert where(GRPOSettings, 1) == "run/world"
     for cls, folder, seed in ((GRPOSettings, "run/world", 1), (SFTSettings, "world", 17)):
         with pytest.raises(SettingsError, match=f"{folder}: holds a world of seed {seed}, not 0: give another --out"):
@@ -534,4 +526,4 @@ def test_sentences_counted_by_hand(tmp_path):
     rows = [{"video_id": "7", "output": f"<think>{said}</think>\n<answer>sad</answer>"},
             {"video_id": "7", "output": "<think></think>"}]
     assert text.count_sentences(rows, tmp_path) == {
-        "outputs": 2, "format": 1, "sentences": 9, "formed": 5, "cues": 3, "true": 2}  # "He sobs.": not her person
+        "sentences": 9, "formed": 5, "cues": 3, "true": 2}  # "He sobs.": not her person

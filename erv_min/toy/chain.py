@@ -23,7 +23,6 @@ from erv_min.inputs import Collator
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, score, table
 from erv_min.toy.launch import Stage, become, run
-from erv_min.toy.text import count_sentences
 from erv_min.train.answers import predict
 from erv_min.train.folder import LOCKS
 from erv_min.train.settings import AnswerSettings, ERVSettings, GRPOSettings, SFTSettings
@@ -46,8 +45,8 @@ def world_folder(settings) -> Path:
         return Path(settings.world)
     out = Path(settings.out)
     world = (out if isinstance(settings, GRPOSettings) else out.parent) / "world"
-    for about in (path for path in (world / "world.json", world / "world.partial.json") if path.exists()):
-        seed = read_json(about).get("settings", {}).get("seed")
+    if (world / "world.json").exists():
+        seed = read_json(world / "world.json").get("settings", {}).get("seed")
         if seed != settings.seed:
             raise SettingsError(f"{world}: holds a world of seed {seed}, not {settings.seed}: give another --out, or "
                                 f"--world {world} to take it all the same")
@@ -159,7 +158,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
-    judge, scores, counted, own = make_judge("lexicon"), {}, {}, copy.copy(collate)
+    judge, scores, own = make_judge("lexicon"), {}, copy.copy(collate)
     how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
                          seed=settings.seed, **clip_options(settings))
     for system, folder in systems.items():
@@ -167,7 +166,7 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
         rows, _ = predict(own, examples, processes, how, batch_size=64)
         if processes.main:
             judge_rows(rows, judge)
-            scores[system], counted[system] = score(rows, examples[0].dataset), count_sentences(rows, settings.world)
+            scores[system] = score(rows, examples[0].dataset)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
     if not processes.main:
         return
@@ -177,11 +176,6 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
           + ", ".join(f"{m} {scores[name][m] - scores['SFT'][m]:+.1f}" for m in COLUMNS))
     if settings.baseline:
         print(movement(*scores.values())[0])
-    for system, n in counted.items():
-        shares = [f"{100 * n[part] / n[whole]:.1f}%" if n[whole] else "none" for part, whole in (
-            ("format", "outputs"), ("formed", "sentences"), ("true", "cues"))]
-        print("{}: {} of the outputs keep the format, {} of the sentences belong to the grammar in the right person, "
-              "{} of those about face or voice are true of the clip".format(system, *shares), flush=True)
 
 
 def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:

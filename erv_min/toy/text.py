@@ -16,7 +16,7 @@ import numpy as np
 
 from erv_min.base.files import read_jsonl
 from erv_min.emotions import LABELS, to_erv
-from erv_min.rewards import extract_explanation, format_reward, split_sentences
+from erv_min.rewards import extract_explanation, split_sentences
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
@@ -83,27 +83,23 @@ def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sent
     return [Sentence(pick(rng, first)), *([Sentence(pick(rng, more))] if rng.random() < second else [])]
 
 
-def cue(rng: np.random.Generator, subject: str, look: Look, emotion: str) -> Sentence:
-    return Sentence(fill(pick(rng, CUES[subject][emotion]), look.woman), emotion)
-
-
 def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0) -> list[Sentence]:
     """An explanation of `emotion` (of EMOTIONS): each emotional sentence is about another one with `sentence_noise`.
 
     A slip is never to neutral: "her face is at rest" beside a cue of anger is what Eq. 4 does not count, and texts that
     mix the two would show a policy where to hide its doubts.
     """
-    faces = ["face"] * (1 + (rng.random() < 0.4))
-    conclusion = ["conclusion"] * (rng.random() < 0.85)
+    subjects = ["face"] * (1 + (rng.random() < 0.4)) + ["voice"]
+    subjects += ["conclusion"] * (rng.random() < 0.85)
     sentences = appearance(rng, look, second=0.4)
-    for subject in (*faces, "voice", *conclusion):
+    for subject in subjects:
         about = emotion
         if rng.random() < sentence_noise:
             about = pick(rng, [e for e in EMOTIONS if e not in (emotion, "neutral")])
-        sentence = cue(rng, subject, look, about)
-        while sentence in sentences:  # two face sentences, never the same
-            sentence = cue(rng, subject, look, about)
-        sentences.append(sentence)
+        cue = None
+        while cue is None or cue in sentences:  # two face sentences, never the same
+            cue = Sentence(fill(pick(rng, CUES[subject][about]), look.woman), about)
+        sentences.append(cue)
     return sentences
 
 
@@ -144,18 +140,16 @@ def grammar(woman: bool) -> dict[str, tuple[str, str | None]]:
 def count_sentences(rows: list[dict], world: str | Path) -> Counter:
     """Counts over predictions `rows`, by the truth of their clips (params.jsonl) in the folder `world`.
 
-    "outputs": all, "format": those that keep it; "sentences": of all explanations, "formed": of the grammar and in the
-    clip's person, "cues": of these about face or voice, "true": cues that convey what the clip's face (voice) shows.
+    "sentences": of all explanations, "formed": of the grammar and in the clip's person, "cues": of these about face or
+    voice, "true": cues that convey what the clip's face (voice) shows.
     """
-    clips = {str(clip["number"]): clip for clip in read_jsonl(Path(world, "params.jsonl"))}
-    total = Counter(outputs=len(rows))
+    clips, total = {str(clip["number"]): clip for clip in read_jsonl(Path(world, "params.jsonl"))}, Counter()
     for row in rows:
         clip, sentences = clips[row["video_id"]], split_sentences(extract_explanation(row["output"]))
         own = grammar(clip["look"]["woman"])
         formed = [own[sentence] for sentence in sentences if sentence in own]
         cues = [clip[f"{subject}_shows"] == emotion for subject, emotion in formed if subject in ("face", "voice")]
-        total.update(format=int(format_reward(row["output"])), sentences=len(sentences), formed=len(formed),
-                     cues=len(cues), true=sum(cues))
+        total.update(sentences=len(sentences), formed=len(formed), cues=len(cues), true=sum(cues))
     return total
 
 

@@ -4,12 +4,11 @@
 modality in 20% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
 clip/<number>.mp4, DFEW's single_{train,test,tune}set_5.csv, train.json (the released training JSON for SFT, only
 loosely tied to the labels), pretrain.json (captions), reading.jsonl (text alone), erv_{train,valid}.jsonl, params.jsonl
-(the generator's truth), tokenizers/{lm,text_gate,erv} and at last world.json. A stopped run is finished; a complete
-world is reused.
+(the generator's truth), tokenizers/{lm,text_gate,erv} and world.json. The folder gets its name when it is complete.
 """
 
 import hashlib
-import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -125,42 +124,32 @@ def sample_clips(settings: WorldSettings) -> list[ClipSpec]:
 
 
 def render_clip(folder: Path, settings: WorldSettings, clip: ClipSpec) -> None:
-    """Renders clip/<number>.mp4, whole or not at all."""
     rng = generator(settings, f"render/{clip.split}", clip.number)
     content = encode(draw(np.array(clip.face), clip.look, rng), voice(np.array(clip.voice), clip.look, rng))
-    part = folder / "clip" / f".{clip.number}.{os.getpid()}"  # no fsync: a clip that is lost is rendered again
-    part.write_bytes(content)
-    os.replace(part, folder / "clip" / f"{clip.number}.mp4")
+    (folder / "clip" / f"{clip.number}.mp4").write_bytes(content)
 
 
 def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), workers: int = 2) -> Path:
-    """Renders the world into `folder` and returns it; reuses a complete one, finishes an interrupted one.
-
-    Raises SettingsError if the folder holds something else, or if the settings make no sense.
-    """
+    """Renders the world into `folder` and returns it; reuses a complete one. Raises SettingsError if the folder holds
+    something else, or if the sizes make no sense."""
     folder, clips = Path(folder), sample_clips(settings)
-    about = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}
-    done, unfinished = folder / "world.json", folder / "world.partial.json"  # the second becomes the first
-    begun = [read_json(path) == about for path in (done, unfinished) if path.exists()]
-    foreign = any((folder / name).exists() for name in ("clip", "train.json", "single_trainset_5.csv"))
-    if not all(begun) or foreign and not begun:
-        raise SettingsError(f"{folder}: holds a world of other settings or of another version, or clips that are not a "
-                            "world's; name another folder, or delete this one")
-    if done.exists():
+    about, done = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}, folder / "world.json"
+    if folder.exists() and any(folder.iterdir()):
+        if not done.exists() or read_json(done) != about:
+            raise SettingsError(f"{folder}: holds a world of other settings or of another version, or files that are not "
+                                "a world's; name another folder, or delete this one")
         return folder
-    (folder / "clip").mkdir(parents=True, exist_ok=True)
-    write_json(unfinished, about)
-    rendered = {p.name for p in (folder / "clip").glob("*.mp4") if p.stat().st_size}
-    missing = [clip for clip in clips if f"{clip.number}.mp4" not in rendered]
-    render = partial(render_clip, folder, settings)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a stopped run
+    (unfinished / "clip").mkdir(parents=True)
+    render = partial(render_clip, unfinished, settings)
     with (ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-          Progress("clips are rendered", len(missing), "clip") as progress):
-        for _ in pool.map(render, missing, chunksize=25) if workers > 1 else map(render, missing):
+          Progress("clips are rendered", len(clips), "clip") as progress):
+        for _ in pool.map(render, clips, chunksize=25) if workers > 1 else map(render, clips):
             progress.add()
-    for part in (folder / "clip").glob(".*"):  # what a killed worker left
-        part.unlink()
-    write_annotations(folder, clips, settings)
-    unfinished.replace(done)
+    write_annotations(unfinished, clips, settings)
+    write_json(unfinished / "world.json", about)
+    unfinished.rename(folder)
     return folder
 
 
