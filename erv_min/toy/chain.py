@@ -86,16 +86,15 @@ def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
     """Fills in the world's files that the command does not name, and makes the world if it is not there yet. Nothing
     for other presets."""
     from_scratch = settings.init.startswith("scratch:")
-    if settings.preset != "toy" and not settings.random_weights:
-        return
-    if settings.data and (settings.tokenizer or not from_scratch):
+    needed = not settings.data or from_scratch and not settings.tokenizer
+    if not needed or settings.preset != "toy" and not settings.random_weights:
         return
     make(world_stages(settings), processes)
-    world = Path(settings.world)
     if not settings.data:
-        settings.data, settings.valid = str(world / "erv_train.jsonl"), settings.valid or str(world / "erv_valid.jsonl")
+        settings.data = f"{settings.world}/erv_train.jsonl"
+        settings.valid = settings.valid or f"{settings.world}/erv_valid.jsonl"
     if from_scratch:
-        settings.tokenizer = settings.tokenizer or str(world / "tokenizers" / "erv")
+        settings.tokenizer = settings.tokenizer or f"{settings.world}/tokenizers/erv"
 
 
 def has_table(settings: GRPOSettings) -> bool:

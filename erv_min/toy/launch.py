@@ -24,17 +24,11 @@ def run(commands: list[list[str]], processes: int) -> None:
     """Runs `torchrun --nproc_per_node=PROCESSES COMMAND`, or `python COMMAND` if it is one process, for each command,
     side by side, one thread per process, and waits for all.
 
-    SIGTERM and Ctrl-C are handed on, and a process that fails ends the others. Raises SystemExit: STOPPED after a
-    signal and if one of them stopped in order, else naming the command that failed.
+    SIGTERM, Ctrl-C and a process that fails end the others by SIGTERM. Raises SystemExit: STOPPED after a signal and if
+    one of them stopped in order, else naming the command that failed.
     """
-    jobs, signals = [], []
-
-    def hand_on(number: int, _) -> None:
-        signals.append(number)
-        for process in jobs:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    jobs, signals, status = [], [], [None]
+    before = {number: signal.signal(number, lambda *_: signals.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
     alone = {name: value for name, value in os.environ.items() if name not in GROUP} | {"OMP_NUM_THREADS": "1"}
     for command in commands:
         print("$", f"torchrun --nproc_per_node={processes}" if processes > 1 else "python", *command, flush=True)
@@ -44,8 +38,9 @@ def run(commands: list[list[str]], processes: int) -> None:
         for rank in map(str, range(processes)):
             group = dict(zip(GROUP, (rank, rank, str(processes), "127.0.0.1", port, "False")))
             jobs.append(subprocess.Popen([sys.executable, *command], env=alone | group if processes > 1 else alone))
-    while not any(status := [process.poll() for process in jobs]) and None in status:
+    while None in status and not any(status) and not signals:
         time.sleep(0.1)
+        status = [process.poll() for process in jobs]
     for process in jobs:
         process.terminate()  # does nothing to one that has ended
     ended = [process.wait() for process in jobs]

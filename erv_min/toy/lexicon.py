@@ -1,9 +1,9 @@
 """Two offline judges for the small world: what emotion does an explanation convey (figure 3)?
 
-Written by hand from English words. They import nothing of the package: not the grammar, not its labels, not the
-labeller of the verifier's training pairs. `LexiconJudge` knows the words of the whole grammar, so that it is right on
-what it writes by construction; `ParaphraseJudge` learns from other sentences, so that it is right where these carry.
-They stand in for GPT-4.1-mini and Gemini (table 4); they do not understand language.
+Written by hand from English words. They import nothing of the package: not the grammar, not the labeller of the
+verifier's training pairs. `LexiconJudge` knows the words of the whole grammar, so that it is right on what it writes by
+construction; `ParaphraseJudge` learns from other sentences, so that it is right if these carry. They stand in for
+GPT-4.1-mini and Gemini (table 4); they do not understand language.
 """
 
 import math
@@ -29,6 +29,7 @@ SPELLINGS = {"happy": ("happy", "happiness"), "sad": ("sad", "sadness"), "angry"
              "surprise": ("surprise", "surprised"), "disgust": ("disgust", "disgusted"),
              "fear": ("fear", "fearful"), "neutral": ("neutral",)}
 NEGATIONS = {"no", "not", "without", "never", "n't", "hardly"}
+SMOOTHING = 0.1  # of the counts of PARAPHRASES
 
 
 def weight_of(phrase: str, stems: tuple[str, ...]) -> int:
@@ -43,13 +44,11 @@ def weight_of(phrase: str, stems: tuple[str, ...]) -> int:
 
 
 class Judge:
-    """What both share: `votes(text)` counts for each emotion."""
+    """What both share, on `votes(text)`: emotion -> what speaks for it."""
 
     def judge(self, explanations: list[str], labels) -> list[str | None]:
-        """One of `labels` for each explanation; a text without emotional words is neutral, an empty one None.
-
-        None also if the emotion found is not in `labels`.
-        """
+        """One of `labels` for each explanation: neutral without emotional words; None if it is empty, or its emotion
+        is not among them."""
         found = [SPELLINGS.get(self.emotion(text), ()) for text in explanations]
         return [next((label for label in labels if label.lower() in spellings), None) for spellings in found]
 
@@ -137,11 +136,8 @@ def letters(text: str) -> list[str]:
 class ParaphraseJudge(Judge):
     """Naive Bayes on the letters of PARAPHRASES: each sentence votes for the emotions by their probabilities.
 
-    It knows nothing of the grammar but what other English says with the same stems ("smiling", "smiles"), so that what
-    it shares with the lexicon is not built in. It is no independent reader of language: one author wrote world and
-    paraphrases, 112 sentences are few, and it hears neither a negation nor the order of words."""
-
-    SMOOTHING = 0.1
+    It is no independent reader of language: one author wrote world and paraphrases, 112 sentences are few, and it hears
+    neither a negation nor the order of words."""
 
     def __init__(self):
         counts = {emotion: Counter(letters(text)) for emotion, text in PARAPHRASES.items()}
@@ -149,9 +145,9 @@ class ParaphraseJudge(Judge):
         runs = [run for run, n in classes.items() if n <= len(counts) / 2]  # the others are of words like "she"
         self.logs = {run: {} for run in runs}  # run of letters -> class -> log p(run | class)
         for emotion, seen in counts.items():
-            total = sum(seen[run] + self.SMOOTHING for run in runs)
+            total = sum(seen[run] + SMOOTHING for run in runs)
             for run in runs:
-                self.logs[run][emotion] = math.log((seen[run] + self.SMOOTHING) / total)
+                self.logs[run][emotion] = math.log((seen[run] + SMOOTHING) / total)
 
     def probabilities(self, sentence: str) -> dict[str | None, float]:
         """p(class | sentence), all classes equally probable beforehand."""

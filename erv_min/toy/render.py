@@ -1,9 +1,9 @@
 """Draws and voices one clip of the small world, and encodes it as a real MP4 (H.264 video, AAC sound) through PyAV.
 
 A face (mouth, brows, eyes, nose; hair, shirt, room, glasses) is drawn with numpy alone: signed distances turned into
-soft masks, all frames at once. A voice is a sum of harmonics with syllables, glide, tremolo and roughness.
-Parameters are relative: 0 is a face or voice at rest, +-1 (or 0..1) the strongest expression.
-Stands in for real clips (section 4.1); leaves out mouth movement in step with the voice, head turns, words.
+soft masks, all frames at once. A voice is a sum of harmonics with syllables, glide, tremolo and roughness. Parameters
+are relative: 0 is a face or voice at rest, +-1 (or 0..1) the strongest expression. Left out: mouth movement in step
+with the voice, head turns, words.
 """
 
 import io
@@ -47,23 +47,22 @@ def _ellipse(x, y, cx, cy, rx, ry) -> np.ndarray:
     return (np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) - 1.0) * np.minimum(rx, ry)
 
 
-def _paint(image: np.ndarray, mask: np.ndarray, colour) -> None:
-    """Blends `colour` into `image` [..., H, W, 3] under `mask` [..., H, W], in place."""
-    image += mask[..., None] * (np.asarray(colour, np.float32) - image)
+def _paint(image: np.ndarray, distance: np.ndarray, colour, within: np.ndarray | float = 1.0) -> None:
+    """Blends `colour` into `image` [..., H, W, 3] inside of `distance` [..., H, W] and the mask `within`, in place."""
+    image += (within * _soft(distance))[..., None] * (np.asarray(colour, np.float32) - image)
 
 
 def _room(name: str) -> np.ndarray:
     """Background float32 [SIZE, SIZE, 3]: each room has a colour and a pattern of its own."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-    windows = _soft(np.abs(x % 16 - 8) - 3.0) * _soft(np.abs(y % 14 - 7) - 3.5)
-    wall, mask, colour = {
-        "kitchen": ((225, 200, 140), _soft(np.minimum(x % 13, y % 13) - 1.0), (165, 135, 85)),  # warm tiles
-        "office": ((150, 165, 190), _soft((y % 8) - 3.0), (105, 120, 150)),  # blinds
-        "garden": ((150, 205, 245), _soft(26 + 3 * np.sin(x / 3) - y), (60, 130, 55)),  # sky over a hedge
-        "street": ((110, 95, 90), windows, (190, 170, 110)),  # dark house fronts
+    wall, distance, colour = {
+        "kitchen": ((225, 200, 140), np.minimum(x % 13, y % 13) - 1.0, (165, 135, 85)),  # warm tiles
+        "office": ((150, 165, 190), (y % 8) - 3.0, (105, 120, 150)),  # blinds
+        "garden": ((150, 205, 245), 26 + 3 * np.sin(x / 3) - y, (60, 130, 55)),  # sky over a hedge
+        "street": ((110, 95, 90), np.abs(x % 16 - 8) - 3.0, (190, 170, 110)),  # dark house fronts
     }[name]
     image = np.full((SIZE, SIZE, 3), wall, np.float32)
-    _paint(image, mask, colour)
+    _paint(image, distance, colour, within=_soft(np.abs(y % 14 - 7) - 3.5) if name == "street" else 1.0)
     return image
 
 
@@ -75,60 +74,60 @@ def draw(face: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:
     """
     cx, cy = 32 + rng.uniform(-2, 2), 29.5 + rng.uniform(-1.5, 1.5)
     scale, light, onset = rng.uniform(0.95, 1.05), rng.uniform(0.85, 1.08), rng.uniform(0.4, 0.9)
-    skin = np.array(SKINS[look.skin], np.float32)
-    hair = HAIRS[look.hair]
+    skin, hair = np.array(SKINS[look.skin], np.float32), HAIRS[look.hair]
 
     # What does not move: room, hair, shirt, head.  [SIZE, SIZE, 3]
     y, x = (np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) - np.array([cy, cx], np.float32)[:, None, None]) / scale
+    head_y, head_x = y, x
     base = _room(look.room)
-    _paint(base, _soft(_ellipse(x, y, 0, -5, 24.5, 24)), hair)
+    _paint(base, _ellipse(x, y, 0, -5, 24.5, 24), hair)
     if look.long_hair:
-        _paint(base, _soft(np.maximum(np.abs(x) - 24.5, np.abs(y - 8) - 16)), hair)
-    _paint(base, _soft(np.maximum(np.abs(x) - 8, np.abs(y - 24) - 8)), skin * 0.85)
-    _paint(base, _soft(_ellipse(x, y, 0, 42, 35, 18)), SHIRTS[look.shirt])
-    head = _soft(_ellipse(x, y, 0, 0, 21, 24.5))
+        _paint(base, np.maximum(np.abs(x) - 24.5, np.abs(y - 8) - 16), hair)
+    _paint(base, np.maximum(np.abs(x) - 8, np.abs(y - 24) - 8), skin * 0.85)
+    _paint(base, _ellipse(x, y, 0, 42, 35, 18), SHIRTS[look.shirt])
+    head = _ellipse(x, y, 0, 0, 21, 24.5)
     _paint(base, head, skin)
-    _paint(base, head * _soft(y + 18.5 - 0.012 * x**2), hair)  # fringe
+    _paint(base, y + 18.5 - 0.012 * x**2, hair, within=_soft(head))  # fringe
 
     # What moves: features in crops of the upper and lower face, all frames at once.  [FRAMES, h, w]
     step = np.arange(FRAMES, dtype=np.float32)
     grow = np.clip(onset + (1 - onset) * step / 2.5, 0, 1)
     curve, opening, slant, height, eyes, skew, tremble = (v * grow[:, None, None] for v in face.astype(np.float32))
     shake = (-1.0) ** step[:, None, None] * tremble
-    head_x, head_y, columns = x, y, slice(10, 54)
     image = np.repeat(base[None], FRAMES, axis=0)
     dark, lips = np.array((35, 25, 25), np.float32), skin * np.array((0.72, 0.38, 0.38), np.float32)
 
-    rows = slice(5, 37)
-    crop, y = image[:, rows, columns], head_y[rows, columns] + 0.5 * shake
-    side = np.abs(head_x[rows, columns] + 0.9 * shake)
+    def cropped(top: int, bottom: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows, columns = slice(top, bottom), slice(10, 54)
+        return image[:, rows, columns], head_x[rows, columns] + 0.9 * shake, head_y[rows, columns] + 0.5 * shake
+
+    crop, x, y = cropped(5, 37)
+    side = np.abs(x)
     half = np.maximum(3.4 * (1 + 0.8 * eyes), 0.7)  # half height of the eyes
-    _paint(crop, _soft(_ellipse(side, y, 9, -3.5, 6.0, half + 0.9)), skin * 0.45)
-    white = _soft(_ellipse(side, y, 9, -3.5, 5.2, half))
+    _paint(crop, _ellipse(side, y, 9, -3.5, 6.0, half + 0.9), skin * 0.45)
+    white = _ellipse(side, y, 9, -3.5, 5.2, half)
     _paint(crop, white, (250, 250, 250))
-    _paint(crop, white * _soft(_ellipse(side, y, 9, -3.5, 2.3, 2.3)), dark)
+    _paint(crop, _ellipse(side, y, 9, -3.5, 2.3, 2.3), dark, within=_soft(white))
     along = (side - 9) / 6.5  # -1 at the inner end of a brow, 1 at the outer
     brow = -10.8 - 3.2 * height - 3.4 * slant * along
-    _paint(crop, _soft(np.maximum(np.abs(y - brow) - 1.3, np.abs(along) * 6.5 - 6.5)), np.array(hair) * 0.55)
+    _paint(crop, np.maximum(np.abs(y - brow) - 1.3, np.abs(along) * 6.5 - 6.5), np.array(hair) * 0.55)
     if look.glasses:
         rim = np.abs(_ellipse(side, y, 9, -3.5, 7.4, 6.8)) - 0.55
-        _paint(crop, _soft(np.minimum(rim, np.maximum(side - 2, np.abs(y + 4) - 0.5))), (40, 40, 60))
+        _paint(crop, np.minimum(rim, np.maximum(side - 2, np.abs(y + 4) - 0.5)), (40, 40, 60))
 
-    rows = slice(28, 58)
-    crop, y = image[:, rows, columns], head_y[rows, columns] + 0.5 * shake
-    x = head_x[rows, columns] + 0.9 * shake
+    crop, x, y = cropped(28, 58)
     side = np.abs(x)
-    _paint(crop, 0.5 * _soft(np.maximum(np.abs(side - 2.2) - 0.7, np.abs(y - 5.5) - 1.2)), dark)  # nose
+    _paint(crop, np.maximum(np.abs(side - 2.2) - 0.7, np.abs(y - 5.5) - 1.2), dark, within=0.5)  # nose
     wrinkle = np.abs(y + 0.3 * side - (1 + 3.0 * (y > 2.2)))
-    _paint(crop, skew * _soft(np.maximum(wrinkle - 0.7, side - 4.0)), skin * 0.4)
+    _paint(crop, np.maximum(wrinkle - 0.7, side - 4.0), skin * 0.4, within=skew)
     width = 9.0 + 1.5 * np.maximum(curve, 0) - 2.5 * opening * (1 - np.abs(curve))
     across = x / width
     line = 13.0 + 3.6 * curve * (1 - 2 * across**2) - 3.2 * skew * across
     line = line + 1.5 * tremble * np.sin(1.5 * x + np.pi * step[:, None, None])
     gap = 4.6 * opening * np.clip(1 - across**2, 0, 1)
     edge = side - width
-    _paint(crop, _soft(np.maximum(np.abs(y - line) - gap - 1.4, edge)), lips)
-    _paint(crop, _soft(np.maximum(np.abs(y - line) - gap + 0.3, edge + 1)), dark)
+    _paint(crop, np.maximum(np.abs(y - line) - gap - 1.4, edge), lips)
+    _paint(crop, np.maximum(np.abs(y - line) - gap + 0.3, edge + 1), dark)
     return np.clip(image * light, 0, 255).astype(np.uint8)
 
 

@@ -86,8 +86,8 @@ def appearance(rng: np.random.Generator, look: Look, second: float) -> list[Sent
 def explain(rng: np.random.Generator, look: Look, emotion: str, sentence_noise: float = 0.0) -> list[Sentence]:
     """An explanation of `emotion` (of EMOTIONS): each emotional sentence is about another one with `sentence_noise`.
 
-    A slip is never to neutral: "her face is at rest" beside a cue of anger is what Eq. 4 does not count, and texts that
-    mix the two would show a policy where to hide its doubts.
+    Never about neutral: such a sentence beside a cue of anger is what Eq. 4 does not count, and texts that mix the two
+    would show a policy where to hide its doubts.
     """
     subjects = ["face"] * (1 + (rng.random() < 0.4)) + ["voice"]
     subjects += ["conclusion"] * (rng.random() < 0.85)
@@ -119,14 +119,10 @@ def caption(rng: np.random.Generator, look: Look, face, voice) -> str:
     return " ".join([appearance(rng, look, 0.0)[0].text, *chosen])
 
 
-# ------------------------------------------------------------------------------ is it of this grammar, and is it true?
-
 @lru_cache
 def grammar(woman: bool) -> dict[str, tuple[str, str | None]]:
-    """Every sentence that an explanation about a woman (or a man) can hold -> (its subject, the emotion it conveys).
-
-    Subjects: "look" (without emotion), "face", "voice", "conclusion".
-    """
+    """Every sentence that an explanation about a woman (or a man) can hold -> its subject ("look" or of CUES), and the
+    emotion that it conveys."""
     found = {}
     for values in product(SHIRTS, HAIRS, (True, False), (True, False), ROOMS):
         first, more = appearances(Look(woman, *values, skin=0))
@@ -153,13 +149,9 @@ def count_sentences(rows: list[dict], world: str | Path) -> Counter:
     return total
 
 
-# ----------------------------------------------------------------------------------- training pairs of the verifier
-
 def true_labels(sentences: list[Sentence]) -> list[str]:
     """Up to two ERV labels, best first, from the record of cues: the second if it has half as many as the first.
-
-    Appearance alone is neutral. Of two equally frequent emotions the later mentioned one comes first.
-    """
+    Appearance alone is neutral. Of two equally frequent emotions the later mentioned one comes first."""
     told = [s.emotion for s in sentences if s.emotion] or ["neutral"]
     ranked = sorted(dict.fromkeys(reversed(told)), key=told.count, reverse=True)  # equal ones keep their order
     return [ERV_NAMES[e] for e in ranked[:2] if told.count(e) >= told.count(ranked[0]) / 2]

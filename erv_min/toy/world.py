@@ -136,8 +136,8 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
     about, done = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}, folder / "world.json"
     if folder.exists() and any(folder.iterdir()):
         if not done.exists() or read_json(done) != about:
-            raise SettingsError(f"{folder}: holds a world of other settings or of another version, or files that are not "
-                                "a world's; name another folder, or delete this one")
+            raise SettingsError(f"{folder}: holds a world of other settings or of another version, or files that are "
+                                "not a world's; name another folder, or delete this one")
         return folder
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a stopped run
