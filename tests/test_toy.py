@@ -444,9 +444,8 @@ def test_the_table_says_what_it_shows():
     assert "alone take explanations and answers apart (EPC -10.0, WAR +10.0 over SFT)" in said and shown
     assert "R_E brings them together (EPC +10.0, EEA +10.0 over GRPO without it)" in said
     for row, name, text_ in ((sft, "EPC", "do not take explanations and answers apart (EPC -9.9"),
-                             (baseline, "WAR", "do not take explanations and answers apart (EPC -10.0, WAR +9.9"),
-                             (ours, "EPC", "does not bring them closer (EPC +9.9"),
-                             (ours, "EEA", "does not bring them closer (EPC +10.0, EEA +9.9")):
+                             (baseline, "WAR", "WAR +9.9"), (ours, "EPC", "does not bring them together (EPC +9.9"),
+                             (ours, "EEA", "EEA +9.9")):
         row[name] -= 0.1
         said, shown = chain.movement(sft, baseline, ours)
         assert text_ in said and not shown
