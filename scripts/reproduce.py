@@ -63,9 +63,6 @@ ROWS = {
 GROUPS = {"table-1": list(ROWS)[:4], "tables": list(ROWS)[:8], "objective": ["sft", "ours", *list(ROWS)[8:]]}
 
 
-# ---- the commands, and running them ----------------------------------------------------------------------------------
-
-
 class Job(NamedTuple):
     before: tuple[str, ...]  # names of the jobs of its seed that it builds on
     product: Path  # the file that says it is done
@@ -145,13 +142,12 @@ def run_all(plans: dict[int, dict[str, Job]], out: Path, workers: int) -> None:
             process.wait()
 
 
-# ---- the tables ------------------------------------------------------------------------------------------------------
-
 FIGURES = (*COLUMNS, "FCR/WAR")
 # What stands beside them: a key of metrics.jsonl -> its name in the table, and what it is multiplied by.
 LOGGED = {"reward_explanation": ("R_E", 100), "sentences": ("sentences", 1), "neutral_share": ("neutral", 100),
           "kl": ("100 KL", 100), "completion_length": ("tokens", 1)}
 BESIDE = ("formed", "true", *(name for name, _ in LOGGED.values()))
+COMPARED = (*FIGURES, "true", "100 KL", "tokens")
 SECOND = tuple(f"{name} again" for name in COLUMNS[:3])  # by the second judge
 
 
@@ -209,13 +205,13 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
     write_json(out / "results.json", {"seeds": seeds, "split": split, "clips": clips, "rows": results})
     width = max(len(ROWS[row].name) for row in rows)
 
-    def block(title: str, names: tuple[str, ...], rows: list[str]) -> list[str]:
+    def block(title: str, names: tuple[str, ...]) -> list[str]:
         lines = [f"{ROWS[row].name:{width}}" + "".join(cell(results[row][name]) for name in names) for row in rows]
         return [title, " " * width + "".join(f"{name:>13}" for name in names), *lines]
 
     lines = block(f"Tables 1 and 2 in miniature: {len(seeds)} seeds x {clips} {split} clips, judged by {JUDGES[0]}; "
                   "percent, mean ± standard deviation over seeds; what FCR/WAR lacks of 100 are right answers whose "
-                  "explanation says something else", FIGURES, rows)
+                  "explanation says something else", FIGURES)
     lines.append("\nThe paper on MAFW")
     for name, paper, *_ in [ROWS[row] for row in rows if ROWS[row].paper]:
         lines.append(f"{name:{width}}" + "".join(f"{f'{x:.2f}' if x else '-':>13}" for x in paper))
@@ -223,10 +219,9 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
                  "[lowest, highest seed]")
     for one, other in [("baseline", "sft"), *(("ours", row) for row in rows if row != "ours")]:
         if {one, other} <= results.keys():
-            pairs = [(name, results[one][name], results[other][name])
-                     for name in (*FIGURES, "true", "100 KL", "tokens")]
+            pairs = {name: (results[one][name], results[other][name]) for name in COMPARED}
             lines.append(f"  {ROWS[one].name} minus {ROWS[other].name}: " + "; ".join(
-                f"{name} {difference(a, b)}" for name, a, b in pairs if None not in a + b))
+                f"{name} {difference(a, b)}" for name, (a, b) in pairs.items() if None not in a + b))
     if {"sft", "baseline", "ours"} <= results.keys():
         lines.append("\nSFT -> Baseline -> Ours, and whether it is the paper's movement (`movement` in toy/chain.py)")
         for i, seed in enumerate(seeds):
@@ -235,8 +230,8 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
             lines.append(f"  seed {seed}: " + "; ".join([*moves, "yes" if movement(*three)[1] else "no"]))
     lines += block("\nSentences, percent: of the grammar and in the right person; true claims about face and voice. "
                    "GRPO, mean of the last tenth of the steps: R_E in percent, sentences per explanation, percent of "
-                   "them only neutral, KL in hundredths of a nat per token, tokens per completion", BESIDE, rows)
-    lines += block(f"\nTable 4 in miniature: judged again, by {JUDGES[1]}", SECOND, rows)
+                   "them only neutral, KL in hundredths of a nat per token, tokens per completion", BESIDE)
+    lines += block(f"\nTable 4 in miniature: judged again, by {JUDGES[1]}", SECOND)
     return "\n".join(lines) + "\n"
 
 
