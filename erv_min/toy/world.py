@@ -4,7 +4,7 @@
 modality in 20% of the clips, contradicting in a few), renders MP4 files in worker processes, and writes
 clip/<number>.mp4, DFEW's single_{train,test,tune}set_5.csv, train.json (the released training JSON for SFT, only
 loosely tied to the labels), pretrain.json (captions), reading.jsonl (text alone), erv_{train,valid}.jsonl, params.jsonl
-(the generator's truth), tokenizers/{lm,text_gate,erv} and world.json. The folder gets its name when it is complete.
+(the generator's truth), tokenizers/{lm,text_gate,erv} and at last world.json.
 """
 
 import hashlib
@@ -133,23 +133,23 @@ def build_world(folder: str | Path, settings: WorldSettings = WorldSettings(), w
     """Renders the world into `folder` and returns it; reuses a complete one. Raises SettingsError if the folder holds
     something else, or if the sizes make no sense."""
     folder, clips = Path(folder), sample_clips(settings)
-    about, done = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}, folder / "world.json"
-    if folder.exists() and any(folder.iterdir()):
-        if not done.exists() or read_json(done) != about:
-            raise SettingsError(f"{folder}: holds a world of other settings or of another version, or files that are "
-                                "not a world's; name another folder, or delete this one")
+    about = {"version": VERSION, "settings": asdict(settings), "clips": len(clips)}
+    done, unfinished = folder / "world.json", folder / "world.partial.json"  # the second becomes the first
+    if done.exists() and read_json(done) == about:
         return folder
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a stopped run
-    (unfinished / "clip").mkdir(parents=True)
-    render = partial(render_clip, unfinished, settings)
+    if done.exists() or folder.exists() and any(folder.iterdir()) and not unfinished.exists():
+        raise SettingsError(f"{folder}: holds a world of other settings or of another version, or files that are not a "
+                            "world's; name another folder, or delete this one")
+    write_json(unfinished, about)
+    shutil.rmtree(folder / "clip", ignore_errors=True)  # of a stopped run
+    (folder / "clip").mkdir()
+    render = partial(render_clip, folder, settings)
     with (ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
           Progress("clips are rendered", len(clips), "clip") as progress):
         for _ in pool.map(render, clips, chunksize=25) if workers > 1 else map(render, clips):
             progress.add()
-    write_annotations(unfinished, clips, settings)
-    write_json(unfinished / "world.json", about)
-    unfinished.rename(folder)
+    write_annotations(folder, clips, settings)
+    unfinished.replace(done)
     return folder
 
 
