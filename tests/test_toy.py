@@ -440,18 +440,20 @@ def test_who_waits_for_the_two_holds_neither_the_folder_nor_pytorch(tmp_path):
 
 def test_the_table_says_what_it_shows():
     """At the bounds of the paper's movement; and each of them crossed by a tenth of a point."""
-    sft, ours = {"EPC": 80.0, "WAR": 55.0}, {"EEA": 52.0, "EPC": 80.0}
-    baseline = {"EEA": 42.0, "EPC": 70.0, "WAR": 65.0}
+    sft, baseline, ours = ({"EEA": 40.0, "FCR": 35.0, "EPC": 75.0, "WAR": 50.0},
+                           {"EEA": 45.0, "FCR": 42.0, "EPC": 60.0, "WAR": 60.0},
+                           {"EEA": 55.0, "FCR": 52.0, "EPC": 70.0, "WAR": 57.0})
     said, shown = chain.movement(sft, baseline, ours)
-    assert "alone take explanations and answers apart (EPC -10.0, WAR +10.0 over SFT)" in said and shown
+    assert "alone take explanations and answers apart (EPC -15.0, WAR +10.0 over SFT)" in said and shown
     assert "R_E brings them together (EPC +10.0, EEA +10.0 over GRPO without it)" in said
-    for row, name, text_ in ((sft, "EPC", "do not take explanations and answers apart (EPC -9.9"),
-                             (baseline, "WAR", "WAR +9.9"), (ours, "EPC", "does not bring them together (EPC +9.9"),
-                             (ours, "EEA", "EEA +9.9")):
-        row[name] -= 0.1
-        said, shown = chain.movement(sft, baseline, ours)
-        assert text_ in said and not shown
-        row[name] += 0.1
+    for row, name, step in ((baseline, "EPC", 5.1), (baseline, "WAR", -0.1), (ours, "EPC", -0.1), (ours, "EEA", -0.1),
+                            (ours, "FCR", -0.1), (ours, "WAR", -0.1)):
+        row[name] += step
+        assert not chain.movement(sft, baseline, ours)[1], name
+        row[name] -= step
+    assert not chain.movement(sft | {"EPC": 59}, baseline | {"EPC": 40}, ours)[1]  # an SFT that does not cohere
+    assert "do not take" in chain.movement(sft | {"EPC": 69.9}, baseline, ours)[0]
+    assert "does not bring them together (EPC +9.9" in chain.movement(sft, baseline, ours | {"EPC": 69.9})[0]
 
 
 def python(code: str) -> list[str]:

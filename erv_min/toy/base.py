@@ -140,7 +140,8 @@ def train_base(world: Path, seed: int = 0) -> None:
     video = torch.empty(len(units), config.num_frames, 3, config.vision.image_size, config.vision.image_size)
     audio = torch.empty(len(units), config.audio.num_mel_bins, 2 * config.audio.max_source_positions)
     with Progress("clips are decoded", len(units), "clip") as progress:
-        decoded = clip_inputs([unit[0] for unit in units], config, None, num_frames=config.num_frames)
+        # Without decoding processes, which would stay, 0.1 GB each: the two that train share the cores.
+        decoded = clip_inputs([unit[0] for unit in units], config, None, 0, num_frames=config.num_frames)
         for i, x in enumerate(decoded):
             if isinstance(x, ClipError):
                 raise x

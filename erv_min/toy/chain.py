@@ -178,11 +178,14 @@ def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> 
 
 
 def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:
-    """What table 1's three rows {metric: percent} show of the paper's movement, in its words from 10 points on, and
-    whether all four differences are that large."""
+    """What table 1's three rows {metric: percent} show, in the paper's words from 10 points on; and whether it is the
+    paper's movement: SFT explains what it answers; answers alone become right and come apart from the explanations;
+    R_E keeps them together and makes them true, and costs no answers."""
     apart, right = baseline["EPC"] - sft["EPC"], baseline["WAR"] - sft["WAR"]
     together, true = ours["EPC"] - baseline["EPC"], ours["EEA"] - baseline["EEA"]
     first, second = "take" if apart <= -10 else "do not take", "brings" if together >= 10 else "does not bring"
+    shown = sft["EPC"] >= 60 and apart <= -10 and right >= 10
+    shown = shown and ours["EPC"] >= sft["EPC"] - 5 and ours["WAR"] >= baseline["WAR"] - 3
+    shown = shown and all(ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR"))
     return (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} over "
-            f"SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)",
-            min(-apart, right, together, true) >= 10)
+            f"SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", shown)
