@@ -1,8 +1,6 @@
 """Emotion names: label lists of the data sets, the verifier's 11, GoEmotions' 28, and the words that mean the same.
 
-Divergences 4 (the verifier's labels) and 18 (aliases). A word in another form (`anxious`) or a plain synonym (`joy`) of
-a label is that label under rule="paper". The release looks for substrings and knows no synonym: figures under
-rule="released" do not depend on these tables.
+Divergences 4 (the verifier's labels) and 18 (aliases). Figures under rule="released" depend on RELEASED alone.
 """
 
 import re
@@ -17,8 +15,6 @@ LABELS: dict[str, tuple[str, ...]] = {
     "merr": ("angry", "happy", "sad", "surprise", "fear", "neutral", "contempt", "worried", "doubt"),
     "ravdess": ("happy", "surprised", "neutral", "angry", "disgust", "sad", "fearful", "calm"),
 }
-SAME_LABELS = {"merrfine": "merr", "toy": "dfew"}  # other names that a data set goes by
-
 ERV_LABELS = LABELS["mafw"]  # order of the 11-way head
 
 GOEMOTIONS = (
@@ -46,19 +42,16 @@ _CANONICAL = {GOEMOTIONS[i]: name for name, i in GOEMOTIONS_INDEX.items()} | LAB
 
 
 def labels(dataset: str) -> tuple[str, ...]:
-    """The label list of a data set, whose name may be in any case (`DFEW`, `MERR-fine`). Raises DataError."""
-    name = "".join(c for c in dataset.lower() if c.isalnum())
-    name = SAME_LABELS.get(name, name)
-    if name not in LABELS:
+    """The label list of a data set, whose name may be in any case. Raises DataError."""
+    if dataset.lower() not in LABELS:
         raise DataError(f"data set {dataset!r} is unknown; there are {', '.join(LABELS)}")
-    return LABELS[name]
+    return LABELS[dataset.lower()]
 
 
 def canonical(label: str) -> str:
     """The name in which R_E compares labels (Eq. 4): of any data set, of the verifier, of GoEmotions -> ERV_LABELS.
 
-    GoEmotions' classes by index, as in the release (divergence 4). A label without a counterpart (MERR's `doubt`, the
-    17 other classes) stays itself, so that no other label ever meets it.
+    A label without a counterpart (MERR's `doubt`, 17 of GoEmotions) stays itself, so that no other label ever meets it.
     """
     word = label.strip().lower()
     return _CANONICAL.get(word, word)
@@ -80,19 +73,9 @@ def trimmed(text: str) -> str:
     return re.match(r"[\W_]*(.*[^\W_])?", text, re.DOTALL)[1] or ""
 
 
-def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
-    """An answer as it was written -> the data set's label.
-
-    "paper": the whole answer, white space and punctuation around it apart, is a label, one of its ALIASES or SYNONYMS
-    (divergence 18); None if it is none, so `unhappy`, `a bit of anger` and `sad or angry` are no emotion of DFEW.
-    "released": lower case, no newlines, then the release's rules, which look for substrings on DFEW and MAFW; what no
-    rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule).
-    """
-    if rule == "released":
-        return _released(text.lower().replace("\n", ""), dataset.lower())
-    if rule != "paper":
-        raise SettingsError(f"answer rule {rule!r} is unknown; there are 'paper' and 'released'")
-    names = labels(dataset)
+def label_among(names: tuple[str, ...], text: str) -> str | None:
+    """The one of a data set's labels that the whole text is, white space and punctuation around it apart: its name, or
+    one of its ALIASES or SYNONYMS (divergence 18). None if it is none: `unhappy`, `a bit of anger`, `sad or angry`."""
     word = trimmed(text.lower())
     if word in names:
         return word
@@ -100,14 +83,22 @@ def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     return next((name for name in names if emotion and LABEL_NAMES.get(name) == emotion), None)
 
 
-RELEASED_WORDS = {"dfew": {"sadness": "sad"},
-                  "mafw": {"angry": "anger", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
-                           "disappointed": "disappointment"}}
-RELEASED_PARTS = {"dfew": {"happiness": "happy", "anger": "angry"},
-                  "mafw": {"happy": "happiness", "contemptuous": "contempt"}}
+RELEASED = {  # data set -> whole answers, and parts of an answer, that the release takes for a label
+    "dfew": ({"sadness": "sad"}, {"happiness": "happy", "anger": "angry"}),
+    "mafw": ({"angry": "anger", "sad": "sadness", "anxious": "anxiety", "helpless": "helplessness",
+              "disappointed": "disappointment"}, {"happy": "happiness", "contemptuous": "contempt"})}
 
 
-def _released(text: str, dataset: str) -> str:
-    """The release's rules: whole words, then parts of the text, the first that is in it."""
-    found = (label for part, label in RELEASED_PARTS.get(dataset, {}).items() if part in text)
-    return RELEASED_WORDS.get(dataset, {}).get(text) or next(found, text)
+def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
+    """An answer as it was written -> the data set's label.
+
+    "paper": `label_among`; None if it is none. "released": lower case, no newlines, then the release's rules; what no
+    rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule).
+    """
+    if rule == "paper":
+        return label_among(labels(dataset), text)
+    if rule != "released":
+        raise SettingsError(f"answer rule {rule!r} is unknown; there are 'paper' and 'released'")
+    text = text.lower().replace("\n", "")
+    words, parts = RELEASED.get(dataset.lower(), ({}, {}))
+    return words.get(text) or next((label for part, label in parts.items() if part in text), text)

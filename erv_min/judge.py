@@ -1,8 +1,7 @@
 """Who reads the emotion out of an explanation: figure 3's judge (sections 4.2 and 5.4).
 
-`make_judge("openai:gpt-4.1-mini")`, "gemini:gemini-2.5-flash", "hf:ORG/MODEL", "erv:/folder" (a local verifier on whole
-explanations), or one of READERS. Hosted models are asked at temperature 0 by base/chat.py. An answer outside the list
-and a failed call are states of their own, never an emotion (divergence 14).
+Hosted models are asked at temperature 0 by base/chat.py. An answer outside the list and a failed call are states of
+their own, never an emotion (divergence 14).
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from pathlib import Path
 from erv_min.base.chat import PROVIDERS, ChatClient
 from erv_min.base.errors import JudgeError
 from erv_min.base.progress import Progress
-from erv_min.emotions import ERV_LABELS, LABELS, labels, normalize, to_erv, trimmed
+from erv_min.emotions import ERV_LABELS, label_among, labels, to_erv, trimmed
 from erv_min.erv import Verifier, erv_columns
 from erv_min.prompts import judge_prompt
 
@@ -34,10 +33,7 @@ Judge = Callable[[list[str], tuple[str, ...]], list[Judgement]]  # explanations,
 
 
 def permuted(labels: tuple[str, ...], item: str, seed: int = 0) -> list[str]:
-    """The labels in an order of the item's own, the same in each run: no place in the list is favoured.
-
-    Figure 3 does not say in which order {Emotion List} stands, figure 6 permutes it, the release has one fixed order
-    (divergence 20)."""
+    """The labels in an order of the item's own, the same in each run, as in figure 6 (divergence 20)."""
     order = list(labels)
     digest = hashlib.sha256(f"{seed}\0{item}".encode(errors="replace")).digest()
     random.Random(int.from_bytes(digest[:8], "big")).shuffle(order)
@@ -45,12 +41,9 @@ def permuted(labels: tuple[str, ...], item: str, seed: int = 0) -> list[str]:
 
 
 def read_answer(text: str, labels: tuple[str, ...]) -> Judgement:
-    """A judge's reply -> Judgement: one word, the label or an alias of it in the data set with these labels."""
-    word = trimmed(re.sub(r"^(answer\s+)?emotion\s*:", "", trimmed(text.lower())))
-    dataset = next((name for name, names in LABELS.items() if set(names) == set(labels)), None)
-    if word not in labels and dataset and re.fullmatch(r"\w+", word):
-        word = normalize(word, dataset)
-    return Judgement(word, "ok", text) if word in labels else Judgement(None, "outside", text)
+    """A judge's reply -> Judgement: one word, one of the labels or an alias of it."""
+    label = label_among(labels, re.sub(r"^(answer\s+)?emotion\s*:", "", trimmed(text.lower())))
+    return Judgement(label, "ok" if label else "outside", text)
 
 
 def hosted_judge(client: ChatClient) -> Judge:
@@ -79,42 +72,32 @@ def erv_judge(verifier) -> Judge:
     return judge
 
 
-def reader_judge(reader) -> Judge:
-    """A judge from `reader.judge(explanations, labels)`, which gives one of the labels or None for each."""
-    def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
-        return [Judgement(emotion, "ok", emotion) if emotion else NOTHING
-                for emotion in reader.judge(explanations, labels)]
-    return judge
-
-
 def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", **options) -> Judge:
-    """The judge that `spec` names; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown, no key)."""
+    """The judge that `spec` names: "openai:gpt-4.1-mini", "gemini:gemini-2.5-flash", "hf:ORG/MODEL", "erv:/folder", or
+    one of READERS; `options` are ChatClient's, for hosted ones. Raises JudgeError (unknown, no key)."""
     kind, _, rest = spec.partition(":")
     if spec in READERS:
-        return reader_judge(READERS[spec]())
+        read = READERS[spec]().judge  # explanations, labels -> one of the labels or None for each
+        return lambda texts, labels: [Judgement(x, "ok", x) if x else NOTHING for x in read(texts, labels)]
     if kind == "erv" and rest:
         return erv_judge(Verifier.load(rest, device))
     if kind in PROVIDERS and rest:
         return hosted_judge(ChatClient(spec, cache, **options))
-    raise JudgeError(f"--judge {spec!r}: expected "
-                     + ", ".join(["openai:MODEL, gemini:MODEL, hf:ORG/MODEL, erv:FOLDER", *READERS]))
+    names = ", ".join(("openai:MODEL", "gemini:MODEL", "hf:ORG/MODEL", "erv:FOLDER", *READERS))
+    raise JudgeError(f"--judge {spec!r}: expected {names}")
 
 
 def explanation_of(output: str) -> str:
     """What a judge reads: the text between <think> and </think>; if it was never closed (an output cut at its longest),
-    up to <answer> or the end: EEA judges the explanation, whatever became of the tags (divergence 15).
-
-    R_E reads closed ones alone (rewards.extract_explanation): the reward teaches the format, a judge does not."""
+    up to <answer> or the end (divergence 15). R_E reads closed ones alone (rewards.extract_explanation)."""
     _, _, rest = output.partition("<think>")
     return rest.partition("</think>" if "</think>" in rest else "<answer>")[0].strip()
 
 
 def judge_rows(rows: list[dict], judge: Judge) -> None:
     """Adds "judged_emotion" and "judge_status" to prediction rows ({"output", "dataset", ...}), in place.
-
-    The judge reads the explanation and nothing else; data sets are asked one after another, each with its own labels.
-    Raises JudgeError if a hosted judge cannot be asked at all.
-    """
+    Data sets are asked one after another, each with its own labels. Raises JudgeError if a hosted judge cannot be asked
+    at all."""
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         part = [row for row in rows if row["dataset"] == dataset]
         judgements = judge([explanation_of(row["output"]) for row in part], labels(dataset))

@@ -74,7 +74,7 @@ class Examples:
 
     def rewards(self, first: int | None = None, **settings) -> list[rewards.Reward]:
         o = self.completions[:first]
-        return rewards.score_completions(o, [self.e_gt] * len(o), "toy", self.probabilities, self.labels,
+        return rewards.score_completions(o, [self.e_gt] * len(o), "dfew", self.probabilities, self.labels,
                                          RewardSettings(**settings))
 
     def algorithm1(self) -> dict:
@@ -119,7 +119,7 @@ class Examples:
         return {row["video_id"]: row for row in SMALL["clips"]}
 
     def five_metrics(self, rule: str) -> dict:
-        return metrics.score(SMALL["clips"], "toy", rule)
+        return metrics.score(SMALL["clips"], "dfew", rule)
 
 
 def read_examples(run: str) -> Examples:
