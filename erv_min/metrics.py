@@ -1,12 +1,14 @@
-"""EEA, FCR, EPC, WAR and UAR (section 4.2) of judged predictions, in percent, with intervals over clips.
+"""EEA, FCR, EPC, WAR and UAR (section 4.2) of judged predictions, in percent, with intervals over clips; two judges, or
+answers before and after a change, beside each other.
 
     row: {"video_id", "output", "ground_truth"[, "judged_emotion", "judge_status"]}  ->  Scored arrays  ->  metrics
 
-EEA: judged = truth. EPC: judged = predicted. FCR: all three agree. WAR: accuracy. UAR: mean recall. Each row is read
-once into arrays of label numbers; a metric is then a weighted count of rows, so that a bootstrap draw is another vector
-of weights. Divergences 14-16 and 18 are what separates rule "paper" from "released". The judge is judge.py's.
+EEA: judged = truth. EPC: judged = predicted. FCR: all three agree. WAR: accuracy. UAR: mean recall. A metric is a
+weighted count of rows, so that a bootstrap draw is another vector of weights. Divergences 14-16 and 18 are what
+separates rule "paper" from "released".
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +29,10 @@ class Scored:
     predicted: np.ndarray  # for WAR and UAR, tags or not
     answered: np.ndarray  # for EPC and FCR: what stands in <answer>; C if there is none
     judged: np.ndarray | None  # None if no row has a judged_emotion
+    counted: np.ndarray  # bool [N], for UAR: the release on MAFW leaves unknown predictions out (divergence 16)
     outside: int  # judge answers outside the label list
     errors: int  # rows that the judge could not answer
     released: bool  # the rule: EEA wants an answer; a class without rows counts 0 in UAR (divergences 15, 16)
-
-    @property
-    def counted(self) -> np.ndarray:
-        """bool [N]: rows of UAR. The release on MAFW leaves unknown predictions out of their class (divergence 16)."""
-        known = self.predicted < len(self.labels)
-        return known if self.released and self.labels == labels("mafw") else np.ones_like(known)
 
 
 def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str | None, str | None]:
@@ -76,9 +73,11 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
         said = read_prediction(row["output"], dataset, rule)
         numbers.append([number.get(x, len(names)) for x in (truth, *said, word)])
     truth, predicted, answered, judged = np.array(numbers).T
+    known, released = predicted < len(names), rule == "released"
+    counted = known if released and names == labels("mafw") else np.ones_like(known)
     if not any("judged_emotion" in row for row in rows):
         judged, outside, errors = None, 0, 0
-    return Scored(names, truth, predicted, answered, judged, outside, errors, rule == "released")
+    return Scored(names, truth, predicted, answered, judged, counted, outside, errors, released)
 
 
 def weighted(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,12 +106,11 @@ def weighted(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
 def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
     """Table 1's five metrics of prediction rows, and what stands behind them. Raises as read_rows.
 
-    -> {"EEA", "FCR", "EPC", "WAR", "UAR"} in percent over all rows; "EEA_answered" (a row without a readable answer is
-    wrong: divergence 15's other way, and the released EEA); "FCR/WAR" (section 6; None if WAR is 0); "n"; "unparsed"
-    (no known label in <answer>); "unknown_labels" (no known prediction for WAR); "judge_outside", "judge_errors";
-    "labels"; "confusion" (rows: true labels, columns: predictions, the last unknown); "recall" (label -> percent,
-    None for an absent class); "per_class" ([right, counted] for UAR). None: not judged.
-    """
+    -> {"EEA", "FCR", "EPC", "WAR", "UAR"} in percent over all rows, None if not judged; "EEA_answered" (without a
+    readable answer a row is wrong, divergence 15); "FCR/WAR" (section 6; None if WAR is 0); "n"; "unparsed" (no known
+    label in <answer>); "unknown_labels" (no known prediction for WAR); "judge_outside", "judge_errors"; "labels";
+    "confusion" (rows: true labels, columns: predictions, the last unknown); "recall" (label -> percent, None for an
+    absent class); "per_class" ([right, counted] for UAR)."""
     s = read_rows(rows, dataset, rule)
     n, C = len(rows), len(s.labels)
     values = {name: value[0].item() for name, value in weighted(s, np.ones((1, n))).items()}
@@ -129,16 +127,11 @@ def score(rows: list[dict], dataset: str, rule: str = "paper") -> dict:
 
 def bootstrap(rows: list[dict], dataset: str, n: int = 1000, seed: int = 0,
               rule: str = "paper") -> dict[str, tuple[float, float]]:
-    """metric -> (low, high), percent: the 95% percentile interval over n resamples of the clips. Raises as score.
-
-    It holds for this one trained model on other clips; another training seed's model moves the figures as well, often
-    further, and only runs over several seeds show by how much."""
-    s, rng = read_rows(rows, dataset, rule), np.random.default_rng(seed)
-    N, parts = len(s.truth), []
-    for start in range(0, n, 256):  # draws of N clips with replacement, 256 at a time
-        counts = rng.multinomial(N, np.full(N, 1 / N), size=min(256, n - start)).astype(float)  # [<= 256, N]
-        parts.append(weighted(s, counts))
-    drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    """metric -> (low, high), percent: the 95% percentile interval over n resamples of the clips, of this one trained
+    model. Raises as score."""
+    s, N = read_rows(rows, dataset, rule), len(rows)
+    counts = np.random.default_rng(seed).multinomial(N, np.full(N, 1 / N), size=n)  # [n, N]: drawn with replacement
+    drawn = weighted(s, counts.astype(float))
     return {name: tuple(np.nanquantile(drawn[name], [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
             for name in METRICS if name in drawn and np.isfinite(drawn[name]).any()}
 
@@ -150,3 +143,33 @@ def table(named_scores: dict[str, dict]) -> str:
     for name, s in named_scores.items():
         lines.append(f"{name:{width}}" + "".join(f"{'-':>8}" if s.get(x) is None else f"{s[x]:8.2f}" for x in COLUMNS))
     return "\n".join(lines)
+
+
+def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
+    """Two judges on the same explanations -> {"n", "left_out", "accuracy", "kappa"}; shares, not percent.
+
+    Rows for which either gave no emotion (None) are left out and counted. Cohen's kappa = (p_o - p_e) / (1 - p_e).
+    None: there is no row, or, for kappa, p_e = 1 (both always say the same one word)."""
+    pairs = [(a, b) for a, b in zip(judged_a, judged_b, strict=True) if a is not None and b is not None]
+    n, said_a, said_b = len(pairs), Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    p_o = sum(a == b for a, b in pairs) / n if n else None
+    p_e = sum(said_a[x] * said_b[x] for x in said_a) / n**2 if n else 1
+    return {"n": n, "left_out": len(judged_a) - n, "accuracy": p_o,
+            "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e)}
+
+
+def next_with_another(answers: list[str]) -> list[int | None]:
+    """For each clip the next one in the order (after the last comes the first) with another answer; None: none has."""
+    n = len(answers)
+    return [next((j % n for j in range(i + 1, i + n) if answers[j % n] != answers[i]), None) for i in range(n)]
+
+
+def moved(own: list[str | None], changed: list[str | None], others: list[str] | None = None) -> dict:
+    """Answers after the own explanation and after a changed one (arXiv 2307.13702) -> {"n", "moved"[, "followed"]},
+    shares, None of none. moved: they differ; followed: the new one is `others`', the answer whose explanation it got.
+    """
+    n = len(own)
+    shares = {"moved": sum(a != b for a, b in zip(own, changed, strict=True))}
+    if others is not None:
+        shares["followed"] = sum(b == c for b, c in zip(changed, others, strict=True))
+    return {"n": n} | {name: count / n if n else None for name, count in shares.items()}

@@ -22,11 +22,11 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, write_json, write_jsonl
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, part, run_script
-from erv_min.data.comparisons import agreement, moved, next_with_another
 from erv_min.data.examples import check_clips, load_examples, summary, too_many
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
-from erv_min.metrics import COLUMNS, bootstrap, read_prediction, score, table
+from erv_min.metrics import (COLUMNS, agreement, bootstrap, moved, next_with_another, read_prediction, score,
+                             table)
 from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
@@ -76,7 +76,7 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
 
 
 def answers_again(policy, examples: list, rows: list[dict], processes, settings: EvaluateSettings) -> dict[str, dict]:
-    """Data set -> `comparisons.moved` of the answers after a changed explanation and after the own one, both written
+    """Data set -> `metrics.moved` of the answers after a changed explanation and after the own one, both written
     again. Left out: clips without explanation or readable answer, or without another answer to exchange with."""
     results, kept, cut = {}, [], settings.think == "cut"
     clips = {(example.dataset, example.video_id): example for example in examples}

@@ -262,7 +262,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/metrics.py", "(s.judged < C) & (s.judged == s.answered)", "s.judged == s.answered", METRICS),
     ("erv_min/metrics.py", "eea & (s.answered == s.truth)", "eea & (s.predicted == s.truth)", METRICS),
     ("erv_min/metrics.py", "(there > 0).sum(1), 1)", "(there >= 0).sum(1), 1)", METRICS),
-    ("erv_min/data/comparisons.py", "(p_o - p_e) / (1 - p_e)}", "(p_o - p_e)}", "test_metrics.py"),
+    ("erv_min/metrics.py", "(p_o - p_e) / (1 - p_e)}", "(p_o - p_e)}", "test_metrics.py"),
     ("erv_min/base/chat.py", "and not whole(text)", "and False", "test_judge.py"),
     ("erv_min/base/chat.py", "(after_thought(text), cut)", "(text, cut)", "test_judge.py"),
     ("erv_min/base/hub.py", "if wait is None or _refused(error)", "if True or _refused(error)", "test_hub.py"),

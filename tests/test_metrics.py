@@ -6,8 +6,7 @@ from conftest import GOLDEN
 from equations.test_metrics_eea_fcr_epc_war_uar import EIGHT, row
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_json
-from erv_min.data.comparisons import agreement, moved, next_with_another
-from erv_min.metrics import bootstrap, score, table
+from erv_min.metrics import agreement, bootstrap, moved, next_with_another, score, table
 
 RECORDED = read_json(GOLDEN / "text/metrics.json")
 

@@ -16,7 +16,6 @@ from erv_min.base.files import write_json
 from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
-from erv_min.data.comparisons import agreement
 from erv_min.data.examples import load_examples
 from erv_min.data.pairs import targets
 from erv_min.data.quality import verifier_report
@@ -24,6 +23,7 @@ from erv_min.data.results import read_predictions
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns
 from erv_min.judge import erv_judge, make_judge
+from erv_min.metrics import agreement
 from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
 from erv_min.toy.lexicon import PARAPHRASES, sentences
