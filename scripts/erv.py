@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from erv_min import checkpoint
 from erv_min.base.errors import SettingsError
@@ -20,8 +19,7 @@ from erv_min.base.files import append_jsonl, atomic_write, write_json
 from erv_min.base.options import file_list, parse
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
 from erv_min.data.loader import batch_of_step, steps_per_epoch
-from erv_min.data.pairs import Row, counts_table, read_rows, split_rows, targets
-from erv_min.data.quality import print_report, verifier_report
+from erv_min.data.pairs import Row, counts_table, print_report, read_rows, split_rows, targets, verifier_report
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.tokenizer import EncoderTokenizer
@@ -57,12 +55,11 @@ def train(settings: ERVSettings, processes: Processes) -> None:
     verifier, tokenizer_folder = load_verifier(settings, processes)
     model, training_texts = verifier.model.requires_grad_(True), {row.text for row in rows}
     check_disk(run.out, settings.keep, model)
-    seen = torch.tensor([row.text in training_texts for row in valid])
     ids, mask = verifier.tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
     wanted = targets([row.labels for row in rows], settings.head)  # [N, K]
     if processes.main:
-        print(f"{counts_table(rows)}\n{len(valid)} held-out rows, {int(seen.sum())} of their texts also in training",
-              flush=True)
+        print(f"{counts_table(rows)}\n{len(valid)} held-out rows, "
+              f"{sum(row.text in training_texts for row in valid)} of their texts also in training", flush=True)
 
     policy = Replicated(model, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
@@ -95,12 +92,12 @@ def train(settings: ERVSettings, processes: Processes) -> None:
                        "tokens_per_s": int(mask[picked].sum()) / seconds,
                        "padding": 1 - mask[picked, :length].float().mean().item()})
         if processes.main and ((step + 1) % per_epoch == 0 or step + 1 == total_steps):
-            log_epoch(run.out, step, evaluate(verifier, valid, seen, settings))
+            log_epoch(run.out, step, evaluate(verifier, valid, settings))
         run.checkpoint(step + 1)
 
     seconds = time.perf_counter() - began
     if processes.main:
-        report = evaluate(verifier, valid, seen, settings) | {"train_seconds": seconds, "training_rows": len(rows)}
+        report = evaluate(verifier, valid, settings) | {"train_seconds": seconds, "training_rows": len(rows)}
         save(verifier, run.out, tokenizer_folder, report)
     run.finish()
 
@@ -148,11 +145,11 @@ def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
     return rows, valid
 
 
-def evaluate(verifier: Verifier, valid: list[Row], seen: Tensor, settings: ERVSettings) -> dict:
-    """The held-out report of a verifier with either head, over the 11 emotions; seen [S]: texts in training."""
+def evaluate(verifier: Verifier, valid: list[Row], settings: ERVSettings) -> dict:
+    """The held-out report of a verifier with either head, over the 11 emotions."""
     verifier.model.eval()
     probs = verifier.probabilities([row.text for row in valid])[:, erv_columns(verifier.labels)]
-    return verifier_report(probs, targets([row.truth for row in valid]).bool(), settings.tau, settings.k, seen)
+    return verifier_report(probs, [row.truth for row in valid], settings.tau, settings.k)
 
 
 def save(verifier: Verifier, out: Path, tokenizer_folder: Path, report: dict) -> None:

@@ -173,8 +173,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/train/log.py", "len(set(reward.sentences)) /", "1 /", "test_erv.py"),
     ("erv_min/data/pairs.py", '"truth", where) if "truth" in raw', '"labels", where) if "truth" in raw', "test_erv.py"),
     ("erv_min/data/pairs.py", '{seed}:{row.key}', '{seed}:{row.text}', "test_erv.py"),
-    ("erv_min/data/quality.py", "present = there > 0", "present = there >= 0", "test_erv.py"),
-    ("erv_min/data/quality.py", "if seen is None else ~seen", "if seen is None else seen", "test_erv.py"),
+    ("erv_min/data/pairs.py", "[there > 0].mean()", "[there >= 0].mean()", "test_erv.py"),
     # ---- Eq. 2 and the log-probs that it shares with Eq. 3
     ("erv_min/sft.py", "return -logps", "return logps", EQ2),
     ("erv_min/sft.py", "mask.sum().clamp_min(1) if", "mask.numel() if", EQ2),

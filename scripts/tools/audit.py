@@ -17,8 +17,7 @@ from erv_min.base.options import option, parse
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
 from erv_min.data.examples import load_examples
-from erv_min.data.pairs import targets
-from erv_min.data.quality import verifier_report
+from erv_min.data.pairs import verifier_report
 from erv_min.data.results import read_predictions
 from erv_min.emotions import ERV_LABELS, labels as dataset_labels, to_erv
 from erv_min.erv import Verifier, erv_columns
@@ -158,7 +157,8 @@ def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
     pairs = [(text, to_erv(emotion)) for emotion, texts in PARAPHRASES.items() if emotion for text in sentences(texts)]
     texts, truth = zip(*pairs)
     probs = verifier.probabilities(list(texts))[:, erv_columns(verifier.labels)]
-    return verifier_report(probs, targets([[name] for name in truth]).bool(), tau, k)["unseen"]
+    report = verifier_report(probs, [(name,) for name in truth], tau, k)
+    return {"sentences": report["sentences"], "macro_f1": report["at_tau"]["macro_f1"]}
 
 
 def main(argv: list[str] | None = None) -> None:
