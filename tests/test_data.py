@@ -62,11 +62,11 @@ def test_dfew_header_byte_order_mark_and_subfolder(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("order,label\n1,8\n", r"line 2: label id '8' is not in 1\.\.7"),
-    ("order,label\n1,happy\n", "line 2: expected `clip number,label id`"),
-    ("order,label\n1,0\n", "line 2: label id '0'"),
-    ("order,label\n1\n", "line 2: expected `clip number,label id`"),
-    ("order,label\n../../x,1\n", "line 2: expected `clip number"),
+    ("order,label\n1,8\n", r"line 2: label '8' is not one of dfew's: happy, .*, or 1\.\.7"),
+    ("order,label\n1,gloomy\n", "line 2: label 'gloomy'"), ("1,class\n1,1\n", "line 1: label 'class'"),
+    ("order,label\n1,0\n", "line 2: label '0'"),
+    ("order,label\n1\n", "line 2: expected a clip and its label"),
+    ("order,label\n../../x,1\n", "line 2: .* lies outside the data root"),
     ("order,label\n1,1\n2,1\n01,2\n", "line 4: clip '01' was already on line 2"),
     ("order,label\n", "no example in it"),
     (b"order,label\n\xff\xfe,1\n", r"not UTF-8 text \(byte 12\)"),
@@ -79,7 +79,7 @@ def test_dfew_damaged(tmp_path, text, message):
 
 
 def test_no_annotation_and_two_annotations(tmp_path):
-    with pytest.raises(DataError, match="no single_trainset_5.csv in it"):
+    with pytest.raises(DataError, match="no single_trainset_5.csv or "):
         load_examples(f"dfew:{tmp_path}", "train")
     with pytest.raises(DataError, match="no such folder"):
         read_annotated("dfew", tmp_path / "nowhere", "train")
@@ -121,7 +121,7 @@ def test_another_set_than_the_papers(tmp_path):
     assert [e.label for e in load_examples(f"mafw:{tmp_path}/MAFW@set_1,dfew:{tmp_path}/DFEW@set_1", "test")] == [
         "anger", "happy"]
     settings_check(SFTSettings(data=f"dfew:{tmp_path}/DFEW@set_3,json:{tmp_path}@{tmp_path}"))
-    for spec, message in ((f"dfew:{tmp_path}/DFEW@set_2", "no single_trainset_2.csv in it"),
+    for spec, message in ((f"dfew:{tmp_path}/DFEW@set_2", "no single_trainset_2.csv or "),
                           (f"dfew:{tmp_path}/DFEW@set_6", "no such folder"),
                           (f"dfew:{tmp_path}/DFEW/EmoLabel_DataSplit/train(single-labeled)/set_5.csv@set_3",
                            "a file is one set already"), (f"emer:{tmp_path}@set_3", "no such folder")):
@@ -174,7 +174,7 @@ def test_mafw_words_and_ids(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("00001.mp4", "line 1: expected `01234.mp4 label`"), ("00001.mp4 12", "line 1: label id '12'"),
+    ("00001.mp4", "line 1: expected a clip and its label"), ("00001.mp4 12", "line 1: label '12'"),
     ("00001.mp4 joyous", "line 1: label 'joyous' is not one of mafw's: anger"),
     ("../../../etc/passwd anger", "lies outside the data root"),
     ("00001.mp4 anger\n00001.avi fear", "line 2: clip '00001' was already on line 1"),
@@ -274,9 +274,6 @@ def test_a_quote_that_is_never_closed(tmp_path, rows):
     write(tmp_path / "EMER.csv", "names,emotions,subtitles,reasons\n" + rows)
     with pytest.raises(DataError, match=r"EMER.csv, line 3: not CSV \(.*a quote that is never closed"):
         load_examples(f"emer:{tmp_path}")
-    write(tmp_path / "single_trainset_5.csv", 'order,label\n1,1\n"2,1\n3,1\n')
-    with pytest.raises(DataError, match="single_trainset_5.csv, line 3: not CSV"):
-        load_examples(f"dfew:{tmp_path}")
 
 
 def test_ov_merd_is_no_emer(tmp_path):
@@ -284,7 +281,7 @@ def test_ov_merd_is_no_emer(tmp_path):
     for name, columns in (("track2_train_ovmerd", "name,openset"), ("track3_train_ovmerd", "name,reason"),
                           ("subtitle_chieng", "name,chinese,english")):
         write(tmp_path / f"{name}.csv", f"{columns}\na,b,c\n")
-    with pytest.raises(DataError, match="track3_train_ovmerd.csv, line 1: no column names.*track1_train_disdim"):
+    with pytest.raises(DataError, match="track3_train_ovmerd.csv, line 1: no column names.*OV-MERD"):
         load_examples(f"emer:{tmp_path}")
 
 
@@ -306,14 +303,14 @@ def test_emer_gb18030(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("names,emotions,reasons\na,sad,b\n", "line 1: no column subtitles; found names, emotions, reasons"),
     ("", "line 1: no column names, emotions, subtitles, reasons"),
-    ("names,emotions,subtitles,reasons\na,sad,x\n", "line 2: 3 fields for 4 columns"),
-    ("names,emotions,subtitles,reasons\na,sad,x,y,z\n", "line 2: 5 fields for 4 columns"),
-    ("names,emotions,subtitles,reasons\na,bored,x,y\n", "line 2, field emotions: label 'bored' is not one of emer's"),
+    ("names,emotions,subtitles,reasons\na,sad,x\n", "line 2: more or less than 4 fields"),
+    ("names,emotions,subtitles,reasons\na,sad,x,y,z\n", "line 2: more or less than 4 fields"),
+    ("names,emotions,subtitles,reasons\na,bored,x,y\n", "line 2: label 'bored' is not one of emer's"),
     ("names,emotions,subtitles,reasons\na,sad,x,y\na.avi,sad,x,y\n", "line 3: clip 'a' was already on line 2"),
     ("names,emotions,subtitles,reasons\na,sad,x,\n", "line 2: .* or none in names or reasons"),
     ("names,emotions,subtitles,reasons\na,\"['sad', 'angry']\",x,y\nb,sad,x,y\nc,happy/sad,x,y\n",
-     "line 2, field emotions: label .*'sad', 'angry'.* is not one of emer's"),
-    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2, field emotions: label 'sad, bored' is not"),
+     "line 2: label .*'sad', 'angry'.* is not one of emer's"),
+    ("names,emotions,subtitles,reasons\na,\"sad, bored\",x,y\n", "line 2: label 'sad, bored' is not"),
     ("names,emotions,subtitles,reasons\n../../a,sad,x,y\n", "outside the data root"),
 ])
 def test_emer_damaged(tmp_path, text, message):
@@ -337,8 +334,8 @@ def test_merr_and_its_doubt(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ('{"s1": {"pseu_emotion": "angry"}, "s1": {"pseu_emotion": "sad"}}', "'s1' is there twice"),
     ('{"s1": {"emotion": "angry"}}', "entry 's1': no text in field pseu_emotion"),
-    ('{"s1": {"pseu_emotion": "hungry"}}', "entry 's1', field pseu_emotion: label 'hungry'"),
-    ('[1]', "found a list"), ('{"s1": \n{]}', "line 2: not JSON"), ('{}', "no example"),
+    ('{"s1": {"pseu_emotion": "hungry"}}', "entry 's1': label 'hungry'"),
+    ('[1]', "found a list"), ('{"s1": \n{]}', r"not JSON \(.*line 2"), ('{}', "no example"),
 ])
 def test_merr_damaged(tmp_path, text, message):
     write(tmp_path / "MERR_fine_grained.json", text)

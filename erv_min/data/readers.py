@@ -1,11 +1,11 @@
 """The data sets' own files -> `Example`s (section 4.1; formats as users already have them).
 
-DFEW, MAFW (five sets each; the paper's is 5), EMER, MERR-fine, RAVDESS and the training JSON of the released code. A
-reader reads annotations only: whether the clips are there is `examples.check_clips`'s question. Every label is checked
-against the data set's list, every clip stays inside the data root, an id may occur once (the training JSON may repeat
-a clip: one `Example` per entry). What cannot be read raises DataError with file, line or entry, field and the way out.
-A data root is the data set's folder, or an annotation file, whose name must not be that of the other split. A clip is
-a file, or a folder of frames.
+DFEW, MAFW (five sets each; the paper's is 5), EMER, MERR-fine and the training JSON of the released code. A reader reads
+annotations only: whether the clips are there is `examples.check_clips`'s question. Every label is checked against the
+data set's list, every clip stays inside the data root, an id may occur once (the training JSON may repeat a clip: one
+`Example` per entry). What cannot be read raises DataError with file, line or entry, and the way out. A data root is the
+data set's folder, or an annotation file, whose name must not be that of the other split. A clip is a file, or a folder
+of frames.
 """
 
 import csv
@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from erv_min.base.decode import frame_files
@@ -31,8 +32,6 @@ CLIP_FOLDERS = (  # searched in this order under a data root; clips with sound b
     "data/frames", "frames", "Clip", "")
 CLIP_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif", ".wav", ".flac")
 ABSENT = {"nan", "NaN", "NAN", "<NA>", "N/A", "n/a", "NULL", "null", "None"}  # how programs write an empty cell
-RAVDESS_EMOTIONS = {"01": "neutral", "02": "calm", "03": "happy", "04": "sad",
-                    "05": "angry", "06": "fearful", "07": "disgust", "08": "surprised"}  # third field of a file name
 
 
 def note(text: str, *values) -> None:
@@ -59,46 +58,28 @@ def cell(value) -> str:
     return "" if text in ABSENT else text
 
 
-def csv_rows(path: Path, *other_encodings: str) -> Iterator[tuple[str, list[str]]]:
-    """(the line that it begins on, its cells) of each row that is not blank. Raises DataError."""
-    reader = csv.reader(io.StringIO(read_text(path, *other_encodings)), skipinitialspace=True, strict=True)
-    line = 1
-    try:
-        for row in reader:
-            if any(cells := [cell(text) for text in row]):
-                yield f"line {line}", cells
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: not CSV ({error}); look for a quote that is never closed") from None
-
-
-def check_split(path: Path, split: str) -> None:
-    """Raises DataError for an annotation file whose name, or else its folder's, says the other split."""
-    words = re.findall("[a-z]+", path.name.lower())  # `single_trainset_5.csv` says train, `contest.csv` nothing
-    said = [part for part in ("train", "test") if any(word.startswith(part) for word in words)]
-    folder = path.absolute().parent.name.lower()  # `test(single-labeled)/set_5.csv`
-    said = said or re.findall(r"^(train|test)(?:_?(?:set|split|data|single\w*))?(?!\w)", folder)
-    if said and split not in said:
-        raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
-                        "folder that holds both")
-
-
 def find_annotation(root: Path, names: list[str], prefer: str) -> Path:
-    """The annotation file: `root` itself, else the first of `names` that is in root or up to three folders below it; of
-    several on one level the one with `prefer` in its path. Raises DataError for none, and for more than one."""
-    if root.is_file():
-        return root
+    """The first of `names` that is in `root` or up to three folders below it; of several on one level the one with
+    `prefer` in its path. Raises DataError for none, and for more than one."""
     for pattern in (depth + name for depth in ("", "*/", "*/*/", "*/*/*/") for name in names):
-        found = sorted(path for path in root.glob(pattern) if path.is_file() and not path.name.startswith("._"))
-        found = [path for path in found if prefer and prefer in path.as_posix()] or found
+        found = [path for path in sorted(root.glob(pattern)) if path.is_file() and not path.name.startswith("._")]
+        found = [path for path in found if prefer in path.as_posix()] or found
         if len(found) > 1:
             raise DataError(f"{root}: more than one annotation file ({', '.join(map(str, found[:5]))}); "
                             "give the file itself instead of the folder")
         if found:
             return found[0]
-    others = "".join(f", nor {name}" for name in names[1:])
-    raise DataError(f"{root}: no {names[0]} in it{others}, nor in the three levels below"
+    raise DataError(f"{root}: no {' or '.join(names)} in it or up to three levels below"
                     f"{'' if root.is_dir() else ' (no such folder)'}; give the folder that holds the official files")
+
+
+def check_split(path: Path, split: str) -> None:
+    """Raises DataError for an annotation file whose name, or else its folder's, says the other split."""
+    said = (re.findall("(?<![a-z])(train|test)", path.name.lower())  # single_trainset_5.csv; contest.csv says nothing
+            or re.findall(r"^(train|test)(?:_?(?:set|split|data))?(?!\w)", path.absolute().parent.name.lower()))
+    if said and split not in said:
+        raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
+                        "folder that holds both")
 
 
 def clip_key(name: str) -> str:
@@ -129,103 +110,93 @@ def index_clips(root: Path) -> dict[str, Path]:
 def inside(root: Path, name: str, where: str) -> Path:
     """root/name, as it is spelled on the disk: composed (NFC) or, by macOS, not (NFD). Raises DataError if that leaves
     `root`. Symbolic links are kept: data roots are full of them."""
-    if "\0" in name or any(len(part.encode(errors="replace")) > 250 for part in Path(name).parts):
-        raise DataError(f"{where}: {name[:80]!r}... cannot be a file's name")
     path = Path(os.path.abspath(root / name))
-    if not path.is_relative_to(os.path.abspath(root)):
+    if "\0" in name or not path.is_relative_to(os.path.abspath(root)):
         raise DataError(f"{where}: {name!r} lies outside the data root {root}; "
                         "move the clip below it, or give a root that holds all clips")
     spellings = (path, *(Path(os.path.abspath(root / unicodedata.normalize(form, name))) for form in ("NFC", "NFD")))
-    return next((spelling for spelling in spellings if os.path.exists(spelling)), path)
+    return next(filter(os.path.exists, spellings), path)
 
 
 def check_label(text: str, dataset: str, where: str, ids: bool = False) -> str:
     """The label in the data set's own spelling, also from its 1-based id if the file may hold `ids`."""
     names = labels(dataset)
-    if ids and text.isdecimal():
-        if len(text) > 9 or not 1 <= int(text) <= len(names):
-            raise DataError(f"{where}: label id {text!r} is not in 1..{len(names)} ({', '.join(names)})")
-        return names[int(text) - 1]
-    if (label := normalize(text, dataset)) is None:
-        raise DataError(f"{where}: label {text!r} is not one of {dataset}'s: {', '.join(names)}")
+    numbered = {str(number): name for number, name in enumerate(names, 1)} if ids else {}
+    label = numbered.get(text.lstrip("0")) or normalize(text, dataset)
+    if label is None:
+        raise DataError(f"{where}: label {text!r} is not one of {dataset}'s: {', '.join(names)}"
+                        + f", or 1..{len(names)}" * ids)
     return label
 
 
 def read_unique_json(path: Path, kind: type, form: str):
     """The file's value, a `kind`. json.load silently keeps the last of two equal keys: here they are an error."""
     def once(pairs: list) -> dict:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
-                raise DataError(f"{path}: {key!r} is there twice; each clip may be there once")
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise ValueError(f"{twice[0]!r} is there twice; each clip may be there once")
         return dict(pairs)
 
     try:
         value = json.loads(read_text(path), object_pairs_hook=once)
-    except (json.JSONDecodeError, RecursionError) as error:  # RecursionError: nested too deep to be of any use
-        raise DataError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep to be of any use
+        raise DataError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: expected {form}, found a {type(value).__name__}")
     return value
 
 
-Row = tuple[str, str, str, str, str]  # place in the file, clip, label, explanation, subtitle
+Row = tuple[str, str, str, str, str]  # place in the file, clip, label, subtitle, explanation
 
 
-def _dfew(path: Path) -> Iterator[Row]:
-    """A header, then `clip number,label id` (1..7)."""
-    for place, row in csv_rows(path):
-        if place == "line 1" and not row[-1].isdecimal():  # the header
-            continue
-        if len(row) != 2 or not all(field.isdecimal() for field in row) or len(row[0]) > 20:
-            raise DataError(f"{path}, {place}: expected `clip number,label id`, found {','.join(row)!r}")
-        yield place, row[0], check_label(row[1], "dfew", f"{path}, {place}", ids=True), "", ""
-
-
-def _mafw(path: Path) -> Iterator[Row]:
-    """A line is `01234.mp4 label`, a word or an id (1..11)."""
+def _clip_and_label(path: Path) -> Iterator[Row]:
+    """DFEW: a header, then `clip number,label id` (1..7). MAFW: `01234.mp4 label`, a word or an id (1..11)."""
     for line, text in enumerate(read_text(path).splitlines(), 1):
-        fields = text.split()
-        if fields and len(fields) != 2:
-            raise DataError(f"{path}, line {line}: expected `01234.mp4 label`, found {text!r}")
-        if fields:
-            label = check_label(fields[1], "mafw", f"{path}, line {line}", ids=True)
-            yield f"line {line}", fields[0], label, "", ""
+        fields = re.findall(r'[^,\s"]+', text)
+        if not fields or line == 1 and re.fullmatch("[^0-9]*,[^0-9]*", text):  # DFEW's header
+            continue
+        if len(fields) != 2:
+            raise DataError(f"{path}, line {line}: expected a clip and its label, found {text!r}")
+        yield f"line {line}", *fields, "", ""
 
 
 def _emer(path: Path) -> Iterator[Row]:
     """CSV with names, emotions (one: e_gt of Eq. 4, 5), subtitles, reasons; UTF-8 or GB18030: it was edited in both."""
-    lines = csv_rows(path, "gb18030")
-    _, columns = next(lines, ("", []))
-    if missing := [name for name in ("names", "emotions", "subtitles", "reasons") if name not in columns]:
-        raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}. "
-                        "OV-MERD (MER2025) gives open labels, several per clip: join its reasons with the one label of "
-                        "track1_train_disdim.csv and the subtitles by name")
-    for place, cells in lines:
-        row = dict(zip(columns, cells))
-        if len(cells) != len(columns) or not row["names"] or not row["reasons"]:
-            raise DataError(f"{path}, {place}: {len(cells)} fields for {len(columns)} columns, or none in names or "
-                            "reasons; quote commas")
-        label = check_label(row["emotions"], "emer", f"{path}, {place}, field emotions")
-        yield place, row["names"], label, row["reasons"], row["subtitles"]
+    rows = csv.DictReader(io.StringIO(read_text(path, "gb18030")), skipinitialspace=True, strict=True)
+    wanted, line = ("names", "emotions", "subtitles", "reasons"), 1  # line: the one that the next row begins on
+    try:
+        columns = rows.fieldnames or []
+        if missing := [name for name in wanted if name not in columns]:
+            raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}. "
+                            "OV-MERD (MER2025) has open labels: join its reasons with one label per clip")
+        line = rows.line_num + 1
+        for row in rows:
+            begin, line = line, rows.line_num + 1
+            cells = [cell(row[name]) for name in wanted]
+            if not any(map(cell, row.values())):
+                continue
+            if None in (*row, *row.values()) or not cells[0] or not cells[3]:
+                raise DataError(f"{path}, line {begin}: more or less than {len(columns)} fields, or none in names or "
+                                "reasons; quote commas")
+            yield f"line {begin}", *cells
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: not CSV ({error}); look for a quote that is never closed") from None
 
 
 def _merr(path: Path) -> Iterator[Row]:
     """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`. `doubt` is among its labels and not among the
     verifier's 11: who trains the verifier leaves those clips out."""
     for name, entry in read_unique_json(path, dict, '{clip: {"pseu_emotion": ..., ...}}').items():
-        where = f"{path}, entry {name!r}"
         if not isinstance(entry, dict) or not isinstance(entry.get("pseu_emotion"), str):
-            raise DataError(f"{where}: no text in field pseu_emotion")
-        label = check_label(entry["pseu_emotion"], "merr", f"{where}, field pseu_emotion")
-        texts = (cell(entry.get(key)) for key in ("smp_reason_caption", "text"))
-        yield f"entry {name!r}", name, label, *texts
+            raise DataError(f"{path}, entry {name!r}: no text in field pseu_emotion")
+        texts = (cell(entry.get(field)) for field in ("pseu_emotion", "text", "smp_reason_caption"))
+        yield f"entry {name!r}", name, *texts
 
 
 FORMATS = {  # rows of a file, names of the annotation file, where a missing clip should be, which copy is meant
-    "dfew": (_dfew, ["single_{split}set_{fold}.csv", "{split}(single-labeled)/set_{fold}.csv",
-                     "{split}(single_labeled)/set_{fold}.csv"], "clip/{}.mp4", ""),
+    "dfew": (_clip_and_label, ["single_{split}set_{fold}.csv", "{split}(single?labeled)/set_{fold}.csv"],
+             "clip/{}.mp4", ""),
     # `Train & Test Set/single/no_caption` of the official archive: section 4.1's counts are of single labels
-    "mafw": (_mafw, ["set_{fold}/{split}.txt"], "clips/{}.mp4", "/single/no_caption/"),
+    "mafw": (_clip_and_label, ["set_{fold}/{split}.txt"], "clips/{}.mp4", "/single/no_caption/"),
     "emer": (_emer, ["EMER.csv", "track3_train_ovmerd.csv", "*.csv"], "{}.avi", ""),
     "merr": (_merr, ["MERR_fine_grained.json", "*.json"], "{}.avi", "")}
 FOLDS = ("dfew", "mafw")  # come in five sets, each of a training and a test file
@@ -233,39 +204,27 @@ FOLDS = ("dfew", "mafw")  # come in five sets, each of a training and a test fil
 
 def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") -> list[Example]:
     """The examples of a data set in FORMATS; `root` is its folder, or the annotation file. Raises DataError."""
-    (rows, names, missing, prefer), root = FORMATS[dataset], Path(root)
-    path = find_annotation(root, [name.format(split=split, fold=fold) for name in names], prefer)
-    if root.is_file() and dataset in FOLDS:
-        check_split(path, split)
-    if root.is_file():  # its clips: beside it, else the nearest folder of clips around it
-        above = (up for up in path.absolute().parents[:5] if any(os.path.isdir(up / x) for x in CLIP_FOLDERS if x))
-        root = path.parent if index_clips(path.parent) else next(above, path.parent)
+    (rows, names, missing, prefer), path = FORMATS[dataset], Path(root)
+    if path.is_file():
+        root = path.parent
+        if dataset in FOLDS:
+            check_split(path, split)
+        if not index_clips(root):  # its clips: beside it, else the nearest folder of clips around it
+            above = path.absolute().parents[:5]
+            root = next((up for up in above if any((up / x).is_dir() for x in CLIP_FOLDERS if x)), root)
+    else:
+        root, path = path, find_annotation(path, [name.format(split=split, fold=fold) for name in names], prefer)
     clips, places, examples = index_clips(root), {}, []  # places: clip -> where it is annotated
-    for place, name, label, explanation, subtitle in rows(path):
-        inside(root, name, f"{path}, {place}")
+    for place, name, label, subtitle, explanation in rows(path):
+        where = f"{path}, {place}"
+        inside(root, name, where)
         stem, key = Path(name).stem if Path(name).suffix.lower() in CLIP_SUFFIXES else name, clip_key(name)
         if key in places:  # DFEW's 1 and 00001 are one clip
-            raise DataError(f"{path}, {place}: clip {stem!r} was already on {places[key]}; each may be there once")
+            raise DataError(f"{where}: clip {stem!r} was already on {places[key]}; each may be there once")
         places[key] = place
-        clip = clips.get(key, root / missing.format(stem))
+        clip, label = clips.get(key, root / missing.format(stem)), check_label(label, dataset, where, dataset in FOLDS)
         examples.append(Example(stem, clip, label, dataset, explanation, subtitle, split))
     return examples
-
-
-def read_ravdess(root: str | Path) -> list[Example]:
-    """The clips' names are the annotation: `01-01-06-01-02-01-12.mp4` = modality (01: sound and picture), channel
-    (01: speech, 02: song), emotion, ... All full-AV speech below `root` (`Actor_01/` to `Actor_24/`); the release's
-    eight labels are those of speech."""
-    found = {}
-    for path in sorted(Path(root).rglob("01-01-??-??-??-??-??.*")):
-        if path.suffix.lower() in CLIP_SUFFIXES:
-            code = path.name[6:8]
-            if code not in RAVDESS_EMOTIONS or path.stem in found:
-                raise DataError(f"{path}: is there twice, or its emotion {code!r} (third field) is not in 01..08")
-            found[path.stem] = Example(path.stem, path, RAVDESS_EMOTIONS[code], "ravdess", split="test")
-    if not found:
-        raise DataError(f"{root}: no clip like 01-01-06-01-02-01-12.mp4; unpack Video_Speech_Actor_*.zip there")
-    return list(found.values())
 
 
 def read_training_json(path: str | Path, root: str | Path | None = None, dataset: str | None = None,
@@ -277,7 +236,7 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
     """
     path = Path(path)
     root = Path(os.path.abspath(root or path.parent))
-    rows, form = [], '{"video": PATH, "conversations": [..., {"from": "gpt", "value": TEXT}]}'
+    examples, form = [], '{"video": PATH, "conversations": [..., {"from": "gpt", "value": TEXT}]}'
     for number, entry in enumerate(read_unique_json(path, list, f"[{form}, ...]")):
         where = f"{path}, entry {number}"
         try:
@@ -297,8 +256,7 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
         if not name:
             raise DataError(f"{where}: no folder of {video!r} is a data set's name; name one: json:mafw:{path}")
         label = check_label(said if answer is None else answer, name, where)
-        rows.append((clip, label, name, cell(think)))
-    stems = Counter(clip.stem for clip in {row[0] for row in rows})  # equal ones get the whole path as id
-    ids = {clip: clip.stem if stems[clip.stem] == 1 else clip.relative_to(root).with_suffix("").as_posix()
-           for clip, *_ in rows}
-    return [Example(ids[clip], clip, label, name, explanation, split=split) for clip, label, name, explanation in rows]
+        examples.append(Example(clip.stem, clip, label, name, cell(think), split=split))
+    stems = Counter(clip.stem for clip in {example.path for example in examples})  # equal ones get the path as id
+    return [x if stems[x.video_id] == 1 else replace(x, video_id=x.path.relative_to(root).with_suffix("").as_posix())
+            for x in examples]

@@ -5,7 +5,6 @@ output may run over lines, and judged results, a JSON list of {clip: {"reason", 
 neither label nor data set: they are joined with the data's examples by clip.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,10 +14,12 @@ from erv_min.base.chat import after_thought
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl
 from erv_min.base.options import file_list
-from erv_min.data.readers import check_label, clip_key, read_text
+from erv_min.data.readers import check_label, clip_key, read_text, read_unique_json
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 from erv_min.judge import read_answer
+
+Rows = Iterator[tuple[str, dict]]  # (place in the file, row)
 
 
 def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], dict]:
@@ -54,41 +55,37 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
             elif not row.get("ground_truth") or not known:
                 raise DataError(f"{where}: clip {row['video_id']} has no ground_truth and dataset; give --data, too")
             row["ground_truth"] = check_label(row["ground_truth"], row["dataset"], where)
-            kind = "judgement" if "gpt_response" in row else "output"
+            kind = "output" if "output" in row else "judgement"
             if (key, kind) in first:
                 raise DataError(f"{where}: a second {kind} of clip {row['video_id']}, after {first[key, kind]}")
             first[key, kind] = where
             if kind == "judgement":
-                _read_judgement(row, rows.get(key, {}).get("output"))
+                said = read_answer(after_thought(row.pop("gpt_response")), labels(row["dataset"]))
+                row |= {"judged_emotion": said.emotion, "judge_status": said.status}
             rows[key] = rows.get(key, {}) | row
     if not rows:
         raise DataError(f"{files}: no prediction for a clip of --data; "
                         f"the first there: {', '.join(unknown[:3]) or 'none'}")
+    for row in rows.values():
+        reason = row.pop("reason", "")  # of a judgement; it stands for an output that no file has
+        row.setdefault("output", reason if "<think>" in reason else f"<think>{reason}</think>")
     return ([rows[key] for key in truth or rows if key in rows],
             {"missing": [truth[key].video_id for key in truth if key not in rows], "unknown": unknown})
 
 
-def _read_judgement(row: dict, output: str | None) -> None:
-    """The release's fields of a row become ours; `output`: the clip's in another file, without it the reason stands."""
-    reason, said = row.pop("reason"), after_thought(row.pop("gpt_response"))
-    judgement = read_answer(said, labels(row["dataset"]))
-    row |= {"judged_emotion": judgement.emotion, "judge_status": judgement.status}
-    row["output"] = output or (reason if "<think>" in reason else f"<think>{reason}</think>")
-
-
-def _rows(path: Path, names) -> Iterator[tuple[str, dict]]:
-    """(place in the file, row) of a file in any of the three forms."""
-    text = read_text(path)
-    if not text.strip():
+def _rows(path: Path, clips) -> Rows:
+    """The rows of a file in any of the three forms; clips: those of the data, by clip_key."""
+    begin = read_text(path).lstrip()[:1]
+    if not begin:
         raise DataError(f"{path}: no prediction in it")
-    if text.lstrip().startswith("{"):
+    if begin == "{":
         return _jsonl_rows(path)
-    if not names:
+    if not clips:
         raise DataError(f"{path}: a released results file holds no labels; give --data, too")
-    return _judged_rows(text, path) if text.lstrip().startswith("[") else _text_rows(text, path, names)
+    return _judged_rows(path) if begin == "[" else _text_rows(path, clips)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def _jsonl_rows(path: Path) -> Rows:
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}, row {number}"
         if not isinstance(row, dict) or "video_id" not in row or not isinstance(row.get("output"), str):
@@ -99,25 +96,22 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, {**row, "video_id": str(row["video_id"])}
 
 
-def _judged_rows(text: str, path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        entries = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path}, line {getattr(error, 'lineno', 1)}: not JSON ({error})") from None
-    for number, entry in enumerate(entries):
+def _judged_rows(path: Path) -> Rows:
+    form = '{clip: {"reason": ..., "gpt_response": ...}}'
+    for number, entry in enumerate(read_unique_json(path, list, f"[{form}, ...]")):
         for clip, judged in entry.items() if isinstance(entry, dict) else [("?", None)]:
             row = {field: judged.get(field) for field in ("reason", "gpt_response")} if isinstance(judged, dict) else {}
             if not row or not all(isinstance(x, str) for x in row.values()):
-                raise DataError(f'{path}, entry {number}: expected {{clip: {{"reason": ..., "gpt_response": ...}}}}')
+                raise DataError(f"{path}, entry {number}: expected {form}")
             yield f"{path}, entry {number}", {"video_id": clip, **row}
 
 
-def _text_rows(text: str, path: Path, names) -> Iterator[tuple[str, dict]]:
+def _text_rows(path: Path, clips) -> Rows:
     """A record begins at a line that starts with a clip and `|`: a clip of the data, or a name with a clip's suffix."""
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         clip, bar, rest = line.partition("|")
-        if bar and (clip_key(clip) in names or re.fullmatch(r"\S+\.(mp4|avi|mkv|webm)", clip.strip(), re.IGNORECASE)):
+        if bar and (clip_key(clip) in clips or re.fullmatch(r"\S+\.(mp4|avi|mkv|webm)", clip.strip(), re.IGNORECASE)):
             records.append((f"{path}, line {number}", {"video_id": clip.strip(), "output": rest}))
         elif records:
             records[-1][1]["output"] += "\n" + line

@@ -18,7 +18,7 @@ from erv_min.base.chat import ChatClient
 from erv_min.base.errors import CheckpointError, DataError, JudgeError
 from erv_min.base.files import append_jsonl, read_jsonl, write_json
 from erv_min.config import read_roberta
-from erv_min.data.examples import load_examples
+from erv_min.data.examples import check_clips, load_examples
 from erv_min.data.results import read_predictions
 from erv_min.judge import hosted_judge, judge_rows
 
@@ -65,15 +65,15 @@ def load_small(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 400 + ".mp4", "a\0b.mp4", "../x.mp4", "/etc/hostname"])
 def test_names_that_no_file_has_or_that_leave_the_root(tmp_path, name):
     (tmp_path / "t.json").write_text(json.dumps([{"video": name, "conversations": [{"from": "gpt", "value": "happy"}]}]))
-    with pytest.raises(DataError, match="cannot be a file's name|outside the data root"):
-        load_examples(f"json:dfew:{tmp_path / 't.json'}")
+    with pytest.raises(DataError, match="1 of 1 clips are missing|outside the data root"):
+        check_clips(load_examples(f"json:dfew:{tmp_path / 't.json'}"))
 
 
 def test_numbers_too_long_for_a_number(tmp_path):
     for line in ("9" * 5000 + ",1", "1," + "9" * 5000):
         (tmp_path / "single_trainset_5.csv").write_text(f"order,label\n{line}\n")
-        with pytest.raises(DataError):
-            load_examples(f"dfew:{tmp_path}", "train")
+        with pytest.raises(DataError, match="1 of 1 clips are missing|label '999"):
+            check_clips(load_examples(f"dfew:{tmp_path}", "train"))
     (tmp_path / "p.txt").write_text("1.mp4|happy\n" + "9" * 5000 + ".mp4|sad\n")
     assert len(read_predictions(str(tmp_path / "p.txt"), load_small(tmp_path))[0]) == 1
 
