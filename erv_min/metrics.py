@@ -1,11 +1,9 @@
-"""EEA, FCR, EPC, WAR and UAR (section 4.2) of judged predictions, in percent, with intervals over clips; two judges, or
-answers before and after a change, beside each other.
+"""EEA, FCR, EPC, WAR and UAR (section 4.2) of judged predictions, in percent, with intervals over clips.
 
     row: {"video_id", "output", "ground_truth"[, "judged_emotion", "judge_status"]}  ->  Scored arrays  ->  metrics
 
 EEA: judged = truth. EPC: judged = predicted. FCR: all three agree. WAR: accuracy. UAR: mean recall. A metric is a
-weighted count of rows, so that a bootstrap draw is another vector of weights. Divergences 14-16 and 18 are what
-separates rule "paper" from "released".
+weighted count of rows: a bootstrap draw is other weights. Rule "paper" or "released": divergences 14-16 and 18.
 """
 
 from collections import Counter
@@ -31,15 +29,13 @@ class Scored:
     judged: np.ndarray | None  # None if no row has a judged_emotion
     counted: np.ndarray  # bool [N], for UAR: the release on MAFW leaves unknown predictions out (divergence 16)
     outside: int  # judge answers outside the label list
-    errors: int  # rows that the judge could not answer
+    errors: int  # rows that it could not answer
     released: bool  # the rule: EEA wants an answer; a class without rows counts 0 in UAR (divergences 15, 16)
 
 
 def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str | None, str | None]:
     """(predicted, answered): the label for WAR and UAR, and the one in the first <answer>, closed or not, for the rest.
-
-    The first counts an answer without tags too: all that follows the last </think>. "paper" reads it so if there is no
-    tag, "released" always, which turns `so <answer>sad</answer>` into an unknown label."""
+    The first is all that follows the last </think>: "paper" reads it so if there is no <answer>, "released" always."""
     said = output.rpartition("</think>")[2].replace("<answer>", "").replace("</answer>", "").strip()
     _, opened, rest = output.partition("<answer>")
     answer = rest.partition("</answer>")[0].strip() if opened else ""
@@ -48,22 +44,18 @@ def read_prediction(output: str, dataset: str, rule: str = "paper") -> tuple[str
 
 
 def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
-    """Prediction rows -> Scored. Raises DataError (no rows, a missing field, a truth that is no label of `dataset`)
-    and SettingsError (unknown rule).
-
-    "paper": a judge's answer outside the list, or none, is no emotion (divergence 14); "released": it is neutral."""
+    """Prediction rows -> Scored. A judge's answer outside the list, or none, is no emotion; "released": it is neutral.
+    Raises DataError (no rows, a missing field, a truth that is no label of `dataset`), SettingsError (unknown rule)."""
     names = labels(dataset)
     number = {name: i for i, name in enumerate(names)}
     if not rows:
         raise DataError("no prediction to score: the file is empty")
     numbers, outside, errors = [], 0, 0
     for i, row in enumerate(rows):
-        where = f"prediction {i + 1} (video_id {row.get('video_id')!r})"
-        if not isinstance(row.get("output"), str) or not isinstance(row.get("ground_truth"), str):
-            raise DataError(f"{where}: fields 'output' and 'ground_truth' must be text")
-        truth = normalize(row["ground_truth"], dataset, rule)
-        if truth not in number:
-            raise DataError(f"{where}: ground_truth {row['ground_truth']!r} is not a label of {dataset}: {names}")
+        truth = normalize(str(row.get("ground_truth")), dataset, rule)
+        if truth not in number or not isinstance(row.get("output"), str):
+            raise DataError(f"prediction {i + 1} (video_id {row.get('video_id')!r}): expected text in field 'output' and "
+                            f"a label of {dataset} in field 'ground_truth', which is {row.get('ground_truth')!r}")
         judged, status = row.get("judged_emotion"), row.get("judge_status", "ok")
         word = normalize(judged.strip(), dataset, rule) if isinstance(judged, str) and status == "ok" else None
         if word not in number:

@@ -22,25 +22,22 @@ def user_turn(question: str, modality: str = "video_audio", stage: str = "infere
     """The user's turn in the released form of a stage. Released SFT writes both tags whatever the modality."""
     if modality not in MODALITIES:
         raise SettingsError(f"modality {modality!r} is unknown; there are {', '.join(MODALITIES)}")
-    if PLACEHOLDER.search(question):
-        raise SettingsError(f"the question holds {PLACEHOLDER.search(question)[0]!r}, which the prompt itself places; "
-                            "leave it out")
     before = {"inference": MODALITIES[modality], "sft": VIDEO_TURN + AUDIO_TURN + "\n\n",
               "grpo": QWEN2_VL + MODALITIES[modality]}
     if stage not in before:
         raise SettingsError(f"prompt stage {stage!r} is unknown; there are {', '.join(before)}")
+    if found := PLACEHOLDER.search(question):
+        raise SettingsError(f"the question holds {found[0]!r}, which the prompt itself places; leave it out")
     return before[stage] + question
 
 
 def render(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio", stage: str = "inference",
            system: str | None = SYSTEM) -> str:
-    """The whole prompt P in ChatML, up to where the assistant's turn begins, in the released form of the stage;
-    system None: without a system turn.
+    """The whole prompt P in ChatML, up to where the assistant's turn begins; system None: without a system turn.
 
     Raises SettingsError on an unknown modality or stage, and on a question that holds a placeholder."""
     begin = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    return (f"{begin}<|im_start|>user\n{user_turn(question, modality, stage)}<|im_end|>\n"
-            "<|im_start|>assistant\n")
+    return f"{begin}<|im_start|>user\n{user_turn(question, modality, stage)}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def gate_text(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = "video_audio",
@@ -52,10 +49,8 @@ def gate_text(question: str = f"{QUESTION} {REASONING_SUFFIX}", modality: str = 
 
 
 def question_with_subtitle(question: str, subtitle: str) -> str:
-    """The question with what is said in the clip; the question alone if nothing is.
-
-    Our wording: EMER and MERR have subtitles and the paper's explanations quote them, but it gives no prompt for them.
-    A subtitle cannot place a clip or end a turn."""
+    """The question with what is said in the clip; the question alone if nothing is. The wording is ours: the paper's
+    explanations quote subtitles, but it gives no prompt for them. A subtitle cannot place a clip or end a turn."""
     subtitle = " ".join(PLACEHOLDER.sub(" ", subtitle).split())
     return f'{question} The subtitle of the video is: "{subtitle}"' if subtitle else question
 

@@ -19,7 +19,7 @@ from erv_min.base.files import append_jsonl, atomic_write, write_json
 from erv_min.base.options import file_list, parse
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
 from erv_min.data.loader import batch_of_step, steps_per_epoch
-from erv_min.data.pairs import Row, counts_table, print_report, read_rows, split_rows, targets, verifier_report
+from erv_min.data.pairs import Row, counts_table, read_rows, split_rows, targets, verifier_report
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS
 from erv_min.erv import Verifier, erv_columns, erv_loss, fresh_head, max_tokens, scratch
 from erv_min.tokenizer import EncoderTokenizer
@@ -159,7 +159,8 @@ def save(verifier: Verifier, out: Path, tokenizer_folder: Path, report: dict) ->
         if (tokenizer_folder / name).exists():
             atomic_write(out / name, (tokenizer_folder / name).read_bytes())
     checkpoint.save_erv(verifier.model, out, verifier.labels)
-    print_report(report)
+    per_class = report["at_tau"]["per_class"].items()
+    print("F1: " + ", ".join(f"{label} {x['f1']:.3f}" for label, x in per_class if x["support"]))
     print(f"verifier in {out}, trained in {report['train_seconds']:.1f} s")
 
 

@@ -171,7 +171,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/erv.py", "(model.config.pad_token_id + 1)", "model.config.pad_token_id", "test_erv.py"),
     ("erv_min/train/log.py", 'sum(EL == ["neutral"] for EL', 'sum("neutral" in EL for EL', "test_erv.py"),
     ("erv_min/train/log.py", "len(set(reward.sentences)) /", "1 /", "test_erv.py"),
-    ("erv_min/data/pairs.py", '"truth", where) if "truth" in raw', '"labels", where) if "truth" in raw', "test_erv.py"),
+    ("erv_min/data/pairs.py", 'raw.get("truth", raw', 'raw.get("labels", raw', "test_erv.py"),
     ("erv_min/data/pairs.py", '{seed}:{row.key}', '{seed}:{row.text}', "test_erv.py"),
     ("erv_min/data/pairs.py", "[there > 0].mean()", "[there >= 0].mean()", "test_erv.py"),
     # ---- Eq. 2 and the log-probs that it shares with Eq. 3

@@ -281,7 +281,7 @@ def test_ov_merd_is_no_emer(tmp_path):
     for name, columns in (("track2_train_ovmerd", "name,openset"), ("track3_train_ovmerd", "name,reason"),
                           ("subtitle_chieng", "name,chinese,english")):
         write(tmp_path / f"{name}.csv", f"{columns}\na,b,c\n")
-    with pytest.raises(DataError, match="track3_train_ovmerd.csv, line 1: no column names.*OV-MERD"):
+    with pytest.raises(DataError, match="track3_train_ovmerd.csv, line 1: no column names, emotions, subtitles, reasons"):
         load_examples(f"emer:{tmp_path}")
 
 

@@ -147,9 +147,10 @@ def test_rows_accept_any_data_sets_names(tmp_path):
 
 
 @pytest.mark.parametrize("row, field", [
-    ({"labels": ["sad"]}, "text"), ({"text": " ", "labels": ["sad"]}, "text"), ({"text": "x"}, "labels"),
+    ({"labels": ["sad"]}, "text"), ({"text": " ", "labels": ["sad"]}, "text"), ({"text": "x"}, "labels"), (3, "text"),
     ({"text": "x", "labels": "sad"}, "labels"), ({"text": "x", "labels": []}, "labels"),
-    ({"text": "x", "labels": ["gloomyish"]}, "gloomyish"), ({"text": "x", "labels": ["sad"], "truth": ["?"]}, "truth")])
+    ({"text": "x", "labels": ["sad"], "truth": []}, "truth"),
+    ({"text": "x", "labels": ["gloomyish"]}, "gloomyish"), ({"text": "x", "labels": ["sad"], "truth": ["?"]}, "label '?'")])
 def test_bad_rows_are_named(tmp_path, row, field):
     path = write(tmp_path / "rows.jsonl", [{"text": "fine", "labels": ["sad"]}, row])
     with pytest.raises(DataError, match=r"rows\.jsonl, row 2") as error:
@@ -164,7 +165,7 @@ def test_absent_fields_of_rows(tmp_path):
     (row,) = pairs.read_rows([path])
     assert (row.source, row.key) == ("rows", "She smiles.")
     path.write_text('{"text": "nan", "labels": ["joy"]}\n')
-    with pytest.raises(DataError, match="row 1: field 'text' must be"):
+    with pytest.raises(DataError, match="row 1: expected text in field 'text'"):
         pairs.read_rows([path])
 
 
@@ -282,7 +283,7 @@ def test_f1_by_hand():
     assert [report["at_tau"][name] for name in ("micro_f1", "macro_f1")] == pytest.approx([6 / 9, 0.65])
 
 
-def test_the_report_is_of_what_the_reward_selects(capsys):
+def test_the_report_is_of_what_the_reward_selects():
     """At most k labels over tau, the best one if none is: sadness counts at k 2, fear at tau 0.5 although it is 0.4."""
     probs = torch.full((2, 11), 0.1)
     probs[0, ERV_LABELS.index("anger")], probs[0, ERV_LABELS.index("sadness")] = 0.9, 0.8
@@ -291,10 +292,6 @@ def test_the_report_is_of_what_the_reward_selects(capsys):
     for tau, k, expected in ((0.5, 2, 1.0), (0.5, 1, 2 * 2 / (2 + 3)), (0.85, 2, 2 * 2 / (2 + 3))):
         report = pairs.verifier_report(probs, truth, tau, k)
         assert report["at_tau"]["micro_f1"] == pytest.approx(expected)
-    pairs.print_report(report)
-    printed = capsys.readouterr().out
-    assert "fear      1.000   1.000  1.000        1" in printed and "happiness" not in printed
-    assert "macro F1 0.667, micro F1 0.800" in printed
 
 
 # ---- watched, and cheated --------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_clips_of_two_data_sets_with_the_same_numbers_stay_apart(tmp_path):
 
 def test_predictions_need_labels_and_one_data_set(tmp_path):
     text = write(tmp_path / "r1.txt", "1.mp4|a")
-    with pytest.raises(DataError, match="holds no labels; give --data"):
+    with pytest.raises(DataError, match="line 1: clip 1.mp4 has no ground_truth and dataset; give --data"):
         read_predictions(text, [])
     with pytest.raises(DataError, match="one data set at a time"):
         read_predictions(text, clips("happy") + [Example("00001", Path("/m/00001.mp4"), "fear", "mafw")])

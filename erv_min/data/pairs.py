@@ -1,5 +1,5 @@
-"""The verifier's training pairs (section 3.2): descriptions with their emotions, counted as table 5 counts them, and how
-well a verifier reads the held-out ones, of which the paper says nothing.
+"""The verifier's training pairs (section 3.2): descriptions with their emotions, as table 5 counts them; and how well a
+verifier reads the held-out ones, of which the paper says nothing.
 
     JSONL of scripts/augment.py -> read_rows -> split_rows -> targets -> erv.erv_loss (scripts/erv.py)
 """
@@ -32,32 +32,26 @@ class Row:
 
 
 def read_rows(paths: list[str | Path]) -> list[Row]:
-    """JSONL files of {"text", "labels": [...], "source"[, "clip", "truth": [...]]} -> rows. Label names of any data set
-    are accepted. Raises DataError naming file, row and field."""
+    """JSONL files of {"text", "labels": [...], "source"[, "clip", "truth": [...]]} -> rows; labels are of any data set.
+    Raises DataError naming file and row."""
     rows = []
     for path in paths:
         for number, raw in enumerate(read_jsonl(path), 1):
-            where = f"{path}, row {number}"
-            if not isinstance(raw, dict) or not isinstance(raw.get("text"), str) or not cell(raw["text"]):
-                raise DataError(f"{where}: field 'text' must be a non-empty string")
-            text, labels = cell(raw["text"]), _emotions(raw, "labels", where)
-            truth = _emotions(raw, "truth", where) if "truth" in raw else labels
+            where, raw = f"{path}, row {number}", raw if isinstance(raw, dict) else {}
+            text = cell(raw["text"]) if isinstance(raw.get("text"), str) else ""
+            lists = [raw.get("labels"), raw.get("truth", raw.get("labels"))]
+            if not text or not all(isinstance(names, list) and names for names in lists):
+                raise DataError(f"{where}: expected text in field 'text', and emotions in the list 'labels' (and "
+                                "'truth', if it is there)")
+            try:
+                labels, truth = (tuple(dict.fromkeys(to_erv(str(x)) for x in names)) for names in lists)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
             source, key = cell(raw.get("source")) or Path(path).stem, cell(raw.get("clip")) or text
             rows.append(Row(text, labels, source, key, truth))
     if not rows:
         raise DataError(f"{', '.join(map(str, paths)) or 'no file'}: no training pair found")
     return rows
-
-
-def _emotions(raw: dict, field: str, where: str) -> tuple[str, ...]:
-    """The emotions that a row's field lists, as names of ERV_LABELS, each once."""
-    names = raw.get(field)
-    try:
-        if isinstance(names, list) and names:
-            return tuple(dict.fromkeys(to_erv(str(x)) for x in names))
-    except DataError as error:
-        raise DataError(f"{where}: field {field!r}: {error}") from None
-    raise DataError(f"{where}: field {field!r} must be a non-empty list of emotion names, is {names!r}")
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
@@ -104,12 +98,3 @@ def verifier_report(probs: Tensor, truth: list[tuple[str, ...]], tau: float = 0.
                             for i, label in enumerate(ERV_LABELS)}}
     return {"sentences": len(probs), "tau": tau, "k": k, "at_tau": at_tau,
             "loss": F.binary_cross_entropy(probs.clamp(1e-7, 1 - 1e-7), wanted).item()}
-
-
-def print_report(report: dict) -> None:
-    """`verifier_report` for people; a class that the data does not have is left out."""
-    print(f"{'':>14}  precision  recall     F1  support   (tau {report['tau']}, at most {report['k']} labels)")
-    for name, x in report["at_tau"]["per_class"].items():
-        if x["support"]:
-            print(f"{name:>14}  {x['precision']:9.3f}  {x['recall']:6.3f}  {x['f1']:5.3f}  {x['support']:7d}")
-    print("macro F1 {macro_f1:.3f}, micro F1 {micro_f1:.3f}".format(**report["at_tau"]))

@@ -1,11 +1,9 @@
-"""The data sets' own files -> `Example`s (section 4.1; formats as users already have them).
+"""The data sets' own files -> `Example`s (section 4.1): DFEW, MAFW, EMER, MERR-fine, and the release's training JSON.
 
-DFEW, MAFW (five sets each; the paper's is 5), EMER, MERR-fine and the training JSON of the released code. A reader reads
-annotations only: whether the clips are there is `examples.check_clips`'s question. Every label is checked against the
-data set's list, every clip stays inside the data root, an id may occur once (the training JSON may repeat a clip: one
-`Example` per entry). What cannot be read raises DataError with file, line or entry, and the way out. A data root is the
-data set's folder, or an annotation file, whose name must not be that of the other split. A clip is a file, or a folder
-of frames.
+Annotations only: whether the clips are there is `examples.check_clips`'s question. A label is one of the data set's, a
+clip (a file, or a folder of frames) lies inside the data root, and is there once (the training JSON may repeat it).
+What cannot be read raises DataError with file, line or entry, and the way out. A data root is the data set's folder, or
+an annotation file, whose name must not be that of the other split.
 """
 
 import csv
@@ -114,8 +112,8 @@ def inside(root: Path, name: str, where: str) -> Path:
     if "\0" in name or not path.is_relative_to(os.path.abspath(root)):
         raise DataError(f"{where}: {name!r} lies outside the data root {root}; "
                         "move the clip below it, or give a root that holds all clips")
-    spellings = (path, *(Path(os.path.abspath(root / unicodedata.normalize(form, name))) for form in ("NFC", "NFD")))
-    return next(filter(os.path.exists, spellings), path)
+    others = (Path(os.path.abspath(root / unicodedata.normalize(form, name))) for form in ("NFC", "NFD"))
+    return next(filter(os.path.exists, (path, *others)), path)
 
 
 def check_label(text: str, dataset: str, where: str, ids: bool = False) -> str:
@@ -166,8 +164,7 @@ def _emer(path: Path) -> Iterator[Row]:
     try:
         columns = rows.fieldnames or []
         if missing := [name for name in wanted if name not in columns]:
-            raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}. "
-                            "OV-MERD (MER2025) has open labels: join its reasons with one label per clip")
+            raise DataError(f"{path}, line 1: no column {', '.join(missing)}; found {', '.join(columns) or 'nothing'}")
         line = rows.line_num + 1
         for row in rows:
             begin, line = line, rows.line_num + 1
@@ -183,8 +180,7 @@ def _emer(path: Path) -> Iterator[Row]:
 
 
 def _merr(path: Path) -> Iterator[Row]:
-    """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`. `doubt` is among its labels and not among the
-    verifier's 11: who trains the verifier leaves those clips out."""
+    """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`."""
     for name, entry in read_unique_json(path, dict, '{clip: {"pseu_emotion": ..., ...}}').items():
         if not isinstance(entry, dict) or not isinstance(entry.get("pseu_emotion"), str):
             raise DataError(f"{path}, entry {name!r}: no text in field pseu_emotion")
@@ -231,9 +227,8 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
                        split: str = "sft") -> list[Example]:
     """The released code's training JSON (SFT and RL): one Example per entry; answers with tags, or a bare label.
 
-    `video` is relative to `root` (default: the file's folder). `dataset` None: taken from a folder of that name in the
-    video's path. Such a file carries no split: its entries are called by the one that is asked for.
-    """
+    `video` is relative to `root` (default: the file's folder). `dataset` None: a folder of the video's path has its
+    name. Such a file carries no split: `split` is given to its entries."""
     path = Path(path)
     root = Path(os.path.abspath(root or path.parent))
     examples, form = [], '{"video": PATH, "conversations": [..., {"from": "gpt", "value": TEXT}]}'

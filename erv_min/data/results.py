@@ -24,12 +24,10 @@ Rows = Iterator[tuple[str, dict]]  # (place in the file, row)
 
 def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], dict]:
     """Rows from one or several (comma-separated) files, joined by data set and clip: outputs from one, judgements from
-    another.
+    another. examples: the evaluated split; may be empty for JSONL rows that carry their ground truth.
 
-    examples: the evaluated split; may be empty for JSONL rows that carry their ground truth. Returns the rows in the
-    order of the examples, and {"missing": [...], "unknown": [...]} clips. Raises DataError naming file, line and field,
-    on a second output of one clip, and on a clip of several data sets in a row that names none.
-    """
+    Returns the rows in the order of the examples, and {"missing": [...], "unknown": [...]} clips. Raises DataError, for
+    a second output of one clip and for a clip of several data sets in a row that names none, too."""
     truth, datasets = {}, defaultdict(set)  # (data set, clip_key) -> example; clip_key -> the data sets that have it
     for example in examples:
         clip = clip_key(example.video_id)
@@ -39,7 +37,9 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
         datasets[clip].add(example.dataset)
     rows, first, unknown = {}, {}, []  # first: (key, kind) -> its place in the files
     for path in file_list(files):
-        for where, row in _rows(Path(path.strip()), datasets):
+        begin = read_text(path := Path(path.strip())).lstrip()[:1]
+        rows_of = {"{": _jsonl_rows, "[": _judged_rows}.get(begin, _text_rows)
+        for where, row in rows_of(path, datasets):
             clip = clip_key(row["video_id"])
             known = [row["dataset"].lower()] if row.get("dataset") else sorted(datasets.get(clip, []))
             if len(known) > 1:
@@ -73,19 +73,7 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
             {"missing": [truth[key].video_id for key in truth if key not in rows], "unknown": unknown})
 
 
-def _rows(path: Path, clips) -> Rows:
-    """The rows of a file in any of the three forms; clips: those of the data, by clip_key."""
-    begin = read_text(path).lstrip()[:1]
-    if not begin:
-        raise DataError(f"{path}: no prediction in it")
-    if begin == "{":
-        return _jsonl_rows(path)
-    if not clips:
-        raise DataError(f"{path}: a released results file holds no labels; give --data, too")
-    return _judged_rows(path) if begin == "[" else _text_rows(path, clips)
-
-
-def _jsonl_rows(path: Path) -> Rows:
+def _jsonl_rows(path: Path, _) -> Rows:
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}, row {number}"
         if not isinstance(row, dict) or "video_id" not in row or not isinstance(row.get("output"), str):
@@ -96,7 +84,7 @@ def _jsonl_rows(path: Path) -> Rows:
         yield where, {**row, "video_id": str(row["video_id"])}
 
 
-def _judged_rows(path: Path) -> Rows:
+def _judged_rows(path: Path, _) -> Rows:
     form = '{clip: {"reason": ..., "gpt_response": ...}}'
     for number, entry in enumerate(read_unique_json(path, list, f"[{form}, ...]")):
         for clip, judged in entry.items() if isinstance(entry, dict) else [("?", None)]:
@@ -118,4 +106,6 @@ def _text_rows(path: Path, clips) -> Rows:
         elif line.strip():
             raise DataError(f"{path}, line {number}: expected `clip|output`, found {line[:80]!r}; "
                             "are these results of the clips in --data?")
+    if not records:
+        raise DataError(f"{path}: no prediction in it")
     return iter(records)
