@@ -1,8 +1,8 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
 The verifier as the reward uses it (`Verifier`), its loss (`erv_loss`; the paper gives no equation), and what is watched
-of explanations while it pays for them. Its training data is in data/pairs.py, the loop in scripts/erv.py, its quality
-on held-out descriptions in data/quality.py, ways to cheat it in scripts/tools/audit.py.
+of explanations while it pays for them. Its training data is in data/pairs.py, the loop in scripts/erv.py, ways to cheat
+it in scripts/tools/audit.py.
 """
 
 from collections.abc import Iterator

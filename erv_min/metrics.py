@@ -54,8 +54,8 @@ def read_rows(rows: list[dict], dataset: str, rule: str = "paper") -> Scored:
     for i, row in enumerate(rows):
         truth = normalize(str(row.get("ground_truth")), dataset, rule)
         if truth not in number or not isinstance(row.get("output"), str):
-            raise DataError(f"prediction {i + 1} (video_id {row.get('video_id')!r}): expected text in field 'output' and "
-                            f"a label of {dataset} in field 'ground_truth', which is {row.get('ground_truth')!r}")
+            raise DataError(f"prediction {i + 1} (video_id {row.get('video_id')!r}): expected text in 'output', and a "
+                            f"label of {dataset} in field 'ground_truth', which is {row.get('ground_truth')!r}")
         judged, status = row.get("judged_emotion"), row.get("judge_status", "ok")
         word = normalize(judged.strip(), dataset, rule) if isinstance(judged, str) and status == "ok" else None
         if word not in number:
