@@ -57,8 +57,10 @@ def cell(value) -> str:
 
 
 def find_annotation(root: Path, names: list[str], prefer: str) -> Path:
-    """The first of `names` that is in `root` or up to three folders below it; of several on one level the one with
-    `prefer` in its path. Raises DataError for none, and for more than one."""
+    """`root` itself, or the first of `names` that is in it or up to three folders below it; of several on one level the
+    one with `prefer` in its path. Raises DataError for none, and for more than one."""
+    if root.is_file():
+        return root
     for pattern in (depth + name for depth in ("", "*/", "*/*/", "*/*/*/") for name in names):
         found = [path for path in sorted(root.glob(pattern)) if path.is_file() and not path.name.startswith("._")]
         found = [path for path in found if prefer in path.as_posix()] or found
@@ -200,16 +202,13 @@ FOLDS = ("dfew", "mafw")  # come in five sets, each of a training and a test fil
 
 def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") -> list[Example]:
     """The examples of a data set in FORMATS; `root` is its folder, or the annotation file. Raises DataError."""
-    (rows, names, missing, prefer), path = FORMATS[dataset], Path(root)
-    if path.is_file():
-        root = path.parent
-        if dataset in FOLDS:
-            check_split(path, split)
-        if not index_clips(root):  # its clips: beside it, else the nearest folder of clips around it
-            above = path.absolute().parents[:5]
-            root = next((up for up in above if any((up / x).is_dir() for x in CLIP_FOLDERS if x)), root)
-    else:
-        root, path = path, find_annotation(path, [name.format(split=split, fold=fold) for name in names], prefer)
+    (rows, names, missing, prefer), root = FORMATS[dataset], Path(root)
+    path = find_annotation(root, [name.format(split=split, fold=fold) for name in names], prefer)
+    if root.is_file() and dataset in FOLDS:
+        check_split(path, split)
+    if root.is_file():  # its clips: beside it, else the nearest folder of clips around it
+        above = (up for up in path.absolute().parents[:5] if any((up / x).is_dir() for x in CLIP_FOLDERS if x))
+        root = path.parent if index_clips(path.parent) else next(above, path.parent)
     clips, places, examples = index_clips(root), {}, []  # places: clip -> where it is annotated
     for place, name, label, subtitle, explanation in rows(path):
         where = f"{path}, {place}"
