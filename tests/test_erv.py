@@ -518,9 +518,8 @@ def test_audit_command(trained, tmp_path, capsys):
                             ([rows[0], {**rows[0], "dataset": "mafw", "ground_truth": "anger"}], "dfew and mafw")):
         with pytest.raises(DataError, match=message):
             audit.main(["--erv", str(trained), "--predictions", str(write(tmp_path / "broken.jsonl", broken))])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SettingsError, match="--erv: name a verifier"):
         audit.main(["--predictions", predictions])
-    assert "--erv is needed" in capsys.readouterr().err
     with pytest.raises(DataError, match="--data ''"):
         audit.main(["--erv", str(trained)])
 
