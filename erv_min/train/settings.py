@@ -8,21 +8,24 @@ user's hardware is no option.
 from dataclasses import dataclass
 from functools import partial
 
-from erv_min.base.options import option
+from erv_min.base.options import PRESETS, option
 from erv_min.rewards import RewardSettings
 
 data_option = partial(option, group="data")
 variant = partial(option, group="variant")
 machine = partial(option, group="machine")
 toy_option = partial(option, group="toy")
+SCHEDULES = ("cosine", "linear", "constant")
+RUN = "folder of this run: config.json, metrics.jsonl, model.safetensors"
+CLIPS = "clips with labels, 'dfew:/path,mafw:/path', 'json:mafw:/file.json', 'toy:/world'"
+MISSING = "share of the clips (or of given predictions) that may be missing"
 
 
 @dataclass
 class MachineSettings:
     """What every script takes that runs a network."""
 
-    seed: int = option(0, "seed of sampling; in training also of data order and random weights (the verifier: of split "
-                          "and dropout)", least=0, most=2**44 - 1)
+    seed: int = option(0, "seed of sampling, data order and random weights", least=0, most=2**44 - 1)
     device: str = machine("", "cpu, cuda, cuda:1 (default: cuda if there is one)")
     dtype: str = machine("float32", "type of weights and compute (training: of compute alone)", ("float32", "bfloat16"),
                          paper="bfloat16")
@@ -34,22 +37,15 @@ class ModelSettings(MachineSettings):
 
     model: str = option("", "checkpoint: a folder or a hub repository")
     revision: str = data_option("", "branch, tag or commit of that hub repository")
-    vision_tower: str = data_option("", "take this tower (folder or hub repository) in place of the checkpoint's own "
-                                        "or of the one its config.json names (divergence 12)")
-    audio_tower: str = data_option("", "the same for Whisper's encoder")
-    text_tower: str = data_option("", "the same for the text gate's BERT and its tokenizer.json")
+    vision_tower: str = data_option("", "another vision tower than the checkpoint's (divergence 12)")
+    audio_tower: str = data_option("", "another Whisper encoder than the checkpoint's")
+    text_tower: str = data_option("", "another BERT of the text gate, with its tokenizer.json")
     modality: str = data_option("video_audio", "what the model is given", ("video_audio", "video", "audio"))
-    prompt_stage: str = data_option("inference", "which released prompt to render (divergence 10)",
-                                    ("inference", "sft", "grpo"))
+    prompt_stage: str = data_option("inference", "the prompt (divergence 10)", ("inference", "sft", "grpo"))
     num_frames: int = data_option(0, "frames per clip (table 8); 0: as the checkpoint says", least=0, toy=4, paper=8)
-    geometry: str = data_option("pad", "frames to a square: padded, or stretched as in the released inference "
-                                       "(divergence 11)", ("pad", "stretch"))
-    silence: str = data_option("hear", "a clip without sound: hear 10 s of silence as the release does, counted, "
-                                       "logged, or error, the clip counts as one that cannot be decoded (divergence "
-                                       "19)",
-                               ("hear", "error"))
-    workers: int = machine(2, "processes that decode clips ahead of the model; 0: none, the script does it", least=0,
-                           toy=0)
+    geometry: str = data_option("pad", "how frames become squares (divergence 11)", ("pad", "stretch"))
+    silence: str = data_option("hear", "what a clip without sound is (divergence 19)", ("hear", "error"))
+    workers: int = machine(2, "processes that decode clips ahead of the model; 0: none", least=0, toy=0)
 
 
 @dataclass
@@ -57,15 +53,10 @@ class AnswerSettings(ModelSettings):
     """What every script takes that lets a policy answer (divergence 9)."""
 
     question: str = option("", "another question than the paper's; it is asked as it stands")
-    without: str = option("", "take this away from every clip: video gives black frames, audio silence; the prompt "
-                              "and all else stay", ("", "video", "audio"))
+    without: str = option("", "take this away from every clip: black frames, or silence", ("", "video", "audio"))
     temperature: float = option(0.3, "sampling temperature; 0 is greedy (section 4.3)", least=0)
     top_p: float = option(1.0, "nucleus of the sampling; 1: no cut (release: 0.9)", over=0, most=1)
     max_new_tokens: int = option(512, "longest output in tokens", least=1)
-
-
-CLIPS = "clips with labels, 'dfew:/path,mafw:/path', 'json:mafw:/file.json', 'toy:/world'"
-MISSING = "share of the clips (or of given predictions) that may be missing"
 
 
 @dataclass
@@ -84,15 +75,13 @@ class PredictionSettings(AnswerSettings):
 class TrainingSettings(MachineSettings):
     """What every training script takes: GRPO, SFT, and the verifier's."""
 
-    preset: str = option("toy", "toy: the embedded world, nothing to download; paper-0.5b, paper-7b: table 8",
-                         ("toy", "paper-0.5b", "paper-7b"))
+    preset: str = option("toy", "toy: the embedded world, nothing to download; paper-*: table 8", PRESETS)
     resume: bool = option(False, "go on from the last checkpoint in OUT")
     steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0)
     max_grad_norm: float = machine(1.0, "global norm that gradients are clipped to", over=0)
     save_every: int = machine(100, "steps between checkpoints", least=1, toy=50)
     keep: int = machine(2, "checkpoints kept, the newest; if one is damaged the one before it is used", least=1)
-    deterministic: bool = machine(False, "on CUDA kernels that give the same bits in every run, slower: an exact "
-                                         "resume needs them")
+    deterministic: bool = machine(False, "on CUDA the same bits in every run, slower: an exact resume needs it")
     random_weights: bool = machine(False, "start from random weights of the preset's dimensions (to try a machine)")
     world: str = toy_option("", "folder of the embedded world (default: OUT/world, or beside OUT)")
 
@@ -101,17 +90,13 @@ class TrainingSettings(MachineSettings):
 class PolicySettings(TrainingSettings, ModelSettings):
     """What both stages take that train a policy."""
 
-    data: str = option("", CLIPS + "; toy: without it the embedded world, rendered if it is not there")
+    data: str = option("", CLIPS + "; toy: without it the embedded world")
     allow_missing: float = data_option(0.01, MISSING, least=0, most=1)
-    subtitles: bool = data_option(True, "what is said in the clip enters the prompt if the data set has it (EMER, "
-                                        "MERR)")
-    cache_features: str = machine("", "folder for the frozen towers' features, so that later epochs and runs skip "
-                                      "decoding and towers; 'memory' keeps them in memory", toy="memory")
-    train_projectors: bool = data_option(True, "train what table 8 trains besides the language model: projectors, and "
-                                               "the gate's MLP (SFT) or BERT (GRPO); the toy's would forget what they "
-                                               "see", toy=False)
-    sharding: str = machine("none", "how weights lie on several processes: none (whole on each), hand (fsdp.py), torch "
-                                    "(PyTorch's fully_shard)", ("none", "hand", "torch"), paper="hand")
+    subtitles: bool = data_option(True, "what is said in the clip enters the prompt if the data set has it")
+    cache_features: str = machine("", "folder for the frozen towers' features, or 'memory'", toy="memory")
+    train_projectors: bool = data_option(True, "train all of table 8, not the language model alone", toy=False)
+    sharding: str = machine("none", "how weights lie on several processes (hand: fsdp.py; torch: fully_shard)",
+                            ("none", "hand", "torch"), paper="hand")
     recompute: bool = machine(False, "recompute activations in the backward pass: less memory, more time", paper=True)
 
 
@@ -119,36 +104,29 @@ class PolicySettings(TrainingSettings, ModelSettings):
 class SFTSettings(PolicySettings):
     """Eq. 2."""
 
-    out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", own_folder=True,
-                      toy="runs/toy/sft")
+    out: str = option("", RUN, own_folder=True, toy="runs/toy/sft")
     epochs: int = option(5, "passes over the data (table 8)", least=1, toy=1, paper_7b=10)
     batch_size: int = option(32, "samples per optimizer step, over all processes (table 8)", least=1, toy=24)
-    micro_batch: int = machine(4, "samples per forward pass on one process; lower it when out of memory", least=1,
-                               toy=24, paper_7b=1)
+    micro_batch: int = machine(4, "samples per forward pass on one process", least=1, toy=24, paper_7b=1)
     lr: float = option(2e-5, "peak learning rate (table 8)", least=0, toy=3e-3)
     warmup: float = option(0.03, "share of the steps with a rising learning rate (table 8)", least=0, most=1)
-    schedule: str = option("cosine", "learning rate after the warm-up (table 8)", ("cosine", "linear", "constant"))
-    loss_reduction: str = option("mean", "Eq. 2 as a mean over label tokens (release) or their sum (paper); "
-                                         "divergence 8", ("mean", "sum"))
+    schedule: str = option("cosine", "learning rate after the warm-up (table 8)", SCHEDULES)
+    loss_reduction: str = option("mean", "Eq. 2 over label tokens (divergence 8)", ("mean", "sum"))
     targets_per_clip: int = option(1, "targets of one clip that share its prompt in a step", least=1, toy=3)
-    answers_only: bool = variant(False, "leave every <think> empty: a policy that answers without explaining, to see "
-                                        "what the reasoning is worth")
-    train_vision_tower: bool = variant(False, "train the vision tower too, as table 8 says and the release does not "
-                                              "(divergence 12)")
+    answers_only: bool = variant(False, "leave every <think> empty, to see what the reasoning is worth")
+    train_vision_tower: bool = variant(False, "train the vision tower too, as table 8 says (divergence 12)")
 
 
 @dataclass
 class GRPOSettings(RewardSettings, PolicySettings):
     """Eq. 3 to 5 and algorithm 1."""
 
-    out: str = option("", "folder of this run: config.json, metrics.jsonl, model.safetensors", own_folder=True,
-                      toy="runs/toy")
+    out: str = option("", RUN, own_folder=True, toy="runs/toy")
     erv: str = option("", "the verifier: a folder or a hub repository")
     steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=100)
     epochs: int = option(2, "passes over the data (table 8)", least=1)
     batch_size: int = option(16, "prompts per optimizer step, over all processes (table 8)", least=1, toy=32)
-    micro_batch: int = machine(1, "prompts per forward pass on one process; lower it when out of memory", least=1,
-                               toy=8)
+    micro_batch: int = machine(1, "prompts per forward pass on one process", least=1, toy=8)
     group_size: int = option(16, "G, completions per prompt (section 4.3)", least=2, toy=8)
     beta: float = option(0.04, "weight of the KL term (Eq. 3)", least=0, toy=0.07)
     epsilon: float = option(0.2, "clip range of the ratio; has no effect while mu is 1", least=0)
@@ -157,26 +135,17 @@ class GRPOSettings(RewardSettings, PolicySettings):
     max_new_tokens: int = option(512, "longest completion in tokens", least=1, toy=72)
     lr: float = option(1e-6, "peak learning rate (table 8)", least=0, toy=5e-4)
     warmup: float = option(0.0, "share of the steps with a rising learning rate", least=0, most=1, toy=0.15)
-    schedule: str = option("cosine", "learning rate after the warm-up (table 8)", ("cosine", "linear", "constant"),
-                           toy="linear")
-    advantages: str = variant("grpo", "grpo: (R - mean) / std in the group; dr-grpo: without the division",
-                              ("grpo", "dr-grpo"))
-    loss_type: str = variant("grpo", "grpo: mean over a completion's tokens, then over completions; dapo: over all "
-                                     "tokens of the batch; dr-grpo: sum over tokens / --max-new-tokens",
+    schedule: str = option("cosine", "learning rate after the warm-up (table 8)", SCHEDULES, toy="linear")
+    advantages: str = variant("grpo", "(R - mean) / std in the group; dr-grpo: not divided", ("grpo", "dr-grpo"))
+    loss_type: str = variant("grpo", "mean over a completion's tokens; dapo: over the batch's; dr-grpo: no mean",
                              ("grpo", "dapo", "dr-grpo"))
-    kl: str = variant("k3", "the KL term as a loss: k3 (release; divergence 21), or k2, which has KL's gradient",
-                      ("k3", "k2"))
+    kl: str = variant("k3", "the KL term as a loss; k2: with KL's own gradient (divergence 21)", ("k3", "k2"))
     mask_truncated: bool = variant(False, "completions cut at --max-new-tokens leave the loss (DAPO's filtering)")
-    top_k: int = variant(0, "cut the rollouts' distribution to the k best tokens; 0: no cut, release: 50 (divergence "
-                            "9)", least=0)
-    rollout_batch: int = machine(0, "prompts that a process samples at once; 0: all; on CUDA as many as memory holds, "
-                                    "with --deterministic one", least=0)
-    sample_every: int = toy_option(20, "steps between completions that are printed and kept in completions.jsonl",
-                                   least=1)
-    watch_every: int = toy_option(0, "steps between EEA and EPC of 64 held-out clips in metrics.jsonl, which show "
-                                     "reward hacking while it happens; 0: never", least=0, toy=20)
-    watch_erv: str = toy_option("", "the verifier that judges them, not the one trained against (the embedded world "
-                                    "has its lexicon)")
+    top_k: int = variant(0, "the k best tokens in the rollouts; 0: no cut, release: 50 (divergence 9)", least=0)
+    rollout_batch: int = machine(0, "prompts that a process samples at once; 0: as many as memory holds", least=0)
+    sample_every: int = toy_option(20, "steps between completions printed and kept in completions.jsonl", least=1)
+    watch_every: int = toy_option(0, "steps between EEA and EPC of 64 held-out clips; 0: never", least=0, toy=20)
+    watch_erv: str = toy_option("", "the verifier that judges them, not --erv (the world has its lexicon)")
     baseline: bool = toy_option(False, "the table's second row: GRPO without R_E, the paper's Baseline", toy=True)
     eval_temperature: float = toy_option(0.3, "temperature of the evaluation (section 4.3); 0 is greedy", least=0)
     eval_clips: int = toy_option(0, "held-out clips of the final table; 0: all, -1: no table", least=-1)
@@ -186,23 +155,21 @@ class GRPOSettings(RewardSettings, PolicySettings):
 class ERVSettings(TrainingSettings):
     """Section 3.2: the verifier."""
 
-    preset: str = option("toy", "toy: the embedded world, from random weights; paper-*: section 4.3, one verifier for "
-                                "both sizes", ("toy", "paper", "paper-0.5b", "paper-7b"))
-    out: str = option("", "folder of this run: a folder that --erv takes", own_folder=True, toy="runs/toy/erv")
-    data: str = option("", "JSONL files, separated by commas (toy: the embedded world's erv_train.jsonl)")
-    valid: str = option("", "JSONL files to measure on (toy: the world's erv_valid.jsonl; else --holdout)")
+    preset: str = option("toy", "toy: the embedded world; paper-*: section 4.3", ("toy", "paper", *PRESETS[1:]))
+    out: str = option("", "folder of this run, which --erv takes", own_folder=True, toy="runs/toy/erv")
+    data: str = option("", "JSONL files, separated by commas (toy: the world's)")
+    valid: str = option("", "JSONL files to measure on (toy: the world's; else --holdout)")
     holdout: float = option(0.1, "share of clips held out if --valid gives no file", least=0, most=1)
     sources: str = option("", "train on rows of these sources only, e.g. emer,merr (table 2: without augmentation)")
-    init: str = option("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or scratch:toy, "
-                       "scratch:base for random ones (as --random-weights)", toy="scratch:toy")
+    init: str = option("SamLowe/roberta-base-go_emotions", "starting weights: folder, hub repository, or random "
+                       "ones, scratch:toy, scratch:base", toy="scratch:toy")
     tokenizer: str = option("", "folder of tokenizer.json, if --init is scratch (default: the world's)")
     head: int = option(11, "classes of the output layer: 11, or 28 to keep GoEmotions' (divergence 4)", (11, 28))
     epochs: int = option(10, "passes over the data (section 4.3)", least=1, toy=4)
     batch_size: int = option(64, "rows per optimizer step, over all processes (section 4.3)", least=1)
     lr: float = option(3e-5, "peak learning rate (section 4.3)", least=0, toy=3e-3)
     warmup: float = option(0.0, "share of the steps with a rising learning rate", least=0, most=1, toy=0.05)
-    schedule: str = option("linear", "learning rate after the warm-up (the paper does not say)",
-                           ("cosine", "linear", "constant"))
+    schedule: str = option("linear", "learning rate after the warm-up (the paper does not say)", SCHEDULES)
     dropout: float = option(0.1, "dropout rate, attention's included (RoBERTa: 0.1)", least=0, most=0.99, toy=0.0)
     save_every: int = machine(200, "steps between checkpoints", least=1)
     tau: float = option(0.5, "threshold of algorithm 1 that the report is for", least=0, most=1)
