@@ -51,8 +51,9 @@ def train(settings: ERVSettings, processes: Processes) -> None:
     rows, valid = read_data(settings)
     per_epoch = steps_per_epoch(len(rows), settings.batch_size)
     total_steps, places = settings.steps or per_epoch * settings.epochs, processes.share(settings.batch_size)
-    run = Run(settings.out, settings, processes, total_steps, [(x.key[:80], x) for x in rows + valid])
-    verifier, tokenizer_folder = load_verifier(settings, processes)
+    run = Run(settings.out, settings, processes, total_steps, rows + valid)
+    tokenizer_folder = Path(settings.tokenizer or checkpoint.resolve(settings.init))
+    verifier = load_verifier(settings, tokenizer_folder, processes.device)
     model, training_texts = verifier.model.requires_grad_(True), {row.text for row in rows}
     check_disk(run.out, settings.keep, model)
     ids, mask = verifier.tokenizer.encode_batch([row.text for row in rows])  # [N, L] each
@@ -64,7 +65,6 @@ def train(settings: ERVSettings, processes: Processes) -> None:
     policy = Replicated(model, processes.device, getattr(torch, settings.dtype))
     optimizer = make_optimizer(policy.named_parameters().values())
     run.begin(policy, optimizer)
-    began = time.perf_counter()
 
     for step in range(run.first_step, total_steps):
         model.train()
@@ -79,8 +79,8 @@ def train(settings: ERVSettings, processes: Processes) -> None:
         with policy.forward_pass():
             logits = model(ids[part, :length].to(processes.device), mask[part, :length].to(processes.device))
         run.track_rows([rows[i].key[:80] for i in part], logits)
-        loss = erv_loss(logits.float(), wanted[part].to(processes.device))
-        loss = loss * (len(part) / len(picked))  # this process's share
+        share = len(part) / len(picked)
+        loss = erv_loss(logits.float(), wanted[part].to(processes.device)) * share
         (loss * processes.size).backward()  # `update` takes the mean over processes
         lr = learning_rate(step, total_steps, settings.lr, settings.warmup, settings.schedule)
         total = all_reduce_sum({"loss": loss.item()})["loss"]
@@ -92,40 +92,37 @@ def train(settings: ERVSettings, processes: Processes) -> None:
                        "tokens_per_s": int(mask[picked].sum()) / seconds,
                        "padding": 1 - mask[picked, :length].float().mean().item()})
         if processes.main and ((step + 1) % per_epoch == 0 or step + 1 == total_steps):
-            log_epoch(run.out, step, evaluate(verifier, valid, settings))
+            report = evaluate(verifier, valid, settings)
+            found = {name: report["at_tau"][name] for name in ("macro_f1", "micro_f1")} | {"loss": report["loss"]}
+            append_jsonl(run.out / "epochs.jsonl", {"step": step, **found})
+            print("held out: " + " ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
         run.checkpoint(step + 1)
 
-    seconds = time.perf_counter() - began
     if processes.main:
-        report = evaluate(verifier, valid, settings) | {"train_seconds": seconds, "training_rows": len(rows)}
-        save(verifier, run.out, tokenizer_folder, report)
+        report = evaluate(verifier, valid, settings)
+        per_class = report["at_tau"]["per_class"].items()
+        print("F1: " + ", ".join(f"{label} {x['f1']:.3f}" for label, x in per_class if x["support"]))
+        write_json(run.out / "report.json", report)
+        for file in [tokenizer_folder / name for name in ("tokenizer.json", "tokenizer_config.json")]:
+            if file.exists():
+                atomic_write(run.out / file.name, file.read_bytes())
+        checkpoint.save_erv(model, run.out, verifier.labels)  # last: if it is there, the rest is
     run.finish()
 
 
-def log_epoch(out: Path, step: int, report: dict) -> None:
-    """What the held-out report says after step `step`, kept in epochs.jsonl."""
-    at_tau = report["at_tau"]
-    line = {"step": step, "macro_f1": at_tau["macro_f1"], "micro_f1": at_tau["micro_f1"], "loss": report["loss"]}
-    append_jsonl(out / "epochs.jsonl", line)
-    print("held out: " + " ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"), flush=True)
-
-
-def load_verifier(settings: ERVSettings, processes: Processes) -> tuple[Verifier, Path]:
-    """The network to train, and the folder of its tokenizer.json. Raises CheckpointError."""
+def load_verifier(settings: ERVSettings, tokenizer: Path, device: torch.device) -> Verifier:
+    """The network to train, with the tokenizer.json of a folder. Raises CheckpointError."""
     torch.manual_seed(settings.seed)
     if settings.init.startswith("scratch:"):
-        folder = Path(settings.tokenizer)
-        model = scratch(settings.init.removeprefix("scratch:"), EncoderTokenizer(folder).vocab_size, settings.head)
+        vocab_size = EncoderTokenizer(tokenizer).vocab_size
+        model = scratch(settings.init.removeprefix("scratch:"), vocab_size, settings.head)
     else:
-        folder = checkpoint.resolve(settings.init)
-        model = checkpoint.load_erv(folder)
+        model = checkpoint.load_erv(settings.init)
         if settings.head != model.config.num_labels:
             model = fresh_head(model, settings.head)
-        folder = Path(settings.tokenizer or folder)
     model.dropout.p = settings.dropout
-    labels = tuple(ERV_LABELS) if settings.head == len(ERV_LABELS) else tuple(GOEMOTIONS)
-    tokenizer = EncoderTokenizer(folder, max_tokens(model), model.config.vocab_size)
-    return Verifier(model, tokenizer, labels, processes.device), folder
+    labels = ERV_LABELS if settings.head == len(ERV_LABELS) else GOEMOTIONS
+    return Verifier(model, EncoderTokenizer(tokenizer, max_tokens(model), model.config.vocab_size), labels, device)
 
 
 def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
@@ -150,18 +147,6 @@ def evaluate(verifier: Verifier, valid: list[Row], settings: ERVSettings) -> dic
     verifier.model.eval()
     probs = verifier.probabilities([row.text for row in valid])[:, erv_columns(verifier.labels)]
     return verifier_report(probs, [row.truth for row in valid], settings.tau, settings.k)
-
-
-def save(verifier: Verifier, out: Path, tokenizer_folder: Path, report: dict) -> None:
-    """Report and tokenizer first, weights last but for config.json: if they are there, the rest is."""
-    write_json(out / "report.json", report)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (tokenizer_folder / name).exists():
-            atomic_write(out / name, (tokenizer_folder / name).read_bytes())
-    checkpoint.save_erv(verifier.model, out, verifier.labels)
-    per_class = report["at_tau"]["per_class"].items()
-    print("F1: " + ", ".join(f"{label} {x['f1']:.3f}" for label, x in per_class if x["support"]))
-    print(f"verifier in {out}, trained in {report['train_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ from erv_min.inputs import Collator, embed
 from erv_min.logps import completion_logps
 from erv_min.toy import chain
 from erv_min.train.folder import Run, open_folder
-from erv_min.train.hooks import HeldOut, RewardFunction, TrainingClips, sample
+from erv_min.train.hooks import HeldOut, TrainingClips, sample, step_rewards
 from erv_min.train.log import StepLog
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import GRPOSettings
 from erv_min.train.sharding import save_model
-from erv_min.train.start import (check_names, check_start, data_of, load_policy_and_reference, load_verifier,
-                                 training_examples)
+from erv_min.train.start import check_names, check_start, data_of, load_policies, load_verifier, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,8 +45,8 @@ def train(settings: GRPOSettings, processes: Processes) -> Collator:
     clips = TrainingClips(settings, processes, [[x] for x in examples], settings.batch_size)
     run = Run(settings.out, settings, processes, clips.total_steps, data_of(examples))
     held_out = HeldOut(settings, processes)
-    reward = RewardFunction(settings, load_verifier(settings, processes.device))
-    policy, reference, collate = load_policy_and_reference(settings, processes)
+    verifier = load_verifier(settings, processes.device)
+    policy, reference, collate = load_policies(settings, "grpo", processes)
     optimizer = make_optimizer(policy.named_parameters().values())
     clips.start(run.begin(policy, optimizer), collate)
 
@@ -68,7 +67,7 @@ def train(settings: GRPOSettings, processes: Processes) -> Collator:
                 part.ref_logps, _ = log_probs(reference, part, settings.temperature)
 
         # 3. R = R_E + R_format + R_answer (Eq. 4, 5).
-        texts, rewards = reward(minibatches, collate.tokenizer)
+        texts, rewards = step_rewards(minibatches, collate.tokenizer, verifier, settings)
 
         # 4. A_i = (R_i - mean) / std within each group of G.
         R = torch.tensor([each.total for each in rewards], dtype=torch.float32)

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         to_erv(settings.explain_reward)  # an unknown label is said before the model is loaded
     clips, processes = find_clips(names), join_processes(settings.device)
     check_names(settings)
-    policy = load_collator(settings, processes, lambda line: print(line, file=sys.stderr))
+    policy = load_collator(settings, processes)
     verifier = Verifier.load(settings.erv, processes.device) if settings.erv else None
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter of the answer
     live, failed = not settings.json and sys.stdout.isatty(), 0

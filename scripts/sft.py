@@ -12,7 +12,7 @@ import time
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.options import parse
 from erv_min.base.processes import Processes, all_reduce_sum, join_processes, run_script
-from erv_min.inputs import Example, embed
+from erv_min.inputs import embed
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import pad_rows
 from erv_min.prompts import sft_target
@@ -24,7 +24,7 @@ from erv_min.train.hooks import TrainingClips
 from erv_min.train.optimizer import learning_rate, make_optimizer, update
 from erv_min.train.settings import SFTSettings
 from erv_min.train.sharding import save_model
-from erv_min.train.start import check_names, check_start, data_of, load_sharded_policy, training_examples
+from erv_min.train.start import check_names, check_start, data_of, load_policies, training_examples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,13 +42,18 @@ def train(settings: SFTSettings, processes: Processes) -> None:
     """Eq. 2: minimise - sum_t log pi_theta(y_t | x, y_<t) over targets y = <think>..</think><answer>..</answer>."""
     # What is cheap is checked before any weights are fetched or read.
     check_start(settings, "sft", processes)
-    examples = explained(training_examples(settings, "sft", processes), settings.answers_only)
+    examples = training_examples(settings, "sft", processes)
+    if settings.answers_only:
+        examples = [dataclasses.replace(x, explanation="") for x in examples]
+    elif empty := [x.video_id for x in examples if not x.explanation]:
+        raise DataError(f"{len(empty)} of {len(examples)} training examples have no explanation, e.g. {empty[0]}: give "
+                        "data that has them (EMER, or a training JSON), or --answers-only")
     units = group_targets(examples, settings.targets_per_clip)  # targets that share a clip, and so its prompt x
     units_per_step = max(1, settings.batch_size // settings.targets_per_clip)
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
     clips = TrainingClips(settings, processes, units, units_per_step)
     run = Run(settings.out, settings, processes, clips.total_steps, data_of(examples))
-    policy, collate = load_sharded_policy(settings, "sft", processes)
+    policy, _, collate = load_policies(settings, "sft", processes)
     optimizer = make_optimizer(policy.named_parameters().values())
     clips.start(run.begin(policy, optimizer), collate)
     frozen = ["model.audio_tower"] if settings.train_vision_tower else ["model.audio_tower", "model.vision_tower"]
@@ -97,17 +102,6 @@ def encode_targets(clips: TrainingClips, tokenizer: Tokenizer) -> tuple[list[lis
             targets.append(tokenizer.encode(target, placeholders=False) + tokenizer.turn_end)
             names.append(f"{x.video_id}, target {number}")
     return targets, names
-
-
-def explained(examples: list[Example], answers_only: bool) -> list[Example]:
-    """The examples to learn from. Raises DataError if some have no explanation and --answers-only is not given."""
-    if answers_only:
-        return [dataclasses.replace(x, explanation="") for x in examples]
-    if empty := [x.video_id for x in examples if not x.explanation]:
-        raise DataError(f"{len(empty)} of {len(examples)} training examples have no explanation, e.g. {empty[0]}: "
-                        "fine-tuning on bare labels unlearns <think>; give data with explanations (EMER, or a training "
-                        "JSON), or --answers-only")
-    return examples
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ from erv_min.grpo import group_advantages, grpo_loss, split_batch
 from erv_min.inputs import Batch, embed
 from erv_min.logps import Completions, Prompts, completion_logps
 from erv_min.model.parameters import freeze_except
-from erv_min.train.folder import provenance
 from erv_min.train.hooks import sample
 from erv_min.train.log import token_sums
 from erv_min.train.optimizer import make_optimizer, update
-from erv_min.train.settings import TRAINABLE, GRPOSettings, SFTSettings
+from erv_min.train.settings import TRAINABLE, GRPOSettings
 from erv_min.train.sharding import Replicated
 from erv_min.train.state import load_state, save_state
 from tiny import tiny_model, tiny_prompts
@@ -365,13 +364,12 @@ def test_a_state_goes_back_to_the_device(tmp_path):
 
 
 def test_float32_on_cuda_is_not_tf32_and_attention_not_cudnns(monkeypatch):
-    """PyTorch lets cuDNN's convolutions round to TF32 by default: off where a script joins, and config.json says so."""
+    """PyTorch lets cuDNN's convolutions round to TF32 by default: off where a script joins."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     torch.backends.cuda.enable_cudnn_sdp(True)
     join_processes("cpu")
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
-    assert provenance(SFTSettings())["tf32"] == {"matmul": False, "conv": False}
 
 
 @pytest.mark.parametrize("script", [sft, erv, grpo])

@@ -24,7 +24,7 @@ from erv_min.data.cache import FeatureCache
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.loader import clip_inputs, clip_loader, training_inputs
 from erv_min.data.readers import read_annotated, read_training_json
-from erv_min.inputs import Example, Inputs
+from erv_min.inputs import Collator, Example, Inputs
 from erv_min.media import load_clip, load_frames
 from erv_min.model.parameters import random_humanomni
 from erv_min.train import hooks, start
@@ -604,12 +604,12 @@ def test_a_changed_clip_has_no_cached_features(tmp_path):
 def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
     """Features are kept across runs: no setting that decodes or encodes a clip otherwise may meet those of another."""
     model = random_humanomni(humanomni("toy"), 0)
-    monkeypatch.setattr(start, "load_model", lambda *_, **__: (model, None, None))
+    monkeypatch.setattr(start, "load_collator", lambda *_, **__: Collator(model, None, None))
     alone = Processes(0, 1, torch.device("cpu"))
 
     def key(**changes) -> str:
         settings = SFTSettings(model="m", cache_features=str(tmp_path), **changes)
-        return start.load_start(settings, alone)[1].cache.key
+        return start.load_start(settings, alone).cache.key
 
     same = key()
     for change in (dict(dtype="bfloat16"), dict(num_frames=9), dict(modality="video"), dict(geometry="stretch"),

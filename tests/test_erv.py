@@ -311,7 +311,8 @@ def test_explanation_statistics_by_hand():
     assert log.explanation_statistics(mixed)["neutral_share"] == pytest.approx(1 / 3)
     assert log.explanation_statistics(mixed)["distinct_sentence_rate"] == 0.75
     assert log.explanation_statistics([])["sentences"] == 0
-    assert log.label_words("Unhappy, but not sad; HAPPINESS") == ["sad", "happiness"]
+    words = Reward(1, 1, 0, 2, ["Unhappy.", "Not sad; calm.", "HAPPINESS!", "Sadly."], [])
+    assert log.explanation_statistics([words])["label_word_rate"] == 0.5  # whole words, aliases too
 
 
 HONEST = ["A man is in the office.", "His voice shows anger.", "His face shows fear."]
@@ -479,7 +480,7 @@ def test_ablate_augmentation_trains_the_toy_verifier_on_human_rows(tmp_path, mon
                            Processes(0, 1, torch.device("cpu")))
         (made,) = (c for c in commands if c[0].endswith("erv.py"))
         assert made[made.index("--out") + 1] == str(tmp_path / name) and made[made.index("--out") + 2:] == sources
-    with pytest.raises(SettingsError, match="scripts/erv.py --sources emer,merr"):
+    with pytest.raises(SettingsError, match="scripts/erv.py --sources"):
         grpo.main(["--preset", "paper-0.5b", "--ablate", "augmentation", "--out", str(tmp_path / "run")])
 
 

@@ -506,7 +506,7 @@ def test_a_state_of_two_processes_goes_on_four_and_then_on_one(runs, tmp_path):
 def test_states_that_do_not_fit_are_refused(runs, tmp_path):
     run, optimizer = start("hand", "grpo", F32)
     assert load_state(tmp_path, run, optimizer) == 0
-    with pytest.raises(CheckpointError, match="other parameters than this run trains.*bert"):
+    with pytest.raises(CheckpointError, match="other parameters than this run trains"):
         load_state(runs / "run", run, optimizer)
     run, optimizer = start("hand", "sft", F32)
     shutil.copytree(runs / "run", tmp_path / "run")

@@ -212,7 +212,7 @@ def test_what_is_cheap_is_checked_before_weights_are_read(tiny, tmp_path, no_wei
 
 @pytest.mark.parametrize("changes, said", [
     (dict(lr=0.5), "other values of --lr"), (dict(steps=3), "other values of --steps"),
-    (dict(world="world-1"), "started on other data: .* are gone or changed, 1 are new")])
+    (dict(world="world-1"), "started on other data")])
 def test_a_resume_is_refused_before_weights_are_read(tiny, tmp_path, request, monkeypatch, changes, said):
     options = dict(model=tiny.folder / "policy", steps=2, batch_size=4, world=tiny.folder / "world", cache_features="")
     shutil.copytree(tiny.run("sft", options).out, tmp_path / "out")

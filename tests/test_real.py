@@ -210,7 +210,7 @@ def test_a_process_without_weights_takes_the_towers_key_from_the_first(world, tm
     """With --sharding hand only the first process holds weights: the others cannot name the towers by themselves."""
     def start(rank):
         settings = SFTSettings(model=str(world / "model"), sharding="hand", cache_features=str(tmp_path / "cache"))
-        return stages.load_start(settings, Processes(rank, 2, torch.device("cpu")))[1].cache.key
+        return stages.load_start(settings, Processes(rank, 2, torch.device("cpu"))).cache.key
 
     said = []
     monkeypatch.setattr(stages, "gather_lists", lambda rows: said.append(rows) or rows)

@@ -428,7 +428,7 @@ def test_who_waits_for_the_two_holds_neither_the_folder_nor_pytorch(tmp_path):
         inner = (f"{opens}; maps = open(f'/proc/{{os.getppid()}}/maps').read() if os.path.exists('/proc') else ''; "
                  f"print('parent', os.getppid(), 'libtorch' in maps, flush=True); sys.exit({code})")
         outer = (f"import os; {opens}; from erv_min.toy import launch; print('outer', os.getpid()); "
-                 "locks = [x.fileno() for x in LOCKS.values()]; "
+                 "locks = [x.fileno() for x in LOCKS]; "
                  f"launch.become([([{refused!r}], 1)], locks, [([{python(inner)!r}], 1)])")
         done = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True)
         assert done.returncode == (1 if code == 3 else code), done.stderr

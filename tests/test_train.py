@@ -291,7 +291,7 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     small_run(tmp_path)
     with pytest.raises(SettingsError, match="--resume"):
         open_folder(tmp_path, False, ALONE)
-    LOCKS.popitem()[1].close()
+    LOCKS.pop().close()
     assert open_folder(tmp_path, True, ALONE)
 
 
@@ -345,14 +345,11 @@ def test_a_resume_may_change_nothing_else_that_counts():
 EXAMPLES = [(f"dfew {i}", "sad", "", "", f"{i}.mp4", 100) for i in range(4)]
 
 
-@pytest.mark.parametrize("now, said", [
-    (EXAMPLES[:3], "1 of 4 examples are gone or changed, 0 are new or changed, e.g. dfew 3"),
-    ([*EXAMPLES, ("dfew 4", "sad", "", "", "4.mp4", 1)], "0 of 4 examples are gone or changed, 1 are new or changed, e.g. dfew 4"),
-    (EXAMPLES[::-1], "the same 4 examples stand in another order"),
-    ([*EXAMPLES[:3], ("dfew 3", "happy", "", "", "3.mp4", 100)], "1 of 4 .* 1 are new or changed, e.g. dfew 3"),
-    ([*EXAMPLES[:3], ("dfew 3", "sad", "", "", "3.mp4", 99)], "1 of 4 .* 1 are new or changed, e.g. dfew 3")])
+@pytest.mark.parametrize("now", [
+    EXAMPLES[:3], [*EXAMPLES, ("dfew 4", "sad", "", "", "4.mp4", 1)], EXAMPLES[::-1],
+    [*EXAMPLES[:3], ("dfew 3", "happy", "", "", "3.mp4", 100)], [*EXAMPLES[:3], ("dfew 3", "sad", "", "", "3.mp4", 99)]])
 @pytest.mark.parametrize("state", [True, False])
-def test_a_resume_on_other_data_is_refused(tmp_path, now, said, state):
+def test_a_resume_on_other_data_is_refused(tmp_path, now, state):
     """And leaves the run as it was, also one that has made no state yet."""
     def start(data):
         model = torch.nn.Linear(3, 2)
@@ -365,7 +362,8 @@ def test_a_resume_on_other_data_is_refused(tmp_path, now, said, state):
     if state:
         save_state(tmp_path, 1, run.policy, run.optimizer)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
-    with pytest.raises(SettingsError, match=f"data.jsonl: this run was started on other data: {said}; resume with the same"):
+    said = f"config.json: this run was started on other data .4 examples of .*, now {len(now)} examples of .*; resume with the same"
+    with pytest.raises(SettingsError, match=said):
         start(now)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == before
     assert start(list(EXAMPLES))[1] == state
@@ -419,21 +417,21 @@ def restarted(monkeypatch, job: str, count: int) -> None:
 def test_a_restart_goes_on_with_its_own_run_alone(tmp_path, monkeypatch):
     restarted(monkeypatch, "first", 0)
     assert not open_folder(tmp_path, False, ALONE)
-    LOCKS.popitem()[1].close()
+    LOCKS.pop().close()
     small_run(tmp_path)
     restarted(monkeypatch, "first", 1)
     assert open_folder(tmp_path, False, ALONE)
-    LOCKS.popitem()[1].close()
+    LOCKS.pop().close()
     for job, count in (("second", 0), ("second", 1), ("second", 2)):
         restarted(monkeypatch, job, count)
         with pytest.raises(SettingsError, match="already holds a run: give --resume"):
             open_folder(tmp_path, False, ALONE)
-        LOCKS.popitem()[1].close()
+        LOCKS.pop().close()
     restarted(monkeypatch, "first", 2)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")  # another launcher, which does not say what job this is
     with pytest.raises(SettingsError, match="already holds a run"):
         open_folder(tmp_path, False, ALONE)
-    LOCKS.popitem()[1].close()
+    LOCKS.pop().close()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -443,26 +441,16 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog,
 
     monkeypatch.setattr(folder.fcntl, "lockf", lockf)
     assert not open_folder(tmp_path, False, ALONE)
-    LOCKS.popitem()[1].close()
+    LOCKS.pop().close()
     assert "its file system has no locks" in caplog.text and str(tmp_path) in caplog.text
 
 
-def test_a_folder_that_may_not_be_written_says_so(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_written_says_so(tmp_path):
     (tmp_path / "file").touch()
-    for out, said in ((tmp_path / "file", "File exists"), (tmp_path / "file/run", "Not a directory")):
-        with pytest.raises(SettingsError, match=f"{out}: cannot be written .{said}.: give another --out"):
+    for out in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(OSError) as error:  # which run_script answers in one line
             open_folder(out, False, ALONE)
-
-    def refused(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(folder.tempfile, "NamedTemporaryFile", refused)
-    with pytest.raises(SettingsError, match="cannot be written .Permission denied."):
-        open_folder(tmp_path / "new", False, ALONE)
-    LOCKS.popitem()[1].close()
-    monkeypatch.setattr("builtins.open", refused)
-    with pytest.raises(SettingsError, match="cannot be written .Permission denied."):
-        open_folder(tmp_path / "other", False, ALONE)
+        assert error.value.filename == str(out)
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
@@ -476,7 +464,7 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
             open_folder(tmp_path, True, ALONE)
         other.kill()
     assert open_folder(tmp_path, True, ALONE)  # the lock ends with its process, however that ends
-    LOCKS.popitem()[1].close()
+    LOCKS.pop().close()
 
 
 def test_ctrl_c_writes_a_state_and_a_second_one_ends_at_once(tmp_path, capsys, monkeypatch):
@@ -570,7 +558,6 @@ def _process(rank: int, size: int, folder: str) -> None:
         open_folder("own", False, each)
     assert open_folder(folder, True, each)
     dist.barrier()
-    assert not list(Path(folder).glob(".token*"))
     with pytest.raises(SettingsError, match="processes of this job read different data"):
         Run(folder, SFTSettings(), each, 4, EXAMPLES[: 3 - rank])
 

@@ -144,7 +144,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
         after = [([ours], several)]
         if settings.baseline:
             after = [([*training, [*ours, "--eval-clips", "-1"]], 1), ([[*ours, "--resume"]], several)]
-        return become(stages, [lock.fileno() for lock in LOCKS.values()], after)
+        return become(stages, [lock.fileno() for lock in LOCKS], after)
     make(stages + [(training, 1)] * bool(training), processes)
 
 

@@ -1,14 +1,5 @@
-"""What a policy answers: for one clip (`answer`), for data sets (`predict`), kept in a folder (`predict_to_file`).
+"""What a policy answers: for one clip (`answer`), for data sets (`predict`), kept in a folder (`predict_to_file`)."""
 
-    from erv_min.train.answers import AnswerSettings, answer, load_policy
-    settings = AnswerSettings(model="runs/toy/sft")  # a folder or a hub repository; the rest: infer.py's options
-    policy = load_policy(settings)
-    said = answer(policy, "clip.mp4", settings)
-    print(said.emotion, said.explanation)
-"""
-
-import copy
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,7 +9,7 @@ from pathlib import Path
 import torch
 
 from erv_min.base.errors import ClipError, SettingsError
-from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl
+from erv_min.base.files import read_json, read_jsonl, write_json, write_jsonl
 from erv_min.base.options import check
 from erv_min.base.processes import Processes, gather_lists, join_processes
 from erv_min.base.progress import Progress
@@ -28,7 +19,7 @@ from erv_min.inputs import Collator, Example, embed
 from erv_min.prompts import sft_target
 from erv_min.rewards import extract_answer, extract_explanation
 from erv_min.train.settings import AnswerSettings, PredictionSettings
-from erv_min.train.start import clip_options, load_collator
+from erv_min.train.start import clip_options, load_collator, weights_key
 
 ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 
@@ -36,25 +27,21 @@ ANSWER_TOKENS = 16  # a label and </answer> take at most half of them
 @torch.no_grad()
 def outputs(collate: Collator, examples: list[Example], numbers: list[int], settings: AnswerSettings,
             batch_size: int = 1, on_token=None) -> Iterator[str | ClipError]:
-    """The policy's output for each example, in order; the ClipError of one that cannot be decoded.
-
-    An output depends on the clip, the settings and its number (which keys the sampling noise with settings.seed), not
-    on the batch. `on_token(ids [B])` is called after each token."""
+    """The policy's output for each example, in order, or its ClipError. An output depends on the clip, the settings and
+    its number, which keys the noise, not on the batch. `on_token(ids [B])` is called after each token."""
     model = collate.model.eval()
     how = clip_options(settings) | {"num_frames": settings.num_frames or model.config.num_frames,
                                 "without": settings.without}
-    if settings.without:
-        if settings.without not in settings.modality:
-            raise SettingsError(f"--without {settings.without}: with --modality {settings.modality} there is none")
-        collate = copy.copy(collate)
-        collate.cache = None  # it holds features of whole clips
+    if settings.without not in settings.modality:
+        raise SettingsError(f"--without {settings.without}: with --modality {settings.modality} there is none")
     stream = clip_inputs(examples, model.config, collate.cache, **how)
     for at in range(0, len(examples), batch_size):
         items = dict(zip(numbers[at : at + batch_size], stream))
         decoded = {number: x for number, x in items.items() if not isinstance(x, ClipError)}
         if decoded:
-            noise = (sampling_noise(settings.seed, 0, list(decoded), 1, settings.max_new_tokens)
-                     if settings.temperature > 0 else None)
+            noise = None
+            if settings.temperature > 0:
+                noise = sampling_noise(settings.seed, 0, list(decoded), 1, settings.max_new_tokens)
             found = rollout(model, embed(model, collate(list(decoded.values()))), 1, settings.max_new_tokens,
                             collate.tokenizer.eos_id, noise, settings.temperature, top_p=settings.top_p,
                             on_token=on_token)
@@ -106,17 +93,14 @@ def answers(policy: Collator, clips: list, settings: AnswerSettings = AnswerSett
 
 def predict(collate: Collator, examples: list[Example], processes: Processes, settings: AnswerSettings,
             batch_size: int = 8, progress: str = "answers") -> tuple[list[dict], list[ClipError]]:
-    """One output for each example, in the order of `examples`, whatever the number of processes and the batch size.
-
-    Returns rows {"video_id", "output", "ground_truth", "dataset"} and the errors of clips that could not be decoded.
-    """
-    mine = list(range(processes.rank, len(examples), processes.size))
-    found = {}
+    """Rows {"video_id", "output", "ground_truth", "dataset"}, in the order of `examples`, whatever the number of
+    processes and the batch size, and the errors of clips that could not be decoded."""
+    mine, found = list(range(processes.rank, len(examples), processes.size)), []
     with Progress(progress, len(mine), "clip") as shown:
-        for i, said in zip(mine, outputs(collate, [examples[i] for i in mine], mine, settings, batch_size)):
-            found[i] = said
+        for said in outputs(collate, [examples[i] for i in mine], mine, settings, batch_size):
+            found.append(said)
             shown.add()
-    said = [x for _, x in sorted(gather_lists(list(found.items())), key=lambda pair: pair[0])]
+    said = [x for _, x in sorted(gather_lists([*zip(mine, found)]), key=lambda pair: pair[0])]
     rows = [{"video_id": e.video_id, "output": x, "ground_truth": e.label, "dataset": e.dataset}
             for e, x in zip(examples, said) if isinstance(x, str)]
     return rows, [x for x in said if isinstance(x, ClipError)]
@@ -124,10 +108,8 @@ def predict(collate: Collator, examples: list[Example], processes: Processes, se
 
 def answers_after(collate: Collator, examples: list[Example], explanations: list[str], processes: Processes,
                   settings: PredictionSettings) -> list[str]:
-    """The outputs that the policy ends greedily after `<think>explanation</think>\\n<answer>`, one for each example.
-
-    It is given them up to "<answer": tokenizers join ">" to the word after it. Raises ClipError: they had been decoded.
-    """
+    """The outputs that the policy ends greedily after `<think>explanation</think>\\n<answer`, without ">", which
+    tokenizers join to the word after it. Raises ClipError: the clips had been decoded."""
     examples = [replace(x, begun=sft_target(text, "").removesuffix("></answer>"))
                 for x, text in zip(examples, explanations, strict=True)]
     rows, failed = predict(collate, examples, processes, replace(settings, temperature=0, max_new_tokens=ANSWER_TOKENS),
@@ -137,29 +119,16 @@ def answers_after(collate: Collator, examples: list[Example], explanations: list
     return [row["output"] for row in rows]
 
 
-def weights_sum(model) -> int:
-    """The CRC-32 of a model's weights: the same folder may hold others when an evaluation goes on."""
-    crc = 0
-    with Progress("the model's weights are summed up"):
-        for x in model.state_dict().values():
-            crc = zlib.crc32(x.cpu().flatten().view(torch.uint8).numpy(), crc)
-    return crc
-
-
 def predict_to_file(collate: Collator, examples: list[Example], processes: Processes, out: Path,
                     settings: PredictionSettings, chunk: int = 256) -> tuple[list[dict], list[str]]:
-    """`predict` over `examples`, kept in out/predictions.jsonl chunk by chunk, so that a stop loses one chunk.
-
-    What made them is kept in out/predictions.json; a resume with other settings, clips or weights is refused. Returns
-    the rows and the messages of the clips that could not be decoded, on every process. The result depends on neither
-    the number of processes nor on stops: chunk c samples with seed (seed, c) whoever computes it.
-    """
+    """(rows, messages of the clips that could not be decoded), kept in out/predictions.jsonl chunk by chunk, so that a
+    stop loses one. A resume with other settings, clips or weights than out/predictions.json says is refused.
+    The result depends on neither processes nor stops: chunk c samples with seed (seed, c) whoever computes it."""
     apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction
-    names = "\n".join(f"{example.dataset}/{example.video_id}" for example in examples)
+    clips = sha256("\n".join(f"{x.dataset}/{x.video_id}" for x in examples).encode()).hexdigest()
     made_by = {f.name: getattr(settings, f.name) for f in fields(PredictionSettings) if f.name not in apart} | {
-        "clips": sha256(names.encode()).hexdigest(), "weights": weights_sum(collate.model)}
+        "clips": clips, "weights": weights_key(collate.model)}
     file, about, failures = out / "predictions.jsonl", out / "predictions.json", out / "failed_clips.jsonl"
-    chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
     rows, failed = [], []
     if file.exists():
         if not settings.resume:
@@ -168,21 +137,19 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
         if other := [name for name in made_by if before.get(name) != made_by[name]]:
             raise SettingsError(f"{about}: these predictions were made with other values of {', '.join(other)}; give "
                                 "another --out")
-        rows, failed = (read_jsonl(path, log=True) if path.exists() else [] for path in (file, failures))
-    done = Counter(row["chunk"] for row in rows + failed)
-    whole = {n for n, part in enumerate(chunks) if done[n] == len(part)}
-    rows, failed = ([row for row in part if row["chunk"] in whole] for part in (rows, failed))
-    gather_lists([])  # every process has read the files before the first changes them
+        rows, failed = read_jsonl(file), read_jsonl(failures)
     if processes.main:
         write_json(about, made_by)
-        write_jsonl(file, rows)
-        write_jsonl(failures, failed)
-    for n in sorted(set(range(len(chunks))) - whole):
-        new, errors = predict(collate, chunks[n], processes, replace(settings, seed=settings.seed * 100_003 + n),
+    chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
+    done = Counter(row["chunk"] for row in rows + failed)
+    for n, part in enumerate(chunks):
+        if done[n] == len(part):
+            continue
+        new, errors = predict(collate, part, processes, replace(settings, seed=settings.seed * 100_003 + n),
                               settings.batch_size, f"part {n + 1} of {len(chunks)}")
-        new, errors = [{**row, "chunk": n} for row in new], [{"error": str(error), "chunk": n} for error in errors]
-        rows, failed = rows + new, failed + errors
-        for path, part in ((failures, errors), (file, new)) if processes.main else ():
-            for row in part:
-                append_jsonl(path, row)
+        rows = [row for row in rows if row["chunk"] != n] + [{**row, "chunk": n} for row in new]
+        failed = [row for row in failed if row["chunk"] != n] + [{"error": str(e), "chunk": n} for e in errors]
+        if processes.main:
+            write_jsonl(failures, failed)
+            write_jsonl(file, rows)
     return rows, [row["error"] for row in failed]

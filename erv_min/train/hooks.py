@@ -1,6 +1,5 @@
 """What a training loop calls beside its equations: this process's clips, the reward of completions, held-out clips."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from erv_min.base.errors import ClipError, SettingsError
@@ -9,7 +8,6 @@ from erv_min.base.processes import Processes, gather_lists
 from erv_min.data.examples import check_clips, load_examples, too_many
 from erv_min.data.loader import item_at, steps_per_epoch, training_inputs
 from erv_min.decoding import prompts_at_once
-from erv_min.emotions import ERV_LABELS
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import MiniBatch
@@ -26,79 +24,59 @@ from erv_min.train.start import clip_options
 
 
 class TrainingClips:
-    """This process's clips of each step, decoded ahead, in the order of training.
-
-    units: what a place of that order holds: examples that share a clip (GRPO: one; SFT: the targets of a clip).
-    """
+    """This process's clips of each step, decoded ahead, in the order of training."""
 
     def __init__(self, settings: PolicySettings, processes: Processes, units: list[list[Example]], per_step: int):
-        """per_step: units per step over all processes."""
+        """units: examples that share a clip (GRPO: one; SFT: a clip's targets); per_step: of them, on all processes."""
         self.settings, self.units, self.per_step = settings, units, per_step
         self.places = processes.share(per_step)  # of the places 0 .. per_step - 1 of a step
         self.total_steps = settings.steps or settings.epochs * steps_per_epoch(len(units), per_step)
-        self.failed: list[str] = []
-        self.failures = Path(settings.out) / "failed_clips.jsonl"
+        self.failed, self.failures = [], Path(settings.out) / "failed_clips.jsonl"
 
     def unit_at(self, place: int) -> list[Example]:
         """What stands at a place of the endless order."""
         return self.units[item_at(place, len(self.units), self.per_step, self.settings.seed)]
 
-    def example_at(self, place: int) -> Example:
-        """Whose clip it is."""
-        return self.unit_at(place)[0]
-
     def start(self, first_step: int, collate: Collator) -> None:
         """Begins to decode for `collate`, at the clips of `first_step`. What failed before a resume still counts."""
-        self.collate = collate
         if first_step and self.failures.exists():
             self.failed = [row["error"] for row in read_jsonl(self.failures, log=True)]
         places = (step * self.per_step + place for step in range(first_step, self.total_steps) for place in self.places)
-        self.stream: Iterator = training_inputs(
-            places, self.example_at, len(self.units), self._failed, config=collate.model.config, cache=collate.cache,
-            **clip_options(self.settings))
+        self.stream = training_inputs(
+            places, lambda place: self.unit_at(place)[0], len(self.units), self._failed, config=collate.model.config,
+            cache=collate.cache, **clip_options(self.settings))
 
     def next(self) -> list[Inputs]:
-        """A step's clips; `taken` then holds the places that they have in the order of training. A clip that cannot be
-        decoded is replaced by the next of the order."""
-        found = [next(self.stream) for _ in self.places]
-        self.taken = [place for place, _ in found]
-        return [inputs for _, inputs in found]
+        """A step's clips; one that cannot be decoded is replaced by the next of the order. `taken`: their places."""
+        self.taken, inputs = zip(*(next(self.stream) for _ in self.places))
+        return list(inputs)
 
     def _failed(self, place: int, error: ClipError) -> None:
         append_jsonl(self.failures, {"step": place // self.per_step, "error": str(error)})
         self.failed.append(str(error))
 
     def check_failed(self) -> None:
-        """Raises DataError if more clips broke than --allow-missing, over all processes; one that two of them met in
-        different epochs counts once. Every process calls it after each step."""
+        """Raises DataError if more clips broke than --allow-missing, over all processes, which all must call it; one
+        that two of them met in different epochs counts once."""
         self.failed = [*dict.fromkeys(gather_lists(self.failed))]
         too_many(len(self.failed), len(self.units), self.settings.allow_missing, "".join(self.failed[:1]))
 
 
-class RewardFunction:
-    """R of a step's completions (Eq. 5); the verifier reads every distinct sentence of them in one call."""
-
-    def __init__(self, settings: GRPOSettings, verifier: Verifier | None):
-        self.settings, self.verifier = settings, verifier
-
-    def __call__(self, minibatches: list[MiniBatch], tokenizer: Tokenizer) -> tuple[list[str], list[Reward]]:
-        """The completions as text, and their rewards, in the order of the mini-batches' rows."""
-        texts, examples = [], []
-        for part in minibatches:
-            for ids, mask in zip(part.completions.ids, part.completions.mask):
-                texts.append(tokenizer.decode(ids[mask].tolist(), skip_special=True))
-            for example in part.prompts.examples:
-                examples += [example] * self.settings.group_size
-        probabilities, labels = None, ERV_LABELS
-        if self.verifier:
-            probabilities, labels = self.verifier.probabilities, self.verifier.labels
-        return texts, score_completions(texts, [example.label for example in examples],
-                                        [example.dataset for example in examples], probabilities, labels, self.settings)
+def step_rewards(minibatches: list[MiniBatch], tokenizer: Tokenizer, verifier: Verifier | None,
+                 settings: GRPOSettings) -> tuple[list[str], list[Reward]]:
+    """The completions as text, and R of each (Eq. 5), in the order of the mini-batches' rows; the verifier reads every
+    distinct sentence of them in one call."""
+    texts = [tokenizer.decode(ids[mask].tolist(), skip_special=True) for part in minibatches
+             for ids, mask in zip(part.completions.ids, part.completions.mask)]
+    examples = [x for part in minibatches for x in part.prompts.examples for _ in range(settings.group_size)]
+    probabilities, labels = (verifier.probabilities, verifier.labels) if verifier else (None, ())
+    return texts, score_completions(texts, [x.label for x in examples], [x.dataset for x in examples], probabilities,
+                                    labels, settings)
 
 
 class HeldOut:
     """EEA and EPC of up to 64 held-out clips, every --watch-every steps, judged by --watch-erv, or in the embedded
-    world by its lexicon. Nothing if --watch-every is 0, and if the toy's preset has other data and no --watch-erv."""
+    world by its lexicon. Nothing if --watch-every is 0."""
 
     def __init__(self, settings: GRPOSettings, processes: Processes):
         self.settings, self.processes, self.examples = settings, processes, []
@@ -106,12 +84,8 @@ class HeldOut:
         if not settings.watch_every:
             return
         if not settings.watch_erv and not data.startswith("toy:"):
-            if settings.preset != "toy":
-                raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO "
-                                    "(another verifier than --erv), or --watch-every 0")
-            if processes.main:
-                print("held-out clips are not watched: nobody judges them without --watch-erv", flush=True)
-            return
+            raise SettingsError(f"--watch-every {settings.watch_every}: name a judge, --watch-erv FOLDER_OR_REPO "
+                                "(another verifier than --erv), or --watch-every 0")
         examples = check_clips(load_examples(data, "test"), settings.allow_missing)
         count = min(64, len(examples))
         self.examples = [examples[i * len(examples) // count] for i in range(count)]  # evenly spaced
@@ -119,9 +93,8 @@ class HeldOut:
                                 device=processes.device)
 
     def __call__(self, policy, collate: Collator, step: int) -> dict[str, float]:
-        """Percent over all held-out clips, as a row of metrics.jsonl holds them; {} unless it is due, and on another
-        process than the main one. The noise is not the training's, and each call's is the same: calls differ by the
-        policy alone."""
+        """Percent over all held-out clips; {} unless it is due, and on another process than the main one. The noise is
+        not the training's, and each call's is the same: calls differ by the policy alone."""
         if not self.examples or step % self.settings.watch_every:
             return {}
         how = AnswerSettings(temperature=self.settings.eval_temperature, max_new_tokens=self.settings.max_new_tokens,
@@ -132,10 +105,8 @@ class HeldOut:
         if not self.processes.main or not rows:
             return {}
         judge_rows(rows, self.judge)
-        by_dataset = {}
-        for row in rows:
-            by_dataset.setdefault(row["dataset"], []).append(row)
-        scores = [score(part, dataset) for dataset, part in by_dataset.items()]
+        scores = [score([row for row in rows if row["dataset"] == dataset], dataset)
+                  for dataset in dict.fromkeys(row["dataset"] for row in rows)]
         return {f"held_out_{name}": sum(x[name] * x["n"] for x in scores) / len(rows) for name in ("EEA", "EPC")}
 
 

@@ -5,7 +5,6 @@ scripts/README.md says what each key means, and what is a warning.
 
 import re
 import time
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,22 +13,8 @@ from erv_min.base.files import append_jsonl
 from erv_min.base.processes import all_reduce_sum, gather_lists
 from erv_min.emotions import ALIASES
 from erv_min.grpo import MiniBatch, ended, kl_k3
-from erv_min.inputs import Example
 from erv_min.rewards import Reward
 from erv_min.train.folder import Run
-
-
-class TokenSums(NamedTuple):
-    """Of one completion, summed over its tokens: what the last update tells."""
-
-    tokens: float
-    ended: float  # 1 if EOS was met before the limit
-    kl: float
-    entropy: float
-    clip_low: float
-    clip_high: float
-    sampler_gap: float  # |log-prob of the sampler - of the trainer|
-    sampler_gap_max: float  # the largest of them, no sum
 
 
 def clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
@@ -41,33 +26,36 @@ def clipped(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
     return low, (ratio > 1 + epsilon) & (advantages[:, None] > 0) & inside
 
 
-def token_sums(part: MiniBatch, logps: Tensor, entropy: Tensor, eos_token_id: int, epsilon: float) -> list[TokenSums]:
-    """One for each completion of a mini-batch; logps, entropy [R, T] of the last update."""
+def token_sums(part: MiniBatch, logps: Tensor, entropy: Tensor, eos_token_id: int,
+               epsilon: float) -> list[dict[str, float]]:
+    """What an update tells of each completion, summed over its tokens; logps, entropy [R, T]. ended: 1 if EOS was met
+    before the limit; sampler_gap: |log-prob of the sampler - of the trainer|; sampler_gap_max: the largest, no sum."""
     mask = part.completions.mask
     low, high = clipped(logps, part.old_logps, part.advantages, mask, epsilon)
     gap = (part.completions.logps - part.old_logps).abs() * mask
-    sums = [mask.sum(1), ended(part.completions, eos_token_id), (kl_k3(logps, part.ref_logps) * mask).sum(1),
-            (entropy * mask).sum(1), low.sum(1), high.sum(1), gap.sum(1), gap.amax(1)]
-    return [TokenSums(*row) for row in torch.stack([x.float() for x in sums], 1).tolist()]
+    sums = {"tokens": mask.sum(1), "ended": ended(part.completions, eos_token_id),
+            "kl": (kl_k3(logps, part.ref_logps) * mask).sum(1), "entropy": (entropy * mask).sum(1),
+            "clip_fraction_low": low.sum(1), "clip_fraction_high": high.sum(1), "sampler_gap": gap.sum(1),
+            "sampler_gap_max": gap.amax(1)}
+    return [dict(zip(sums, row)) for row in torch.stack([x.float() for x in sums.values()], 1).tolist()]
 
 
-def step_metrics(rewards: list[Reward], sums: list[TokenSums], group_size: int) -> dict[str, float]:
+def step_metrics(rewards: list[Reward], sums: list[dict[str, float]], group_size: int) -> dict[str, float]:
     """Over the completions of all processes, in groups of G. Means of "reward*" and lengths are over completions, of
     the others over tokens."""
-    found, lengths = {}, [row.tokens for row in sums]
-    for name, part in (("reward", "total"), *((f"reward_{x}", x) for x in ("format", "answer", "explanation"))):
-        values = [getattr(reward, part) for reward in rewards]
+    found, lengths = {}, [row["tokens"] for row in sums]
+    for part in ("total", "format", "answer", "explanation"):
+        name, values = f"reward_{part}".removesuffix("_total"), [getattr(reward, part) for reward in rewards]
         groups = torch.tensor(values, dtype=torch.float64).view(-1, group_size)
-        found[name], found[name + "_std"] = sum(values) / len(rewards), groups.std(1).mean().item()
-        if name == "reward":
+        found |= {name: sum(values) / len(rewards), f"{name}_std": groups.std(1).mean().item()}
+        if part == "total":
             found["frac_zero_std"] = (groups.amax(1) == groups.amin(1)).double().mean().item()
-    for name, key in (("kl", "kl"), ("entropy", "entropy"), ("clip_fraction_low", "clip_low"),
-                      ("clip_fraction_high", "clip_high"), ("sampler_gap", "sampler_gap")):
-        found[name] = sum(getattr(row, key) for row in sums) / sum(lengths)
-    return found | {"sampler_gap_max": max(row.sampler_gap_max for row in sums),
-                    "completion_length": sum(lengths) / len(rewards), "completion_length_min": min(lengths),
+    for name in ("kl", "entropy", "clip_fraction_low", "clip_fraction_high", "sampler_gap"):
+        found[name] = sum(row[name] for row in sums) / sum(lengths)
+    return found | {"sampler_gap_max": max(row["sampler_gap_max"] for row in sums),
+                    "completion_length": sum(lengths) / len(sums), "completion_length_min": min(lengths),
                     "completion_length_max": max(lengths),
-                    "truncated": 1 - sum(row.ended for row in sums) / len(rewards)}
+                    "truncated": 1 - sum(row["ended"] for row in sums) / len(sums)}
 
 
 def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
@@ -75,17 +63,13 @@ def explanation_statistics(rewards: list[Reward]) -> dict[str, float | None]:
     label_sets = [EL for reward in rewards for EL in reward.label_sets]
     sentences = [sentence for reward in rewards for sentence in reward.sentences]
     distinct = [len(set(reward.sentences)) / len(reward.sentences) for reward in rewards if reward.sentences]
+    named = sum(not ALIASES.keys().isdisjoint(re.findall("[a-z]+", sentence.lower())) for sentence in sentences)
     count = max(1, len(rewards))
     return {"sentences": len(sentences) / count,
             "neutral_share": sum(EL == ["neutral"] for EL in label_sets) / len(label_sets) if label_sets else None,
-            "label_word_rate": sum(bool(label_words(sentence)) for sentence in sentences) / max(1, len(sentences)),
+            "label_word_rate": named / max(1, len(sentences)),  # a label or an alias stands there as a whole word
             "distinct_sentence_rate": sum(distinct) / len(distinct) if distinct else None,
             "explanation_words": sum(len(sentence.split()) for sentence in sentences) / count}
-
-
-def label_words(sentence: str) -> list[str]:
-    """The emotion names (labels and their aliases) that stand in a sentence as whole words."""
-    return [word for word in re.findall(r"[a-z]+", sentence.lower()) if word in ALIASES]
 
 
 class StepLog:
@@ -94,52 +78,44 @@ class StepLog:
 
     def __init__(self, run: Run, eos_token_id: int, held_out: dict[str, float]):
         self.run, self.settings, self.eos_token_id, self.held_out = run, run.settings, eos_token_id, held_out
-        self.started, self.norm, self.loss, self.sums = time.time(), 0.0, 0.0, []
-        self.begun = True  # the next `add` is the first of an update
+        self.started, self.norm, self.under_way, self.sums = time.time(), 0.0, 0.0, []
 
     def sampled(self) -> None:
         self.seconds_rollout = time.time() - self.started
 
     def add(self, part: MiniBatch, logps: Tensor, entropy: Tensor, loss: Tensor) -> None:
         """A mini-batch of the update under way."""
-        if self.begun:
-            self.loss, self.sums, self.begun = 0.0, [], False
-        self.loss += loss.item() * part.share / self.run.processes.size
+        self.under_way += loss.item() * part.share / self.run.processes.size
         self.sums += token_sums(part, logps.detach(), entropy, self.eos_token_id, self.settings.epsilon)
 
     def loss_of_all(self) -> float:
-        """This update's loss over all processes, which must all call it."""
-        self.loss = all_reduce_sum({"loss": self.loss})["loss"]
+        """This update's loss over all processes, which must all call it, once."""
+        self.loss, self.under_way = all_reduce_sum({"loss": self.under_way})["loss"], 0.0
         return self.loss
 
     def updated(self, norm: float) -> None:
         """The update is made; norm: of its gradient."""
         self.norm += norm / self.settings.mu
-        self.begun = True
 
     def write(self, step: int, part: MiniBatch, texts: list[str], rewards: list[Reward], lr: float) -> None:
-        """Writes the row, and shows the first completion of `part` if that is due. Every process must call it."""
-        everyones, sums = gather_lists(rewards), gather_lists(self.sums)
+        """Writes the row; if it is due keeps the first group of `part` in completions.jsonl, and prints one of it.
+        Every process must call it."""
+        everyones, sums = gather_lists(rewards), gather_lists(self.sums[-len(rewards) :])
         seconds, values = time.time() - self.started, step_metrics(everyones, sums, self.settings.group_size)
         self.run.log(step, {
             "loss": self.loss, **values, "lr": lr, "grad_norm": self.norm,
             "tokens_per_s": values["completion_length"] * len(everyones) / seconds, "seconds": seconds,
             "seconds_rollout": self.seconds_rollout, **explanation_statistics(everyones), **self.held_out})
         due = step % self.settings.sample_every == 0 or step + 1 == self.run.total_steps
-        if due and self.run.processes.main:
-            self._show(step, part.prompts.examples[0], texts[: self.settings.group_size], rewards)
-
-    def _show(self, step: int, example: Example, texts: list[str], rewards: list[Reward]) -> None:
-        """Prints one completion with its sentences' labels, and keeps its whole group in completions.jsonl."""
-        for text, reward in zip(texts, rewards):
+        if not due or not self.run.processes.main:
+            return
+        example = part.prompts.examples[0]
+        for text, x in zip(texts[: self.settings.group_size], rewards):
             append_jsonl(self.run.out / "completions.jsonl", {
                 "step": step, "video_id": example.video_id, "dataset": example.dataset, "ground_truth": example.label,
-                "completion": text, "sentences": reward.sentences, "labels": reward.label_sets,
-                "reward_format": reward.format, "reward_answer": reward.answer,
-                "reward_explanation": reward.explanation})
-        first = rewards[0]
-        print(f"  {example.video_id} is {example.label}; R_format {first.format:g} R_answer {first.answer:g} "
-              f"R_E {first.explanation:.2f}")
-        for sentence, EL in zip(first.sentences, first.label_sets):
-            print(f"    [{', '.join(EL)}] {sentence}")
-        print(f"    {texts[0].rsplit('</think>', 1)[-1].strip()}", flush=True)
+                "completion": text, "sentences": x.sentences, "labels": x.label_sets, "reward_format": x.format,
+                "reward_answer": x.answer, "reward_explanation": x.explanation})
+        x = rewards[0]
+        print(f"  {example.video_id} is {example.label}; R_format {x.format:g} R_answer {x.answer:g} "
+              f"R_E {x.explanation:.2f}", *(f"    [{', '.join(EL)}] {S}" for S, EL in zip(x.sentences, x.label_sets)),
+              f"    {texts[0].rsplit('</think>', 1)[-1].strip()}", sep="\n", flush=True)

@@ -20,21 +20,15 @@ def learning_rate(step: int, total: int, peak: float, warmup: float = 0.03, sche
 
 
 def make_optimizer(params: Iterable[Tensor]) -> torch.optim.AdamW:
-    """AdamW with beta_1 = 0.9, beta_2 = 0.999 (table 8), without weight decay (as released); `update` sets its rate.
-
-    On CUDA one fused kernel per tensor: the default there holds temporaries as large as all gradients.
-    """
-    params = list(params)
+    """AdamW with beta_1 = 0.9, beta_2 = 0.999 (table 8), without weight decay (as released); `update` sets its rate."""
+    params = list(params)  # fused: the default on CUDA holds temporaries as large as all gradients
     return torch.optim.AdamW(params, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=params[0].is_cuda)
 
 
 def update(policy, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, loss: float = 0.0) -> float:
-    """One optimizer step on gradients averaged over processes and clipped to a global norm; returns the norm before.
-
-    `policy` is one of train/sharding.py's. `loss` is the sum over processes, so that every process knows where one of
-    theirs is not finite: then, or if the norm is not, the weights stay as they are, and NaN is returned. Gradients
-    are cleared.
-    """
+    """One step of a train/sharding.py policy on gradients averaged over processes and clipped to a global norm; returns
+    the norm before, and clears them. If it or `loss`, the sum over processes, is not finite, the weights stay as they
+    are, and NaN is returned."""
     norm = policy.clip_gradients(max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -163,7 +163,7 @@ def test_no_whole_state_is_an_error_and_not_a_new_start(tmp_path):
 def test_a_state_of_other_parameters_is_refused(tmp_path):
     states_of(tmp_path)
     model = torch.nn.Linear(3, 2, bias=False)
-    with pytest.raises(CheckpointError, match="other parameters.*bias"):
+    with pytest.raises(CheckpointError, match="other parameters"):
         load_state(tmp_path, Replicated(model, compute=torch.float32), make_optimizer(list(model.parameters())))
 
 
@@ -190,8 +190,8 @@ def test_a_full_disk_keeps_the_state_before_and_says_what_is_needed(tmp_path, mo
         save_state(tmp_path, 4, policy, optimizer)
     monkeypatch.undo()
     if at == 1:
-        assert "could not be written" in str(caught.value) and "GB are needed" in str(caught.value)
-        assert "GB are free" in str(caught.value) and len(list(tmp_path.iterdir())) == 2
+        assert "the disk is full" in str(caught.value) and "GB are needed" in str(caught.value)
+        assert "GB are free" in str(caught.value) and not [*tmp_path.glob(".state-*/*")]
     assert {path: path.read_bytes() for path in before} == before
     assert load_state(tmp_path, policy, optimizer) == 3 and equal(policy, kept[3])
 
