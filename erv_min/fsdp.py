@@ -11,12 +11,11 @@ shards, which are all that stays. The life of a unit in a pass:
     all_gather      once more, where the backward pass asks for a weight (or recomputes the layer);
     reduce_scatter  its gradients, in float32, become the mean over processes of this process's shard.
 
-`Gather` ties the first and the last together as one differentiable operation. Nothing full outlives its unit: in place
-of a weight that autograd would save for the backward pass, `_pack` saves which unit it is a view of, and `_unpack`
-gathers that unit again. The root stays gathered through a pass. The next unit's all-gather runs beside this one's
-compute, a reduce-scatter beside the next unit's backward pass, so that at most two units are full at a time. On CUDA
-both run on NCCL's own stream, which waits for the compute stream as they start; `work.wait()` makes the compute stream
-wait for them and holds their memory.
+`Gather` ties the first and the last together as one differentiable operation. In place of a weight that autograd would
+save for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that unit again. The root
+stays gathered through a pass. The next unit's all-gather runs beside this one's compute, a reduce-scatter beside the
+next unit's backward pass, so that at most two units are full at a time. On CUDA both run on NCCL's own stream, which
+waits for the compute stream as they start; `work.wait()` makes the compute stream wait for them and holds their memory.
 
 | what                                                                    | type                      |
 |-------------------------------------------------------------------------|---------------------------|
@@ -25,17 +24,18 @@ wait for them and holds their memory.
 | one unit's gradients of one pass, before they are summed                | compute                   |
 | statistics of norms, scores and their softmax, rotary angles            | float32 inside the layer  |
 | log-softmax, log-probs, entropy, KL, rewards, advantages, loss          | float32                   |
-| shards of the reference policy (frozen, never exported)                 | compute                   |
+| shards of a model of which nothing trains (the reference policy)        | compute                   |
 
-compute=torch.float32 is the switch for float32 everywhere. Attention's kernels are PyTorch's own, not cuDNN's
-(processes.exact_kernels). Every process must use the units in the same order, in the
+compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order, in the
 same number of passes per step. A module is copied before it is sharded, not after. Left out: tensor and sequence
 parallelism, CPU offload; train/sharding.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -63,28 +63,18 @@ def unit_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
             if isinstance(stack, (nn.ModuleList, VisualProjector)) for child, block in stack.named_children()]
 
 
-@dataclass(eq=False)
 class Unit:
     """Parameters that are gathered together; a module with trainable and frozen ones holds two units."""
 
-    name: str
-    names: list[str]  # of the parameters, as released
-    shapes: list[torch.Size]
-    places: list[list[tuple[nn.Module, str]]]  # of each parameter: one, or several if it is tied
-    shard: nn.Parameter = None  # [ceil(numel / N)]
-    pending: tuple | None = None  # (flat vector, work) of an all-gather under way
-    attached: int = 0  # the storage whose views stand in the modules
-
-    def __post_init__(self):
-        self.starts, self.numel = [], 0  # of each parameter in the flat vector, of all without the padding at the end
-        for shape in self.shapes:
-            self.starts.append(self.numel)
-            self.numel += -(-shape.numel() // ALIGN) * ALIGN
-
-    @property
-    def stack(self) -> str:
-        """The stack of layers that it stands in."""
-        return self.name.rpartition(".")[0]
+    def __init__(self, name: str, names: list[str], shapes: list[torch.Size]):
+        """name: of the module, "" for the root; names: of the parameters, as released."""
+        self.name, self.names, self.shapes = name, names, shapes
+        # of each parameter in the flat vector, and of all without the padding at the end
+        *self.starts, self.numel = accumulate((-(-x.numel() // ALIGN) * ALIGN for x in shapes), initial=0)
+        self.places: list[tuple[int, nn.Module, str]] = []  # which parameter stands where; a tied one stands twice
+        self.shard: nn.Parameter = None  # [ceil(numel / N)]
+        self.full, self.work = None, None  # the flat vector, and its all-gather while that is under way
+        self.before, self.next = None, None  # in its stack of layers
 
     def views(self, flat: Tensor) -> tuple[Tensor, ...]:
         return tuple(flat[start : start + shape.numel()].view(shape) for start, shape in zip(self.starts, self.shapes))
@@ -97,7 +87,7 @@ class Gather(torch.autograd.Function):
     def forward(ctx, shard: Tensor, unit: Unit, sharded: "Sharded") -> tuple[Tensor, ...]:
         ctx.unit, ctx.sharded = unit, sharded
         ctx.set_materialize_grads(False)  # an unused parameter's gradient comes as None
-        return unit.views(sharded._all_gather(unit))
+        return unit.views(sharded._gather(unit))
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
@@ -109,97 +99,101 @@ class Sharded:
     """A model whose parameters live as shards; `with sharded.forward_pass():` is a forward pass.
 
     The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
-    by one flat Parameter per unit, `shard`, or `frozen_shard` if requires_grad was off. `compute` is the type of
-    gathered parameters, `master` that of the shards.
+    by one flat Parameter per unit, `shard`, or `frozen_shard` if requires_grad was off.
     """
 
-    def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16,
-                 master: torch.dtype = torch.float32):
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
+        """Raises SettingsError if two units share a weight."""
         self.model, self.device, self.compute = model, torch.device(device), compute
+        self.dtype = torch.float32 if any(p.requires_grad for p in model.parameters()) else compute  # of the shards
         self.rank, self.size = rank_and_size()
-        self.units, self.root = [], []  # those of a stack of layers stand behind each other, in its order
-        self.attached = {}  # storage of a gathered vector -> its unit, while it stands in its modules
-        self.again = None, None  # the unit gathered last for the backward pass, and its flat vector
+        self.units: list[Unit] = []
+        self.attached: set[Unit] = set()  # whose parameters stand in their modules
+        self.again = None  # the unit gathered last for the backward pass
         self.reducing = None  # (unit, gradient, buffer, work) of a reduce-scatter under way
         self.in_forward = False
-        modules = [*unit_modules(model), ("", model)]
-        owners = {p: module for _, module in reversed(modules) for p in module.parameters()}  # the first that holds it
-        names = {p: name for name, p in model.named_parameters()}
-        places = {p: [] for p in names}
+        names = defaultdict(list)  # of each parameter that is in no unit yet: several if it is tied
         for name, p in model.named_parameters(remove_duplicate=False):
-            prefix, _, attribute = name.rpartition(".")
-            holder = model.get_submodule(prefix)
-            if owners[p] is not model and holder not in set(owners[p].modules()):
-                raise SettingsError(f"{names[p]} is tied to {name}: sharding by hand gathers one layer at a time, and "
-                                    "neither would find the other's weight; use --sharding none")
-            places[p].append((holder, attribute))
-        for name, module in modules:
-            units = []
+            names[p].append(name)
+        for module_name, module in [*unit_modules(model), ("", model)]:
+            own, units = [p for p in module.parameters() if p in names], []
+            for p in own:
+                if not all(name.startswith(module_name and f"{module_name}.") for name in names[p]):
+                    raise SettingsError(f"{' and '.join(names[p])} are one weight: sharding by hand gathers one layer "
+                                        "at a time, and neither would find the other's; use --sharding none")
             for trains in (True, False):
-                params = [p for p in names if owners[p] is module and p.requires_grad == trains]
-                if params:
-                    units.append(Unit(name, [names[p] for p in params], [p.shape for p in params],
-                                      [places[p] for p in params]))
-                    self._cut(units[-1], params, module, master)
+                if params := {p: names.pop(p) for p in own if p.requires_grad == trains}:
+                    units.append(self._cut(module_name, module, params))
+            if module is not model and units:
+                module.forward = partial(self._run, units, module.forward)
             self.units += units
-            if module is model:
-                self.root = units
-            elif units:
-                module.forward = self._around(module.forward, units)
+        self.root = [unit for unit in self.units if not unit.name]
         self.trained = {unit.name or "root": unit for unit in self.units if unit.shard.requires_grad}
+        for unit, following in zip(self.units, self.units[1:]):
+            if unit.name.rpartition(".")[0] == following.name.rpartition(".")[0]:
+                unit.next, following.before = following, unit
 
-    def _cut(self, unit: Unit, params: list[nn.Parameter], owner: nn.Module, master: torch.dtype) -> None:
-        """Takes the unit's `params` out of their modules and leaves this process's shard in `owner`."""
-        length = -(-unit.numel // self.size)
-        shard, flat = torch.empty(length, dtype=master, device=self.device), None
+    def _cut(self, module_name: str, module: nn.Module, params: dict[nn.Parameter, list[str]]) -> Unit:
+        """Takes `params` out of where their names say they stand, and leaves this process's shard in `module`."""
+        unit = Unit(module_name, [names[0] for names in params.values()], [p.shape for p in params])
+        shard, parts = torch.empty(-(-unit.numel // self.size), dtype=self.dtype, device=self.device), None
         if self.rank == 0:
-            flat = shard.new_zeros(self.size * length)
+            flat = shard.new_zeros(self.size * len(shard))
             for view, p in zip(unit.views(flat), params):
                 view.copy_(p.detach())
+            parts = list(flat.chunk(self.size))
         if self.size > 1:
-            dist.scatter(shard, list(flat.chunk(self.size)) if self.rank == 0 else None)
+            dist.scatter(shard, parts)
         else:
-            shard = flat
-        for places in unit.places:
-            for module, attribute in places:
-                del module._parameters[attribute]
-        unit.shard = nn.Parameter(shard, requires_grad=params[0].requires_grad)
-        owner.register_parameter("shard" if unit.shard.requires_grad else "frozen_shard", unit.shard)
+            (shard,) = parts
+        for i, (p, names) in enumerate(params.items()):
+            for holder, _, attribute in (name.rpartition(".") for name in names):
+                unit.places.append((i, self.model.get_submodule(holder), attribute))
+                delattr(self.model.get_submodule(holder), attribute)
+        unit.shard = nn.Parameter(shard, requires_grad=p.requires_grad)
+        setattr(module, "shard" if p.requires_grad else "frozen_shard", unit.shard)
+        return unit
 
     # ---- collectives ----------------------------------------------------------------------------------------------
 
-    def _start_all_gather(self, unit: Unit, dtype: torch.dtype | None = None) -> None:
-        """Starts the all-gather of `unit`, unless it is under way."""
-        if unit.pending is None:
+    def _start(self, unit: Unit | None, dtype: torch.dtype | None = None) -> None:
+        """Starts the all-gather of `unit`, unless it is full or under way."""
+        if unit is not None and unit.full is None:
             shard = unit.shard.detach().to(dtype or self.compute)
-            full = torch.empty(self.size * len(shard), dtype=shard.dtype, device=self.device)
+            unit.full = torch.empty(self.size * len(shard), dtype=shard.dtype, device=self.device)
             if self.size > 1:
-                unit.pending = full, all_gather(full, shard, async_op=True)
+                unit.work = all_gather(unit.full, shard, async_op=True)
             else:
-                unit.pending = full.copy_(shard), None
+                unit.full.copy_(shard)
 
-    def _all_gather(self, unit: Unit, dtype: torch.dtype | None = None) -> Tensor:
-        """The full flat vector of `unit`; it is freed when the caller drops it."""
-        self._start_all_gather(unit, dtype)
-        (full, work), unit.pending = unit.pending, None
-        if work is not None:
-            work.wait()
-        return full
+    def _gather(self, unit: Unit, dtype: torch.dtype | None = None) -> Tensor:
+        """The full flat vector of `unit`, until `_reshard`."""
+        self._start(unit, dtype)
+        if unit.work is not None:
+            unit.work.wait()
+            unit.work = None
+        return unit.full
+
+    def _reshard(self, unit: Unit | None) -> None:
+        if unit is not None and unit.full is not None:
+            self._gather(unit)  # one that was prefetched in vain is still under way
+            unit.full = None
 
     def _reduce_scatter(self, unit: Unit, grads: tuple[Tensor | None, ...]) -> None:
         """Starts the reduce-scatter of the mean gradient over processes, in float32; ends the one before it."""
-        if self.again[0] is unit:
-            self.again = None, None  # this unit's backward pass is done: its flat vector is freed
+        if self.again is unit:
+            self._reshard(unit)  # its backward pass is done
+            self.again = None
         self._end_reduce_scatter()
-        buffer = torch.zeros(self.size * len(unit.shard), device=self.device)  # padding included
+        mean = buffer = torch.zeros(self.size * len(unit.shard), device=self.device)  # padding included
         for view, grad in zip(unit.views(buffer), grads):
             if grad is not None:
                 view.copy_(grad)
-        if self.size == 1:
-            self.reducing = unit, buffer, None, None
-        else:
+        work = None
+        if self.size > 1:
             mean = torch.empty(len(unit.shard), device=self.device)
-            self.reducing = unit, mean, buffer, reduce_scatter(mean, buffer, async_op=True)
+            work = reduce_scatter(mean, buffer, async_op=True)
+        self.reducing = unit, mean, buffer, work
         torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
 
     def _end_reduce_scatter(self) -> None:
@@ -215,50 +209,38 @@ class Sharded:
         """Ends every collective under way: gradients are complete; nothing full is left but what stands attached."""
         self._end_reduce_scatter()
         for unit in self.units:
-            if unit.pending is not None:
-                self._all_gather(unit)  # prefetched for a pass that ended before it was used
-        self.again = None, None
+            if unit not in self.attached:
+                self._reshard(unit)
+        self.again = None
 
     # ---- a unit's life in a pass ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _attached(self, units: list[Unit]):
+    def _attach(self, units: list[Unit]):
         """The parameters of `units` stand in their modules inside, where module.weight finds them; no longer after."""
         try:
             for unit in units:
                 params = Gather.apply(unit.shard, unit, self)
-                unit.attached = storage_of(params[0])
-                self.attached[unit.attached] = unit
-                for param, places in zip(params, unit.places):
-                    for module, attribute in places:
-                        module.__dict__[attribute] = param
-                self._prefetch_after(unit)
+                self.attached.add(unit)
+                for i, module, attribute in unit.places:
+                    module.__dict__[attribute] = params[i]
+                self._start(unit.next if self.in_forward else unit.before)
             yield
         finally:  # also when a recomputation ends early: checkpoint raises in it once its tensors are there
             for unit in units:
-                self.attached.pop(unit.attached, None)
-                unit.attached = 0
-                for places in unit.places:
-                    for module, attribute in places:
-                        module.__dict__.pop(attribute, None)
+                self.attached.discard(unit)
+                self._reshard(unit)
+                for _, module, attribute in unit.places:
+                    module.__dict__.pop(attribute, None)
 
-    def _around(self, forward: Callable, units: list[Unit]) -> Callable:
-        """A module's `forward` with its units attached around it, unless they stand there already (in `unsharded`)."""
-        def attached_forward(*args, **kwargs):
-            with self._attached([] if units[0].attached else units):
-                return forward(*args, **kwargs)
-        return attached_forward
-
-    def _prefetch_after(self, unit: Unit) -> None:
-        """Starts the all-gather of the next unit of the stack, or in the backward pass of the one before."""
-        at = self.units.index(unit)
-        for coming in self.units[at + 1 : at + 2] if self.in_forward else self.units[max(at - 1, 0) : at]:
-            if coming.stack == unit.stack and not coming.attached:
-                self._start_all_gather(coming)
+    def _run(self, units: list[Unit], forward: Callable, *args, **kwargs):
+        """A module's `forward` with its units attached, if they do not stand there already (in `unsharded`)."""
+        with self._attach([] if units[0] in self.attached else units):
+            return forward(*args, **kwargs)
 
     def _pack(self, saved: Tensor):
         """What autograd saves in place of a tensor: for a view of a unit's parameters, how to get it again."""
-        unit = self.attached.get(storage_of(saved))
+        unit = next((x for x in self.attached if storage_of(x.full) == storage_of(saved)), None)
         if unit is None or unit in self.root:
             return saved.detach()
         return unit, saved.shape, saved.stride(), saved.storage_offset()
@@ -266,25 +248,25 @@ class Sharded:
     def _unpack(self, kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
-        unit, shape, stride, offset = kept
-        if self.again[0] is not unit:
-            self.again = None, None  # a frozen unit has no reduce-scatter that would have freed it
-            self.again = unit, self._all_gather(unit)
-            self._prefetch_after(unit)
-        return self.again[1].as_strided(shape, stride, offset)
+        unit, *view = kept
+        if self.again is not unit:
+            self._reshard(self.again)  # a frozen unit, without a reduce-scatter that would have freed it
+            self.again = unit
+            self._gather(unit)
+            self._start(unit.before)
+        return unit.full.as_strided(*view)
 
     # ---- the interface that train/sharding.py describes --------------------------------------------------------------
 
     @contextlib.contextmanager
     def forward_pass(self):
-        if self.root and self.root[0].attached:  # inside `unsharded`
+        if self.attached:  # inside `unsharded`
             yield
             return
         self._end_pass()
         self.in_forward = True
-        saving = saved_tensors_hooks(self._pack, self._unpack) if torch.is_grad_enabled() else contextlib.nullcontext()
         try:
-            with self._attached(self.root), saving:
+            with self._attach(self.root), saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
             self.in_forward = False
@@ -293,51 +275,41 @@ class Sharded:
     def unsharded(self, *parts: str):
         self._end_pass()
         units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
-        with torch.no_grad(), self._attached(units):
+        with torch.no_grad(), self._attach(units):
             yield
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         return {name: unit.shard for name, unit in self.trained.items()}
 
     def clip_gradients(self, max_norm: float) -> float:
-        grads = [p.grad for p in self.named_parameters().values() if p.grad is not None]
-        total = torch.zeros((), device=self.device)
-        for grad in grads:
-            total += grad.norm().square()
+        params = [p for p in self.named_parameters().values() if p.grad is not None]
+        total = sum((p.grad.norm().square() for p in params), torch.zeros((), device=self.device))
         if self.size > 1:
             dist.all_reduce(total)
         norm = total.sqrt()
-        for grad in grads:
-            grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
+        nn.utils.clip_grads_with_norm_(params, max_norm, norm)
         return norm.item()
 
     def full_shapes(self) -> dict[str, Tensor]:
-        return {name: torch.empty(shape, dtype=unit.shard.dtype, device="meta")
+        return {name: torch.empty(shape, device="meta")
                 for unit in self.units for name, shape in zip(unit.names, unit.shapes)}
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         self._end_pass()
+        assert not self.attached  # what is, is of the compute type
         for unit in self.units:
-            full = self._all_gather(unit, unit.shard.dtype)
-            if self.rank == 0:
-                yield from zip(unit.names, unit.views(full))
+            yield from zip(unit.names, unit.views(self._gather(unit, self.dtype)))
+            self._reshard(unit)
 
     every_process_writes = True
 
     def state_shapes(self) -> dict[str, list[int]]:
         return {name: [unit.numel] for name, unit in self.trained.items()}  # whatever the number of processes
 
-    def to_full(self, tensor: Tensor) -> Tensor:
-        return tensor
-
     def read(self, files: list, key: str, name: str) -> Tensor:
-        """This process's shard of `key`, whose flat vector was cut into len(files) pieces, one per process then."""
         unit = self.trained[name]
-        length, old = len(unit.shard), -(-unit.numel // len(files))
-        start, stop = self.rank * length, min((self.rank + 1) * length, unit.numel)
-        shard = torch.zeros(length)
-        for i, file in enumerate(files):
-            first, last = max(start, i * old), min(stop, (i + 1) * old)  # what this piece has of the shard
-            if first < last:
-                shard[first - start : last - start] = file.get_slice(key)[first - i * old : last - i * old]
-        return shard
+        if len(files) == self.size:
+            return files[self.rank].get_tensor(key)
+        whole = torch.zeros(self.size * len(unit.shard))
+        whole[: unit.numel] = torch.cat([file.get_tensor(key) for file in files])[: unit.numel]
+        return whole.chunk(self.size)[self.rank].clone()

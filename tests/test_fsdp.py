@@ -120,8 +120,7 @@ def scenario(out: Path, way: str, stage: str, compute: torch.dtype, recompute=Fa
         sft(run, optimizer, rank=rank, size=size)
     else:
         frozen = random_humanomni(humanomni("toy")).requires_grad_(False)
-        master = {"master": compute} if way == "hand" else {}
-        grpo(run, WAYS[way](frozen, compute=compute, **master), optimizer, rank, size)
+        grpo(run, WAYS[way](frozen, compute=compute), optimizer, rank, size)
     keep(run, rank, out / f"{name_of(way, stage, compute, recompute, size)}.safetensors")
 
 
@@ -464,7 +463,7 @@ def test_what_was_prefetched_for_a_pass_that_ended_is_not_used_later():
     def gather_in_vain():
         with run.forward_pass():
             run.model.layers[0](x)  # and so gathers layer 1 ahead
-        assert run.units[1].pending is not None
+        assert run.units[1].full is not None
 
     gather_in_vain()
     for p in [*run.model.parameters(), *plain.parameters()]:

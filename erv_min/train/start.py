@@ -112,7 +112,7 @@ def load_policies(settings: PolicySettings, stage: str, processes: Processes):
     freeze_except(collate.model, trained_parts(stage, settings))
     how = (settings.sharding, processes.device, getattr(torch, settings.dtype))
     policy = shard(collate.model, *how)
-    return policy, reference and shard(reference, *how, frozen=True), collate
+    return policy, reference and shard(reference, *how), collate
 
 
 def weights_key(*networks: nn.Module) -> str:

@@ -19,6 +19,7 @@ from erv_min.base.errors import CheckpointError, DataError
 from erv_min.base.files import fsync_folder, read_json, write_json
 from erv_min.base.processes import all_gather_object, rank_and_size
 from erv_min.base.weights import write_safetensors
+from erv_min.train.sharding import to_full
 
 
 def saved_states(folder: str | Path) -> list[Path]:
@@ -46,7 +47,7 @@ def save_state(folder: str | Path, step: int, policy, optimizer: torch.optim.Opt
     params = policy.named_parameters()
     tensors = {f"param.{name}": p.detach() for name, p in params.items()}
     tensors |= {f"{key}.{name}": x for name, p in params.items() for key, x in optimizer.state.get(p, {}).items()}
-    stream = ((key, policy.to_full(value)) for key, value in tensors.items())
+    stream = ((key, to_full(value)) for key, value in tensors.items())
     path, written = place / f"{rank:05d}.safetensors", {}
     if policy.every_process_writes or rank == 0:
         crc = write_safetensors(path, {key: value.to("meta") for key, value in tensors.items()}, stream)
