@@ -1,20 +1,28 @@
 """How sampling is made fast and kept within memory: decode steps on a KV cache that are replayed as CUDA graphs,
 completions that are dropped once they are finished, and how many prompts are sampled together."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from erv_min.base.graphs import Replay
 from erv_min.base.onednn import linear
 from erv_min.config import Qwen2Config
 from erv_min.model.attention import GroupCache
 from erv_min.model.humanomni import HumanOmni, Prompts
 
 WINDOW = 64  # steps after which a decode step's shapes change on CUDA for the first time
+WORTH = 8  # steps that must be left for a capture, which takes as long as two or three steps without it
+ROOM = 2**30  # bytes that must be free on the device; no capture of a decode step takes as many
 
 
 class Decoder:
-    """The completions that are still sampled, on a KV cache that grows by one token per step."""
+    """The completions that are still sampled, on a KV cache that grows by one token per step.
+
+    On CUDA a step of new shapes is run once, which warms up, and then captured as a graph: its hundreds of kernels are
+    launched at once from then on, without Python between them.
+    """
 
     def __init__(self, model: HumanOmni, prompts: Prompts, kv: list, group_size: int, max_new_tokens: int):
         """kv: keys and values of the prompts, per layer [B, KV, P, d] twice."""
@@ -22,18 +30,28 @@ class Decoder:
         self.lengths = prompts.lengths.repeat_interleave(group_size)[:, None]  # [R, 1], tokens of each row's prompt
         self.rows = torch.arange(len(self.lengths), device=self.lengths.device)  # the completion in each row
         self.cache = GroupCache(kv, prompts.mask, group_size, max_new_tokens)
-        self.replay = Replay()
+        self.captured = None  # the shapes of the graph's step
 
     def next_logits(self, last: Tensor, step: int) -> Tensor:
-        """The last token of each row, [R], and the number of the step, from 1 on -> logits [R, V].
+        """The last token of each row, [R], and the number of the step, from 1 on -> logits [R, V], which the next step
+        may overwrite.
 
-        A step looks at what is filled of the cache. On CUDA, where a step is replayed as a graph, it looks at the first
-        WINDOW places, then at twice as many, and so on, so that its shapes stay the same for long.
+        A step looks at what is filled of the cache. On CUDA it looks at the first WINDOW places, then at twice as many,
+        and so on, so that its shapes stay the same for long.
         """
         longest = self.cache.own[0][0].shape[3]
         window = WINDOW << ((step - 1) // WINDOW).bit_length() if last.is_cuda else step
         self.cache.window = min(longest, window)
-        return self.replay(self.run, last, shape=(len(last), self.cache.window), left=longest - step)
+        shapes = len(last), self.cache.window
+        if shapes == self.captured:
+            self.last.copy_(last)
+            self.graph.replay()
+            return self.logits
+        logits, self.captured = self.run(last), None
+        if last.is_cuda and longest - step > WORTH:
+            self.captured, self.last = shapes, last.clone()
+            self.graph, self.logits = capture(lambda: self.run(self.last), last.device)
+        return logits
 
     def run(self, last: Tensor) -> Tensor:
         """The step itself, on the cache's window: launches kernels and waits for nothing."""
@@ -49,11 +67,10 @@ class Decoder:
         if 2 * left > len(self.rows):
             return
         prompts, kept = unfinished(done[self.rows].view(-1, self.group_size))
-        if 2 * len(kept) > len(self.rows):
-            return
-        self.cache.keep(prompts, kept)
-        self.rows, self.lengths = self.rows[kept], self.lengths[kept]
-        self.group_size = len(kept) // len(prompts)
+        if 2 * len(kept) <= len(self.rows):
+            self.cache.keep(prompts, kept)
+            self.rows, self.lengths = self.rows[kept], self.lengths[kept]
+            self.group_size = len(kept) // len(prompts)
 
 
 def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,6 +82,31 @@ def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
     prompts, group = left.nonzero()[:, 0], int(left.max())
     columns = done[prompts].int().argsort(dim=1, stable=True)[:, :group]
     return prompts, (prompts[:, None] * done.shape[1] + columns).flatten()
+
+
+capture_stream = functools.cache(torch.cuda.Stream)  # one of a device: graphs share memory on the same stream alone
+latest = {}  # device -> the graph that was captured last, alive for its memory, which the next one takes over
+
+
+def capture(function: Callable, device: torch.device):
+    """(graph, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet.
+
+    Graphs of a device share memory, so they may take turns but not run side by side. Only what runs on a stream of the
+    tensors' own `device` is recorded. torch.cuda.graph would empty the allocator's cache each time, which cost the next
+    pass hundreds of cudaMalloc; here only if there is no room left, since none can be made during a capture.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), (latest[device].pool(),) if device in latest else ()
+    with torch.cuda.device(device), torch.cuda.stream(capture_stream(device)):
+        torch.cuda.synchronize()
+        if torch.cuda.mem_get_info()[0] < ROOM:
+            torch.cuda.empty_cache()
+        graph.capture_begin(*pool)
+        try:
+            result = function()
+        finally:
+            graph.capture_end()
+    latest[device] = graph
+    return graph, result
 
 
 def prompt_bytes(config: Qwen2Config, length: int, group_size: int, max_new_tokens: int, itemsize: int) -> int:
@@ -86,7 +128,7 @@ def prompt_bytes(config: Qwen2Config, length: int, group_size: int, max_new_toke
 def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> int:
     """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, or 1; else all.
 
-    On a GPU a decode step of a small model takes as long for many rows as for one: the launches of its kernels. Free
+    A decode step of a small model takes a GPU as long for many rows as for one: the launches of its kernels. Free
     memory differs from run to run: with --deterministic it is 1.
     """
     embeds = prompts.embeds

@@ -1,8 +1,6 @@
 """The Emotional Rationale Verifier (section 3.2): a RoBERTa that reads a sentence and gives a probability per emotion.
 
-The verifier as the reward uses it (`Verifier`), its loss (`erv_loss`; the paper gives no equation), and what is watched
-of explanations while it pays for them. Its training data is in data/pairs.py, the loop in scripts/erv.py, ways to cheat
-it in scripts/tools/audit.py.
+Its training data is in data/pairs.py, the loop in scripts/erv.py, ways to cheat it in scripts/tools/audit.py.
 """
 
 from collections.abc import Iterator
@@ -36,8 +34,7 @@ class Verifier:
     def load(cls, folder_or_repo: str | Path, device: str | torch.device = "cpu") -> "Verifier":
         """Reads weights, config.json, tokenizer.json of a head of 11 or 28; raises CheckpointError on another."""
         folder = checkpoint.resolve(folder_or_repo)
-        labels = head_labels(read_json(folder / "config.json"), folder)
-        model = checkpoint.load_erv(folder)
+        labels, model = head_labels(read_json(folder / "config.json"), folder), checkpoint.load_erv(folder)
         return cls(model, EncoderTokenizer(folder, max_tokens(model), model.config.vocab_size), labels, device)
 
     @torch.no_grad()
@@ -55,8 +52,7 @@ class Verifier:
 
 def length_batches(lengths: Tensor, token_budget: int) -> Iterator[tuple[Tensor, int]]:
     """lengths [U] -> (row numbers, longest length) of batches of similar length, <= token_budget padded tokens each."""
-    order = lengths.argsort(stable=True)
-    start = 0
+    order, start = lengths.argsort(stable=True), 0
     for stop in range(1, len(order) + 1):
         if stop == len(order) or int(lengths[order[stop]]) * (stop + 1 - start) > token_budget:
             yield order[start:stop], int(lengths[order[stop - 1]])
@@ -65,7 +61,7 @@ def length_batches(lengths: Tensor, token_budget: int) -> Iterator[tuple[Tensor,
 
 def max_tokens(model: RobertaClassifier) -> int:
     """Tokens the encoder can read: RoBERTa's first position is pad_token_id + 1."""
-    return model.config.max_position_embeddings - (model.config.pad_token_id + 1) * model.config.roberta
+    return model.config.max_position_embeddings - (model.config.pad_token_id + 1)
 
 
 def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
@@ -112,5 +108,6 @@ def scratch(name: str, vocab_size: int, num_labels: int) -> RobertaClassifier:
 
 
 def erv_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K]."""
+    """Multi-label binary cross entropy, mean over sentences and classes; logits, targets [S, K]. The paper gives no
+    equation."""
     return F.binary_cross_entropy_with_logits(logits, targets)

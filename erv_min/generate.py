@@ -16,15 +16,12 @@ from erv_min.decoding import Decoder
 from erv_min.logps import Completions
 from erv_min.model.humanomni import HumanOmni, Prompts
 
-
 LOOKS = {"cuda": 8}  # tokens between two looks at which rows are done: for each the GPU must wait for the host
 
 
 def sampling_noise(seed: int, step: int, prompts: list[int], group_size: int, length: int) -> Tensor:
-    """Uniforms in [0, 1), float64 [len(prompts) * group_size, length], keyed by (seed, step, prompt, sample).
-
-    Counter-based (Philox, SC'11): no state, so nothing to save and nothing that depends on the order of calls.
-    """
+    """Uniforms in [0, 1), float64 [len(prompts) * group_size, length], keyed by (seed, step, prompt, sample): Philox
+    (SC'11) has no state to save."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, prompt, sample])).random(length)
             for prompt in prompts for sample in range(group_size)]
     return torch.from_numpy(np.stack(rows))
@@ -79,7 +76,6 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
     logps = torch.zeros(total, max_new_tokens, device=device)
     noise = (torch.zeros_like(logps) if noise is None else noise).to(device)
     done = torch.zeros(total, dtype=torch.bool, device=device)
-
     logits, decoder = prefill(model, prompts, group_size, max_new_tokens)  # [R, V]
     for t in range(max_new_tokens):
         rows = decoder.rows  # the completions that are still sampled
@@ -110,8 +106,8 @@ def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, a
              seed: int = 0) -> Tensor:
     """Completions of one prompt: ids [group_size, <= max_new_tokens], right-filled with EOS. Eq. 1.
 
-    input_ids [L] with -201 / -202 where the clip's tokens go; video [T, 3, S, S] or [1, T, 3, S, S]; audio [mels, F]
-    or [1, mels, F]; gate_ids, gate_mask [Q] or [1, Q] (the text gate's BERT input). Temperature 0 is greedy.
+    input_ids [L] with -201 / -202 in the clip's place; video [T, 3, S, S] or [1, T, 3, S, S]; audio [mels, F] or
+    [1, mels, F]; gate_ids, gate_mask [Q] or [1, Q] (the text gate's BERT input). Temperature 0 is greedy.
     eos_token_id: by default that of the model's config.json; raises SettingsError if it has none.
     """
     if eos_token_id is None:

@@ -14,6 +14,8 @@ from erv_min.base.processes import all_reduce_sum
 from erv_min.inputs import Batch
 from erv_min.logps import Completions
 
+MAX_LOG_RATIO = 80.0  # exp of it is a float32; a token so far up is clipped anyway, and exp's gradient would be 0 * inf
+
 
 def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> Tensor:
     """A_i = (R_i - mean(R)) / (std(R) + 1e-4) within each group of `group_size`; float [B * G] -> [B * G].
@@ -35,8 +37,8 @@ def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> T
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KL(pi_theta || pi_ref) per token, estimator k3: exp(d) - d - 1 with d = ref_logps - logps; any shape, >= 0.
 
-    Its value is unbiased under pi_theta and of low variance (Schulman, "Approximating KL divergence", 2020; divergence
-    7). Its gradient on policy is that of KL(pi_ref || pi_theta), the other direction (divergence 21).
+    Its value is unbiased under pi_theta (Schulman, "Approximating KL divergence", 2020; divergence 7). Its gradient on
+    policy is that of KL(pi_ref || pi_theta), the other direction (divergence 21).
     """
     d = ref_logps - logps
     return d.exp() - d - 1
@@ -51,24 +53,9 @@ def kl_k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor, length: float | None = None) -> Tensor:
     """Mean over the tokens of each completion, then over completions: [R, T] -> scalar. An empty one counts 0.
 
-    length: what each completion's sum is divided by in place of its own number of tokens (`loss_length`)."""
+    length: what each completion's sum is divided by in place of its own number of tokens (`normaliser`)."""
     mask = mask.to(values.dtype)
     return ((values * mask).sum(1) / (mask.sum(1).clamp_min(1) if length is None else length)).mean()
-
-
-def loss_length(loss_type: str, tokens: float, completions: int, max_new_tokens: int) -> float | None:
-    """What `masked_mean` divides by. "grpo": each completion by its own length, so that a long one's tokens weigh less.
-    "dapo" (arXiv 2503.14476): each token of the batch weighs the same; sum / tokens = mean over completions of
-    sum / (tokens / completions), both numbers over all processes and passes. "dr-grpo" (2503.20783): a constant."""
-    return {"grpo": None, "dapo": max(1.0, tokens) / completions, "dr-grpo": max_new_tokens}[loss_type]
-
-
-def ended(completions: Completions, eos_token_id: int) -> Tensor:
-    """Which completions met EOS before the limit: bool [R]. DAPO's filtering masks the others' tokens."""
-    return (completions.ids.masked_fill(~completions.mask, -1) == eos_token_id).any(1)
-
-
-MAX_LOG_RATIO = 80.0  # exp of it is a float32; a token so far up is clipped anyway, and exp's gradient would be 0 * inf
 
 
 def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: Tensor, mask: Tensor,
@@ -90,6 +77,9 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
     ref_logps = ref_logps.detach()
     kl = ratio.detach() * kl_k2(logps, ref_logps) if kl_term == "k2" else kl_k3(logps, ref_logps)
     return masked_mean(beta * kl - surrogate if beta else -surrogate, inside, length)
+
+
+# ---- a step in mini-batches ------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -118,17 +108,24 @@ def split_batch(prompts: Batch, completions: Completions, size: int, eos_token_i
     mask_truncated: the loss leaves out completions that did not meet EOS (DAPO's filtering)."""
     minibatches, group_size = [], len(completions.ids) // len(prompts)
     for start in range(0, len(prompts), size):
-        part = completions[start * group_size : (start + size) * group_size]
+        some, part = prompts[start : start + size], completions[start * group_size : (start + size) * group_size]
         loss_mask = part.mask & ended(part, eos_token_id)[:, None] if mask_truncated else part.mask
-        some = prompts[start : start + size]
         minibatches.append(MiniBatch(some, part, loss_mask, len(some) / len(prompts)))
     return minibatches
 
 
+def ended(completions: Completions, eos_token_id: int) -> Tensor:
+    """Which completions met EOS before the limit: bool [R]."""
+    return ((completions.ids == eos_token_id) & completions.mask).any(1)
+
+
 def normaliser(minibatches: list[MiniBatch], loss_type: str, max_new_tokens: int) -> float | None:
-    """`loss_length` of a step's batch: DAPO's is over all mini-batches of all processes, which must all call it."""
-    tokens = sum(int(part.loss_mask.sum()) for part in minibatches)
-    batch = {"tokens": tokens, "completions": sum(len(part.loss_mask) for part in minibatches)}
-    if loss_type == "dapo":
-        batch = all_reduce_sum(batch)
-    return loss_length(loss_type, batch["tokens"], batch["completions"], max_new_tokens)
+    """What `masked_mean` divides by. "grpo": None, each completion by its own length, so that a long one's tokens weigh
+    less. "dr-grpo" (2503.20783): a constant. "dapo" (arXiv 2503.14476): each token of the batch weighs the same; sum /
+    tokens = mean over completions of sum / (tokens / completions), both numbers over all mini-batches of all processes,
+    which must all call it."""
+    if loss_type != "dapo":
+        return max_new_tokens if loss_type == "dr-grpo" else None
+    masks = [part.loss_mask for part in minibatches]
+    batch = all_reduce_sum({"tokens": sum(int(mask.sum()) for mask in masks), "completions": sum(map(len, masks))})
+    return max(1.0, batch["tokens"]) / batch["completions"]

@@ -8,7 +8,7 @@ paper's parameters, its ablations (table 2) and the divergences.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.options import check, option
 from erv_min.emotions import canonical, normalize
-from erv_min.sentences import split_sentences
 
 # ---- algorithm 1 and Eq. 4: R_E --------------------------------------------------------------------------------------
 
@@ -30,9 +29,8 @@ def extract_explanation(completion: str) -> str:
 
 def between(text: str, opening: str, closing: str) -> str | None:
     """What stands between the first `opening` and the first `closing` after it, stripped; None if one is missing."""
-    _, found, rest = text.partition(opening)
-    inside, closed, _ = rest.partition(closing)
-    return inside.strip() if found and closed else None
+    inside, closed, _ = text.partition(opening)[2].partition(closing)
+    return inside.strip() if closed else None
 
 
 def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
@@ -115,7 +113,7 @@ class RewardSettings:
     ablate: str = reward_option("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                                 ("", "neutral-filtering", "sentence-level", "augmentation"))
     answer_rule: str = reward_option("paper", "how an answer is read (divergence 18)", ("paper", "released"))
-    sentence_rule: str = reward_option("released", "how an explanation is split (sentences.py)",
+    sentence_rule: str = reward_option("released", "how an explanation is split (split_sentences)",
                                        ("released", "extended"))
     w_format: float = reward_option(1.0, "weight of R_format (Eq. 5)")
     w_answer: float = reward_option(1.0, "weight of R_answer (Eq. 5)")
@@ -152,23 +150,71 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
 
     e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
     the verifier, sentences -> [S, K] in the order of `labels`, called once with every sentence, and not at all if there
-    is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline). Raises SettingsError, DataError.
+    is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline).
     """
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
-    if not len(completions) == len(e_gt) == len(datasets):
-        raise SettingsError(f"{len(completions)} completions, {len(e_gt)} labels and {len(datasets)} data sets")
     split = [sentences_of(o, settings) if probabilities else [] for o in completions]
     sentences = [sentence for S in split for sentence in S]
     label_sets = select_labels(probabilities(sentences), labels, settings.tau, settings.k) if sentences else []
-    if len(label_sets) != len(sentences):
-        raise SettingsError(f"the verifier gave {len(label_sets)} rows for {len(sentences)} sentences")
-    rewards, start = [], 0
-    for o, label, name, S in zip(completions, e_gt, datasets, split):
-        EL = label_sets[start : start + len(S)]
-        start += len(S)
+    EL_of, rewards = dict(zip(sentences, label_sets, strict=True)), []
+    for o, label, name, S in zip(completions, e_gt, datasets, split, strict=True):
+        EL = [EL_of[sentence] for sentence in S]
         R_E = explanation_reward(EL, label, settings.neutral_rule, settings.ablate != "neutral-filtering")
-        R_format = format_reward(o)
-        R_answer = answer_reward(o, label, name, settings.answer_rule)
+        R_format, R_answer = format_reward(o), answer_reward(o, label, name, settings.answer_rule)
         R = settings.w_explanation * R_E + settings.w_format * R_format + settings.w_answer * R_answer
         rewards.append(Reward(R_format, R_answer, R_E, R, S, EL))
     return rewards
+
+
+# ---- S_i: an explanation's sentences ---------------------------------------------------------------------------------
+
+ABBREVIATIONS = frozenset("mr mrs ms dr prof st sr jr vs etc fig approx inc ltd e.g i.e cf".split())
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+EXTENDED_END = re.compile(  # a run of stops and what closes after it, before white space; other scripts' need no space
+    r"(?<![.!?…])[.!?…]+[\"'”’)\]]*\s+|(?<![。！？｡।॥۔؟])[。！？｡।॥۔؟]+[\"'”’」』）)]*\s*")
+QUOTES = str.maketrans("“”", '""')
+
+
+def split_sentences(text: str, rule: str = "released") -> list[str]:
+    """S_i: the sentences of an explanation, stripped, none empty.
+
+    "released": split at white space after `.`, `!` or `?` if an even number of double quotes follows.
+    "extended": also keeps abbreviations, initials and a trailing ellipsis together, splits at newlines and at other
+    scripts' full stops, and an unpaired quote counts in its own line only.
+    """
+    if rule == "released":
+        return _cut(text, _outside_quotes(text, SENTENCE_END.finditer(text)))
+    if rule != "extended":
+        raise SettingsError(f"sentence rule {rule!r} is unknown; there are 'released' and 'extended'")
+    return [sentence for line in re.split(r"[\r\n]+", text) for sentence in _cut(line, _extended_ends(line))]
+
+
+def _cut(text: str, ends: Iterable[re.Match]) -> list[str]:
+    places = [m.end() for m in ends]
+    pieces = (text[a:b].strip() for a, b in zip([0, *places], [*places, len(text)]))
+    return [piece for piece in pieces if piece]
+
+
+def _outside_quotes(text: str, ends: Iterable[re.Match]) -> Iterator[re.Match]:
+    """The matches after which an even number of double quotes follows."""
+    after, position = text.count('"'), 0
+    for m in ends:
+        after -= text.count('"', position, m.end())
+        position = m.end()
+        if after % 2 == 0:
+            yield m
+
+
+def _extended_ends(line: str) -> Iterator[re.Match]:
+    straight = line.translate(QUOTES)
+    ends = EXTENDED_END.finditer(line)
+    for m in ends if straight.count('"') % 2 else _outside_quotes(straight, ends):
+        mark = m[0].rstrip()
+        continues = line[m.end() : m.end() + 1].islower()
+        if continues and (mark[-1] not in ".!?" or mark.startswith("..")):  # `"Stop!" she cries`, `dim... and quiet`
+            continue
+        word = re.search(r"[\w.]*$", line[max(0, m.start() - 12) : m.start()])[0]
+        initial = len(word) == 1 and word.isupper() and word != "I"
+        if mark == "." and (initial or word.lower() in ABBREVIATIONS or re.fullmatch(r"(\w\.)+\w", word)):
+            continue  # J., Dr., U.S.
+        yield m

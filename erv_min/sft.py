@@ -1,7 +1,4 @@
-"""Supervised fine-tuning (Eq. 2): the negative log-likelihood of the target y = <think>..</think><answer>..</answer>.
-
-`scripts/sft.py` is the loop around it.
-"""
+"""Supervised fine-tuning (Eq. 2): the negative log-likelihood of y = <think>..</think><answer>..</answer>."""
 
 from torch import Tensor
 

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import erv_min.generate as generation
 from erv_min import decoding
-from erv_min.base import graphs
 from erv_min.base.processes import Processes, deterministic_kernels, exact_kernels, join_processes
 from erv_min.fsdp import Sharded
 from erv_min.generate import prefill, rollout, sampling_noise
@@ -133,13 +132,13 @@ def test_tokens_with_graphs_and_without(monkeypatch):
     noise, sample = sampling_noise(5, 0, [4, 9, 2], 8, 40), generation.sample_token
     likely = 4.5 * torch.nn.functional.one_hot(torch.tensor(EOS, device="cuda"), model.config.text.vocab_size)
     monkeypatch.setattr(generation, "sample_token", lambda logits, *rest: sample(logits + likely, *rest))
-    monkeypatch.setattr(graphs, "WORTH", 10**6)  # no capture
+    monkeypatch.setattr(decoding, "WORTH", 10**6)  # no capture
     plain = rollout(model, prompts, 8, 40, EOS, noise)
     monkeypatch.setattr(decoding, "WINDOW", 4)
-    monkeypatch.setattr(graphs, "WORTH", 1)
+    monkeypatch.setattr(decoding, "WORTH", 1)
     count = []
-    capture = graphs.capture
-    monkeypatch.setattr(graphs, "capture", lambda *given: count.append(1) or capture(*given))
+    capture = decoding.capture
+    monkeypatch.setattr(decoding, "capture", lambda *given: count.append(1) or capture(*given))
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     for _ in range(3):
@@ -218,7 +217,7 @@ def test_collectives_and_a_capture_beside_the_watchdog(nccl):
     assert torch.equal(x, y) and parts == [{"rank": 0}]
     for _ in range(20):
         dist.all_reduce(y)
-        graph, result = graphs.capture(lambda: x * 2, x.device)
+        graph, result = decoding.capture(lambda: x * 2, x.device)
         graph.replay()
         assert torch.equal(result, 2 * x)
 

@@ -12,7 +12,6 @@ import torch
 
 import erv_min.generate as generation
 from erv_min import decoding
-from erv_min.base import graphs as graphs_of_cuda
 from erv_min.base.errors import SettingsError
 from erv_min.decoding import Decoder, prompt_bytes, prompts_at_once, unfinished
 from erv_min.generate import generate, rollout, sample_token, sampling_noise
@@ -113,7 +112,7 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
     captured, graphs, replayed = [], [], []
 
     def capture(function, device):
-        result = torch.empty(len(decoder.replay.x), decoder.model.head_weight.shape[0])
+        result = torch.empty(len(decoder.last), decoder.model.head_weight.shape[0])
         captured.append(decoder.cache.window)
         graphs.append(SimpleNamespace(replay=lambda: replayed.append(result.copy_(function()))))
         return graphs[-1], result
@@ -125,11 +124,11 @@ def test_replayed_steps_sample_the_same(monkeypatch, length, windows, steps):
 
     decoder, next_logits = None, Decoder.next_logits
     monkeypatch.setattr(decoding, "WINDOW", 4)
-    monkeypatch.setattr(graphs_of_cuda, "WORTH", 3)
+    monkeypatch.setattr(decoding, "WORTH", 3)
     model = tiny_model(3)
     noise = sampling_noise(5, 0, [4, 9], 8, length)
     plain = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
-    monkeypatch.setattr(graphs_of_cuda, "capture", capture)
+    monkeypatch.setattr(decoding, "capture", capture)
     monkeypatch.setattr(Decoder, "next_logits", on_cuda)
     again = rollout(model, tiny_prompts(model, (3, 7)), 8, length, 17, noise)
     assert torch.equal(plain.ids, again.ids)
@@ -158,14 +157,14 @@ def test_a_capture_is_on_the_tensors_device(monkeypatch):
                         "synchronize": lambda: None, "mem_get_info": lambda: (free.pop(0), 2**41),
                         "empty_cache": lambda: seen.append("emptied")}.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(graphs_of_cuda, "capture_stream", lambda device: ("stream of", device))
-    monkeypatch.setattr(graphs_of_cuda, "latest", {})
+    monkeypatch.setattr(decoding, "capture_stream", lambda device: ("stream of", device))
+    monkeypatch.setattr(decoding, "latest", {})
     around = [("device", device), ("stream", ("stream of", device))], ["end", "end stream", "end device"]
-    assert graphs_of_cuda.capture(lambda: seen.append("recorded"), device) == (graph, None)
+    assert decoding.capture(lambda: seen.append("recorded"), device) == (graph, None)
     assert seen == [*around[0], ("begin",), "recorded", *around[1]]
     seen.clear()
     with pytest.raises(ZeroDivisionError):  # with little room left, in the memory of the one before
-        graphs_of_cuda.capture(lambda: 1 / 0, device)
+        decoding.capture(lambda: 1 / 0, device)
     assert seen == [*around[0], "emptied", ("begin", (0, 7)), *around[1]]
 
 

@@ -43,9 +43,9 @@ def test_the_verifier_is_called_once_with_all_sentences():
 
 
 def test_score_completions_refuses_what_does_not_fit():
-    with pytest.raises(SettingsError, match="2 completions, 1 labels"):
+    with pytest.raises(ValueError, match="shorter"):
         score_completions(["a", "b"], ["sad"], "dfew", None, LABELS)
-    with pytest.raises(SettingsError, match="1 rows for 2 sentences"):
+    with pytest.raises(ValueError, match="shorter"):
         score_completions(["<think>So sad. A hat.</think>"], ["sad"], "dfew", lambda s: verifier(s)[:1], LABELS)
     for bad in ({"tau": 1.5}, {"k": 0}, {"neutral_rule": "all"}, {"answer_rule": "x"}, {"sentence_rule": "x"}):
         with pytest.raises(SettingsError, match="--" + next(iter(bad)).replace("_", "-")):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
 # PyTorch's binding and oneDNN itself each keep what they made for the last 1,024 shapes, half a megabyte per shape;
-# completions have another length at each step. About a hundred shapes come back at each step, and to make one takes
-# oneDNN 0.3 ms.
+# about a hundred come back at each step.
 for cache, shapes in (("LRU_CACHE_CAPACITY", "16"), ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")):
     os.environ.setdefault(cache, shapes)  # read at the first product
 
@@ -23,15 +22,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear through `linear`."""
-
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 def use_onednn(model: nn.Module) -> nn.Module:
-    """Sends every nn.Linear of `model` through `linear`, in place; returns `model`. Only the modules' class changes:
-    parameters, their names, hooks, copy.deepcopy and the state_dict stay."""
+    """Sends every nn.Linear of `model` through `linear`, in place; returns `model`. Only the modules' class changes."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear

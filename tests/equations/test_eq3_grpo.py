@@ -1,10 +1,12 @@
 """Eq. 3 by hand: advantages A_i, the KL term and its gradient, the clipped ratio, the objective."""
 
 import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from erv_min.base.errors import SettingsError
-from erv_min.grpo import ended, group_advantages, grpo_loss, kl_k2, kl_k3, loss_length, masked_mean
+from erv_min.grpo import ended, group_advantages, grpo_loss, kl_k2, kl_k3, masked_mean, normaliser
 from erv_min.logps import Completions
 from erv_min.train.log import clipped
 
@@ -95,7 +97,7 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
 def test_loss_types_by_hand_whatever_the_processes_and_passes(loss_type, by_hand):
     """Completions of 2, 1, 3, 2 tokens; at most 10. On two processes of two completions each, in passes of one: shares
     of 1/2, the mean over processes; the batch's 8 tokens are summed over all of them."""
-    length = loss_length(loss_type, 8, 4, 10)
+    length = normaliser([SimpleNamespace(loss_mask=MASK)], loss_type, 10)
     assert masked_mean(VALUES, MASK, length).item() == pytest.approx(by_hand)
     passes = [[masked_mean(VALUES[i:i + 1], MASK[i:i + 1], length) / 2 for i in own] for own in ((0, 2), (1, 3))]
     assert sum(sum(own) for own in passes).item() / 2 == pytest.approx(by_hand)
@@ -113,8 +115,8 @@ def test_completions_cut_at_the_limit_leave_the_loss():
     # its tokens count nowhere: (2 + 0 + 4) / 3 completions, and of the batch's tokens 3 are left, (1 + 3 + 4) / 3
     values = torch.tensor([[1.0, 3.0], [7.0, 7.0], [4.0, 0.0]])
     assert masked_mean(values, mask).item() == pytest.approx(2)
-    assert masked_mean(values, mask, loss_length("dapo", 3, 3, 10)).item() == pytest.approx(8 / 3)
-    assert loss_length("dapo", 0, 3, 10) > 0  # all of them cut: a loss of 0, no division by it
+    assert masked_mean(values, mask, normaliser([SimpleNamespace(loss_mask=mask)], "dapo", 10)).item() == pytest.approx(8 / 3)
+    assert normaliser([SimpleNamespace(loss_mask=0 * mask)], "dapo", 10) > 0  # all of them cut: a loss of 0, no division by it
 
 
 def test_objective_by_hand():
