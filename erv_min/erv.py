@@ -82,10 +82,9 @@ def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
 
 
 def erv_columns(labels: tuple[str, ...]) -> list[int]:
-    """Where each of ERV_LABELS stands among a head's classes (11-way: by name; 28-way: GOEMOTIONS_INDEX, row 4)."""
-    if set(labels) == set(ERV_LABELS):
-        return [labels.index(label) for label in ERV_LABELS]
-    return [GOEMOTIONS_INDEX[label] for label in ERV_LABELS]
+    """Where each of ERV_LABELS stands among a head's classes (11-way: by name; 28-way: divergence 4)."""
+    by_name = set(labels) == set(ERV_LABELS)
+    return [labels.index(label) if by_name else GOEMOTIONS_INDEX[label] for label in ERV_LABELS]
 
 
 def fresh_head(model: RobertaClassifier, num_labels: int) -> RobertaClassifier:

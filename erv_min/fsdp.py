@@ -14,8 +14,8 @@ shards, which are all that stays. The life of a unit in a pass:
 `Gather` ties the first and the last together as one differentiable operation. In place of a weight that autograd would
 save for the backward pass, `_pack` saves which unit it is a view of, and `_unpack` gathers that unit again. The root
 stays gathered through a pass. The next unit's all-gather runs beside this one's compute, a reduce-scatter beside the
-next unit's backward pass, so that at most two units are full at a time. On CUDA both run on NCCL's own stream, which
-waits for the compute stream as they start; `work.wait()` makes the compute stream wait for them and holds their memory.
+next unit's backward pass: at most two units are full at a time. On CUDA both run on NCCL's own stream, which waits for
+the compute stream as they start; `work.wait()` makes the compute stream wait for them and holds their memory.
 
 | what                                                                    | type                      |
 |-------------------------------------------------------------------------|---------------------------|
@@ -26,9 +26,9 @@ waits for the compute stream as they start; `work.wait()` makes the compute stre
 | log-softmax, log-probs, entropy, KL, rewards, advantages, loss          | float32                   |
 | shards of a model of which nothing trains (the reference policy)        | compute                   |
 
-compute=torch.float32 is the switch for float32 everywhere. Every process must use the units in the same order, in the
-same number of passes per step. A module is copied before it is sharded, not after. Left out: tensor and sequence
-parallelism, CPU offload; train/sharding.FullyShard is the way out, the same interface on PyTorch's own `fully_shard`.
+Every process must use the units in the same order, in the same number of passes per step. A module is copied before
+it is sharded, not after. Left out: tensor and sequence parallelism, CPU offload; train/sharding.FullyShard is the way
+out, the same interface on PyTorch's own `fully_shard`.
 """
 
 import contextlib
@@ -50,11 +50,6 @@ from erv_min.model.projector import VisualProjector
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 ALIGN = 64  # elements: each parameter starts at a multiple, for a GPU's aligned vector loads
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Which memory a tensor looks into: equal for views of one vector, and not a pointer into that memory."""
-    return tensor.untyped_storage()._cdata
 
 
 def unit_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -116,15 +111,14 @@ class Sharded:
         for name, p in model.named_parameters(remove_duplicate=False):
             names[p].append(name)
         for module_name, module in [*unit_modules(model), ("", model)]:
-            own, units = [p for p in module.parameters() if p in names], []
-            for p in own:
-                if not all(name.startswith(module_name and f"{module_name}.") for name in names[p]):
-                    raise SettingsError(f"{' and '.join(names[p])} are one weight: sharding by hand gathers one layer "
-                                        "at a time, and neither would find the other's; use --sharding none")
-            for trains in (True, False):
-                if params := {p: names.pop(p) for p in own if p.requires_grad == trains}:
-                    units.append(self._cut(module_name, module, params))
-            if module is not model and units:
+            own = {p: names.pop(p) for p in module.parameters() if p in names}
+            for tied in own.values():
+                if not all(name.startswith(module_name and f"{module_name}.") for name in tied):
+                    raise SettingsError(f"{' and '.join(tied)} are one weight: sharding by hand gathers one layer at a "
+                                        "time, and neither would find the other's; use --sharding none")
+            parts = [{p: own[p] for p in own if p.requires_grad == trains} for trains in (True, False)]
+            units = [self._cut(module_name, module, params) for params in parts if params]
+            if module is not model:
                 module.forward = partial(self._run, units, module.forward)
             self.units += units
         self.root = [unit for unit in self.units if not unit.name]
@@ -217,7 +211,9 @@ class Sharded:
 
     @contextlib.contextmanager
     def _attach(self, units: list[Unit]):
-        """The parameters of `units` stand in their modules inside, where module.weight finds them; no longer after."""
+        """The parameters of `units` stand in their modules inside, where module.weight finds them; no longer after.
+        Nothing is done for units that stand there already (in `unsharded`)."""
+        units = [unit for unit in units if unit not in self.attached]
         try:
             for unit in units:
                 params = Gather.apply(unit.shard, unit, self)
@@ -234,13 +230,13 @@ class Sharded:
                     module.__dict__.pop(attribute, None)
 
     def _run(self, units: list[Unit], forward: Callable, *args, **kwargs):
-        """A module's `forward` with its units attached, if they do not stand there already (in `unsharded`)."""
-        with self._attach([] if units[0] in self.attached else units):
+        """A module's `forward` with its units attached."""
+        with self._attach(units):
             return forward(*args, **kwargs)
 
     def _pack(self, saved: Tensor):
         """What autograd saves in place of a tensor: for a view of a unit's parameters, how to get it again."""
-        unit = next((x for x in self.attached if storage_of(x.full) == storage_of(saved)), None)
+        unit = next((x for x in self.attached if x.full.untyped_storage() is saved.untyped_storage()), None)
         if unit is None or unit in self.root:
             return saved.detach()
         return unit, saved.shape, saved.stride(), saved.storage_offset()
@@ -260,9 +256,6 @@ class Sharded:
 
     @contextlib.contextmanager
     def forward_pass(self):
-        if self.attached:  # inside `unsharded`
-            yield
-            return
         self._end_pass()
         self.in_forward = True
         try:

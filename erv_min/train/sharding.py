@@ -13,8 +13,8 @@ does not ask which it has:
     policy.full_tensors()              (name, parameter) in that order; all must run through it
     policy.every_process_writes, state_shapes(), read(files, key, name)     for training states (train/state.py)
 
-`Sharded` is erv_min/fsdp.py; `FullyShard` is the way out for clusters that outgrow it, and there to compare with. Left
-out: checkpoints of PyTorch's distributed format.
+`FullyShard` is the way out for clusters that outgrow `Sharded`, and there to compare with. Left out: checkpoints of
+PyTorch's distributed format.
 """
 
 import contextlib
