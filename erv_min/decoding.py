@@ -18,11 +18,8 @@ ROOM = 2**30  # bytes that must be free on the device; no capture of a decode st
 
 
 class Decoder:
-    """The completions that are still sampled, on a KV cache that grows by one token per step.
-
-    On CUDA a step of new shapes is run once, which warms up, and then captured as a graph: its hundreds of kernels are
-    launched at once from then on, without Python between them.
-    """
+    """The completions that are still sampled, on a KV cache that grows by one token per step. On CUDA a step of new
+    shapes is run once, which warms up, and then captured: from then on its hundreds of kernels are launched at once."""
 
     def __init__(self, model: HumanOmni, prompts: Prompts, kv: list, group_size: int, max_new_tokens: int):
         """kv: keys and values of the prompts, per layer [B, KV, P, d] twice."""
@@ -34,11 +31,8 @@ class Decoder:
 
     def next_logits(self, last: Tensor, step: int) -> Tensor:
         """The last token of each row, [R], and the number of the step, from 1 on -> logits [R, V], which the next step
-        may overwrite.
-
-        A step looks at what is filled of the cache. On CUDA it looks at the first WINDOW places, then at twice as many,
-        and so on, so that its shapes stay the same for long.
-        """
+        may overwrite. A step looks at what is filled of the cache; on CUDA at the first WINDOW places, then at twice as
+        many, and so on, so that its shapes stay the same for long."""
         longest = self.cache.own[0][0].shape[3]
         window = WINDOW << ((step - 1) // WINDOW).bit_length() if last.is_cuda else step
         self.cache.window = min(longest, window)
@@ -61,9 +55,7 @@ class Decoder:
 
     def drop_finished(self, done: Tensor, left: int) -> None:
         """Goes on without finished completions once that halves the rows; each prompt that goes on has equally many.
-
-        done: bool [R], of all completions; `left`: how many are not done.
-        """
+        done: bool [R], of all completions; `left`: how many are not done."""
         if 2 * left > len(self.rows):
             return
         prompts, kept = unfinished(done[self.rows].view(-1, self.group_size))
@@ -74,10 +66,8 @@ class Decoder:
 
 
 def unfinished(done: Tensor) -> tuple[Tensor, Tensor]:
-    """done [B, G] -> the prompts [B'] and rows [B' * G'] to go on with, if something is left.
-
-    G' is the most that a prompt has left; if another has fewer, finished rows fill up.
-    """
+    """done [B, G] -> the prompts [B'] and rows [B' * G'] to go on with, if something is left. G' is the most that a
+    prompt has left; if another has fewer, finished rows fill up."""
     left = (~done).sum(1)
     prompts, group = left.nonzero()[:, 0], int(left.max())
     columns = done[prompts].int().argsort(dim=1, stable=True)[:, :group]
@@ -91,9 +81,9 @@ latest = {}  # device -> the graph that was captured last, alive for its memory,
 def capture(function: Callable, device: torch.device):
     """(graph, result): `function` recorded as a CUDA graph, and the tensor that each replay fills. It is not run yet.
 
-    Graphs of a device share memory, so they may take turns but not run side by side. Only what runs on a stream of the
-    tensors' own `device` is recorded. torch.cuda.graph would empty the allocator's cache each time, which cost the next
-    pass hundreds of cudaMalloc; here only if there is no room left, since none can be made during a capture.
+    Graphs of a device share memory, so they take turns. Only what runs on a stream of the tensors' own `device` is
+    recorded. torch.cuda.graph would empty the allocator's cache each time, which cost the next pass hundreds of
+    cudaMalloc; here only if there is no room left, since none can be made during a capture.
     """
     graph, pool = torch.cuda.CUDAGraph(), (latest[device].pool(),) if device in latest else ()
     with torch.cuda.device(device), torch.cuda.stream(capture_stream(device)):

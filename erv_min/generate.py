@@ -31,8 +31,7 @@ def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int =
     """One token per row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
     Temperature 0 is greedy. top_k, then top_p, cut the distribution first (0 and 1.0: off), to the same tokens as in
-    transformers: of those that tie at top_p's border, some may stay and some go. Sums are float64: in float32 tokens of
-    probability under 6e-8 would never be drawn.
+    transformers. Sums are float64: in float32 tokens of probability under 6e-8 would never be drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)

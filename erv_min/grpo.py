@@ -20,8 +20,8 @@ MAX_LOG_RATIO = 80.0  # exp of it is a float32; a token so far up is clipped any
 def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> Tensor:
     """A_i = (R_i - mean(R)) / (std(R) + 1e-4) within each group of `group_size`; float [B * G] -> [B * G].
 
-    The standard deviation is the unbiased one, as released. A group of equal rewards, or of one, has advantage 0: that
-    is tested as max = min, since the mean of G equal numbers (8/3, say) is not always that number in float32.
+    The standard deviation is the unbiased one, as released. A group of equal rewards has advantage 0: that is tested
+    as max = min, since the mean of G equal numbers (8/3, say) is not always that number in float32.
     divide=False: R_i - mean(R), without the bias towards groups of little spread (Dr. GRPO, arXiv 2503.20783).
     """
     if rewards.numel() % group_size:
@@ -36,10 +36,8 @@ def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> T
 
 def kl_k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KL(pi_theta || pi_ref) per token, estimator k3: exp(d) - d - 1 with d = ref_logps - logps; any shape, >= 0.
-
-    Its value is unbiased under pi_theta (Schulman, "Approximating KL divergence", 2020; divergence 7). Its gradient on
-    policy is that of KL(pi_ref || pi_theta), the other direction (divergence 21).
-    """
+    Unbiased under pi_theta (Schulman, "Approximating KL divergence", 2020; divergence 7); its gradient on policy is
+    that of KL(pi_ref || pi_theta), the other direction (divergence 21)."""
     d = ref_logps - logps
     return d.exp() - d - 1
 
@@ -66,8 +64,8 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
         loss  = mean_i mean_t [ -min(ratio * A_i, clip(ratio, 1 - epsilon, 1 + epsilon) * A_i) + beta * k3 ]
 
     kl_term="k2" has ratio * k2 in place of k3, in which the ratio is a weight without gradient.
-    logps, old_logps, ref_logps, mask: [R, T]; advantages: [R]. Positions outside the mask take no part, whatever
-    stands there: they are set to 0 first, since a gradient through exp of a padding value could be 0 * inf.
+    logps, old_logps, ref_logps, mask: [R, T]; advantages: [R]. What stands outside the mask is set to 0 first, since a
+    gradient through exp of a padding value could be 0 * inf.
     """
     inside = mask.bool()
     logps, old_logps, ref_logps = (x.masked_fill(~inside, 0.0) for x in (logps, old_logps, ref_logps))

@@ -34,10 +34,8 @@ def between(text: str, opening: str, closing: str) -> str | None:
 
 
 def select_labels(probs: Tensor, labels: Sequence[str], tau: float = 0.5, k: int = 2) -> list[list[str]]:
-    """EL_k, algorithm 1 lines 7-14: u [S, K] -> for each sentence its labels, best first.
-
-    The k best of those strictly over tau; the best one if none is. Of equal probabilities the later label goes
-    first, as in the release. Raises SettingsError if K is not len(labels), or a probability is not a number."""
+    """EL_k, algorithm 1 lines 7-14: u [S, K] -> for each sentence its labels, best first: the k best of those strictly
+    over tau; the best one if none is. Of equal probabilities the later label goes first, as in the release."""
     u = torch.as_tensor(probs)
     if u.shape[1:] != (len(labels),) or u.isnan().any():
         raise SettingsError(f"the verifier gave {tuple(u.shape)} probabilities for {len(labels)} labels, or some that "
@@ -71,9 +69,8 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
 
 
 def format_reward(completion: str) -> float:
-    """R_format: 1 if the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0.
-
-    The released regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking."""
+    """R_format: 1 if the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0. The released
+    regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking."""
     middle = re.search(r"</think>\s*<answer>", completion.removeprefix("<think>"))
     return float(completion.startswith("<think>") and middle is not None and completion.endswith("</answer>"))
 
