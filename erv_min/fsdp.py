@@ -121,7 +121,6 @@ class Sharded:
             if module is not model:
                 module.forward = partial(self._run, units, module.forward)
             self.units += units
-        self.root = [unit for unit in self.units if not unit.name]
         self.trained = {unit.name or "root": unit for unit in self.units if unit.shard.requires_grad}
         for unit, following in zip(self.units, self.units[1:]):
             if unit.name.rpartition(".")[0] == following.name.rpartition(".")[0]:
@@ -237,7 +236,7 @@ class Sharded:
     def _pack(self, saved: Tensor):
         """What autograd saves in place of a tensor: for a view of a unit's parameters, how to get it again."""
         unit = next((x for x in self.attached if x.full.untyped_storage() is saved.untyped_storage()), None)
-        if unit is None or unit in self.root:
+        if unit is None or not unit.name:
             return saved.detach()
         return unit, saved.shape, saved.stride(), saved.storage_offset()
 
@@ -257,9 +256,10 @@ class Sharded:
     @contextlib.contextmanager
     def forward_pass(self):
         self._end_pass()
+        root = [unit for unit in self.units if not unit.name]
         self.in_forward = True
         try:
-            with self._attach(self.root), saved_tensors_hooks(self._pack, self._unpack):
+            with self._attach(root), saved_tensors_hooks(self._pack, self._unpack):
                 yield
         finally:
             self.in_forward = False
@@ -267,7 +267,7 @@ class Sharded:
     @contextlib.contextmanager
     def unsharded(self, *parts: str):
         self._end_pass()
-        units = [unit for unit in self.units if unit in self.root or not parts or unit.name.startswith(parts)]
+        units = [unit for unit in self.units if not unit.name or not parts or unit.name.startswith(parts)]
         with torch.no_grad(), self._attach(units):
             yield
 

@@ -60,21 +60,17 @@ def prefill(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
 @any_kernels()
 @torch.no_grad()
 def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int, eos_token_id: int,
-            noise: Tensor | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-            on_token=None) -> Completions:
+            noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, on_token=None) -> Completions:
     """Samples `group_size` completions for each of B prompts; stops as soon as every row has met `eos_token_id`.
 
-    noise: [B * G, max_new_tokens] from `sampling_noise` (None is allowed at temperature 0). `on_token(ids [B * G])` is
-    called after each step. Returns ids, mask and logps [B * G, T], T <= max_new_tokens. What follows a row's EOS is EOS
-    and masked out. The log-probs are at that temperature, before top_k and top_p cut it; 0 for greedy tokens.
+    noise: [B * G, max_new_tokens] from `sampling_noise`. `on_token(ids [B * G])` is called after each step. Returns ids,
+    mask and logps [B * G, T], T <= max_new_tokens. What follows a row's EOS is EOS and masked out. The log-probs are at
+    that temperature, before top_k and top_p cut it; 0 for greedy tokens.
     """
-    if temperature > 0 and noise is None:
-        raise SettingsError("sampling at a temperature above 0 needs noise: pass sampling_noise(...), or temperature=0")
     device, total = prompts.embeds.device, len(prompts.embeds) * group_size
     ids = torch.full((total, max_new_tokens), eos_token_id, dtype=torch.long, device=device)
     logps = torch.zeros(total, max_new_tokens, device=device)
-    noise = (torch.zeros_like(logps) if noise is None else noise).to(device)
-    done = torch.zeros(total, dtype=torch.bool, device=device)
+    noise, done = noise.to(device), torch.zeros(total, dtype=torch.bool, device=device)
     logits, decoder = prefill(model, prompts, group_size, max_new_tokens)  # [R, V]
     for t in range(max_new_tokens):
         rows = decoder.rows  # the completions that are still sampled

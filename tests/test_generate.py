@@ -271,26 +271,20 @@ def test_noise_is_a_function_of_its_key():
 def test_stops_when_all_rows_are_done_and_masks_what_follows():
     model = tiny_model()
     prompts = tiny_prompts(model)
-    first = rollout(model, prompts, 1, 1, eos_token_id=-1, temperature=0).ids  # greedy first token of each prompt
+    first = rollout(model, prompts, 1, 1, -1, torch.zeros(2, 1), temperature=0).ids  # greedy first token of each prompt
     eos = first[0, 0].item()
-    completions = rollout(model, prompts, 1, 8, eos_token_id=eos, temperature=0)
+    completions = rollout(model, prompts, 1, 8, eos, torch.zeros(2, 8), temperature=0)
     assert completions.mask[0].tolist() == [True] + [False] * (completions.mask.shape[1] - 1)  # its EOS counts
     assert (completions.ids[0] == eos).all()
-    alone = rollout(model, Prompts(prompts.embeds[:1], prompts.mask[:1]), 3, 8, eos_token_id=eos, temperature=0)
+    alone = rollout(model, Prompts(prompts.embeds[:1], prompts.mask[:1]), 3, 8, eos, torch.zeros(3, 8), temperature=0)
     assert alone.ids.shape == (3, 1)
-
-
-def test_sampling_without_noise_is_refused():
-    model = tiny_model()
-    with pytest.raises(SettingsError, match="sampling_noise"):
-        rollout(model, tiny_prompts(model), 2, 4, 0, temperature=1.0)
 
 
 def test_cuts_and_temperature_reach_the_sampler():
     """The best token alone, by top-k or by top-p, or at a temperature next to 0: what is greedy."""
     model, prompts = tiny_model(3), tiny_prompts(tiny_model(3))
     noise = sampling_noise(5, 0, [4, 9], 3, 8)
-    greedy = rollout(model, prompts, 3, 8, 17, temperature=0).ids
+    greedy = rollout(model, prompts, 3, 8, 17, noise, temperature=0).ids
     for cut in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-4)):
         assert torch.equal(rollout(model, prompts, 3, 8, 17, noise, **cut).ids, greedy), cut
     assert not torch.equal(rollout(model, prompts, 3, 8, 17, noise).ids[:, :2], greedy[:, :2])

@@ -39,9 +39,7 @@ def outputs(collate: Collator, examples: list[Example], numbers: list[int], sett
         items = dict(zip(numbers[at : at + batch_size], stream))
         decoded = {number: x for number, x in items.items() if not isinstance(x, ClipError)}
         if decoded:
-            noise = None
-            if settings.temperature > 0:
-                noise = sampling_noise(settings.seed, 0, list(decoded), 1, settings.max_new_tokens)
+            noise = sampling_noise(settings.seed, 0, list(decoded), 1, settings.max_new_tokens)
             found = rollout(model, embed(model, collate(list(decoded.values()))), 1, settings.max_new_tokens,
                             collate.tokenizer.eos_id, noise, settings.temperature, top_p=settings.top_p,
                             on_token=on_token)

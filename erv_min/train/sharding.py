@@ -118,15 +118,15 @@ class FullyShard(Replicated):
 
     @contextlib.contextmanager
     def unsharded(self, *parts: str):
+        self.root.set_reshard_after_forward(False)
         for module in self.modules:
-            module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             with torch.no_grad():
                 yield
         finally:
+            self.root.set_reshard_after_forward(True)
             for module in self.modules:
-                module.set_reshard_after_forward(module is not self.root, recurse=False)
                 module.reshard()
 
     def clip_gradients(self, max_norm: float) -> float:
