@@ -91,7 +91,7 @@ def fresh_head(model: RobertaClassifier, num_labels: int) -> RobertaClassifier:
     """The same network with a new, randomly drawn output layer of `num_labels` classes."""
     new = RobertaClassifier(replace(model.config, num_labels=num_labels))
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("classifier.out_proj.")}
-    new.load_state_dict(new.state_dict() | kept)
+    new.load_state_dict(kept, strict=False)
     return use_onednn(new)
 
 

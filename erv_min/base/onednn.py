@@ -16,9 +16,10 @@ for cache, shapes in (("LRU_CACHE_CAPACITY", "16"), ("ONEDNN_PRIMITIVE_CACHE_CAP
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., K], weight [N, K], bias [N] -> [..., N]. In float32 on a CPU without gradients through oneDNN
     in place of MKL: on one row it reads the weight twice as fast, on many it uses AVX-512 where MKL does not (AMD)."""
-    plain = (not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32
-             or x.numel() == 0 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-    return F.linear(x, weight, bias) if plain else torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+    if (ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel()
+            and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], None)
+    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
