@@ -64,7 +64,7 @@ class Unit:
     def __init__(self, name: str, names: list[str], shapes: list[torch.Size]):
         """name: of the module, "" for the root; names: of the parameters, as released."""
         self.name, self.names, self.shapes = name, names, shapes
-        # of each parameter in the flat vector, and of all without the padding at the end
+        # where each parameter begins in the flat vector, and where the last one ends
         *self.starts, self.numel = accumulate((-(-x.numel() // ALIGN) * ALIGN for x in shapes), initial=0)
         self.places: list[tuple[int, nn.Module, str]] = []  # which parameter stands where; a tied one stands twice
         self.shard: nn.Parameter = None  # [ceil(numel / N)]
@@ -98,7 +98,8 @@ class Sharded:
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
-        """Raises SettingsError if two units share a weight."""
+        """compute: the type of gathered parameters; float32 makes all float32. Raises SettingsError if two units share
+        a weight."""
         self.model, self.device, self.compute = model, torch.device(device), compute
         self.dtype = torch.float32 if any(p.requires_grad for p in model.parameters()) else compute  # of the shards
         self.rank, self.size = rank_and_size()
