@@ -188,7 +188,7 @@ def test_kl(examples):
 
 def test_splice_and_metrics(examples):
     (seen,) = examples.splice().values()
-    assert seen["tokens"].tolist() == [[5, *[-201] * 4, 6, *[-202] * 2, 7, 8]]
+    assert seen["expanded"].tolist() == [[5, *[-201] * 4, 6, *[-202] * 2, 7, 8]]
     by_hand = {"EEA": 60, "FCR": 20, "EPC": 40, "WAR": 40}  # of five clips
     assert {x: examples.five_metrics("paper")[x] for x in by_hand} == pytest.approx(by_hand)
 

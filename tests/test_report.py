@@ -35,7 +35,7 @@ def test_a_report_holds_every_part_and_runs_no_text(run):
     page = page_of([run])
     for part in ("Held-out results", "Confusion matrices",
                  "Entropy", "R_answer", "KL to the reference", "Completions over the training",
-                 "sadness, anxiety", "group_size", "huggingface-hub", "data:image/jpeg;base64,",
+                 "sadness, anxiety", "group_size", "soundfile", "data:image/jpeg;base64,",
                  "data:video/mp4;base64,"):
         assert part in page, part
     assert "&lt;script&gt;document.title" in page and "<script" not in page and "onerror=\"" not in page
