@@ -112,7 +112,7 @@ def test_source_is_the_files_and_margins_say_who_calls_whom(page):
                            ("erv_min.rewards:score_completions", "erv_min.rewards:explanation_reward"),
                            ("erv_min.grpo:grpo_loss", "erv_min.grpo:kl_k3"),
                            ("erv_min.generate:prefill", "erv_min.model.qwen2:Qwen2.forward"),
-                           ("erv_min.logps:token_logps", "erv_min.logps:TokenLogps")):
+                           ("erv_min.logps:token_logps", "erv_min.base.chunked:TokenLogps")):
         assert called in margins[caller] and caller in margins[called]
     assert "erv_min.metrics:score" not in margins["scripts.grpo:main"] and margins["erv_min.sft:sft_loss"] == []
     assert "erv_min.generate:sampling_noise" not in margins["erv_min.generate:rollout"]  # it stands in a message alone

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import erv_min.logps
+import erv_min.base.chunked
 from erv_min.inputs import Example
 from erv_min.logps import Completions, completion_logps, token_logps
 from erv_min.model.attention import PackedGroups
@@ -110,9 +110,9 @@ def test_chunks_change_nothing(monkeypatch):
     hidden, weight = torch.randn(50, 8, generator=generator), torch.randn(40, 8, generator=generator)
     ids = torch.randint(0, 40, (50,), generator=generator)
     results, rows = [], []
-    monkeypatch.setattr(erv_min.logps, "linear", lambda x, weight: rows.append(len(x)) or x @ weight.T)
+    monkeypatch.setattr(erv_min.base.chunked, "linear", lambda x, weight: rows.append(len(x)) or x @ weight.T)
     for chunk, kind in ((2**24, torch.Tensor), (40 * 7, torch.Tensor), (40 * 7, OnCuda)):
-        monkeypatch.setattr(erv_min.logps, "CHUNK_LOGITS", chunk)
+        monkeypatch.setattr(erv_min.base.chunked, "CHUNK_LOGITS", chunk)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logps, entropy = token_logps(h, w.as_subclass(kind), ids, with_entropy=True)
         logps.pow(2).sum().backward()
@@ -147,7 +147,7 @@ def test_chunks_do_not_cost_bfloat16_its_digits(monkeypatch):
     ids = torch.randint(0, 100, (512,), generator=generator)
 
     def gradient(dtype: torch.dtype, chunk: int) -> torch.Tensor:
-        monkeypatch.setattr(erv_min.logps, "CHUNK_LOGITS", chunk)
+        monkeypatch.setattr(erv_min.base.chunked, "CHUNK_LOGITS", chunk)
         w = weight.detach().clone().to(dtype).requires_grad_()
         token_logps(hidden.to(dtype), w, ids)[0].mean().backward()
         return w.grad.float()
@@ -159,8 +159,8 @@ def test_chunks_do_not_cost_bfloat16_its_digits(monkeypatch):
 
 def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
     """The most bytes alive at a time in forward and backward, hidden states and the head's gradient apart."""
-    assert 4 * erv_min.logps.CHUNK_LOGITS <= 2**26 and erv_min.logps.ON_CUDA <= 4  # bytes that are set aside for logits
-    monkeypatch.setattr(erv_min.logps, "CHUNK_LOGITS", 2**12)
+    assert 4 * erv_min.base.chunked.CHUNK_LOGITS <= 2**26 and erv_min.base.chunked.ON_CUDA <= 4  # bytes that are set aside for logits
+    monkeypatch.setattr(erv_min.base.chunked, "CHUNK_LOGITS", 2**12)
 
     def peak(vocab: int, length: int) -> int:
         hidden, weight = torch.randn(length, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)

@@ -24,7 +24,7 @@ from erv_min.base.progress import Progress
 from erv_min.config import HumanOmniConfig, humanomni
 from erv_min.fsdp import Sharded
 from erv_min.generate import sample_token
-from erv_min.logps import CHUNK_LOGITS, ON_CUDA, token_logps
+from erv_min.logps import token_logps
 from erv_min.model.attention import GroupCache, PackedGroups
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import freeze_except
@@ -73,7 +73,7 @@ def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettin
     from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
-        with (FakeTensorMode(), patch("erv_min.logps.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
+        with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
               Progress(f"a step on {gpus} GPUs is planned")):
             return _run(config, stage, settings, gpus)
     finally:
