@@ -18,6 +18,7 @@ from live import Live
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from erv_min.base.chunked import CHUNK_LOGITS, ON_CUDA
 from erv_min.base.options import OneLineParser, checked, parser_for, positive, preset_values
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
