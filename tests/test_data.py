@@ -335,7 +335,7 @@ def test_merr_and_its_doubt(tmp_path):
     ('{"s1": {"pseu_emotion": "angry"}, "s1": {"pseu_emotion": "sad"}}', "'s1' is there twice"),
     ('{"s1": {"emotion": "angry"}}', "entry 's1': no text in field pseu_emotion"),
     ('{"s1": {"pseu_emotion": "hungry"}}', "entry 's1': label 'hungry'"),
-    ('[1]', "found a list"), ('{"s1": \n{]}', r"not JSON \(.*line 2"), ('{}', "no example"),
+    ('[1]', "found a list"), ('{"s1": \n{]}', r"not a JSON file \(.*line 2"), ('{}', "no example"),
 ])
 def test_merr_damaged(tmp_path, text, message):
     write(tmp_path / "MERR_fine_grained.json", text)

@@ -99,7 +99,7 @@ def test_our_rows_with_and_without_data(tmp_path):
      "entry 1: a second judgement of clip 1, after .*entry 0"),
     ('{"video_id": "1", "output": "a"}\n{"video_id": "01", "output": "b"}',
      "row 2: a second output of clip 1, after .*row 1"),
-    ("[{]", "not JSON"), ('{"video_id": "1"}', "row 1: expected fields video_id and output"),
+    ("[{]", "not a JSON file"), ('{"video_id": "1"}', "row 1: expected fields video_id and output"),
 ])
 def test_damaged_predictions(tmp_path, text, message):
     with pytest.raises(DataError, match=message):

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from erv_min.base.errors import CheckpointError, DataError, DiskError
@@ -87,31 +88,38 @@ def append_jsonl(path: str | Path, value) -> None:
 def _bytes(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
-def _parsed(text: bytes, refusal: str):
+def _parsed(text: bytes, refusal: str, pairs: Callable[[list], dict] | None = None):
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, nested too deep
         raise DataError(f"{refusal} ({error})") from None
 
 
-def read_json(path: str | Path):
-    """Reads a JSON file. Raises DataError naming the file and the place that does not parse."""
-    return _parsed(_bytes(path), f"{path}: not a JSON file")
+def _once(pairs: list) -> dict:
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice; each clip may be there once")
+    return dict(pairs)
+
+
+def read_json(path: str | Path, kind: type = object, once: bool = False):
+    """Reads a JSON file whose value is a `kind`; `once`: two equal keys, of which json.load keeps the last, are an
+    error. Raises DataError naming the file and the place that does not parse."""
+    value = _parsed(_bytes(path), f"{path}: not a JSON file", _once if once else None)
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: expected a {kind.__name__}, found a {type(value).__name__}")
+    return value
 
 
 def read_object(path: str | Path) -> dict:
     """Reads a model folder's JSON file, which holds an object. Raises CheckpointError naming the file."""
     try:
-        value = read_json(path)
+        return read_json(path, dict)
     except DataError as error:
         raise CheckpointError(f"{error}; fetch it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_jsonl(path: str | Path, log: bool = False) -> list:

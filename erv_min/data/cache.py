@@ -1,4 +1,4 @@
-"""What the frozen towers made of a clip, kept in memory and on the disk: later visits neither decode nor run them."""
+"""What the frozen towers made of a clip, kept on the disk or in memory: later visits neither decode nor run them."""
 
 import hashlib
 import logging
@@ -19,9 +19,9 @@ FEATURES = 2  # part of the key; to be raised if decoding or the towers' arithme
 
 
 class FeatureCache:
-    """Frozen-tower features of clips, keyed by file path, size, modification time and `key`: in `folder` as safetensors
-    if one is given, and in memory up to `memory` bytes (the first clips stay: each is passed once per epoch, so that
-    evicting the oldest would always throw out the next one)."""
+    """Frozen-tower features of clips, keyed by file path, size, modification time and `key`: in `folder` as
+    safetensors, or without one in memory, up to `memory` bytes (the first clips stay: each is passed once per epoch, so
+    that evicting the oldest would always throw out the next one)."""
 
     def __init__(self, folder: str | Path | None, key: str, memory: int = 2 << 30):
         self.folder, self.key, self.room, self.kept = Path(folder) if folder else None, key, memory, {}
@@ -41,26 +41,20 @@ class FeatureCache:
         """The clip as its features on the CPU, vision [T, N, C] and audio [P, C]; None if they are not there."""
         name = self._name(example)
         parts = self.kept.get(name)
-        if parts is None and self.folder and (self.folder / name).is_file():
+        if self.folder and (self.folder / name).is_file():
             try:
                 parts = load_tensors((self.folder / name).read_bytes())
             except (SafetensorError, OSError) as error:
                 log.warning("%s: damaged, made again (%s)", self.folder / name, error)
-                return None
-            self._keep(name, parts)
         return parts and Inputs(example, None, (parts.get("vision"), parts.get("audio")), "silent" in parts)
 
     def put(self, example: Example, vision=None, audio=None, silent: bool = False) -> None:
         """Keeps a clip's features; a modality that the model is not given is None."""
         parts = {"vision": vision, "audio": audio, "silent": torch.ones(1, dtype=torch.bool) if silent else None}
         parts = {part: value.detach().cpu().contiguous() for part, value in parts.items() if value is not None}
-        if name := self._name(example):
-            if self.folder:
-                atomic_write(self.folder / name, save_tensors(parts))
-            self._keep(name, parts)
-
-    def _keep(self, name: str, parts: dict) -> None:
-        size = sum(value.nbytes for value in parts.values())
-        if name not in self.kept and size <= self.room:
+        name, size = self._name(example), sum(value.nbytes for value in parts.values())
+        if name and self.folder:
+            atomic_write(self.folder / name, save_tensors(parts))
+        elif name and name not in self.kept and size <= self.room:
             self.kept[name] = parts
             self.room -= size

@@ -8,7 +8,6 @@ an annotation file, whose name must not be that of the other split.
 
 import csv
 import io
-import json
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from erv_min.base.decode import frame_files
 from erv_min.base.errors import DataError
+from erv_min.base.files import read_json
 from erv_min.emotions import LABELS, labels, normalize
 from erv_min.inputs import Example
 from erv_min.rewards import between
@@ -129,22 +129,6 @@ def check_label(text: str, dataset: str, where: str, ids: bool = False) -> str:
     return label
 
 
-def read_unique_json(path: Path, kind: type, form: str):
-    """The file's value, a `kind`. json.load silently keeps the last of two equal keys: here they are an error."""
-    def once(pairs: list) -> dict:
-        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-            raise ValueError(f"{twice[0]!r} is there twice; each clip may be there once")
-        return dict(pairs)
-
-    try:
-        value = json.loads(read_text(path), object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep to be of any use
-        raise DataError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, kind):
-        raise DataError(f"{path}: expected {form}, found a {type(value).__name__}")
-    return value
-
-
 Row = tuple[str, str, str, str, str]  # place in the file, clip, label, subtitle, explanation
 
 
@@ -183,7 +167,7 @@ def _emer(path: Path) -> Iterator[Row]:
 
 def _merr(path: Path) -> Iterator[Row]:
     """JSON `{clip: {"pseu_emotion", "smp_reason_caption", "text", ...}}`."""
-    for name, entry in read_unique_json(path, dict, '{clip: {"pseu_emotion": ..., ...}}').items():
+    for name, entry in read_json(path, dict, once=True).items():
         if not isinstance(entry, dict) or not isinstance(entry.get("pseu_emotion"), str):
             raise DataError(f"{path}, entry {name!r}: no text in field pseu_emotion")
         texts = (cell(entry.get(field)) for field in ("pseu_emotion", "text", "smp_reason_caption"))
@@ -231,7 +215,7 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
     path = Path(path)
     root = Path(os.path.abspath(root or path.parent))
     examples, form = [], '{"video": PATH, "conversations": [..., {"from": "gpt", "value": TEXT}]}'
-    for number, entry in enumerate(read_unique_json(path, list, f"[{form}, ...]")):
+    for number, entry in enumerate(read_json(path, list, once=True)):
         where = f"{path}, entry {number}"
         try:
             video = entry["video"].strip()

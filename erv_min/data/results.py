@@ -12,9 +12,9 @@ from pathlib import Path
 
 from erv_min.base.chat import after_thought
 from erv_min.base.errors import DataError
-from erv_min.base.files import read_jsonl
+from erv_min.base.files import read_json, read_jsonl
 from erv_min.base.options import file_list
-from erv_min.data.readers import check_label, clip_key, read_text, read_unique_json
+from erv_min.data.readers import check_label, clip_key, read_text
 from erv_min.emotions import labels
 from erv_min.inputs import Example
 from erv_min.judge import read_answer
@@ -86,7 +86,7 @@ def _jsonl_rows(path: Path, _) -> Rows:
 
 def _judged_rows(path: Path, _) -> Rows:
     form = '{clip: {"reason": ..., "gpt_response": ...}}'
-    for number, entry in enumerate(read_unique_json(path, list, f"[{form}, ...]")):
+    for number, entry in enumerate(read_json(path, list, once=True)):
         for clip, judged in entry.items() if isinstance(entry, dict) else [("?", None)]:
             row = {field: judged.get(field) for field in ("reason", "gpt_response")} if isinstance(judged, dict) else {}
             if not row or not all(isinstance(x, str) for x in row.values()):
