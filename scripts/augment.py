@@ -22,7 +22,7 @@ from pathlib import Path
 from erv_min.base.chat import ChatClient
 from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl, write_jsonl
-from erv_min.base.options import checked, option, parser_for
+from erv_min.base.options import OneLineParser, checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
 from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
 from erv_min.data.pairs import counts_table, read_rows
@@ -161,11 +161,10 @@ STEPS = {"annotated": (Annotated, "EMER and MERR-fine as training rows"),
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  allow_abbrev=False)
+    top = OneLineParser(description=__doc__)
     steps = top.add_subparsers(dest="step", required=True, metavar="STEP")
     for name, (cls, text) in STEPS.items():
-        steps.add_parser(name, help=text, parents=[parser_for(cls, text)], add_help=False, allow_abbrev=False)
+        steps.add_parser(name, help=text, parents=[parser_for(cls, text)], add_help=False)
     return top
 
 

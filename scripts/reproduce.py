@@ -11,7 +11,6 @@ Differences of two rows are paired by seed, with intervals over seeds (Student's
 the clips that they answer, so that an interval over clips would promise too much.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -24,7 +23,7 @@ import numpy as np
 
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, read_json, read_jsonl, write_json
-from erv_min.base.options import positive
+from erv_min.base.options import OneLineParser, positive
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
 from erv_min.metrics import COLUMNS
@@ -236,8 +235,7 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of everything")
     parser.add_argument("--seeds", type=positive, default=4, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")

@@ -38,15 +38,12 @@ def option_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def preset_value(f: dataclasses.Field, preset: str):
-    """The value of a field in a preset: "toy", "paper-0.5b", "paper-7b", or "paper" for both sizes; "": the default."""
-    names = {"": (), "toy": ("toy",), "paper-7b": ("paper_7b", "paper")}.get(preset, ("paper",))
-    return next((f.metadata["presets"][name] for name in names if name in f.metadata["presets"]), f.default)
-
-
 def preset_values(cls: type, preset: str) -> dict:
-    """Every field of the settings dataclass `cls` -> its value in a preset."""
-    return {f.name: preset_value(f, preset) for f in dataclasses.fields(cls)}
+    """Every field of the settings dataclass `cls` -> its value in a preset of PRESETS; in "paper", what both sizes
+    have; in "", the default."""
+    names = {"": (), "toy": ("toy",), "paper-7b": ("paper_7b", "paper")}.get(preset, ("paper",))
+    return {f.name: next((f.metadata["presets"][name] for name in names if name in f.metadata["presets"]), f.default)
+            for f in dataclasses.fields(cls)}
 
 
 def check(settings) -> None:
@@ -85,7 +82,11 @@ def positive(text: str) -> int:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Exits with one line and status 2 if a command line is wrong: the usage of sixty options would hide it."""
+    """Exits with one line and status 2 if a command line is wrong: the usage of sixty options would hide it. Options
+    are not to be abbreviated; the description is shown as it is written."""
+
+    def __init__(self, **how):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **how)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -102,16 +103,16 @@ class Help(argparse.Action):
 
 
 def parser_for(cls: type, description: str, parents: list[argparse.ArgumentParser] = ()) -> argparse.ArgumentParser:
-    """A parser with one option per field of the settings dataclass `cls`, under the title of its group; not to be
-    abbreviated. What is not given is not in the parsed arguments."""
-    parser = OneLineParser(usage="%(prog)s [options]", description=description, parents=parents, add_help=False,
-                           formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    """A parser with one option per field of the settings dataclass `cls`, under the title of its group. What is not
+    given is not in the parsed arguments."""
+    parser = OneLineParser(usage="%(prog)s [options]", description=description, parents=parents, add_help=False)
     parser.add_argument("-h", "--help", action=Help, nargs="?", choices=("all",), default=argparse.SUPPRESS,
                         help="show this; --help all lists every option")
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    fields = dataclasses.fields(cls)
-    presets = PRESETS if "preset" in [f.name for f in fields] else ("",)
-    for f in fields:
+    presets = {name: preset_values(cls, name) for name in (PRESETS if hasattr(cls, "preset") else ("",))}
+    for f in dataclasses.fields(cls):
+        texts = [{"True": "on", "False": "off"}.get(x, x) for x in (str(each[f.name]) for each in presets.values())]
+        shown = [f"{name}: {text or 'none'}" for name, text in zip(presets, texts)] if len(set(texts)) > 1 else texts[:1]
         how = dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
@@ -119,16 +120,8 @@ def parser_for(cls: type, description: str, parents: list[argparse.ArgumentParse
             how = dict(type=type(f.default), choices=f.metadata["choices"])
         groups[f.metadata["group"]].add_argument(
             option_name(f.name), dest=f.name, default=argparse.SUPPRESS,
-            help=(f.metadata["help"] + shown_default(f, presets)).replace("%", "%%"), **how)
+            help=(f.metadata["help"] + f" [{', '.join(shown)}]" * any(shown)).replace("%", "%%"), **how)
     return parser
-
-
-def shown_default(f: dataclasses.Field, presets: tuple[str, ...]) -> str:
-    """What the help text ends with: the default in brackets; if presets differ, each one's value."""
-    texts = [{"True": "on", "False": "off"}.get(x, x) for x in (str(preset_value(f, preset)) for preset in presets)]
-    if len(set(texts)) > 1:
-        return " [" + ", ".join(f"{preset}: {text or 'none'}" for preset, text in zip(presets, texts)) + "]"
-    return f" [{texts[0]}]" if texts[0] else ""
 
 
 def checked(parser: argparse.ArgumentParser, cls: type, values: dict):

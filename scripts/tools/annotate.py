@@ -7,7 +7,6 @@ read from their files, and functions run, when the page is built: neither can be
 variables are its intermediate values. With --run, RUN/erv and RUN/completions.jsonl are verifier and completions.
 """
 
-import argparse
 import ast
 import html
 import json
@@ -28,6 +27,7 @@ from torch import Tensor
 from erv_min import erv, grpo, metrics, rewards
 from erv_min.base.errors import DataError
 from erv_min.base.files import atomic_write
+from erv_min.base.options import OneLineParser
 from erv_min.base.processes import run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.emotions import ERV_LABELS
@@ -241,8 +241,7 @@ def build(examples: Examples, sections: str = SECTIONS) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--run", default="", help="a toy run of scripts/grpo.py: its verifier and completions")
     parser.add_argument("--out", default="annotated.html", help="the page")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from live import Live
 from torch import Tensor
 
 from erv_min.base.errors import SettingsError
-from erv_min.base.options import positive
+from erv_min.base.options import OneLineParser, positive
 from erv_min.base.processes import barrier, exact_kernels, leave, run_script
 from erv_min.config import AUDIO, VIDEO, humanomni
 from erv_min.generate import rollout, sampling_noise
@@ -248,8 +248,7 @@ BENCHES = {"rollout": rollout_ways, "step": step_ways, "logps": logps_ways, "fsd
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("bench", nargs="+", choices=BENCHES, metavar="BENCH", help=", ".join(BENCHES))
     parser.add_argument("--size", default="toy", choices=("toy", "0.5b", "7b"), help="dimensions of the model")
     parser.add_argument("--group", type=positive, default=8, help="G, completions of a prompt")

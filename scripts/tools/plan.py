@@ -175,7 +175,7 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = OneLineParser(allow_abbrev=False, add_help=False)
+    parser = OneLineParser(add_help=False)
     parser.add_argument("--stage", choices=KINDS, default="grpo", help="whose settings these are [grpo]")
     stage = parser.parse_known_args(argv)[0].stage
     parser = parser_for(KINDS[stage], __doc__, parents=[parser])

@@ -7,7 +7,6 @@ versions. It is one file and asks no network. What a run does not hold is named 
 size is bounded, however long the runs.
 """
 
-import argparse
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pages import fill, text
 
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import atomic_write, read_json, read_jsonl
+from erv_min.base.options import OneLineParser
 from erv_min.base.processes import run_script
 from erv_min.base.progress import Progress
 from erv_min.data.examples import load_examples
@@ -210,8 +210,7 @@ def build(runs: list[Run]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run or of an evaluation, or NAME=FOLDER")
     parser.add_argument("--out", default="report.html", help="the page")
     parser.add_argument("--data", default="", help="where the clips are, 'dfew:/path' (default: as in the run)")

@@ -15,7 +15,6 @@ is the one that most raters chose in question 1; top 2: it is among the two chos
 often at the cut each counts with its share. What can be read of a partial file is used; `problems` names the rest.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -28,7 +27,7 @@ from pages import PLAYABLE, data_uri, fill, text
 
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import atomic_write, read_json, write_json
-from erv_min.base.options import positive
+from erv_min.base.options import OneLineParser, positive
 from erv_min.base.processes import run_script
 from erv_min.data.examples import load_examples
 from erv_min.data.results import read_predictions
@@ -234,10 +233,9 @@ def report(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("make", help="write the survey page and its key", allow_abbrev=False).add_argument
+    add = commands.add_parser("make", help="write the survey page and its key").add_argument
     add("--first", required=True, help="predictions of the first system (of table 3's first column)")
     add("--second", required=True, help="predictions of the second")
     add("--names", default="Ours,Baseline", help="their names in the tables; the page does not show them")
@@ -249,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="seed of choice, order and sides")
     add("--title", default="How well do these explanations fit the video?", help="heading of the page")
     add("--embed-mb", type=float, default=32, help="clips inside the page up to so much; 0: always beside it")
-    add = commands.add_parser("score", help="read the raters' files", allow_abbrev=False).add_argument
+    add = commands.add_parser("score", help="read the raters' files").add_argument
     add("answers", nargs="+", help="JSON files that raters exported")
     add("--key", required=True, help="the key that make wrote")
     add("--out", default="", help="also write all figures as JSON")
