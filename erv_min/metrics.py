@@ -148,20 +148,3 @@ def agreement(judged_a: list[str | None], judged_b: list[str | None]) -> dict:
     p_e = sum(said_a[x] * said_b[x] for x in said_a) / n**2 if n else 1
     return {"n": n, "left_out": len(judged_a) - n, "accuracy": p_o,
             "kappa": None if p_e == 1 else (p_o - p_e) / (1 - p_e)}
-
-
-def next_with_another(answers: list[str]) -> list[int | None]:
-    """For each clip the next one in the order (after the last comes the first) with another answer; None: none has."""
-    n = len(answers)
-    return [next((j % n for j in range(i + 1, i + n) if answers[j % n] != answers[i]), None) for i in range(n)]
-
-
-def moved(own: list[str | None], changed: list[str | None], others: list[str] | None = None) -> dict:
-    """Answers after the own explanation and after a changed one (arXiv 2307.13702) -> {"n", "moved"[, "followed"]},
-    shares, None of none. moved: they differ; followed: the new one is `others`', the answer whose explanation it got.
-    """
-    n = len(own)
-    shares = {"moved": sum(a != b for a, b in zip(own, changed, strict=True))}
-    if others is not None:
-        shares["followed"] = sum(b == c for b, c in zip(changed, others, strict=True))
-    return {"n": n} | {name: count / n if n else None for name, count in shares.items()}

@@ -25,8 +25,7 @@ from erv_min.base.processes import join_processes, part, run_script
 from erv_min.data.examples import check_clips, load_examples, summary, too_many
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
-from erv_min.metrics import (COLUMNS, agreement, bootstrap, moved, next_with_another, read_prediction, score,
-                             table)
+from erv_min.metrics import COLUMNS, agreement, bootstrap, read_prediction, score, table
 from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
@@ -76,8 +75,11 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
 
 
 def answers_again(policy, examples: list, rows: list[dict], processes, settings: EvaluateSettings) -> dict[str, dict]:
-    """Data set -> `metrics.moved` of the answers after a changed explanation and after the own one, both written
-    again. Left out: clips without explanation or readable answer, or without another answer to exchange with."""
+    """Data set -> {"n", "moved"[, "followed"], "left_out"}: the shares (None of none) of the answers after a changed
+    explanation that differ from those after the own one (arXiv 2307.13702), and that are the one whose explanation it
+    got; both are written again. An explanation is exchanged for the next one in the order (after the last comes the
+    first) with another answer. Left out: clips without explanation or readable answer, or if no other answer is there.
+    """
     results, kept, cut = {}, [], settings.think == "cut"
     clips = {(example.dataset, example.video_id): example for example in examples}
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
@@ -85,14 +87,17 @@ def answers_again(policy, examples: list, rows: list[dict], processes, settings:
         said = [(clips[dataset, row["video_id"]], extract_explanation(row["output"]),
                  read_prediction(row["output"], dataset, settings.rule)[1]) for row in of_set]
         said = [(clip, explanation, answer) for clip, explanation, answer in said if explanation and answer]
-        others = next_with_another([answer for *_, answer in said])
-        pairs = [(own, None if cut else said[j]) for own, j in zip(said, others) if cut or j is not None]
+        others = [next((x for x in said[i + 1 :] + said[:i] if x[2] != own[2]), None) for i, own in enumerate(said)]
+        pairs = [(own, other) for own, other in zip(said, others) if cut or other]
         given = [own[1] for own, _ in pairs] + ["" if cut else other[1] for _, other in pairs]
         outputs = answers_after(policy, 2 * [own[0] for own, _ in pairs], given, processes, settings)
         answers = [read_prediction(output, dataset, settings.rule)[1] for output in outputs]
         before, after = answers[: len(pairs)], answers[len(pairs) :]
-        results[dataset] = moved(before, after, None if cut else [other[2] for _, other in pairs])
-        results[dataset]["left_out"] = len(of_set) - len(pairs)
+        found = {"moved": [a != b for a, b in zip(before, after)]}
+        if not cut:
+            found["followed"] = [b == other[2] for b, (_, other) in zip(after, pairs)]
+        shares = {name: sum(hits) / len(hits) if hits else None for name, hits in found.items()}
+        results[dataset] = {"n": len(pairs), **shares, "left_out": len(of_set) - len(pairs)}
         kept += [{"video_id": own[0].video_id, "dataset": dataset, "answer": first, "answer_after_change": second,
                   "explanation_of": None if cut else other[0].video_id}
                  for (own, other), first, second in zip(pairs, before, after)]

@@ -6,7 +6,7 @@ from conftest import GOLDEN
 from equations.test_metrics_eea_fcr_epc_war_uar import EIGHT, row
 from erv_min.base.errors import DataError, SettingsError
 from erv_min.base.files import read_json
-from erv_min.metrics import agreement, bootstrap, moved, next_with_another, score, table
+from erv_min.metrics import agreement, bootstrap, score, table
 
 RECORDED = read_json(GOLDEN / "text/metrics.json")
 
@@ -64,18 +64,6 @@ def test_agreement_by_hand():
     assert (found["n"], found["left_out"], found["accuracy"], found["kappa"]) == (4, 1, 0.75, 0.5)
     assert agreement(["sad"], ["sad"])["kappa"] is None
     assert agreement([None], ["sad"]) == {"n": 0, "left_out": 1, "accuracy": None, "kappa": None}
-
-
-def test_the_next_clip_with_another_answer_by_hand():
-    assert next_with_another(["sad", "sad", "happy", "fear", "sad"]) == [2, 2, 3, 4, 2]  # the last: 0, 1 are sad, too
-    assert next_with_another(["sad", "sad"]) == [None, None] and next_with_another([]) == []
-
-
-def test_moved_answers_by_hand():
-    own, changed = ["sad", "sad", "fear", "fear"], ["sad", "happy", None, "sad"]  # None: unreadable, it moved as well
-    assert moved(own, changed) == {"n": 4, "moved": 0.75}
-    assert moved(own, changed, ["happy", "happy", "happy", "sad"]) == {"n": 4, "moved": 0.75, "followed": 0.5}
-    assert moved([], [], []) == {"n": 0, "moved": None, "followed": None}
 
 
 def test_table():
