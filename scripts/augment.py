@@ -13,6 +13,7 @@ Texts are kept once; clips of a test split are refused.
 
 import argparse
 import hashlib
+import os
 import random
 import re
 from collections import Counter
@@ -24,10 +25,11 @@ from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl, write_jsonl
 from erv_min.base.options import OneLineParser, checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
-from erv_min.data.examples import check_clips, check_disjoint, load_examples, summary, too_many
+from erv_min.data.examples import check_clips, load_examples, summary, too_many
 from erv_min.data.pairs import counts_table, read_rows
 from erv_min.data.readers import cell
 from erv_min.emotions import ERV_LABELS, to_erv
+from erv_min.inputs import Example
 from erv_min.judge import permuted, read_answer
 from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
@@ -174,6 +176,17 @@ def keep(out: str | Path, rejected_out: str | Path, good: list[dict], rejected: 
     if rejected and not good:
         raise DataError(f"none of {len(rejected)} answers can be used; they are in {rejected_out}")
     print(f"{out}: {len(good)} rows, {len(rejected)} rejected ({rejected_out})")
+
+
+def check_disjoint(train: list[Example], test: list[Example]) -> None:
+    """Raises DataError if a clip is in both lists (by its path, or by data set and id)."""
+    def keys(example: Example) -> set:
+        return {os.path.realpath(example.path), (example.dataset, example.video_id)}
+
+    known = set().union(*map(keys, train))
+    if shared := [example for example in test if keys(example) & known]:
+        raise DataError(f"{len(shared)} clips are in training and test data, the first: {shared[0].path}; "
+                        "take the same official split for both")
 
 
 def describe(settings: PredictionSettings) -> None:

@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,14 @@ def test_described_takes_the_explanation_once(tmp_path):
     assert [(row["text"], row["clip"], row["split"], row["model"], row["seed"]) for row in kept] == [
         ("He weeps.", "dfew/1", "train", "r1", 7)]
     assert [row["clip"] for row in empty] == ["dfew/3"] and json.dumps(kept)
+
+
+def test_train_and_test_do_not_share_clips(tmp_path):
+    *train, test = (Example(name, tmp_path / f"{name}.mp4", "sad", "dfew") for name in "129")
+    augment.check_disjoint(train, [test])
+    with pytest.raises(DataError, match="1 clips are in training and test data.*9.mp4"):
+        augment.check_disjoint([*train, replace(test, video_id="other")], [test])  # the same file under another id
+    elsewhere = [replace(train[0], path=tmp_path / "copy" / train[0].path.name)]  # the same clip in another folder
+    with pytest.raises(DataError, match="1 clips are in training and test data"):
+        augment.check_disjoint(train, elsewhere)
+    augment.check_disjoint(train, [replace(elsewhere[0], dataset="mafw")])  # of another data set: another clip

@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 from erv_min.base.errors import ClipError
+from erv_min.base.files import read_jsonl
+from erv_min.base.processes import Processes
 from erv_min.checkpoint import load_humanomni
 from erv_min.config import humanomni
-from erv_min.data.loader import training_inputs
 from erv_min.inputs import Example
 from erv_min.model.parameters import random_humanomni
 from erv_min.toy import base
 from erv_min.toy.world import WorldSettings, build_world
+from erv_min.train.hooks import TrainingClips
+from erv_min.train.settings import SFTSettings
 from erv_min.train.start import weights_key
 from test_data import walk
 
@@ -164,17 +167,19 @@ def test_a_users_folder_goes_through_every_script(chain, tmp_path):
     assert {Path(row["clip"]).name for row in answers} == set(written) and "ClipError" in printed and "cut.mp4" in printed
 
 
-def test_training_inputs_put_the_next_of_the_order_in_a_broken_clips_place(world):
-    config, clips = humanomni("toy"), sorted((world / "clip").glob("*.mp4"))[:4]
+def test_the_next_of_the_order_comes_in_a_broken_clips_place(world, tmp_path, monkeypatch):
+    clips = sorted((world / "clip").glob("*.mp4"))[:4]
     examples = [Example(path.stem, path, "happy", "dfew") for path in clips]
     examples[1] = examples[2] = replace(examples[1], path=world / "no-such-clip.mp4")
-    told = []
-    taken = [(place, x.example.video_id) for place, x in training_inputs(
-        [0, 1, 3], lambda place: examples[place % 4], 4, lambda place, error: told.append(place), config=config, cache=None,
-        num_frames=4, workers=0)]
-    assert taken == [(0, clips[0].stem), (3, clips[3].stem), (3, clips[3].stem)] and told == [1, 1]
+    settings, alone = SFTSettings(out=str(tmp_path)), Processes(0, 1, torch.device("cpu"))
+    how = dict(config=humanomni("toy"), cache=None, num_frames=4, workers=0)
+    stream = TrainingClips(settings, alone, [[x] for x in examples], 1)
+    monkeypatch.setattr(stream, "unit_at", lambda place: [examples[place % 4]])
+    taken = [(place, x.example.video_id) for place, x in stream.inputs([0, 1, 3], **how)]
+    assert taken == [(0, clips[0].stem), (3, clips[3].stem), (3, clips[3].stem)]
+    assert [row["step"] for row in read_jsonl(tmp_path / "failed_clips.jsonl")] == [1, 1]
     with pytest.raises(ClipError, match="none of the 1 clips could be decoded"):
-        next(training_inputs([0], lambda place: examples[1], 1, lambda *_: None, config=config, cache=None, workers=0))
+        next(TrainingClips(settings, alone, [[examples[1]]], 1).inputs([0], **how))
 
 
 def test_kept_features_belong_to_their_towers():

@@ -396,7 +396,7 @@ def test_no_log_is_emptied_when_the_states_are_gone(tmp_path, changes, said):
 
 def test_clips_that_failed_before_a_resume_still_count(tmp_path, monkeypatch):
     """2 of 10 with 10% allowed, one of them before the stop."""
-    monkeypatch.setattr(hooks, "training_inputs", lambda *_, **__: iter(()))
+    monkeypatch.setattr(hooks, "clip_inputs", lambda *_, **__: iter(()))
     policy = SimpleNamespace(model=SimpleNamespace(config=None), cache=None)
     for first_step in (0, 3):
         clips = TrainingClips(SFTSettings(out=str(tmp_path), allow_missing=0.1), ALONE, [[]] * 10, 4)

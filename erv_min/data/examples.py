@@ -73,18 +73,6 @@ def check_clips(examples: list[Example], allow_missing: float = 0.01,
     return [example for example in examples if example.path in found]
 
 
-def check_disjoint(train: list[Example], test: list[Example]) -> None:
-    """Raises DataError if a clip is in both lists (by its path, or by data set and id)."""
-    def keys(example: Example) -> set:
-        return {os.path.realpath(example.path), (example.dataset, example.video_id)}
-
-    known = set().union(*map(keys, train))
-    shared = [example for example in test if keys(example) & known]
-    if shared:
-        raise DataError(f"{len(shared)} clips are in training and test data, the first: {shared[0].path}; "
-                        "take the same official split for both")
-
-
 def summary(examples: list[Example]) -> str:
     """A line per data set and split: clips, examples, and examples per class."""
     lines = []

@@ -1,7 +1,6 @@
 """Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError.
 
     examples -> clip_inputs (workers, or the feature cache) -> Inputs
-    places of the order of training -> training_inputs -> Inputs, as many for every process, whatever breaks
 """
 
 import logging
@@ -54,26 +53,6 @@ def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: Featur
     finally:
         if len(silent) > 1:
             log.warning("%d clips without sound were heard as 10 s of silence (--silence)", len(silent))
-
-
-def training_inputs(places: Iterable[int], example_at: Callable[[int], Example], count: int,
-                    on_error: Callable[[int, ClipError], None], **how) -> Iterator[tuple[int, Inputs]]:
-    """(place, Inputs) for each of `places`, of which `example_at` gives the example: equal work, whatever breaks.
-
-    If a clip cannot be decoded, `on_error` is told, and the next of the order stands in its place: the place that comes
-    out is the one whose example it is. Raises ClipError if none of the `count` examples can be decoded. `how`:
-    `clip_inputs`' other arguments.
-    """
-    places = list(places)
-    for place, x in zip(places, clip_inputs(map(example_at, places), **how)):
-        taken = place
-        while isinstance(x, ClipError):
-            on_error(place, x)
-            taken += 1
-            if taken == place + 2 * count:  # among so many places stands every example
-                raise ClipError(f"none of the {count} clips could be decoded, the last: {x}")
-            (x,) = clip_inputs([example_at(taken)], **how | {"workers": 0})
-        yield taken, x
 
 
 # ---- the order of training ------------------------------------------------------------------------------------------

@@ -57,10 +57,8 @@ def cell(value) -> str:
 
 
 def find_annotation(root: Path, names: list[str], prefer: str) -> Path:
-    """`root` itself, or the first of `names` that is in it or up to three folders below it; of several on one level the
-    one with `prefer` in its path. Raises DataError for none, and for more than one."""
-    if root.is_file():
-        return root
+    """The first of `names` that is in `root` or up to three folders below it; of several on one level the one with
+    `prefer` in its path. Raises DataError for none, and for more than one."""
     for pattern in (depth + name for depth in ("", "*/", "*/*/", "*/*/*/") for name in names):
         found = [path for path in sorted(root.glob(pattern)) if path.is_file() and not path.name.startswith("._")]
         found = [path for path in found if prefer in path.as_posix()] or found
@@ -71,15 +69,6 @@ def find_annotation(root: Path, names: list[str], prefer: str) -> Path:
             return found[0]
     raise DataError(f"{root}: no {' or '.join(names)} in it or up to three levels below"
                     f"{'' if root.is_dir() else ' (no such folder)'}; give the folder that holds the official files")
-
-
-def check_split(path: Path, split: str) -> None:
-    """Raises DataError for an annotation file whose name, or else its folder's, says the other split."""
-    said = (re.findall("(?<![a-z])(train|test)", path.name.lower())  # single_trainset_5.csv; contest.csv says nothing
-            or re.findall(r"^(train|test)(?:_?(?:set|split|data))?(?!\w)", path.absolute().parent.name.lower()))
-    if said and split not in said:
-        raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
-                        "folder that holds both")
 
 
 def clip_key(name: str) -> str:
@@ -186,13 +175,18 @@ FOLDS = ("dfew", "mafw")  # come in five sets, each of a training and a test fil
 
 def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") -> list[Example]:
     """The examples of a data set in FORMATS; `root` is its folder, or the annotation file. Raises DataError."""
-    (rows, names, missing, prefer), root = FORMATS[dataset], Path(root)
-    path = find_annotation(root, [name.format(split=split, fold=fold) for name in names], prefer)
-    if root.is_file() and dataset in FOLDS:
-        check_split(path, split)
-    if root.is_file():  # its clips: beside it, else the nearest folder of clips around it
+    (rows, names, missing, prefer), path = FORMATS[dataset], Path(root)
+    if path.is_file():
+        said = (re.findall("(?<![a-z])(train|test)", path.name.lower())  # single_trainset_5.csv; contest.csv: nothing
+                or re.findall(r"^(train|test)(?:_?(?:set|split|data))?(?!\w)", path.absolute().parent.name.lower()))
+        if dataset in FOLDS and said and split not in said:
+            raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "
+                            "folder that holds both")
+        # its clips: beside it, else the nearest folder of clips around it
         above = (up for up in path.absolute().parents[:5] if any((up / x).is_dir() for x in CLIP_FOLDERS if x))
         root = path.parent if index_clips(path.parent) else next(above, path.parent)
+    else:
+        root, path = path, find_annotation(path, [name.format(split=split, fold=fold) for name in names], prefer)
     clips, places, examples = index_clips(root), {}, []  # places: clip -> where it is annotated
     for place, name, label, subtitle, explanation in rows(path):
         where = f"{path}, {place}"

@@ -1,12 +1,13 @@
 """What a training loop calls beside its equations: this process's clips, the reward of completions, held-out clips."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from erv_min.base.errors import ClipError, SettingsError
 from erv_min.base.files import append_jsonl, read_jsonl
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.data.examples import check_clips, load_examples, too_many
-from erv_min.data.loader import item_at, steps_per_epoch, training_inputs
+from erv_min.data.loader import clip_inputs, item_at, steps_per_epoch
 from erv_min.decoding import prompts_at_once
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
@@ -41,10 +42,22 @@ class TrainingClips:
         """Begins to decode for `collate`, at the clips of `first_step`. What failed before a resume still counts."""
         if first_step and self.failures.exists():
             self.failed = [row["error"] for row in read_jsonl(self.failures, log=True)]
-        places = (step * self.per_step + place for step in range(first_step, self.total_steps) for place in self.places)
-        self.stream = training_inputs(
-            places, lambda place: self.unit_at(place)[0], len(self.units), self._failed, config=collate.model.config,
-            cache=collate.cache, **clip_options(self.settings))
+        places = [step * self.per_step + place for step in range(first_step, self.total_steps) for place in self.places]
+        self.stream = self.inputs(places, config=collate.model.config, cache=collate.cache,
+                                  **clip_options(self.settings))
+
+    def inputs(self, places: list[int], **how) -> Iterator[tuple[int, Inputs]]:
+        """(place, Inputs) for each of `places`: equal work, whatever breaks. The place that comes out is the one whose
+        example it is. Raises ClipError if no clip can be decoded. `how`: `clip_inputs`' other arguments."""
+        for place, x in zip(places, clip_inputs((self.unit_at(place)[0] for place in places), **how)):
+            taken = place
+            while isinstance(x, ClipError):
+                self._failed(place, x)
+                taken += 1
+                if taken == place + 2 * len(self.units):  # among so many places stands every example
+                    raise ClipError(f"none of the {len(self.units)} clips could be decoded, the last: {x}")
+                (x,) = clip_inputs([self.unit_at(taken)[0]], **how | {"workers": 0})
+            yield taken, x
 
     def next(self) -> list[Inputs]:
         """A step's clips; one that cannot be decoded is replaced by the next of the order. `taken`: their places."""
