@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(counts_table(read_rows(files)))
     rows = [(f"{file}, row {n}", row) for file in files for n, row in enumerate(read_jsonl(file), 1)]
     for where, row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not cell(row["text"]):
+        if not isinstance(row.get("text"), str) or not cell(row["text"]):
             raise DataError(f"{where}: no text in field text; `describe` writes such rows")
         if row.get("split") == "test":
             raise DataError(f"{where}: clip {row.get('clip')} is of a test split, which the verifier must not see")

@@ -86,7 +86,7 @@ def test_a_section_that_names_what_is_gone_is_an_error(examples, was, becomes, m
         annotate.Page(examples, section.replace(was, becomes))
 
 
-@pytest.mark.parametrize("rows, message", [("", "no completion in it"), ("3\n", "row 1: expected a JSON object")])
+@pytest.mark.parametrize("rows, message", [("", "no completion in it"), ("3\n", "line 1: not a JSON object")])
 def test_a_run_without_readable_completions_is_an_error(tmp_path, rows, message):
     (tmp_path / "erv").mkdir()
     (tmp_path / "completions.jsonl").write_text(rows)

@@ -108,7 +108,7 @@ def test_test_clips_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([], "no description in it"), ([3], "row 1: no text"), ([{"text": 3}], "row 1: no text"),
+    ([], "no description in it"), ([3], "line 1: not a JSON object"), ([{"text": 3}], "row 1: no text"),
     ([{"text": "a"}, {"text": " "}], "row 2: no text")])
 def test_label_names_the_row_without_text(tmp_path, monkeypatch, rows, message):
     monkeypatch.setenv("OPENAI_API_KEY", "x")

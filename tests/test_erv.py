@@ -147,7 +147,7 @@ def test_rows_accept_any_data_sets_names(tmp_path):
 
 
 @pytest.mark.parametrize("row, field", [
-    ({"labels": ["sad"]}, "text"), ({"text": " ", "labels": ["sad"]}, "text"), ({"text": "x"}, "labels"), (3, "text"),
+    ({"labels": ["sad"]}, "text"), ({"text": " ", "labels": ["sad"]}, "text"), ({"text": "x"}, "labels"),
     ({"text": "x", "labels": "sad"}, "labels"), ({"text": "x", "labels": []}, "labels"),
     ({"text": "x", "labels": ["sad"], "truth": []}, "truth"),
     ({"text": "x", "labels": ["gloomyish"]}, "gloomyish"), ({"text": "x", "labels": ["sad"], "truth": ["?"]}, "label '?'")])
@@ -512,7 +512,7 @@ def test_audit_command(trained, tmp_path, capsys):
     shutil.copy(trained / "tokenizer.json", tmp_path / "blind")
     assert audit.on_paraphrases(blind, 0.5, 2) == {  # disgust's 16 of 112: F1 2 * 16 / (112 + 16), of six others 0
         "sentences": 112, "macro_f1": pytest.approx(0.25 / 7)}
-    for broken, message in (([rows[0], 3], "row 2: expected fields video_id and output"),
+    for broken, message in (([rows[0], 3], "line 2: not a JSON object"),
                             ([{**rows[0], "output": 3}], "row 1: expected fields video_id and output"),
                             ([{"video_id": "1", "output": "x"}], "row 1: clip 1 has no ground_truth"),
                             ([{**rows[0], "ground_truth": "odd"}], "row 1"), ([], "no prediction"),

@@ -49,6 +49,9 @@ def test_errors_name_file_and_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"n": 1}\nnot json\n{"n": 2}\n')
     with pytest.raises(DataError, match=r"bad.jsonl, line 2"):
         read_jsonl(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"n": 1}\n[2]\n')
+    with pytest.raises(DataError, match="bad.jsonl, line 2: not a JSON object.*found a list"):
+        read_jsonl(tmp_path / "bad.jsonl")
     (tmp_path / "bad.json").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="bad.json"):
         read_json(tmp_path / "bad.json")

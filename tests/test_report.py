@@ -112,7 +112,7 @@ def test_missing_parts_are_named_and_damage_is_an_error(run, tmp_path):
     for name, content, message in (
             ("metrics.jsonl", '{"step": 0}\n{"step": 1', None),  # a row whose write was cut is no damage
             ("metrics.jsonl", '{"step": 0\n{"step": 1}\n', "metrics.jsonl, line 1"),
-            ("metrics.jsonl", '[1]\n', "metrics.jsonl, row 1: expected a JSON object"),
+            ("metrics.jsonl", '[1]\n', "metrics.jsonl, line 1: not a JSON object"),
             ("metrics.jsonl", '{"step": "0"}\n', "metrics.jsonl, row 1: field 'step' is '0'; was it edited?"),
             ("completions.jsonl", '{"step": 3, "video_id": "1"}\n', "completions.jsonl, row 1: field 'dataset' is 'None'"),
             ("evaluation.json", "{", "evaluation.json: not a JSON file"),

@@ -92,9 +92,12 @@ def _bytes(path: str | Path) -> bytes:
         raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
-def _parsed(text: bytes, refusal: str, pairs: Callable[[list], dict] | None = None):
+def _parsed(text: bytes, kind: type, refusal: str, pairs: Callable[[list], dict] | None = None):
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs)
+        if not isinstance(value, kind):
+            raise ValueError(f"expected a {kind.__name__}, found a {type(value).__name__}")
+        return value
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, nested too deep
         raise DataError(f"{refusal} ({error})") from None
 
@@ -108,10 +111,7 @@ def _once(pairs: list) -> dict:
 def read_json(path: str | Path, kind: type = object, once: bool = False):
     """Reads a JSON file whose value is a `kind`; `once`: two equal keys, of which json.load keeps the last, are an
     error. Raises DataError naming the file and the place that does not parse."""
-    value = _parsed(_bytes(path), f"{path}: not a JSON file", _once if once else None)
-    if not isinstance(value, kind):
-        raise DataError(f"{path}: expected a {kind.__name__}, found a {type(value).__name__}")
-    return value
+    return _parsed(_bytes(path), kind, f"{path}: not a JSON file", _once if once else None)
 
 
 def read_object(path: str | Path) -> dict:
@@ -122,10 +122,10 @@ def read_object(path: str | Path) -> dict:
         raise CheckpointError(f"{error}; fetch it again") from None
 
 
-def read_jsonl(path: str | Path, log: bool = False) -> list:
-    """Reads one JSON value per line. Raises DataError naming the line. `log`: a file of append_jsonl, in which what
+def read_jsonl(path: str | Path, log: bool = False) -> list[dict]:
+    """Reads one JSON object per line. Raises DataError naming the line. `log`: a file of append_jsonl, in which what
     follows the last newline was cut by a stop: it is left out here, and removed there."""
     *lines, last = _bytes(path).split(b"\n")
     lines += [] if log else [last]
-    return [_parsed(line, f"{path}, line {number}: not a JSON object, or cut off")
+    return [_parsed(line, dict, f"{path}, line {number}: not a JSON object, or cut off")
             for number, line in enumerate(lines, 1) if line.strip()]

@@ -112,7 +112,8 @@ def parser_for(cls: type, description: str, parents: list[argparse.ArgumentParse
     presets = {name: preset_values(cls, name) for name in (PRESETS if hasattr(cls, "preset") else ("",))}
     for f in dataclasses.fields(cls):
         texts = [{"True": "on", "False": "off"}.get(x, x) for x in (str(each[f.name]) for each in presets.values())]
-        shown = [f"{name}: {text or 'none'}" for name, text in zip(presets, texts)] if len(set(texts)) > 1 else texts[:1]
+        named = [f"{name}: {text or 'none'}" for name, text in zip(presets, texts)]
+        shown = named if len(set(texts)) > 1 else texts[:1]
         how = dict(type=type(f.default), metavar=f.name.rsplit("_", 1)[-1].upper())
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)

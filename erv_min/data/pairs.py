@@ -37,7 +37,7 @@ def read_rows(paths: list[str | Path]) -> list[Row]:
     rows = []
     for path in paths:
         for number, raw in enumerate(read_jsonl(path), 1):
-            where, raw = f"{path}, row {number}", raw if isinstance(raw, dict) else {}
+            where = f"{path}, row {number}"
             text = cell(raw["text"]) if isinstance(raw.get("text"), str) else ""
             lists = [raw.get("labels"), raw.get("truth", raw.get("labels"))]
             if not text or not all(isinstance(names, list) and names for names in lists):

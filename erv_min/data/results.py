@@ -6,7 +6,6 @@ neither label nor data set: they are joined with the data's examples by clip.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from erv_min.base.errors import DataError
 from erv_min.base.files import read_json, read_jsonl
 from erv_min.base.options import file_list
 from erv_min.data.readers import check_label, clip_key, read_text
-from erv_min.emotions import labels
+from erv_min.emotions import LABELS, labels
 from erv_min.inputs import Example
 from erv_min.judge import read_answer
 
@@ -28,20 +27,19 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
 
     Returns the rows in the order of the examples, and {"missing": [...], "unknown": [...]} clips. Raises DataError, for
     a second output of one clip and for a clip of several data sets in a row that names none, too."""
-    truth, datasets = {}, defaultdict(set)  # (data set, clip_key) -> example; clip_key -> the data sets that have it
+    truth = {}  # (data set, clip_key) -> example
     for example in examples:
-        clip = clip_key(example.video_id)
-        if truth.setdefault((example.dataset, clip), example).path != example.path:
-            raise DataError(f"{truth[example.dataset, clip].path} and {example.path} have one name: predictions cannot "
-                            "be told apart")
-        datasets[clip].add(example.dataset)
+        first = truth.setdefault((example.dataset, clip_key(example.video_id)), example)
+        if first.path != example.path:
+            raise DataError(f"{first.path} and {example.path} have one name: predictions cannot be told apart")
+    clips = {clip for _, clip in truth}
     rows, first, unknown = {}, {}, []  # first: (key, kind) -> its place in the files
     for path in file_list(files):
         begin = read_text(path := Path(path.strip())).lstrip()[:1]
         rows_of = {"{": _jsonl_rows, "[": _judged_rows}.get(begin, _text_rows)
-        for where, row in rows_of(path, datasets):
+        for where, row in rows_of(path, clips):
             clip = clip_key(row["video_id"])
-            known = [row["dataset"].lower()] if row.get("dataset") else sorted(datasets.get(clip, []))
+            known = [row["dataset"].lower()] if row.get("dataset") else [x for x in LABELS if (x, clip) in truth]
             if len(known) > 1:
                 raise DataError(f"{where}: clip {row['video_id']} is in {' and '.join(known)}, and the file does not "
                                 "say which: give --data one data set at a time")
@@ -76,7 +74,7 @@ def read_predictions(files: str, examples: list[Example]) -> tuple[list[dict], d
 def _jsonl_rows(path: Path, _) -> Rows:
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path}, row {number}"
-        if not isinstance(row, dict) or "video_id" not in row or not isinstance(row.get("output"), str):
+        if "video_id" not in row or not isinstance(row.get("output"), str):
             raise DataError(f"{where}: expected fields video_id and output (text), found {str(row)[:80]}")
         for field in ("ground_truth", "dataset", "judged_emotion"):
             if not isinstance(row.get(field) or "", str):

@@ -97,7 +97,7 @@ def test_a_config_of_absurd_sizes(field, value):
 
 def test_rows_of_a_judge_s_cache_that_are_no_answers_are_asked_again(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    (tmp_path / "c").write_text('{"key": ["k"], "raw": "x"}\n[]\n{"raw": "x"}\n{"key": "k", "raw": "happy"}\n')
+    (tmp_path / "c").write_text('{"key": ["k"], "raw": "x"}\n{"raw": "x"}\n{"key": "k", "raw": "happy"}\n')
     assert ChatClient("openai:m", tmp_path / "c").answers == {"k": "happy"}
 
 
