@@ -100,7 +100,7 @@ def test_make_says_what_is_wrong(studies, world, tmp_path):
     row = prediction("10004", "sad", "x.", "sad", "sad")
     for number, broken in enumerate((3, {**row, "judged_emotion": 3}, {**row, "output": None})):
         lines(tmp_path / f"{number}.jsonl", [row, broken] if isinstance(broken, int) else [broken])
-        with pytest.raises(DataError, match=rf"{number}.jsonl, row {1 + (number == 0)}: "):
+        with pytest.raises(DataError, match=rf"{number}.jsonl, (row|line) {1 + (number == 0)}: "):
             survey.main(["make", "--first", str(tmp_path / f"{number}.jsonl"), "--second", ours, "--data",
                          f"toy:{world}", "--out", str(tmp_path / "a")])
 

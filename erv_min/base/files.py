@@ -125,7 +125,6 @@ def read_object(path: str | Path) -> dict:
 def read_jsonl(path: str | Path, log: bool = False) -> list[dict]:
     """Reads one JSON object per line. Raises DataError naming the line. `log`: a file of append_jsonl, in which what
     follows the last newline was cut by a stop: it is left out here, and removed there."""
-    *lines, last = _bytes(path).split(b"\n")
-    lines += [] if log else [last]
+    lines = _bytes(path).split(b"\n")
     return [_parsed(line, dict, f"{path}, line {number}: not a JSON object, or cut off")
-            for number, line in enumerate(lines, 1) if line.strip()]
+            for number, line in enumerate(lines[:-1] if log else lines, 1) if line.strip()]

@@ -22,16 +22,13 @@ PRESETS = ("toy", "paper-0.5b", "paper-7b")
 BOUNDS = {"least": ("at least", operator.ge), "over": ("more than", operator.gt), "most": ("at most", operator.le)}
 
 
-def option(default, help: str, choices: tuple = (), *, group: str = "method", own_folder: bool = False,
-           least: float | None = None, over: float | None = None, most: float | None = None, **presets):
+def option(default, help: str, choices: tuple = (), *, group: str = "method", **more):
     """A field with its help text and what is allowed: one of `choices`; >= `least`; > `over`; <= `most`.
 
-    own_folder: where a run writes. A command line must name it, and no other option may.
-    presets: the values of presets that differ from the default: toy=, paper= (both sizes), paper_7b=.
+    own_folder=True: where a run writes. A command line must name it, and no other option may.
+    toy=, paper= (both sizes), paper_7b=: the values of presets that differ from the default.
     """
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, group=group, own_folder=own_folder, least=least, over=over, most=most,
-        presets=presets))
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, group=group, **more))
 
 
 def option_name(name: str) -> str:
@@ -42,7 +39,7 @@ def preset_values(cls: type, preset: str) -> dict:
     """Every field of the settings dataclass `cls` -> its value in a preset of PRESETS; in "paper", what both sizes
     have; in "", the default."""
     names = {"": (), "toy": ("toy",), "paper-7b": ("paper_7b", "paper")}.get(preset, ("paper",))
-    return {f.name: next((f.metadata["presets"][name] for name in names if name in f.metadata["presets"]), f.default)
+    return {f.name: next((f.metadata[name] for name in names if name in f.metadata), f.default)
             for f in dataclasses.fields(cls)}
 
 
@@ -50,7 +47,7 @@ def check(settings) -> None:
     """Raises SettingsError, one line, on the first value out of its range, and if another option names the run's own
     folder, whatever there is would be overwritten."""
     fields = dataclasses.fields(settings)
-    out = next((getattr(settings, f.name) for f in fields if f.metadata["own_folder"]), "")
+    out = next((getattr(settings, f.name) for f in fields if "own_folder" in f.metadata), "")
     for f in fields:
         value, m, name = getattr(settings, f.name), f.metadata, option_name(f.name)
         if m["choices"] and value not in m["choices"]:
@@ -58,9 +55,9 @@ def check(settings) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise SettingsError(f"{name} must be a number, not {value}")
         for bound, (words, holds) in BOUNDS.items():
-            if m[bound] is not None and not holds(value, m[bound]):
+            if bound in m and not holds(value, m[bound]):
                 raise SettingsError(f"{name} must be {words} {m[bound]}, not {value}")
-        names_folder = out and value and isinstance(value, str) and not m["choices"] and not m["own_folder"]
+        names_folder = out and value and isinstance(value, str) and not m["choices"] and "own_folder" not in m
         if names_folder and Path(value).resolve() == Path(out).resolve():
             raise SettingsError(f"--out {out}: {name} names this folder, too, which would be overwritten: give another "
                                 "--out")
@@ -131,7 +128,7 @@ def checked(parser: argparse.ArgumentParser, cls: type, values: dict):
         settings = cls(**values)
         check(settings)
         for f in dataclasses.fields(cls):
-            if f.metadata["own_folder"] and not getattr(settings, f.name):
+            if "own_folder" in f.metadata and not getattr(settings, f.name):
                 raise SettingsError(f"{option_name(f.name)} is needed: {f.metadata['help']}")
     except SettingsError as error:
         parser.error(str(error))

@@ -35,16 +35,16 @@ def load_examples(spec: str, split: str = "train") -> list[Example]:
         path, fold = re.fullmatch(r"(.+?)(?:@set_([1-5]))?", path).groups() if name in FOLDS else (path, None)
         if fold and os.path.isfile(path):
             raise DataError(f"--data {part}: a file is one set already; give its folder, or leave @set_{fold} out")
-        if name == "toy":
-            if not (Path(path) / "world.json").is_file():
-                raise DataError(f"{path}: no finished toy world (world.json is written last); render it again")
-            found = (read_training_json(Path(path) / "train.json", path, "dfew") if split == "sft"
-                     else read_annotated("dfew", path, split))
-        elif name == "json":
+        if name == "toy" and not (Path(path) / "world.json").is_file():
+            raise DataError(f"{path}: no finished toy world (world.json is written last); render it again")
+        if name == "json":
             dataset, file, clips = re.fullmatch(r"(?:(\w+):)?(.+?)(?:@(.+))?", path).groups()
             found = read_training_json(file, clips, dataset, split)
+        elif name == "toy" and split == "sft":
+            found = read_training_json(Path(path) / "train.json", path, "dfew")
         else:
-            found = read_annotated(name, path, "test" if split == "test" else "train", fold or "5")
+            found = read_annotated("dfew" if name == "toy" else name, path, "train" if split == "sft" else split,
+                                   fold or "5")
         if not found:
             raise DataError(f"--data {part}: no example in it")
         examples += found
