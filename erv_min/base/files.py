@@ -104,7 +104,7 @@ def _parsed(text: bytes, kind: type, refusal: str, pairs: Callable[[list], dict]
 
 def _once(pairs: list) -> dict:
     if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice; each clip may be there once")
+        raise ValueError(f"{twice[0]!r} is there twice")
     return dict(pairs)
 
 

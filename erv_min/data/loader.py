@@ -1,7 +1,4 @@
-"""Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError.
-
-    examples -> clip_inputs (workers, or the feature cache) -> Inputs
-"""
+"""Clips decoded in worker processes ahead of the model, in order; one that cannot be decoded comes as its ClipError."""
 
 import logging
 import math

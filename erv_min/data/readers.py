@@ -177,7 +177,7 @@ def read_annotated(dataset: str, root: str | Path, split: str, fold: str = "5") 
     """The examples of a data set in FORMATS; `root` is its folder, or the annotation file. Raises DataError."""
     (rows, names, missing, prefer), path = FORMATS[dataset], Path(root)
     if path.is_file():
-        said = (re.findall("(?<![a-z])(train|test)", path.name.lower())  # single_trainset_5.csv; contest.csv: nothing
+        said = (re.findall("(?<![a-z])(train|test)", path.name.lower())  # single_trainset_5.csv; but not contest.csv
                 or re.findall(r"^(train|test)(?:_?(?:set|split|data))?(?!\w)", path.absolute().parent.name.lower()))
         if dataset in FOLDS and said and split not in said:
             raise DataError(f"{path}: is the {said[0]} split, and {split} was asked for; give the {split} file, or the "

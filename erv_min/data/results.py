@@ -76,9 +76,8 @@ def _jsonl_rows(path: Path, _) -> Rows:
         where = f"{path}, row {number}"
         if "video_id" not in row or not isinstance(row.get("output"), str):
             raise DataError(f"{where}: expected fields video_id and output (text), found {str(row)[:80]}")
-        for field in ("ground_truth", "dataset", "judged_emotion"):
-            if not isinstance(row.get(field) or "", str):
-                raise DataError(f"{where}: field {field} is not text: {str(row[field])[:80]}")
+        if odd := [x for x in ("ground_truth", "dataset", "judged_emotion") if not isinstance(row.get(x) or "", str)]:
+            raise DataError(f"{where}: field {odd[0]} is not text: {str(row[odd[0]])[:80]}")
         yield where, {**row, "video_id": str(row["video_id"])}
 
 

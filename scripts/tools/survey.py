@@ -126,8 +126,8 @@ def read_raters(key: dict, files: list[str]) -> tuple[dict[str, dict], list[str]
     for file in files:
         where = Path(file).name
         try:
-            content = read_json(file)
-            if not isinstance(content, dict) or not isinstance(content.get("answers"), dict):
+            content = read_json(file, dict)
+            if not isinstance(content.get("answers"), dict):
                 raise DataError(f"{where}: not an export of the survey page")
             if content.get("survey") != key["survey"]:
                 raise DataError(f"{where}: answers survey {content.get('survey')!r}, the key is of {key['survey']!r}")
