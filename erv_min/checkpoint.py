@@ -99,7 +99,6 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
     folder, state = Path(folder), shapes or model.state_dict()
     if model.config.text.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    write_safetensors(folder / WEIGHTS, state, stream, dtype)
     origin, gate = model.source_folder, model.gate_folder
     copies = [(Path(origin, name), folder / name) for name in TEXT_FILES] if origin else []
     copies += [(Path(gate, "tokenizer.json"), folder / "text_gate" / "tokenizer.json")] if gate else []
@@ -112,7 +111,15 @@ def save_humanomni(model: HumanOmni, folder: str | Path, dtype: torch.dtype | No
     config = config_json(model.config) | {"torch_dtype": stored_as}
     if "dtype" in config:  # transformers 5 reads this one
         config["dtype"] = stored_as
-    write_json(folder / "config.json", config)
+    write_config(folder, config)
+    write_safetensors(folder / WEIGHTS, state, stream, dtype)  # last: if they are there, the rest is
+
+
+def write_config(folder: Path, config: dict) -> None:
+    """Writes config.json; what a run has written there of itself stays."""
+    file = folder / "config.json"
+    there = read_object(file) if file.exists() else {}
+    write_json(file, config | {key: there[key] for key in there if key == "erv_min"})
 
 
 def config_of(folder: Path) -> dict:
@@ -174,13 +181,13 @@ def save_erv(model: RobertaClassifier, folder: str | Path, labels: Sequence[str]
     """Writes a verifier as Hugging Face's RobertaForSequenceClassification; `labels` name its outputs in order."""
     folder = Path(folder)
     sizes = {k: v for k, v in asdict(model.config).items() if k not in ("num_labels", "roberta")}
-    write_safetensors(folder / WEIGHTS, model.state_dict())
-    write_json(folder / "config.json", sizes | {
+    write_config(folder, sizes | {
         "architectures": ["RobertaForSequenceClassification"], "model_type": "roberta",
         "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "position_embedding_type": "absolute",
         "problem_type": "multi_label_classification", "bos_token_id": 0, "eos_token_id": 2,
         "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)},
         "torch_dtype": "float32"})
+    write_safetensors(folder / WEIGHTS, model.state_dict())
 
 
 def text_gate_folder(folder_or_repo: str | Path, revision: str | None = None, text_tower: str | None = None) -> Path:

@@ -25,7 +25,7 @@ from erv_min.base.errors import DataError
 from erv_min.base.files import read_jsonl, write_jsonl
 from erv_min.base.options import OneLineParser, checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
-from erv_min.data.examples import check_clips, load_examples, summary, too_many
+from erv_min.data.examples import load_examples, too_many
 from erv_min.data.pairs import counts_table, read_rows
 from erv_min.data.readers import cell
 from erv_min.emotions import ERV_LABELS, to_erv
@@ -35,7 +35,7 @@ from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.train.answers import predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import check_names, load_collator
+from erv_min.train.start import check_names, clips_there, load_collator
 
 
 def text_key(text: str) -> str:
@@ -195,9 +195,7 @@ def describe(settings: PredictionSettings) -> None:
         if part.partition(":")[0].lower() in ("dfew", "mafw", "toy"):
             check_disjoint(examples, load_examples(part, "test"))
     processes, out = join_processes(settings.device), Path(settings.out)
-    if processes.main:
-        print(summary(examples), flush=True)
-    examples = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if processes.main else None)
+    examples = clips_there(examples, settings, processes)
     check_names(settings)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
     rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)

@@ -22,7 +22,7 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, write_json, write_jsonl
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, part, run_script
-from erv_min.data.examples import check_clips, load_examples, summary, too_many
+from erv_min.data.examples import load_examples, too_many
 from erv_min.data.results import read_predictions
 from erv_min.judge import judge_rows, make_judge
 from erv_min.metrics import COLUMNS, agreement, bootstrap, read_prediction, score, table
@@ -30,7 +30,7 @@ from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import check_names, load_collator
+from erv_min.train.start import check_names, clips_there, load_collator
 
 
 @dataclass
@@ -58,10 +58,7 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
         too_many(len(lost["missing"]), len(examples), settings.allow_missing, "".join(lost["missing"][:1]),
                  "have no prediction (of the same --split?)")
         return rows, lost | {"failed": []}
-    if processes.main:
-        print(summary(examples), flush=True)
-    out = Path(settings.out)
-    found = check_clips(examples, settings.allow_missing, out / "missing_clips.txt" if processes.main else None)
+    found, out = clips_there(examples, settings, processes), Path(settings.out)
     policy = load_collator(settings, processes)
     rows, failed = predict_to_file(policy, found, processes, out, settings)
     there = {example.path for example in found}

@@ -40,13 +40,13 @@ def main(argv: list[str] | None = None) -> None:
 def train(settings: GRPOSettings, processes: Processes) -> Collator:
     """Eq. 3: maximise E[R(o) - beta KL(pi_theta || pi_ref)] over o ~ pi_theta(. | x)."""
     # What is cheap is checked before any weights are fetched or read.
-    check_start(settings, "grpo", processes)
+    check_start(settings, processes)
     examples = training_examples(settings, "train", processes)
     clips = TrainingClips(settings, processes, [[x] for x in examples], settings.batch_size)
     run = Run(settings.out, settings, processes, clips.total_steps, data_of(examples))
     held_out = HeldOut(settings, processes)
     verifier = load_verifier(settings, processes.device)
-    policy, reference, collate = load_policies(settings, "grpo", processes)
+    policy, reference, collate = load_policies(settings, processes)
     optimizer = make_optimizer(policy.named_parameters().values())
     clips.start(run.begin(policy, optimizer), collate)
 

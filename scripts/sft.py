@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(settings: SFTSettings, processes: Processes) -> None:
     """Eq. 2: minimise - sum_t log pi_theta(y_t | x, y_<t) over targets y = <think>..</think><answer>..</answer>."""
     # What is cheap is checked before any weights are fetched or read.
-    check_start(settings, "sft", processes)
+    check_start(settings, processes)
     examples = training_examples(settings, "sft", processes)
     if settings.answers_only:
         examples = [dataclasses.replace(x, explanation="") for x in examples]
@@ -53,7 +53,7 @@ def train(settings: SFTSettings, processes: Processes) -> None:
     units_per_pass = max(1, settings.micro_batch // settings.targets_per_clip)
     clips = TrainingClips(settings, processes, units, units_per_step)
     run = Run(settings.out, settings, processes, clips.total_steps, data_of(examples))
-    policy, _, collate = load_policies(settings, "sft", processes)
+    policy, _, collate = load_policies(settings, processes)
     optimizer = make_optimizer(policy.named_parameters().values())
     clips.start(run.begin(policy, optimizer), collate)
     frozen = ["model.audio_tower"] if settings.train_vision_tower else ["model.audio_tower", "model.vision_tower"]

@@ -4,12 +4,14 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GOLDEN
+from erv_min import checkpoint
 from erv_min.base.errors import CheckpointError
 from erv_min.checkpoint import (ALL_TOWERS, check_checkpoint, humanomni_config, load_erv, load_humanomni, resolve, save_erv,
                                 save_humanomni, text_gate_folder, tower_place)
@@ -112,6 +114,23 @@ def test_a_write_that_fails_leaves_the_old_file(folder, monkeypatch):
         save_humanomni(model, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert len(list(folder.iterdir())) == 3
+
+
+def test_the_weights_are_written_last_and_what_a_run_says_of_itself_stays(tmp_path, monkeypatch):
+    """A folder with weights is whole (toy/chain.py goes by them); a run that is stopped before can be resumed."""
+    run = {"erv_min": {"settings": {"seed": 5}}}
+    policy, verifier = random_humanomni(humanomni("toy"), 0), RobertaClassifier(roberta("toy", 3))
+    for name, save in (("policy", partial(save_humanomni, policy)), ("erv", partial(save_erv, verifier, labels="abc"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(run))
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_safetensors", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                save(folder)
+        raw = json.loads((folder / "config.json").read_text())
+        assert raw.keys() > run.keys() and raw["erv_min"] == run["erv_min"]
+        assert (folder / "towers.json").exists() == (name == "policy")
 
 
 def test_loaded_weights_are_no_view_of_the_file(folder):

@@ -571,10 +571,10 @@ SMALL = replace(humanomni("toy"), text=replace(humanomni("toy").text, vocab_size
 def test_plan_counts_what_training_holds(recompute):
     """The plan on fake tensors, against the same pass on real ones."""
     settings = SFTSettings(**{**preset_values(SFTSettings, "toy"), "micro_batch": 2, "targets_per_clip": 2, "recompute": recompute})
-    planned = plan(SMALL, "sft", settings, 1)
+    planned = plan(SMALL, settings, 1)
     model = random_humanomni(SMALL)
     model.model.recompute = recompute
-    freeze_except(model, trained_parts("sft", settings))
+    freeze_except(model, trained_parts(settings))
     run = Sharded(model, compute=F32)
     parameters = run.named_parameters().values()
     optimizer = torch.optim.AdamW(parameters, lr=LR)
@@ -598,7 +598,7 @@ def test_plan_counts_what_training_holds(recompute):
 def test_plan_counts_what_sampling_holds():
     settings = GRPOSettings(**{**preset_values(GRPOSettings, "toy"), "group_size": 3, "max_new_tokens": 40, "micro_batch": 2,
                                   "rollout_batch": 2})
-    planned = plan(SMALL, "grpo", settings, 1)
+    planned = plan(SMALL, settings, 1)
     run = Sharded(random_humanomni(SMALL), compute=F32)
     noise = sampling_noise(0, 0, [0, 1], 3, 40)
     with Live() as live, run.unsharded():
@@ -622,13 +622,13 @@ def padded(model, clips: list[int], features) -> Prompts:
 def test_plan_says_what_helps(monkeypatch):
     config = replace(humanomni("toy"), text=replace(humanomni("0.5b").text, num_hidden_layers=2))
     settings = GRPOSettings(**{**preset_values(GRPOSettings, "toy"), "group_size": 2, "max_new_tokens": 64, "micro_batch": 4})
-    one = plan(config, "grpo", settings, 1)
+    one = plan(config, settings, 1)
     needed = one.peak / (1 - RESERVE[1]) + RESERVE[0]
     assert one.fits(needed + 10) and not one.fits(needed - 10)
     for memory, tight in ((needed + 10, True), (2 * needed, False)):
         monkeypatch.setitem(GPUS, "h200", memory)
         assert ("expandable_segments" in show(one, "h200", 1)) == tight
-    steps = [*ways_to_fit(config, "grpo", settings, 1)]
+    steps = [*ways_to_fit(config, settings, 1)]
     assert [name for name, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "9 GPUs"]
     peaks = [one.peak, *(p.peak for _, p in steps)]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 5

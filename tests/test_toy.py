@@ -24,10 +24,11 @@ from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_json, read_jsonl, write_jsonl
 from erv_min.base.options import parse
 from erv_min.base.processes import Processes
+from erv_min.emotions import to_erv
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
 from erv_min.toy import chain, launch, lexicon, text, world
 from erv_min.toy.render import FACE, FRAMES, RATE, SIZE, VOICE, Look, draw, encode, voice
-from erv_min.toy.text import EMOTIONS, ERV_NAMES
+from erv_min.toy.text import EMOTIONS
 from erv_min.toy.world import PROTOTYPES, WorldSettings, build_world, sample_clips
 from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
@@ -314,7 +315,7 @@ def test_the_second_judge_learnt_from_no_sentence_of_a_world():
 def test_judge_reads_words_outside_the_grammar_and_answers_in_the_callers_labels():
     judge = lexicon.LexiconJudge()
     assert judge.judge(["Tears stream down and she cries, sobbing.", "He seems furious; he yells."],
-                       tuple(ERV_NAMES.values())) == ["sadness", "anger"]
+                       tuple(map(to_erv, EMOTIONS))) == ["sadness", "anger"]
     assert judge.judge(["He does not smile. He is not happy. His voice is harsh."], EMOTIONS) == ["angry"]
     assert judge.judge(["She smiles.", "", "A man in a shirt."], ("sad", "neutral")) == [None, None, "neutral"]
     assert judge.judge(["A man in a shirt."], ("happy", "sad")) == [None]
@@ -345,7 +346,9 @@ def test_a_world_that_is_taken_is_of_the_runs_seed(tmp_path):
         (tmp_path / folder / "world.json").write_text(json.dumps({"settings": {"seed": seed}}))
 
     def where(cls, seed: int, **given) -> str:
-        return str(chain.world_folder(cls(out=str(tmp_path / "run"), seed=seed, **given)).relative_to(tmp_path))
+        settings = cls(out=str(tmp_path / "run"), seed=seed, **given)
+        chain.world_stages(settings)
+        return str(Path(settings.world).relative_to(tmp_path))
 
     assert where(GRPOSettings, 0) == "run/world" and where(SFTSettings, 0) == where(ERVSettings, 0) == "world"
     world("world", 17)

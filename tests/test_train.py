@@ -102,10 +102,10 @@ def test_presets_hold_table_8():
 def test_what_a_stage_trains_by_hand():
     """Table 8, as divergence 13 reads it: SFT the gate's MLP, GRPO its BERT, both the projectors; no tower unasked."""
     both = ("language_model", "visual_projector", "audio_projector")
-    assert trained_parts("sft", SFTSettings()) == (*both, "gate_mlp")
-    assert trained_parts("grpo", GRPOSettings()) == (*both, "text_encoder")
-    assert trained_parts("grpo", GRPOSettings(train_projectors=False)) == ("language_model",)
-    assert trained_parts("sft", SFTSettings(train_vision_tower=True)) == (*both, "gate_mlp", "vision_tower")
+    assert trained_parts(SFTSettings()) == (*both, "gate_mlp")
+    assert trained_parts(GRPOSettings()) == (*both, "text_encoder")
+    assert trained_parts(GRPOSettings(train_projectors=False)) == ("language_model",)
+    assert trained_parts(SFTSettings(train_vision_tower=True)) == (*both, "gate_mlp", "vision_tower")
 
 
 def test_command_line_overrides_the_preset():

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from erv_min.base.processes import barrier, join_processes, run_script
+from erv_min.base.weights import WEIGHTS
 from erv_min.toy.base import train_base
-from erv_min.toy.chain import WEIGHTS, one_thread
+from erv_min.toy.chain import one_thread
 from erv_min.toy.world import WorldSettings, build_world
 
 

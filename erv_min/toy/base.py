@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from erv_min.base.errors import ClipError
 from erv_min.base.files import read_jsonl
-from erv_min.base.onednn import use_onednn
 from erv_min.base.processes import rank_and_size
 from erv_min.base.progress import Progress
 from erv_min.checkpoint import save_humanomni
@@ -29,7 +28,7 @@ from erv_min.data.loader import batch_of_step, clip_inputs
 from erv_min.data.readers import read_training_json
 from erv_min.logps import Completions, completion_logps
 from erv_min.model.humanomni import HumanOmni, pad_rows
-from erv_min.model.parameters import freeze_except, init_weights
+from erv_min.model.parameters import freeze_except, random_humanomni
 from erv_min.prompts import gate_text, render, sft_target
 from erv_min.sft import sft_loss
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
@@ -129,10 +128,9 @@ def train_base(world: Path, seed: int = 0) -> None:
     processes gives another model. The main command takes two.
     """
     rank, size = rank_and_size()
-    model = use_onednn(HumanOmni(humanomni("toy")))
+    model = random_humanomni(humanomni("toy"), seed)
     model.source_folder, model.gate_folder = (world / "tokenizers" / name for name in ("lm", "text_gate"))
     tokenizer, gate_tokenizer = Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder)
-    init_weights(model, seed)
     params = {str(row["number"]): row for row in read_jsonl(world / "params.jsonl")}
     written = read_training_json(world / "pretrain.json", world, "dfew")
     units = [list(unit) for _, unit in groupby(written, key=lambda e: e.video_id)]  # captions of a clip stand together

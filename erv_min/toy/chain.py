@@ -3,7 +3,7 @@
     world, rendered -> base model -> SFT -> verifier -> GRPO without R_E | GRPO with R_E -> table 1 on held-out clips
 
 Each process of the toy computes on one thread: sums then run in one order, and a seed gives the same table to the last
-digit whatever else the machine does. On a CPU each stage takes two processes; the two kinds of GRPO share them.
+digit, however many cores there are and whatever else the machine does.
 """
 
 import copy
@@ -17,56 +17,46 @@ import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_json, write_json, write_jsonl
 from erv_min.base.processes import Processes, barrier
+from erv_min.base.weights import WEIGHTS
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
 from erv_min.inputs import Collator
-from erv_min.judge import judge_rows, make_judge
-from erv_min.metrics import COLUMNS, score, table
+from erv_min.judge import make_judge
+from erv_min.metrics import COLUMNS, table
 from erv_min.toy.launch import Stage, become, run
-from erv_min.train.answers import predict
 from erv_min.train.folder import LOCKS
-from erv_min.train.settings import AnswerSettings, ERVSettings, GRPOSettings, SFTSettings
-from erv_min.train.start import clip_options
-
-WEIGHTS = "model.safetensors"  # written last: a folder that holds it is done
+from erv_min.train.hooks import evaluation_rows, judged
+from erv_min.train.settings import ERVSettings, GRPOSettings, SFTSettings
 
 
 def one_thread(preset: str) -> None:
-    """The toy's sums do not depend on how many cores there are, unless the user says how many threads to use."""
+    """Unless the user says how many threads to use."""
     if preset == "toy" and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
 
-def world_folder(settings) -> Path:
-    """--world, whatever its seed; else "world" in GRPO's OUT, and beside the OUT of the stages before it. Raises
-    SettingsError if one of another seed lies there."""
-    if settings.world:
-        return Path(settings.world)
-    out = Path(settings.out)
-    world = (out if isinstance(settings, GRPOSettings) else out.parent) / "world"
-    if (world / "world.json").exists():
-        seed = read_json(world / "world.json").get("settings", {}).get("seed")
-        if seed != settings.seed:
-            raise SettingsError(f"{world}: holds a world of seed {seed}, not {settings.seed}: give another --out, or "
-                                f"--world {world} to take it all the same")
-    return world
-
-
 def world_stages(settings, base: bool = False) -> list[Stage]:
-    """Names the world's folder in `settings`. Returns what makes it, with its base model if `base`: nothing if it is
-    there."""
+    """Names the world's folder in `settings`: --world, whatever its seed, else "world" in GRPO's OUT, and beside the
+    OUT of the stages before it. Returns what makes it, with its base model if `base`: nothing if it is there. Raises
+    SettingsError if one of another seed lies there."""
     one_thread(settings.preset)
-    world = world_folder(settings)
+    out = Path(settings.out)
+    world = Path(settings.world or (out if isinstance(settings, GRPOSettings) else out.parent) / "world")
+    there = world / "world.json"
+    seed = read_json(there).get("settings", {}).get("seed") if there.exists() else settings.seed
+    if seed != settings.seed and not settings.world:
+        raise SettingsError(f"{world}: holds a world of seed {seed}, not {settings.seed}: give another --out, or "
+                            f"--world {world} to take it all the same")
     settings.world = str(world)
-    if (world / (f"base/{WEIGHTS}" if base else "world.json")).exists():
+    if (world / "base" / WEIGHTS if base else there).exists():
         return []
-    command = ["-m", "erv_min.toy", str(world), "--seed", str(settings.seed)]
+    command = ["-m", "erv_min.toy", settings.world, "--seed", str(settings.seed)]
     return [([command], 2) if base else ([[*command, "--clips-only"]], 1)]
 
 
 def make(stages: list[Stage], processes: Processes) -> None:
-    """The main process runs the stages, the others wait."""
+    """The main process runs the stages, the others wait. A folder that holds WEIGHTS, written last, is done."""
     if processes.main:
         for stage in stages:
             run(*stage)
@@ -74,8 +64,7 @@ def make(stages: list[Stage], processes: Processes) -> None:
 
 
 def prepare_sft(settings: SFTSettings, processes: Processes) -> None:
-    """Makes what SFT starts from, the world and its base model, if they are not there yet; names them in `settings`.
-    Nothing for other presets."""
+    """Makes the world and its base model, if they are not there yet; names them in `settings`."""
     if settings.preset == "toy" or settings.random_weights:
         base = not (settings.model or settings.random_weights)
         make(world_stages(settings, base), processes)
@@ -83,11 +72,10 @@ def prepare_sft(settings: SFTSettings, processes: Processes) -> None:
 
 
 def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
-    """Fills in the world's files that the command does not name, and makes the world if it is not there yet. Nothing
-    for other presets."""
+    """Fills in the world's files that the command does not name, and makes the world if it is not there yet."""
     from_scratch = settings.init.startswith("scratch:")
-    needed = not settings.data or from_scratch and not settings.tokenizer
-    if not needed or settings.preset != "toy" and not settings.random_weights:
+    complete = settings.data and (settings.tokenizer or not from_scratch)
+    if complete or settings.preset != "toy" and not settings.random_weights:
         return
     make(world_stages(settings), processes)
     if not settings.data:
@@ -97,22 +85,17 @@ def prepare_erv(settings: ERVSettings, processes: Processes) -> None:
         settings.tokenizer = settings.tokenizer or f"{settings.world}/tokenizers/erv"
 
 
-def has_table(settings: GRPOSettings) -> bool:
-    """Whether a run ends with a table: on the embedded world, unless --eval-clips is -1 (other data:
-    scripts/evaluate.py on its own test split)."""
-    world = settings.preset == "toy" and not settings.random_weights and not settings.data
-    return world and settings.eval_clips >= 0
-
-
 def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None:
     """Makes world, SFT, verifier and the table's Baseline, each if it is not there yet, by the stages' scripts in the
-    folder `scripts`; names them in `settings`. The main process makes them, the others wait. Nothing for other presets.
+    folder `scripts`; names them in `settings`. Other presets start from what they name, and end without a table.
 
     A process that is alone under torchrun on a CPU gives each stage to two, which share a step's prompts (that pays
     better than two threads on matrices as small as the toy's), and does not return: after them the Baseline and this
     run are trained side by side, in one process each, and two make the table. `python scripts/grpo.py` stays alone, and
     so does a batch that does not halve.
     """
+    if settings.preset != "toy" or settings.random_weights or settings.data:
+        settings.eval_clips = -1  # no table (other data: scripts/evaluate.py on its own test split)
     if settings.preset != "toy" and not settings.random_weights:
         return
     out = Path(settings.out)
@@ -135,7 +118,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     if settings.w_explanation and not settings.erv:
         table_2 = settings.ablate == "augmentation"  # a verifier of its own
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
-    settings.baseline = bool(settings.baseline and settings.w_explanation and has_table(settings))
+    settings.baseline = bool(settings.baseline and settings.w_explanation and settings.eval_clips >= 0)
     ours = [str(scripts / "grpo.py"), *sys.argv[1:]]
     without = "--w-explanation 0 --eval-clips -1 --resume --erv= --ablate=".split()
     baseline = [*ours, "--world", settings.world, "--model", settings.model, *without, "--out", str(out / "baseline")]
@@ -149,23 +132,20 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
-    """Held-out clips through SFT, the Baseline and this run, if it `has_table`: a table like table 1, in words what it
-    shows, and evaluation.json."""
-    if not has_table(settings):
+    """Held-out clips through SFT, the Baseline and this run: a table like table 1, in words what it shows, and
+    evaluation.json. Nothing if --eval-clips is -1."""
+    if settings.eval_clips < 0:
         return
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
     judge, scores, own = make_judge("lexicon"), {}, copy.copy(collate)
-    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens,
-                         seed=settings.seed, **clip_options(settings))
     for system, folder in systems.items():
         own.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
-        rows, _ = predict(own, examples, processes, how, batch_size=64)
+        rows = evaluation_rows(own, examples, processes, settings, settings.seed, 64)
         if processes.main:
-            judge_rows(rows, judge)
-            scores[system] = score(rows, examples[0].dataset)
+            (scores[system],) = judged(rows, judge)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
     if not processes.main:
         return

@@ -134,9 +134,7 @@ def letters(text: str) -> list[str]:
 
 
 class ParaphraseJudge(Judge):
-    """Naive Bayes on the letters of PARAPHRASES: each sentence votes for the emotions by their probabilities.
-
-    It is no independent reader of language: one author wrote world and paraphrases, 112 sentences are few, and it hears
+    """Naive Bayes on the letters of PARAPHRASES: each sentence votes for the emotions by their probabilities. It hears
     neither a negation nor the order of words."""
 
     def __init__(self):

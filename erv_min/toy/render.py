@@ -161,7 +161,6 @@ def encode(frames: np.ndarray, waveform: np.ndarray) -> bytes:
         video = container.add_stream("libx264", rate=FPS, options={
             "preset": "ultrafast", "tune": "zerolatency", "crf": "20", "threads": "1"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
-        video.codec_context.thread_count = 1
         audio = container.add_stream("aac", rate=RATE, layout="mono", options={"aac_coder": "fast"})
         audio.bit_rate = 48_000
         for frame in frames:

@@ -20,7 +20,6 @@ from erv_min.rewards import extract_explanation, split_sentences
 from erv_min.toy.render import FACE, HAIRS, ROOMS, SHIRTS, VOICE, Look
 
 EMOTIONS = LABELS["dfew"]  # happy, sad, neutral, angry, surprise, disgust, fear: ids 1..7
-ERV_NAMES = {emotion: to_erv(emotion) for emotion in EMOTIONS}  # happiness, sadness, ...
 
 # The last words of the sentences that convey an emotion, and the forms that they end; {S}: He or She. Sentences differ
 # in this word alone, so that a policy that begins one and ends another (GRPO paid it for "The voice is calm and
@@ -154,7 +153,7 @@ def true_labels(sentences: list[Sentence]) -> list[str]:
     Appearance alone is neutral. Of two equally frequent emotions the later mentioned one comes first."""
     told = [s.emotion for s in sentences if s.emotion] or ["neutral"]
     ranked = sorted(dict.fromkeys(reversed(told)), key=told.count, reverse=True)  # equal ones keep their order
-    return [ERV_NAMES[e] for e in ranked[:2] if told.count(e) >= told.count(ranked[0]) / 2]
+    return [to_erv(e) for e in ranked[:2] if told.count(e) >= told.count(ranked[0]) / 2]
 
 
 def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, clip: str, noise: float,
@@ -170,5 +169,5 @@ def erv_row(rng: np.random.Generator, look: Look, emotion: str, source: str, cli
     truth = true_labels(sentences)
     labels = [*truth]
     if rng.random() < noise:
-        labels[0] = pick(rng, [name for name in ERV_NAMES.values() if name not in truth])
+        labels[0] = pick(rng, [name for name in map(to_erv, EMOTIONS) if name not in truth])
     return {"text": join(sentences), "labels": labels, "truth": truth, "source": source, "clip": clip}

@@ -166,7 +166,8 @@ class Run:
         done."""
         self.policy, self.optimizer = policy, optimizer
         self.about["towers"] = getattr(policy.model, "tower_source", {})
-        self._keep_about()
+        if self.processes.main:
+            write_json(self.config, {**(read_json(self.config) if self.config.exists() else {}), "erv_min": self.about})
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         if self.settings.resume:
@@ -240,16 +241,10 @@ class Run:
             raise SystemExit(STOPPED)
 
     def finish(self) -> None:
-        """Once the model is written: its config.json, which has replaced ours, gets the settings; signals end again."""
+        """Once the model is written: signals end the process again."""
         self.progress.stop()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._keep_about()
         if self.processes.main:
             print(f"{self.out}/model.safetensors is written", flush=True)
         barrier()
-
-    def _keep_about(self) -> None:
-        if self.processes.main:
-            kept = read_json(self.config) if self.config.exists() else {}
-            write_json(self.config, {**kept, "erv_min": self.about})

@@ -13,7 +13,7 @@ from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import MiniBatch
 from erv_min.inputs import Collator, Example, Inputs
-from erv_min.judge import judge_rows, make_judge
+from erv_min.judge import Judge, judge_rows, make_judge
 from erv_min.logps import Completions
 from erv_min.metrics import score
 from erv_min.model.humanomni import Prompts
@@ -110,17 +110,28 @@ class HeldOut:
         not the training's, and each call's is the same: calls differ by the policy alone."""
         if not self.examples or step % self.settings.watch_every:
             return {}
-        how = AnswerSettings(temperature=self.settings.eval_temperature, max_new_tokens=self.settings.max_new_tokens,
-                             seed=self.settings.seed + 2**32, **clip_options(self.settings) | {"workers": 0})
         with policy.unsharded():
-            rows, _ = predict(collate, self.examples, self.processes, how,
-                              self.settings.batch_size // self.processes.size)
+            rows = evaluation_rows(collate, self.examples, self.processes, self.settings, self.settings.seed + 2**32,
+                                   self.settings.batch_size // self.processes.size)
         if not self.processes.main or not rows:
             return {}
-        judge_rows(rows, self.judge)
-        scores = [score([row for row in rows if row["dataset"] == dataset], dataset)
-                  for dataset in dict.fromkeys(row["dataset"] for row in rows)]
+        scores = judged(rows, self.judge)
         return {f"held_out_{name}": sum(x[name] * x["n"] for x in scores) / len(rows) for name in ("EEA", "EPC")}
+
+
+def evaluation_rows(collate: Collator, examples: list[Example], processes: Processes, settings: GRPOSettings, seed: int,
+                    batch_size: int) -> list[dict]:
+    """A policy's answers at --eval-temperature. This process decodes: the other ones do so for the training."""
+    how = AnswerSettings(temperature=settings.eval_temperature, max_new_tokens=settings.max_new_tokens, seed=seed,
+                         **clip_options(settings) | {"workers": 0})
+    return predict(collate, examples, processes, how, batch_size)[0]
+
+
+def judged(rows: list[dict], judge: Judge) -> list[dict]:
+    """Adds to rows what the judge says of each; returns each data set's `score`."""
+    judge_rows(rows, judge)
+    return [score([row for row in rows if row["dataset"] == dataset], dataset)
+            for dataset in dict.fromkeys(row["dataset"] for row in rows)]
 
 
 def sample(collate: Collator, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings) -> Completions:

@@ -88,7 +88,7 @@ class TrainingSettings(MachineSettings):
 
 @dataclass
 class PolicySettings(TrainingSettings, ModelSettings):
-    """What both stages take that train a policy."""
+    """What both stages take that train a policy. `starts`: a preset's hub repository if --model is not given."""
 
     data: str = option("", CLIPS + "; toy: without it the embedded world")
     allow_missing: float = data_option(0.01, MISSING, least=0, most=1)
@@ -104,6 +104,8 @@ class PolicySettings(TrainingSettings, ModelSettings):
 class SFTSettings(PolicySettings):
     """Eq. 2."""
 
+    stage = "sft"
+    starts = {"paper-0.5b": "StarJiaxing/HumanOmni-0.5B", "paper-7b": "StarJiaxing/HumanOmni-7B"}  # section 4.3
     out: str = option("", RUN, own_folder=True, toy="runs/toy/sft")
     epochs: int = option(5, "passes over the data (table 8)", least=1, toy=1, paper_7b=10)
     batch_size: int = option(32, "samples per optimizer step, over all processes (table 8)", least=1, toy=24)
@@ -121,6 +123,8 @@ class SFTSettings(PolicySettings):
 class GRPOSettings(RewardSettings, PolicySettings):
     """Eq. 3 to 5 and algorithm 1."""
 
+    stage = "grpo"
+    starts = {"paper-0.5b": "StarJiaxing/EMER-SFT-0.5B"}
     out: str = option("", RUN, own_folder=True, toy="runs/toy")
     erv: str = option("", "the verifier: a folder or a hub repository")
     steps: int = machine(0, "optimizer steps; 0: as many as the epochs give", least=0, toy=100)
@@ -183,15 +187,7 @@ TRAINABLE = {
 }
 
 
-def trained_parts(stage: str, settings: PolicySettings) -> tuple[str, ...]:
+def trained_parts(settings: SFTSettings | GRPOSettings) -> tuple[str, ...]:
     """The names of the parts that a run trains."""
-    parts = TRAINABLE[stage] if settings.train_projectors else ("language_model",)
+    parts = TRAINABLE[settings.stage] if settings.train_projectors else ("language_model",)
     return parts + (("vision_tower",) if getattr(settings, "train_vision_tower", False) else ())
-
-
-# What a stage starts from if --model is not given (section 4.3): a hub repository for the paper's presets.
-STARTS = {
-    "sft": {"paper-0.5b": "StarJiaxing/HumanOmni-0.5B", "paper-7b": "StarJiaxing/HumanOmni-7B"},
-    "grpo": {"paper-0.5b": "StarJiaxing/EMER-SFT-0.5B"},
-}
-DIMENSIONS = {"toy": "toy", "paper-0.5b": "0.5b", "paper-7b": "7b"}

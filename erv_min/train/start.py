@@ -24,7 +24,7 @@ from erv_min.model.parameters import freeze_except, frozen_reference, random_hum
 from erv_min.prompts import QUESTION, REASONING_SUFFIX
 from erv_min.tokenizer import EncoderTokenizer, Tokenizer
 from erv_min.train.folder import check_disk
-from erv_min.train.settings import DIMENSIONS, STARTS, GRPOSettings, ModelSettings, PolicySettings, trained_parts
+from erv_min.train.settings import GRPOSettings, ModelSettings, PolicySettings, trained_parts
 from erv_min.train.sharding import shard
 
 
@@ -54,25 +54,24 @@ def load_collator(settings: ModelSettings, processes: Processes, dtype=None, dev
                     getattr(settings, "question", "") or f"{QUESTION} {REASONING_SUFFIX}")
 
 
-def check_start(settings: PolicySettings, stage: str, processes: Processes) -> None:
+def check_start(settings: PolicySettings, processes: Processes) -> None:
     """Names in `settings` the preset's own start if the command names none (section 4.3). Raises SettingsError,
     CheckpointError and DiskError on what a stage would stumble over after minutes of loading."""
     if settings.sharding == "torch" and processes.size == 1:
         raise SettingsError("--sharding torch needs two processes or more: torchrun --nproc_per_node=2")
     if not settings.random_weights:
-        settings.model = settings.model or STARTS[stage].get(settings.preset, "")
+        settings.model = settings.model or settings.starts.get(settings.preset, "")
         if not settings.model:
-            raise SettingsError(f"--preset {settings.preset} has no public {stage.upper()} start: name one by --model "
+            raise SettingsError(f"--preset {settings.preset} has no public {settings.stage.upper()} start: name one by --model "
                                 "(a folder or hub repository), or try the machine with --random-weights")
-        if stage == "grpo" and settings.w_explanation and not settings.erv:
+        if settings.stage == "grpo" and settings.w_explanation and not settings.erv:
             raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier; with "
                                 "--ablate augmentation one of scripts/erv.py --sources), or --w-explanation 0")
-    check_names(settings)
-    config = humanomni(DIMENSIONS[settings.preset]) if settings.random_weights else humanomni_config(
+    config = humanomni(settings.preset.removeprefix("paper-")) if settings.random_weights else humanomni_config(
         resolve(settings.model, settings.revision, weights=False), settings.vision_tower, settings.audio_tower,
         settings.text_tower)
     model = random_humanomni(config, device="meta")  # shapes alone
-    freeze_except(model, trained_parts(stage, settings))
+    freeze_except(model, trained_parts(settings))
     check_disk(settings.out, settings.keep, model)
 
 
@@ -84,7 +83,7 @@ def load_start(settings: PolicySettings, processes: Processes) -> Collator:
     device = {"none": processes.device, "torch": "cpu", "hand": "cpu" if processes.main else "meta"}[settings.sharding]
     if settings.random_weights:
         with Progress("random weights are drawn"):
-            model = random_humanomni(humanomni(DIMENSIONS[settings.preset]), settings.seed, device=device)
+            model = random_humanomni(humanomni(settings.preset.removeprefix("paper-")), settings.seed, device=device)
         model.source_folder, model.gate_folder = (Path(settings.world, "tokenizers", x) for x in ("lm", "text_gate"))
         collate = Collator(model, Tokenizer(model.source_folder), EncoderTokenizer(model.gate_folder), None,
                            settings.modality, settings.prompt_stage)
@@ -104,12 +103,12 @@ def load_start(settings: PolicySettings, processes: Processes) -> Collator:
     return collate
 
 
-def load_policies(settings: PolicySettings, stage: str, processes: Processes):
+def load_policies(settings: PolicySettings, processes: Processes):
     """(policy, reference, collator): pi_theta with table 8's parts trainable, as it lies on the processes, and for GRPO
     the frozen pi_ref, which shares its features. In eval mode: HumanOmni has no dropout, and nothing else asks."""
     collate = load_start(settings, processes)
-    reference = frozen_reference(collate.model) if stage == "grpo" else None
-    freeze_except(collate.model, trained_parts(stage, settings))
+    reference = frozen_reference(collate.model) if settings.stage == "grpo" else None
+    freeze_except(collate.model, trained_parts(settings))
     how = (settings.sharding, processes.device, getattr(torch, settings.dtype))
     policy = shard(collate.model, *how)
     return policy, reference and shard(reference, *how), collate
@@ -127,12 +126,16 @@ def weights_key(*networks: nn.Module) -> str:
 
 
 def training_examples(settings: PolicySettings, split: str, processes: Processes) -> list[Example]:
-    """The clips to train on, counted and checked; the list of missing ones is OUT/missing_clips.txt."""
-    examples = load_examples(settings.data or f"toy:{settings.world}", split)
+    """The clips to train on, as `clips_there` has them."""
+    examples = clips_there(load_examples(settings.data or f"toy:{settings.world}", split), settings, processes)
+    return examples if settings.subtitles else [replace(example, subtitle="") for example in examples]
+
+
+def clips_there(examples: list[Example], settings, processes: Processes) -> list[Example]:
+    """Counts the examples for the reader; those whose clip is there. OUT/missing_clips.txt lists the others."""
     if processes.main:
         print(summary(examples), flush=True)
-    examples = examples if settings.subtitles else [replace(example, subtitle="") for example in examples]
-    missing = Path(settings.out) / "missing_clips.txt" if processes.main else None
+    missing = Path(settings.out, "missing_clips.txt") if processes.main else None
     return check_clips(examples, settings.allow_missing, missing)
 
 

@@ -29,7 +29,7 @@ from erv_min.logps import token_logps
 from erv_min.model.attention import GroupCache, PackedGroups
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import freeze_except
-from erv_min.train.settings import DIMENSIONS, GRPOSettings, SFTSettings, trained_parts
+from erv_min.train.settings import GRPOSettings, SFTSettings, trained_parts
 
 GPUS = {"3090-24": 24 * 2**30, "a100-40": 40 * 2**30, "a100-80": 80 * 2**30, "h200": 141 * 10**9}
 RESERVE = 1.5 * 2**30, 0.05  # CUDA context, NCCL buffers; share of the memory lost to fragmentation
@@ -69,27 +69,27 @@ def room(memory: int) -> float:
     return (memory - RESERVE[0]) * (1 - RESERVE[1])
 
 
-def plan(config: HumanOmniConfig, stage: str, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
-    """Runs a pass of `stage` ("sft" or "grpo") on fake tensors, for a model of these dimensions sharded over `gpus`."""
+def plan(config: HumanOmniConfig, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
+    """Runs a pass of the settings' stage on fake tensors, for a model of these dimensions sharded over `gpus`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     try:
         with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
               Progress(f"a step on {gpus} GPUs is planned")):
-            return _run(config, stage, settings, gpus)
+            return _run(config, settings, gpus)
     finally:
         dist.destroy_process_group()
 
 
-def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
+def _run(config: HumanOmniConfig, settings, gpus: int) -> Plan:
     compute = getattr(torch, settings.dtype)
     model = HumanOmni(config)
     model.model.recompute = settings.recompute
-    freeze_except(model, trained_parts(stage, settings))
+    freeze_except(model, trained_parts(settings))
     towers_too = ("model.vision_tower.", "model.audio_tower.")  # which the reference does without
     language = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(towers_too))
     run = Sharded(model, compute=compute)
-    grpo = stage == "grpo"
+    grpo = settings.stage == "grpo"
     clips = settings.micro_batch if grpo else max(1, settings.micro_batch // settings.targets_per_clip)
     group = settings.group_size if grpo else settings.targets_per_clip
     length = settings.max_new_tokens if grpo else TARGET_TOKENS
@@ -143,7 +143,7 @@ def _run(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Plan:
                 rollout_copy=grpo * copy, kv_cache=cache, rollout=rollout, update=update)
 
 
-def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Iterator[tuple[str, Plan]]:
+def ways_to_fit(config: HumanOmniConfig, settings, gpus: int) -> Iterator[tuple[str, Plan]]:
     """Switches that lower the peak: (what to give, the plan with it), each added to those before it."""
     for switch, name, value in (("--dtype bfloat16", "dtype", "bfloat16"), ("--recompute", "recompute", True),
                                 ("--micro-batch 1", "micro_batch", 1), ("--rollout-batch 1", "rollout_batch", 1)):
@@ -151,8 +151,8 @@ def ways_to_fit(config: HumanOmniConfig, stage: str, settings, gpus: int) -> Ite
         if given == value or (name == "rollout_batch" and not given):  # 0 takes no more than there is
             continue
         settings = replace(settings, **{name: value})
-        yield switch, plan(config, stage, settings, gpus)
-    yield f"{gpus + 8} GPUs", plan(config, stage, settings, gpus + 8)
+        yield switch, plan(config, settings, gpus)
+    yield f"{gpus + 8} GPUs", plan(config, settings, gpus + 8)
 
 
 KINDS = {"sft": SFTSettings, "grpo": GRPOSettings}
@@ -185,19 +185,19 @@ def main(argv: list[str] | None = None) -> int:
     given = {"preset": "paper-7b", "out": "."} | vars(own)  # nothing is written
     values = preset_values(KINDS[stage], given["preset"])
     settings = checked(parser, KINDS[stage], {name: given.get(name, value) for name, value in values.items()})
-    config = humanomni(DIMENSIONS[settings.preset])
+    config = humanomni(settings.preset.removeprefix("paper-"))
     targets = f"targets of {TARGET_TOKENS}"
     if own.stage == "grpo":
         targets = f"{settings.rollout_batch or 1} sampled at once, G {settings.group_size} of {settings.max_new_tokens}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
           f"{config.video_tokens + config.audio_tokens + TEXT_TOKENS} tokens, {targets}, {settings.dtype}, "
           f"recomputation {'on' if settings.recompute else 'off'}")
-    first = plan(config, own.stage, settings, own.gpus)
+    first = plan(config, settings, own.gpus)
     print(show(first, own.gpu, own.gpus))
     if first.fits(GPUS[own.gpu]):
         return 0
     print("what helps, one after the other (logits are in chunks already):")
-    for switch, p in ways_to_fit(config, own.stage, settings, own.gpus):
+    for switch, p in ways_to_fit(config, settings, own.gpus):
         fits = p.fits(GPUS[own.gpu])
         print(f"  {switch}: peak {p.peak / 2**30:.2f} GiB{', fits' if fits else ''}", flush=True)
         if fits:
