@@ -13,10 +13,10 @@ from string import ascii_lowercase, digits
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from erv_min.base.bpe import QWEN2_WORDS
 from erv_min.base.files import atomic_write, write_json
 from erv_min.config import humanomni
 from erv_min.prompts import QUESTION, REASONING_SUFFIX, render
-from erv_min.tokenizer import QWEN2_WORDS
 
 QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
