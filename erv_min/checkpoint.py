@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from erv_min.base.errors import CheckpointError
+from erv_min.base.fields import read_part
 from erv_min.base.files import atomic_write, read_object, write_json
 from erv_min.base.hub import TEXT_FILES, resolve
 from erv_min.base.onednn import use_onednn
 from erv_min.base.weights import WEIGHTS, fill, open_weights, write_safetensors
-from erv_min.config import (TOWERS, BertConfig, HumanOmniConfig, SiglipConfig, WhisperConfig, config_json,
-                            read_humanomni, read_part, read_qwen2, read_roberta)
+from erv_min.config import (TOWERS, BertConfig, HumanOmniConfig, SiglipConfig, WhisperConfig, config_json, read_qwen2,
+                            read_roberta)
 from erv_min.model.bert import RobertaClassifier
 from erv_min.model.humanomni import HumanOmni
 from erv_min.model.parameters import unused_parameters
@@ -146,7 +147,16 @@ def humanomni_config(folder: Path, *overrides: str | None) -> HumanOmniConfig:
             file = resolve(place, weights=False) / "config.json"
             own = read_object(file)
             sizes.append(read_part(tower.kind, own.get("vision_config", own), str(file)))  # SigLIP's nests that half
-    return read_humanomni(raw, *sizes, f"{folder}/config.json")
+    (vision, audio, gate), where = sizes, f"{folder}/config.json"
+    text = read_qwen2(raw, where)
+    for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
+        if raw.get(key, width) != width:
+            raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
+    config = read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
+    if vision.grid % 2 != (config.mm_projector_type == "all_in_one"):
+        raise CheckpointError(f"{where}: mm_projector_type {config.mm_projector_type} does not fit a grid of "
+                              f"{vision.grid} patches: all_in_one needs an odd one, all_in_one_small an even one")
+    return config
 
 
 def tower_place(raw: dict, tower: Tower, folder: Path) -> str:

@@ -5,10 +5,11 @@ towers' sizes come from towers.json if a folder has one, else from the tower's o
 towers, from TOWERS below. Which tower a checkpoint means: checkpoint.py.
 """
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Literal
 
 from erv_min.base.errors import CheckpointError
+from erv_min.base.fields import read_part
 
 
 @dataclass(frozen=True)
@@ -141,43 +142,6 @@ def roberta(name: str, num_labels: int = 11) -> BertConfig:
                       pad_token_id=1)
 
 
-LIMITS = {int: (1, 2**24), float: (0, 1e30), bool: (False, True), "num_hidden_layers": (1, 1000),
-          "encoder_layers": (1, 1000), "mm_vision_select_layer": (-1000, -1), "pad_token_id": (0, 2**24),
-          "num_labels": (0, 2**24)}  # by field, else by type
-MULTIPLES = (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"),
-             ("d_model", "encoder_attention_heads"))  # the second divides the first
-
-
-def read_part(kind: type, values: dict, where: str, **given):
-    """Builds the dataclass `kind` from a JSON object, in which null counts as absent and which may hold anything, since
-    it came with a checkpoint; `given` are fields that are taken as they are. Raises CheckpointError naming `where` and
-    the field that is missing, of another type or size, or not supported."""
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    found = {}
-    for of in fields(kind):
-        name, value = of.name, of.default if values.get(of.name) is None else values[of.name]
-        if name in given:
-            continue
-        if value is MISSING:
-            raise CheckpointError(f"{where}: {name} is missing")
-        if choices := get_args(of.type):  # of a Literal
-            fits, wanted = value in choices, " or ".join(choices)
-        else:
-            low, high = LIMITS.get(name) or LIMITS[of.type]
-            typed = type(value) is of.type or (of.type is float and type(value) is int)
-            fits, wanted = typed and low <= value <= high, f"{of.type.__name__} from {low} to {high}"
-        if not fits:
-            raise CheckpointError(f"{where}: {name} is {value!r}, what can be read is {wanted}")
-        found[name] = value
-    for whole, divisor in MULTIPLES:
-        if divisor in found and found[whole] % found[divisor]:
-            raise CheckpointError(f"{where}: {whole} {found[whole]} is no multiple of {divisor} {found[divisor]}")
-    if kind is BertConfig and found["pad_token_id"] >= found["vocab_size"]:
-        raise CheckpointError(f"{where}: pad_token_id {found['pad_token_id']} is outside the vocabulary")
-    return kind(**found, **given)
-
-
 def read_roberta(raw: dict, where: str) -> BertConfig:
     """The verifier's sizes from the config.json of a RobertaForSequenceClassification; errors as `read_part`."""
     if raw.get("model_type") != "roberta":
@@ -204,20 +168,6 @@ def read_qwen2(raw: dict, where: str) -> Qwen2Config:
     if types != ["full_attention"] * layers:
         raise CheckpointError(f"{where}: layer_types or use_sliding_window is a sliding window, which is not supported")
     return text
-
-
-def read_humanomni(raw: dict, vision: SiglipConfig, audio: WhisperConfig, gate: BertConfig,
-                   where: str) -> HumanOmniConfig:
-    """A released config.json and the towers' sizes -> HumanOmniConfig; errors as `read_part`."""
-    text = read_qwen2(raw, where)
-    for key, width in ("mm_hidden_size", vision.hidden_size), ("audio_hidden_size", audio.d_model):
-        if raw.get(key, width) != width:
-            raise CheckpointError(f"{where}: {key} is {raw[key]}, the tower's width is {width}: wrong tower?")
-    config = read_part(HumanOmniConfig, raw, where, text=text, vision=vision, audio=audio, gate=gate, extra=raw)
-    if vision.grid % 2 != (config.mm_projector_type == "all_in_one"):
-        raise CheckpointError(f"{where}: mm_projector_type {config.mm_projector_type} does not fit a grid of "
-                              f"{vision.grid} patches: all_in_one needs an odd one, all_in_one_small an even one")
-    return config
 
 
 def config_json(config: HumanOmniConfig) -> dict:

@@ -25,7 +25,8 @@ from test_judge import good, serve  # noqa: E402, F401  (a fixture)
 
 from erv_min.train import start as stages  # noqa: F401
 from erv_min.checkpoint import ALL_TOWERS, load_humanomni, save_erv, text_gate_folder  # noqa: F401
-from erv_min.config import TOWERS, read_part, roberta  # noqa: F401
+from erv_min.base.fields import read_part
+from erv_min.config import TOWERS, roberta  # noqa: F401
 from erv_min.emotions import ERV_LABELS, GOEMOTIONS  # noqa: F401
 from erv_min.base.errors import CheckpointError, DataError  # noqa: F401
 from erv_min.erv import Verifier  # noqa: F401
