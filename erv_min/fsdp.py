@@ -33,8 +33,7 @@ out, the same interface on PyTorch's own `fully_shard`.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
@@ -120,7 +119,7 @@ class Sharded:
             parts = [{p: own[p] for p in own if p.requires_grad == trains} for trains in (True, False)]
             units = [self._cut(module_name, module, params) for params in parts if params]
             if module is not model:
-                module.forward = partial(self._run, units, module.forward)
+                module.forward = self._attach(units)(module.forward)  # around each call
             self.units += units
         self.trained = {unit.name or "root": unit for unit in self.units if unit.shard.requires_grad}
         for unit, following in zip(self.units, self.units[1:]):
@@ -228,11 +227,6 @@ class Sharded:
                 self._reshard(unit)
                 for _, module, attribute in unit.places:
                     module.__dict__.pop(attribute, None)
-
-    def _run(self, units: list[Unit], forward: Callable, *args, **kwargs):
-        """A module's `forward` with its units attached."""
-        with self._attach(units):
-            return forward(*args, **kwargs)
 
     def _pack(self, saved: Tensor):
         """What autograd saves in place of a tensor: for a view of a unit's parameters, how to get it again."""
