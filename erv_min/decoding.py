@@ -106,7 +106,7 @@ def prompt_bytes(config: Qwen2Config, length: int, group_size: int, max_new_toke
     dropped. Activations: the widest of a layer in the prefill, the scores of a decode step, and G rows of logits, with
     those of the step before, probabilities in float32 and their sums in float64.
     """
-    key_width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    key_width = config.num_key_value_heads * config.head_dim
     cached_tokens = 2 * length + group_size * max_new_tokens * 3 // 2
     cache = 2 * config.num_hidden_layers * key_width * itemsize * cached_tokens
     prefilled = length * (4 * config.intermediate_size + 8 * config.hidden_size) * itemsize

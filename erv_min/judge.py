@@ -24,10 +24,9 @@ class Judgement:
     """What a judge made of one explanation; `emotion` is None unless `status` is "ok"."""
     emotion: str | None
     status: str  # "ok", "outside" (an answer, but none of the labels), "error" (no answer)
-    raw: str
 
 
-NOTHING = Judgement(None, "outside", "")  # an empty explanation conveys no emotion; no judge is asked
+NOTHING = Judgement(None, "outside")  # an empty explanation conveys no emotion; no judge is asked
 READERS: dict[str, type] = {}  # judges that need no model, by name; the embedded world registers two (toy/judges.py)
 Judge = Callable[[list[str], tuple[str, ...]], list[Judgement]]  # explanations, labels to choose from
 
@@ -43,7 +42,7 @@ def permuted(labels: tuple[str, ...], item: str, seed: int = 0) -> list[str]:
 def read_answer(text: str, labels: tuple[str, ...]) -> Judgement:
     """A judge's reply -> Judgement: one word, one of the labels or an alias of it."""
     label = label_among(labels, re.sub(r"^(answer\s+)?emotion\s*:", "", trimmed(text.lower())))
-    return Judgement(label, "ok" if label else "outside", text)
+    return Judgement(label, "ok" if label else "outside")
 
 
 def hosted_judge(client: ChatClient) -> Judge:
@@ -51,7 +50,7 @@ def hosted_judge(client: ChatClient) -> Judge:
     def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
         prompts = {text: judge_prompt(text, permuted(labels, text)) for text in explanations if text.strip()}
         replies = client.ask(list(prompts.values()), whole=lambda said: read_answer(said, labels).status == "ok")
-        said = {text: Judgement(None, "error", reply.error) if reply.error else read_answer(reply.text, labels)
+        said = {text: Judgement(None, "error") if reply.error else read_answer(reply.text, labels)
                 for text, reply in zip(prompts, replies)}
         return [said.get(text, NOTHING) for text in explanations]
     return judge
@@ -66,8 +65,7 @@ def erv_judge(verifier) -> Judge:
         texts = [text for text in explanations if text.strip()]
         with Progress(f"{len(texts)} explanations are judged"):
             probs = verifier.probabilities(texts)[:, [column[to_erv(label)] for label in labels]]  # [S, len(labels)]
-        said = {text: Judgement(labels[int(row.argmax())], "ok", f"{float(row.max()):.3f}")
-                for text, row in zip(texts, probs)}
+        said = {text: Judgement(labels[int(row.argmax())], "ok") for text, row in zip(texts, probs)}
         return [said.get(text, NOTHING) for text in explanations]
     return judge
 
@@ -78,7 +76,7 @@ def make_judge(spec: str, cache: str | Path | None = None, device: str = "cpu", 
     kind, _, rest = spec.partition(":")
     if spec in READERS:
         read = READERS[spec]().judge  # explanations, labels -> one of the labels or None for each
-        return lambda texts, labels: [Judgement(x, "ok", x) if x else NOTHING for x in read(texts, labels)]
+        return lambda texts, labels: [Judgement(x, "ok") if x else NOTHING for x in read(texts, labels)]
     if kind == "erv" and rest:
         return erv_judge(Verifier.load(rest, device))
     if kind in PROVIDERS and rest:

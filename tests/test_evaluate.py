@@ -466,7 +466,7 @@ def test_what_is_watched_by_hand(world, monkeypatch):
     settings = GRPOSettings(seed=3, eval_temperature=0.7, max_new_tokens=9, batch_size=10, watch_every=2, world=str(world))
     for rank, expected in ((0, {"held_out_EEA": 75, "held_out_EPC": 25}), (1, {})):
         held_out = hooks.HeldOut(settings, Processes(rank, 2, torch.device("cpu")))
-        held_out.judge = lambda texts, labels: [Judgement(text, "ok", text) for text in texts]
+        held_out.judge = lambda texts, labels: [Judgement(text, "ok") for text in texts]
         assert held_out(policy, None, 4) == expected and held_out(policy, None, 5) == {}
     how, batch_size = asked[0][3:]
     assert len(asked) == 2 and batch_size == 5
