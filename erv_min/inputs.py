@@ -73,22 +73,19 @@ def embed(model: HumanOmni, batch: Batch) -> Prompts:
 
 
 class Collator:
-    """Clips -> Batch: the question as ids, tokenised once per text, and the frozen towers, run once per clip."""
+    """Clips -> Batch: the question as ids, and the frozen towers, run once per clip."""
 
     def __init__(self, model: HumanOmni, tokenizer: Tokenizer, gate_tokenizer: EncoderTokenizer,
                  cache=None, modality: str = "video_audio", stage: str = "inference",
                  question: str = f"{QUESTION} {REASONING_SUFFIX}"):
         self.model, self.tokenizer, self.gate_tokenizer, self.cache = model, tokenizer, gate_tokenizer, cache
-        self.modality, self.stage, self.question, self.texts = modality, stage, question, {}
+        self.modality, self.stage, self.question = modality, stage, question
 
     def text(self, example: Example) -> tuple[list[int], str]:
         """input_ids with placeholders, and what the text gate reads."""
-        if example.subtitle not in self.texts:
-            question = question_with_subtitle(self.question, example.subtitle)
-            prompt = render(question, self.modality, self.stage, system=self.tokenizer.system)
-            self.texts[example.subtitle] = (self.tokenizer.encode(prompt),
-                                            gate_text(question, self.modality, self.stage))
-        return self.texts[example.subtitle]
+        question = question_with_subtitle(self.question, example.subtitle)
+        prompt = render(question, self.modality, self.stage, system=self.tokenizer.system)
+        return self.tokenizer.encode(prompt), gate_text(question, self.modality, self.stage)
 
     @torch.no_grad()
     def features(self, item: Inputs) -> tuple[Tensor | None, Tensor | None]:
