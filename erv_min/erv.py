@@ -81,10 +81,9 @@ def head_labels(raw: dict, where: str | Path) -> tuple[str, ...]:
                           f"verifier has the {len(ERV_LABELS)} of emotions.ERV_LABELS or GoEmotions' {len(GOEMOTIONS)}")
 
 
-def erv_columns(labels: tuple[str, ...]) -> list[int]:
-    """Where each of ERV_LABELS stands among a head's classes (11-way: by name; 28-way: divergence 4)."""
-    by_name = set(labels) == set(ERV_LABELS)
-    return [labels.index(label) if by_name else GOEMOTIONS_INDEX[label] for label in ERV_LABELS]
+def erv_columns(labels: tuple[str, ...]) -> dict[str, int]:
+    """Where each of ERV_LABELS, in their order, stands among a head's classes (28-way: divergence 4)."""
+    return GOEMOTIONS_INDEX if labels == GOEMOTIONS else {label: labels.index(label) for label in ERV_LABELS}
 
 
 def fresh_head(model: RobertaClassifier, num_labels: int) -> RobertaClassifier:

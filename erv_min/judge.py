@@ -14,7 +14,7 @@ from pathlib import Path
 from erv_min.base.chat import PROVIDERS, ChatClient
 from erv_min.base.errors import JudgeError
 from erv_min.base.progress import Progress
-from erv_min.emotions import ERV_LABELS, label_among, labels, to_erv, trimmed
+from erv_min.emotions import label_among, labels, to_erv, trimmed
 from erv_min.erv import Verifier, erv_columns
 from erv_min.prompts import judge_prompt
 
@@ -59,7 +59,7 @@ def hosted_judge(client: ChatClient) -> Judge:
 def erv_judge(verifier) -> Judge:
     """A local verifier on the whole explanation: the most probable of the labels. If it was the training's own verifier
     it is not independent: good to watch, not to report."""
-    column = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
+    column = erv_columns(verifier.labels)
 
     def judge(explanations: list[str], labels: tuple[str, ...]) -> list[Judgement]:
         texts = [text for text in explanations if text.strip()]

@@ -145,7 +145,7 @@ def read_data(settings: ERVSettings) -> tuple[list[Row], list[Row]]:
 def evaluate(verifier: Verifier, valid: list[Row], settings: ERVSettings) -> dict:
     """The held-out report of a verifier with either head, over the 11 emotions."""
     verifier.model.eval()
-    probs = verifier.probabilities([row.text for row in valid])[:, erv_columns(verifier.labels)]
+    probs = verifier.probabilities([row.text for row in valid])[:, list(erv_columns(verifier.labels).values())]
     return verifier_report(probs, [row.truth for row in valid], settings.tau, settings.k)
 
 

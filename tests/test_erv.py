@@ -237,8 +237,8 @@ def test_head_labels():
     for kind in ("single_label_classification", "regression", None):  # softmax, none, or whichever it was trained with
         with pytest.raises(CheckpointError, match=f"x/config.json: problem_type is {kind!r}.*multi_label_classification"):
             erv.head_labels(raw(ERV_LABELS) | {"problem_type": kind}, "x")
-    assert erv.erv_columns(ERV_LABELS[::-1]) == list(range(10, -1, -1))
-    assert erv.erv_columns(GOEMOTIONS) == [GOEMOTIONS_INDEX[x] for x in ERV_LABELS]
+    assert list(erv.erv_columns(ERV_LABELS[::-1]).items()) == [(x, 10 - i) for i, x in enumerate(ERV_LABELS)]
+    assert list(erv.erv_columns(GOEMOTIONS)) == list(ERV_LABELS) and erv.erv_columns(GOEMOTIONS) == GOEMOTIONS_INDEX
 
 
 def test_fresh_head_keeps_the_rest():
@@ -464,7 +464,7 @@ def test_a_28_way_head_is_read_through_the_index_map(trained, tmp_path):
     large, sentences = erv.Verifier.load(tmp_path), [SAYS["happy"][1], SAYS["sad"][1], LOOK]
     probs = large.probabilities(sentences)
     assert large.labels == GOEMOTIONS and probs[0].argmax() == 17 and probs[1].argmax() == 25  # joy, sadness
-    torch.testing.assert_close(probs[:, erv.erv_columns(large.labels)], small.probabilities(sentences))
+    torch.testing.assert_close(probs[:, list(erv.erv_columns(large.labels).values())], small.probabilities(sentences))
     sets = [select_labels(v.probabilities(sentences), v.labels) for v in (large, small)]
     for e_gt, R_E in (("happy", 1 / 2), ("sad", 1 / 2), ("neutral", 1 / 3), ("fear", 0)):
         assert explanation_reward(sets[0], e_gt) == explanation_reward(sets[1], e_gt) == R_E

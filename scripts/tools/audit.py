@@ -79,7 +79,7 @@ def audit(verifier: Verifier, explanations: list[str], e_gt: list[str], dataset:
     """Honest explanations and their e_gt -> a row per way to cheat, "honest" first; only the last has a wrong answer.
 
     labels: the data set's; judge: explanations -> emotions. Raises SettingsError where no sentence is found."""
-    column = dict(zip(ERV_LABELS, erv_columns(verifier.labels)))
+    column = erv_columns(verifier.labels)
     truths, ways = [], {}  # way -> completions
     for text, truth in zip(explanations, e_gt):
         if not (split := split_sentences(text, settings.sentence_rule)):
@@ -156,7 +156,7 @@ def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
     """The embedded world's verifier on sentences of other words than its training's (lexicon.PARAPHRASES)."""
     pairs = [(text, to_erv(emotion)) for emotion, texts in PARAPHRASES.items() if emotion for text in sentences(texts)]
     texts, truth = zip(*pairs)
-    probs = verifier.probabilities(list(texts))[:, erv_columns(verifier.labels)]
+    probs = verifier.probabilities(list(texts))[:, list(erv_columns(verifier.labels).values())]
     report = verifier_report(probs, [(name,) for name in truth], tau, k)
     return {"sentences": report["sentences"], "macro_f1": report["at_tau"]["macro_f1"]}
 
