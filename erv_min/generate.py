@@ -63,8 +63,8 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
             noise: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, on_token=None) -> Completions:
     """Samples `group_size` completions for each of B prompts; stops as soon as every row has met `eos_token_id`.
 
-    noise: [B * G, max_new_tokens] from `sampling_noise`. `on_token(ids [B * G])` is called after each step. Returns ids,
-    mask and logps [B * G, T], T <= max_new_tokens. What follows a row's EOS is EOS and masked out. The log-probs are at
+    noise: [B * G, max_new_tokens] from `sampling_noise`. `on_token(ids [B * G])` is called after each step. -> ids,
+    mask, logps [B * G, T], T <= max_new_tokens. What follows a row's EOS is EOS and masked out. The log-probs are at
     that temperature, before top_k and top_p cut it; 0 for greedy tokens.
     """
     device, total = prompts.embeds.device, len(prompts.embeds) * group_size

@@ -70,8 +70,8 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
 
 
 def format_reward(completion: str) -> float:
-    """R_format: 1 if the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0. The released
-    regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking."""
+    """R_format: 1 if the whole completion is <think>...</think>, white space, <answer>...</answer>; else 0. It is the
+    released regex, `<think>.*?</think>\\s*<answer>.*?</answer>` over all of it, without its backtracking."""
     middle = re.search(r"</think>\s*<answer>", completion.removeprefix("<think>"))
     return float(completion.startswith("<think>") and middle is not None and completion.endswith("</answer>"))
 
