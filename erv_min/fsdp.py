@@ -275,7 +275,8 @@ class Sharded:
         if self.size > 1:
             dist.all_reduce(total)
         norm = total.sqrt()
-        nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        for p in params:
+            p.grad *= (max_norm / (norm + 1e-6)).clamp(max=1)
         return norm.item()
 
     def full_shapes(self) -> dict[str, Tensor]:

@@ -98,6 +98,7 @@ def answer_reward(completion: str, e_gt: str, dataset: str, rule: str = "paper")
 
 
 reward_option = partial(option, group="reward")
+variant = partial(option, group="variant")
 
 
 @dataclass
@@ -110,9 +111,8 @@ class RewardSettings:
                                               "labels (divergence 2)", ("only", "any"))
     ablate: str = reward_option("", "table 2: leave one part of R_E out (augmentation: of the verifier's data)",
                                 ("", "neutral-filtering", "sentence-level", "augmentation"))
-    answer_rule: str = reward_option("paper", "how an answer is read (divergence 18)", ("paper", "released"))
-    sentence_rule: str = reward_option("released", "how an explanation is split (split_sentences)",
-                                       ("released", "extended"))
+    answer_rule: str = variant("paper", "how an answer is read (divergence 18)", ("paper", "released"))
+    sentence_rule: str = variant("released", "how an explanation is split (split_sentences)", ("released", "extended"))
     w_format: float = reward_option(1.0, "weight of R_format (Eq. 5)")
     w_answer: float = reward_option(1.0, "weight of R_answer (Eq. 5)")
     w_explanation: float = reward_option(1.0, "weight of R_E (Eq. 5); 0 is the paper's Baseline")

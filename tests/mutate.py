@@ -316,7 +316,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/generate.py", "(logits.float() / temperature).log_softmax", "logits.float().log_softmax",
      "test_generate.py"),
     ("erv_min/generate.py", "noise[rows, t], temp", "noise[rows, 0], temp", "test_generate.py"),
-    ("erv_min/fsdp.py", "clip_grads_with_norm_(params, max_norm, norm)", "clip_grads_with_norm_(params, 1.0, norm)", "test_fsdp.py"),
+    ("erv_min/fsdp.py", "(max_norm / (norm + 1e-6)).clamp(max=1)", "(max_norm / (norm + 1e-6))", "test_fsdp.py"),
     ("erv_min/train/state.py", 'if crc != files[name]["crc32"]', 'if crc == -1', RESUME),
     ("erv_min/train/folder.py", 'row["step"] < self.first_step', 'row["step"] <= self.first_step', "test_train.py"),
     ("erv_min/train/settings.py", '"audio_projector", "text_encoder")', '"audio_projector", "gate_mlp")',

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from erv_min.base.options import PRESETS, option
-from erv_min.rewards import RewardSettings
+from erv_min.rewards import RewardSettings, variant
 
 data_option = partial(option, group="data")
-variant = partial(option, group="variant")
 machine = partial(option, group="machine")
 toy_option = partial(option, group="toy")
 SCHEDULES = ("cosine", "linear", "constant")
