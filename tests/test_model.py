@@ -271,7 +271,7 @@ with torch.no_grad():
         linear(torch.zeros(rows, 128), weight)
         before = before or resident()
 print(resident() - before)"""], capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert float(grown.stdout) < 50  # MiB
+    assert float(grown.stdout) < 75  # MiB; it is about 50, and 95 to 110 if one of the two keeps all
 
 
 def test_use_onednn_changes_the_class_alone():
