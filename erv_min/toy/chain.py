@@ -167,5 +167,5 @@ def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:
     shown = sft["EPC"] >= 60 and apart <= -10 and right >= 10
     shown = shown and ours["EPC"] >= sft["EPC"] - 5 and ours["WAR"] >= baseline["WAR"] - 3
     shown = shown and all(ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR"))
-    return (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} over "
-            f"SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", shown)
+    return (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} "
+            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", shown)

@@ -62,8 +62,8 @@ def check_start(settings: PolicySettings, processes: Processes) -> None:
     if not settings.random_weights:
         settings.model = settings.model or settings.starts.get(settings.preset, "")
         if not settings.model:
-            raise SettingsError(f"--preset {settings.preset} has no public {settings.stage.upper()} start: name one by --model "
-                                "(a folder or hub repository), or try the machine with --random-weights")
+            raise SettingsError(f"--preset {settings.preset} has no public start for {settings.stage}: name one by "
+                                "--model (a folder or hub repository), or try the machine with --random-weights")
         if settings.stage == "grpo" and settings.w_explanation and not settings.erv:
             raise SettingsError("R_E needs a verifier: --erv FOLDER_OR_REPO (e.g. Rhatanii/Emo_Classifier; with "
                                 "--ablate augmentation one of scripts/erv.py --sources), or --w-explanation 0")
