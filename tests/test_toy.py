@@ -387,6 +387,7 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
         (tmp_path / name / "model.safetensors").touch()
     chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))
     assert [c[:2] + c[-1:] for c in commands] == [["-m", "erv_min.toy", "--clips-only"]]  # SFT is there, the world not
+    monkeypatch.setattr(chain, "load_examples", lambda data: [])
     for unasked in (["--no-baseline"], ["--eval-clips", "-1"], ["--w-explanation", "0"], ["--data", "toy:/w"]):
         settings = parse(GRPOSettings, "", [*given, *unasked])
         chain.prepare(settings, tmp_path / "scripts", Processes(0, 1, torch.device("cpu")))

@@ -155,6 +155,15 @@ def test_every_script_checks_its_settings_first(script, given, monkeypatch, caps
     assert "must be at" in capsys.readouterr().err + str(error.value)
 
 
+@pytest.mark.parametrize("script, data", [("grpo", "dfew:gone"), ("sft", "json:dfew:gone.json"), ("erv", "gone.jsonl")])
+def test_data_that_is_not_there_is_told_before_the_world_is_made(script, data, tmp_path, monkeypatch):
+    main = main_of(script, monkeypatch)
+    monkeypatch.setattr("erv_min.toy.chain.run", lambda *stage: pytest.fail(f"{stage} began"))
+    with pytest.raises(DataError, match="gone"):
+        main(["--data", data, "--out", str(tmp_path / "out")])
+    LOCKS.pop().close()
+
+
 def test_check_of_settings_made_in_python():
     with pytest.raises(SettingsError, match="--temperature must be more than 0, not 0.0"):
         check(GRPOSettings(temperature=0.0))

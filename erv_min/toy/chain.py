@@ -16,10 +16,12 @@ import torch
 import erv_min.toy.judges  # noqa: F401  registers them: lexicon, paraphrases
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import read_json, write_json, write_jsonl
+from erv_min.base.options import file_list
 from erv_min.base.processes import Processes, barrier
 from erv_min.base.weights import WEIGHTS
 from erv_min.checkpoint import load_humanomni
 from erv_min.data.examples import load_examples
+from erv_min.data.pairs import read_rows
 from erv_min.inputs import Collator
 from erv_min.judge import make_judge
 from erv_min.metrics import COLUMNS, table
@@ -41,6 +43,10 @@ def world_stages(settings, base: bool = False) -> list[Stage]:
     OUT of the stages before it. Returns what makes it, with its base model if `base`: nothing if it is there. Raises
     SettingsError if one of another seed lies there."""
     one_thread(settings.preset)
+    if settings.data and isinstance(settings, ERVSettings):  # what is not there is told before minutes of rendering
+        read_rows(file_list(settings.data))
+    elif settings.data:
+        load_examples(settings.data)
     out = Path(settings.out)
     world = Path(settings.world or (out if isinstance(settings, GRPOSettings) else out.parent) / "world")
     there = world / "world.json"
