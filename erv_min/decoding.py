@@ -82,8 +82,7 @@ def capture(function: Callable, device: torch.device):
 
     Graphs of a device share memory, so they take turns. Only what runs on a stream of the tensors' own `device` is
     recorded. torch.cuda.graph would empty the allocator's cache each time, which cost the next pass hundreds of
-    cudaMalloc; here only if there is no room left, since none can be made during a capture.
-    """
+    cudaMalloc; here only if there is no room left, since none can be made during a capture."""
     graph, pool = torch.cuda.CUDAGraph(), (latest[device].pool(),) if device in latest else ()
     with torch.cuda.device(device), torch.cuda.stream(capture_stream(device)):
         torch.cuda.synchronize()
