@@ -70,7 +70,7 @@ class ChatClient:
         if not self._key and not own_server:
             raise JudgeError(f"{spec}: no key; set {variable} (openai: or ERV_JUDGE_BASE_URL, a server without keys)")
         if not re.fullmatch("[!-~]*", self._key):
-            raise JudgeError(f"{variable} holds a character that no key has")
+            raise JudgeError(f"{variable} holds a character that no key has, such as a space: set it anew")
         self.name, self.url = spec, (own_server or url).rstrip("/")
         self.cache, self.concurrency, self.reply_tokens = cache, concurrency, reply_tokens
         self._lock, self._stop, self._reached, self._refused = threading.Lock(), threading.Event(), False, set()
