@@ -41,7 +41,7 @@ class Processes:
         return list(range(self.rank, count, self.size))
 
     def from_main(self, make: Callable):
-        """What make() gives on the main process, on each; every process must call it. Named errors come on each, too."""
+        """What make() gives on the main process, on all, which must all call it; its named errors are raised on all."""
         try:
             result = make() if self.main else None
         except (ErvMinError, OSError) as error:

@@ -206,8 +206,8 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
             video = said = ""
         think, answer = (between(said, f"<{tag}>", f"</{tag}>") for tag in ("think", "answer"))
         if not video or not said or "<" in said and None in (think, answer):
-            raise DataError(f"{where}: expected {form} with one gpt turn, which is <think>..</think><answer>..</answer> "
-                            f"or a bare label, found {str(entry)[:200]}")
+            raise DataError(f"{where}: expected {form} with one gpt turn, which is "
+                            f"<think>..</think><answer>..</answer> or a bare label, found {str(entry)[:200]}")
         clip = inside(root, video, f"{where}, field video")
         folders = {part.lower() for part in clip.relative_to(root).parts[:-1]}
         name = dataset or next((name for name in LABELS if name in folders), "")
