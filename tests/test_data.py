@@ -377,7 +377,7 @@ def test_training_json_data_set(tmp_path):
     ([entry("", "happy")], "entry 0: expected .*\"video\": PATH"),
     ([{"video": "a.mp4"}], "entry 0: expected .*conversations"),
     ([{"video": "a.mp4", "conversations": [{"from": "human", "value": "x"}]}], "with one gpt turn"),
-    ([entry("a.mp4", "<think>x</think> happy")], "neither <think>"),
+    ([entry("a.mp4", "<think>x</think> happy")], "which is <think>"),
     ([entry("dfew/a.mp4", "furious delight")], "entry 0: label 'furious delight' is not one of dfew's"),
     ({"video": "x"}, "expected .*found a dict"), ([], "no example in it"),
 ])

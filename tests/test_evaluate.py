@@ -200,7 +200,6 @@ def test_two_judges_and_their_agreement(serve, tmp_path, capsys):  # noqa: F811
 
 
 def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setattr("erv_min.base.chat.BACKOFF", 0.01)

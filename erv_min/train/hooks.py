@@ -48,7 +48,7 @@ class TrainingClips:
     def inputs(self, places: list[int], **how) -> Iterator[tuple[int, Inputs]]:
         """(place, Inputs) for each of `places`: equal work, whatever breaks. The place that comes out is the one whose
         example it is. Raises ClipError if no clip can be decoded. `how`: `clip_inputs`' other arguments."""
-        for place, x in zip(places, clip_inputs((self.unit_at(place)[0] for place in places), **how)):
+        for place, x in zip(places, clip_inputs([self.unit_at(place)[0] for place in places], **how)):
             taken = place
             while isinstance(x, ClipError):
                 self._failed(place, x)
