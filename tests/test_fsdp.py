@@ -137,9 +137,11 @@ def name_of(way, stage, compute, recompute, size) -> str:
 F32, BF16 = torch.float32, torch.bfloat16
 HAND = [("hand", "sft", F32, True), ("hand", "grpo", F32, False), ("hand", "sft", BF16, True)]
 SCENARIOS = {1: [*HAND, ("hand", "sft", F32, False), ("hand", "grpo", BF16, False)],
-             2: [*HAND, ("hand", "sft", F32, False), ("hand", "grpo", BF16, False), ("torch", "sft", F32, True),
-                 ("torch", "grpo", F32, False), ("torch", "sft", BF16, True)],
+             2: [*HAND, ("hand", "sft", F32, False), ("hand", "grpo", BF16, False)],
              4: HAND}
+FULLY_SHARD = not torch.__version__.startswith("2.6.")  # of that version it does not run on a CPU
+if FULLY_SHARD:
+    SCENARIOS[2] += [("torch", "sft", F32, True), ("torch", "grpo", F32, False), ("torch", "sft", BF16, True)]
 
 
 # ---- awkward models --------------------------------------------------------------------------------------------------
@@ -354,7 +356,8 @@ def moved_apart(runs: Path, one: tuple, other: tuple) -> float:
 @pytest.mark.parametrize("one,other,most", [
     (("hand", "sft", BF16, True, 1), ("hand", "sft", BF16, True, 2), 0.02),
     (("hand", "sft", BF16, True, 1), ("hand", "sft", BF16, True, 4), 0.02),
-    (("torch", "sft", BF16, True, 2), ("hand", "sft", BF16, True, 2), 0.02),
+    pytest.param(("torch", "sft", BF16, True, 2), ("hand", "sft", BF16, True, 2), 0.02,
+                 marks=pytest.mark.skipif(not FULLY_SHARD, reason="fully_shard on a CPU from torch 2.7 on")),
     (("none", "sft", F32, False, 1), ("hand", "sft", BF16, True, 2), 0.1),
     (("hand", "grpo", BF16, False, 1), ("hand", "grpo", BF16, False, 2), 0.4)])
 def test_bfloat16_weights_differ_by_rounding(runs, one, other, most):

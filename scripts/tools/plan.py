@@ -1,8 +1,8 @@
 """Will it fit? `python scripts/tools/plan.py --preset paper-7b --gpu a100-80 --gpus 8 [--stage grpo|sft] [settings]`
 
 Prints the bytes that one GPU holds with --sharding hand, and whether they fit; if not, the switches that help. No GPU,
-no weights: the sharded step itself runs on PyTorch's fake tensors, which have shapes and no memory, in a process group
-of N whose collectives do nothing; `Live` adds up the storages that exist. Fake tensors have no values, so prompts and
+no weights: the sharded step itself runs on PyTorch's fake tensors, which have shapes and no memory, as one process of N
+whose collectives do nothing; `Live` adds up the storages that exist. Fake tensors have no values, so prompts and
 masks are built here from their shapes. Estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE),
 prompt text and target lengths.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from live import Live
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,14 +70,14 @@ def room(memory: int) -> float:
 
 def plan(config: HumanOmniConfig, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
     """Runs a pass of the settings' stage on fake tensors, for a model of these dimensions sharded over `gpus`."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    try:
-        with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
-              Progress(f"a step on {gpus} GPUs is planned")):
-            return _run(config, settings, gpus)
-    finally:
-        dist.destroy_process_group()
+    def nothing(*_, **__) -> None:  # the other processes' share of a collective; a mock would keep its tensors alive
+        pass
+
+    with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
+          patch("erv_min.fsdp.rank_and_size", lambda: (0, gpus)), patch("torch.distributed.scatter", nothing),
+          patch.multiple("erv_min.fsdp", all_gather=nothing, reduce_scatter=nothing),
+          Progress(f"a step on {gpus} GPUs is planned")):
+        return _run(config, settings, gpus)
 
 
 def _run(config: HumanOmniConfig, settings, gpus: int) -> Plan:
