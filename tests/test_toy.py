@@ -294,7 +294,7 @@ def test_the_lexicon_knows_the_grammar():
 def test_paraphrases_by_hand(monkeypatch):
     """"<abc>" and "<abd>": of six runs of letters each "<ab" is in both and left out; of the ten kept p = 1.1 / 6 for the
     own five, 0.1 / 6 for the others: five of them make 11 ** 5 to 1."""
-    monkeypatch.setattr(lexicon, "PARAPHRASES", {"happy": "Abc.", "sad": "Abd."})
+    monkeypatch.setattr(lexicon, "PARAPHRASES", {"happy": ["Abc."], "sad": ["Abd."]})
     judge = lexicon.ParaphraseJudge()
     assert judge.logs["abc"] == pytest.approx({"happy": math.log(1.1 / 6), "sad": math.log(0.1 / 6)})
     assert judge.probabilities("ABC!") == pytest.approx({"happy": 11**5 / (11**5 + 1), "sad": 1 / (11**5 + 1)})
@@ -304,7 +304,7 @@ def test_paraphrases_by_hand(monkeypatch):
 def test_the_second_judge_learnt_from_no_sentence_of_a_world():
     """It is right on most clean explanations, not on all; the words of the paraphrases are other sentences."""
     judge, rng = lexicon.ParaphraseJudge(), np.random.default_rng(0)
-    texts = [sentence for words in lexicon.PARAPHRASES.values() for sentence in lexicon.sentences(words)]
+    texts = [sentence for sentences in lexicon.PARAPHRASES.values() for sentence in sentences]
     assert len(texts) == 128 and not {*texts} & {*text.grammar(True), *text.grammar(False)}
     clips = sample_clips(replace(SMALL, train=300))
     said = judge.judge([text.join(text.explain(rng, c.look, c.label)) for c in clips], EMOTIONS)
@@ -326,7 +326,7 @@ def test_judges_share_nothing_with_the_labeller():
     tree = ast.parse(Path(lexicon.__file__).read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert imported == {"math", "re", "collections"}
+    assert imported == {"collections", "json", "math", "pathlib", "re"}
 
 
 def test_slips_are_of_another_emotion_but_never_calm():
