@@ -380,7 +380,10 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     made = parse(GRPOSettings, "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", eval_clips=-1, resume=True,
-                           w_explanation=0.0, cache_features="memory")
+                           w_explanation=0.0, cache_features="WORLD/features")
+    sft = parse(SFTSettings, "", commands[1][1:])
+    chain.prepare_sft(sft, Processes(0, 1, torch.device("cpu")))
+    assert sft.cache_features == settings.cache_features == f"{tmp_path}/world/features"  # the same for all stages
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -55,6 +55,8 @@ def world_stages(settings, base: bool = False) -> list[Stage]:
         raise SettingsError(f"{world}: holds a world of seed {seed}, not {settings.seed}: give another --out, or "
                             f"--world {world} to take it all the same")
     settings.world = str(world)
+    if getattr(settings, "cache_features", "") == "WORLD/features":
+        settings.cache_features = f"{world}/features"  # the towers see each clip once, for all stages
     if (world / "base" / WEIGHTS if base else there).exists():
         return []
     command = ["-m", "erv_min.toy", settings.world, "--seed", str(settings.seed)]
@@ -109,8 +111,6 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     stages = world_stages(settings, base)
     if settings.random_weights:  # the world's text is all that is needed
         return make(stages, processes)
-    if settings.cache_features == "memory":
-        settings.cache_features = f"{settings.world}/features"  # the towers see each clip once, for all that follows
     several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
     same = ["--preset", "toy", "--world", settings.world, "--seed", str(settings.seed), "--resume",
             "--device", settings.device or processes.device.type, *["--deterministic"] * settings.deterministic]
@@ -120,7 +120,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
             stages.append(([[str(scripts / script), *same, "--out", str(out / name), *more]], several))
         return str(out / name)
 
-    settings.model = settings.model or made("sft.py", "sft", "--cache-features", settings.cache_features)
+    settings.model = settings.model or made("sft.py", "sft")
     if settings.w_explanation and not settings.erv:
         table_2 = settings.ablate == "augmentation"  # a verifier of its own
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
