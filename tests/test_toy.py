@@ -180,9 +180,7 @@ def test_answers_follow_explanations_and_clips_as_set():
     """Shares by hand. Percept = label: 1 - 6/7 noise; explanation = percept: 1 - 6/7 noise; the answer is one of both."""
     settings = WorldSettings(train=1000, test=0, pretrain=0, percept_noise=0.4, about_noise=0.3, reads=0.6)
     clips = sample_clips(settings)
-    entries = world.sft_entries(clips, settings)
-    thoughts, answers = zip(*(e["conversations"][1]["value"].split("</think>\n<answer>") for e in entries))
-    answers = [a.removesuffix("</answer>") for a in answers]
+    thoughts, answers = zip(*(told for clip in clips for told in world.sft_targets(clip, settings)))
     labels = [c.label for c in clips for _ in range(settings.resamples)]
     judged = lexicon.LexiconJudge().judge(list(thoughts), EMOTIONS)
 
