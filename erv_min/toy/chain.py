@@ -104,13 +104,12 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     """
     if settings.preset != "toy" or settings.random_weights or settings.data:
         settings.eval_clips = -1  # no table (other data: scripts/evaluate.py on its own test split)
-    if settings.preset != "toy" and not settings.random_weights:
+    if settings.random_weights:  # the world's text is all that is needed
+        return make(world_stages(settings), processes)
+    if settings.preset != "toy":
         return
     out = Path(settings.out)
-    base = not (settings.model or settings.random_weights or (out / "sft" / WEIGHTS).exists())
-    stages = world_stages(settings, base)
-    if settings.random_weights:  # the world's text is all that is needed
-        return make(stages, processes)
+    stages = world_stages(settings, base=not (settings.model or (out / "sft" / WEIGHTS).exists()))
     several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
     same = ["--preset", "toy", "--world", settings.world, "--seed", str(settings.seed), "--resume",
             "--device", settings.device or processes.device.type, *["--deterministic"] * settings.deterministic]
@@ -170,8 +169,8 @@ def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:
     apart, right = baseline["EPC"] - sft["EPC"], baseline["WAR"] - sft["WAR"]
     together, true = ours["EPC"] - baseline["EPC"], ours["EEA"] - baseline["EEA"]
     first, second = "take" if apart <= -10 else "do not take", "brings" if together >= 10 else "does not bring"
-    shown = sft["EPC"] >= 60 and apart <= -10 and right >= 10
-    shown = shown and ours["EPC"] >= sft["EPC"] - 5 and ours["WAR"] >= baseline["WAR"] - 3
-    shown = shown and all(ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR"))
+    bounds = [sft["EPC"] >= 60, apart <= -10, right >= 10, ours["EPC"] >= sft["EPC"] - 5,
+              ours["WAR"] >= baseline["WAR"] - 3]
+    bounds += [ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR")]
     return (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} "
-            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", shown)
+            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", all(bounds))
