@@ -6,7 +6,6 @@ Each process of the toy computes on one thread: sums then run in one order, and 
 digit, however many cores there are and whatever else the machine does.
 """
 
-import copy
 import os
 import sys
 from pathlib import Path
@@ -137,18 +136,18 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
-    """Held-out clips through SFT, the Baseline and this run: a table like table 1, in words what it shows, and
-    evaluation.json. Nothing if --eval-clips is -1."""
+    """Held-out clips through SFT, the Baseline and this run, each in its turn `collate`'s model: a table like table 1,
+    in words what it shows, and evaluation.json. Nothing if --eval-clips is -1."""
     if settings.eval_clips < 0:
         return
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
-    judge, scores, own = make_judge("lexicon"), {}, copy.copy(collate)
+    judge, scores = make_judge("lexicon"), {}
     for system, folder in systems.items():
-        own.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
-        rows = evaluation_rows(own, examples, processes, settings, settings.seed, 64)
+        collate.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
+        rows = evaluation_rows(collate, examples, processes, settings, settings.seed, 64)
         if processes.main:
             (scores[system],) = judged(rows, judge)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
