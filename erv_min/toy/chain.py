@@ -171,5 +171,6 @@ def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:
     bounds = [sft["EPC"] >= 60, apart <= -10, right >= 10, ours["EPC"] >= sft["EPC"] - 5,
               ours["WAR"] >= baseline["WAR"] - 3]
     bounds += [ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR")]
-    return (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} "
-            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", all(bounds))
+    text = (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} "
+            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)")
+    return text, all(bounds)
