@@ -77,8 +77,6 @@ def plan(folder: Path, seed: int, rows: list[str], split: str, clips: int, steps
     def add(script: str, name: str, *words: str, before: tuple[str, ...] = ("world",)) -> None:
         command = [str(SCRIPTS / f"{script}.py"), "--world", str(world), "--seed", str(seed), "--device", "cpu",
                    "--resume", "--out", str(folder / name), *words]
-        if script != "erv":
-            command += ["--cache-features", str(world / "features")]
         jobs[name] = Job(before, folder / name / "model.safetensors", command)
 
     add("erv", "erv")

@@ -92,7 +92,7 @@ class PolicySettings(TrainingSettings, ModelSettings):
     data: str = option("", CLIPS + "; toy: without it the embedded world")
     allow_missing: float = data_option(0.01, MISSING, least=0, most=1)
     subtitles: bool = data_option(True, "what is said in the clip enters the prompt if the data set has it")
-    cache_features: str = machine("", "folder for the frozen towers' features, or 'memory'", toy="memory")
+    cache_features: str = machine("", "folder for the frozen towers' features", toy="WORLD/features")
     train_projectors: bool = data_option(True, "train all of table 8, not the language model alone", toy=False)
     sharding: str = machine("none", "how weights lie on several processes (hand: fsdp.py; torch: fully_shard)",
                             ("none", "hand", "torch"), paper="hand")

@@ -93,13 +93,12 @@ def load_start(settings: PolicySettings, processes: Processes) -> Collator:
     model.model.recompute = settings.recompute
     settings.num_frames = settings.num_frames or model.config.num_frames
     if settings.cache_features:
-        folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = (model.model.vision_tower, model.model.audio_tower)
         key = processes.from_main(lambda: weights_key(*towers))  # others may have shapes alone
         about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
         config = model.config  # not all of it shows in weights
         shape = (config.vision, config.audio, config.mm_vision_select_layer)
-        collate.cache = FeatureCache(folder, ":".join(map(str, (FEATURES, key, *shape, *about))))
+        collate.cache = FeatureCache(settings.cache_features, ":".join(map(str, (FEATURES, key, *shape, *about))))
     return collate
 
 
