@@ -58,8 +58,7 @@ def load_humanomni(folder_or_repo: str | Path, dtype: torch.dtype = torch.float3
 
     A tower's weights are the checkpoint's own if it has them, else those of the repository that config.json names
     (divergence 12); `vision_tower`, `audio_tower`, `text_tower` (folder or repository) override both.
-    `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors.
-    """
+    `model.tower_source` says where each came from. Raises CheckpointError naming file and field, or the tensors."""
     folder, overrides = resolve(folder_or_repo, revision), (vision_tower, audio_tower, text_tower)
     tensors, config, source, where = open_weights(folder), humanomni_config(folder, *overrides), {}, str(folder)
     if (last := tensors.get("model.audio_tower.audio_tower.classifier.weight")) is not None and last.dim() == 2:

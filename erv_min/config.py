@@ -1,8 +1,6 @@
 """Dimensions of HumanOmni (Eq. 1) and of the verifier, and the two files that hold them: config.json and towers.json.
 
-Field names are those of the released files. A released config.json describes the language model and the projector; the
-towers' sizes come from towers.json if a folder has one, else from the tower's own repository, or, for the known
-towers, from TOWERS below. Which tower a checkpoint means: checkpoint.py.
+Field names are those of the released files. Where the towers' sizes come from: checkpoint.py.
 """
 
 from dataclasses import asdict, dataclass, field

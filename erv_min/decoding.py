@@ -1,5 +1,5 @@
-"""How sampling is made fast and kept within memory: decode steps on a KV cache that are replayed as CUDA graphs,
-completions that are dropped once they are finished, and how many prompts are sampled together."""
+"""How sampling is made fast: decode steps on a KV cache that are replayed as CUDA graphs, and completions that are
+dropped once they are finished."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from erv_min.base.onednn import linear
-from erv_min.config import Qwen2Config
 from erv_min.model.attention import GroupCache
 from erv_min.model.humanomni import HumanOmni, Prompts
 
@@ -83,8 +82,7 @@ def capture(function: Callable, device: torch.device):
 
     Graphs of a device share memory, so they take turns. Only what runs on a stream of the tensors' own `device` is
     recorded. torch.cuda.graph would empty the allocator's cache each time, which cost the next pass hundreds of
-    cudaMalloc; here only if there is no room left, since none can be made during a capture.
-    """
+    cudaMalloc; here only if there is no room left, since none can be made during a capture."""
     graph, pool = torch.cuda.CUDAGraph(), (latest[device].pool(),) if device in latest else ()
     with torch.cuda.device(device), torch.cuda.stream(capture_stream(device)):
         torch.cuda.synchronize()
@@ -97,36 +95,3 @@ def capture(function: Callable, device: torch.device):
             graph.capture_end()
     latest[device] = graph
     return graph, result
-
-
-def prompt_bytes(config: Qwen2Config, length: int, group_size: int, max_new_tokens: int, itemsize: int) -> int:
-    """Bytes that a rollout needs at most for each of its prompts, of `length` tokens, beside the weights.
-
-    Keys and values: the prompt's twice while the cache starts, the completions' one and a half times while rows are
-    dropped. Activations: the widest of a layer in the prefill, the scores of a decode step, and G rows of logits, with
-    those of the step before, probabilities in float32 and their sums in float64.
-    """
-    key_width = config.num_key_value_heads * config.head_dim
-    cached_tokens = 2 * length + group_size * max_new_tokens * 3 // 2
-    cache = 2 * config.num_hidden_layers * key_width * itemsize * cached_tokens
-    prefilled = length * (4 * config.intermediate_size + 8 * config.hidden_size) * itemsize
-    scores = 16 * group_size * config.num_attention_heads * (length + max_new_tokens)
-    logits = 32 * group_size * config.vocab_size
-    return cache + max(prefilled, scores + logits)
-
-
-def prompts_at_once(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens: int) -> int:
-    """How many of `prompts` one rollout may take: on CUDA as many as 90% of the free memory holds, or 1; else all.
-
-    A decode step of a small model takes a GPU as long for many rows as for one: the launches of its kernels. Free
-    memory differs from run to run: with --deterministic it is 1.
-    """
-    embeds = prompts.embeds
-    if not embeds.is_cuda:
-        return len(embeds)
-    if torch.are_deterministic_algorithms_enabled():
-        return 1
-    free = torch.cuda.mem_get_info(embeds.device)[0]
-    free += torch.cuda.memory_reserved(embeds.device) - torch.cuda.memory_allocated(embeds.device)  # held, not in use
-    needed = prompt_bytes(model.config.text, embeds.shape[1], group_size, max_new_tokens, embeds.itemsize)
-    return max(1, min(len(embeds), int(0.9 * free) // needed))

@@ -60,8 +60,7 @@ def canonical(label: str) -> str:
 def to_erv(label: str) -> str:
     """A label of any data set -> its name among ERV_LABELS. Raises DataError if it has none.
 
-    Not GoEmotions' classes: `grief` is `helplessness` if the released verifier says it, and in no annotation.
-    """
+    Not GoEmotions' classes: `grief` is `helplessness` if the released verifier says it, and in no annotation."""
     name = LABEL_NAMES.get(label.strip().lower())
     if name is None:
         raise DataError(f"label {label!r} has no counterpart among the verifier's {', '.join(ERV_LABELS)}")
@@ -93,8 +92,7 @@ def normalize(text: str, dataset: str, rule: str = "paper") -> str | None:
     """An answer as it was written -> the data set's label.
 
     "paper": `label_among`; None if it is none. "released": lower case, no newlines, then the release's rules; what no
-    rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule).
-    """
+    rule knows comes back as it is. Raises DataError (unknown data set), SettingsError (unknown rule)."""
     if rule == "paper":
         return label_among(labels(dataset), text)
     if rule != "released":

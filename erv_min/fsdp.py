@@ -93,8 +93,7 @@ class Sharded:
     """A model whose parameters live as shards; `with sharded.forward_pass():` is a forward pass.
 
     The model's parameters are taken from process 0 (on the others the model may stand on the meta device) and replaced
-    by one flat Parameter per unit, `shard`, or `frozen_shard` if requires_grad was off.
-    """
+    by one flat Parameter per unit, `shard`, or `frozen_shard` if requires_grad was off."""
 
     def __init__(self, model: nn.Module, device: str | torch.device = "cpu", compute: torch.dtype = torch.bfloat16):
         """compute: the type of gathered parameters; float32 makes all float32. Raises SettingsError if two units share

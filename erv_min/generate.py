@@ -31,8 +31,7 @@ def sample_token(logits: Tensor, noise: Tensor, temperature: float, top_k: int =
     """One token per row from logits [R, V] by inverting the cumulative distribution at `noise` [R]; ids [R] int64.
 
     Temperature 0 is greedy. top_k, then top_p, cut the distribution first (0 and 1.0: off), to the same tokens as in
-    transformers. Sums are float64: in float32 tokens of probability under 6e-8 would never be drawn.
-    """
+    transformers. Sums are float64: in float32 tokens of probability under 6e-8 would never be drawn."""
     if temperature == 0:
         return logits.argmax(-1)
     scores = logits.float() / temperature
@@ -65,8 +64,7 @@ def rollout(model: HumanOmni, prompts: Prompts, group_size: int, max_new_tokens:
 
     noise: [B * G, max_new_tokens] from `sampling_noise`. `on_token(ids [B * G])` is called after each step. -> ids,
     mask, logps [B * G, T], T <= max_new_tokens. What follows a row's EOS is EOS and masked out. The log-probs are at
-    that temperature, before top_k and top_p cut it; 0 for greedy tokens.
-    """
+    that temperature, before top_k and top_p cut it; 0 for greedy tokens."""
     device, total = prompts.embeds.device, len(prompts.embeds) * group_size
     ids = torch.full((total, max_new_tokens), eos_token_id, dtype=torch.long, device=device)
     logps = torch.zeros(total, max_new_tokens, device=device)
@@ -103,8 +101,7 @@ def generate(model: HumanOmni, input_ids: Tensor, video: Tensor | None = None, a
 
     input_ids [L] with -201 / -202 in the clip's place; video [T, 3, S, S] or [1, T, 3, S, S]; audio [mels, F] or
     [1, mels, F]; gate_ids, gate_mask [Q] or [1, Q] (the text gate's BERT input). Temperature 0 is greedy.
-    eos_token_id: by default that of the model's config.json; raises SettingsError if it has none.
-    """
+    eos_token_id: by default that of the model's config.json; raises SettingsError if it has none."""
     if eos_token_id is None:
         eos_token_id = model.config.extra.get("eos_token_id")
     if not isinstance(eos_token_id, int):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from erv_min.base.errors import SettingsError
 from erv_min.base.processes import all_reduce_sum
 from erv_min.inputs import Batch
 from erv_min.logps import Completions
@@ -22,10 +21,7 @@ def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> T
 
     The standard deviation is the unbiased one, as released. A group of equal rewards has advantage 0: that is tested
     as max = min, since the mean of G equal numbers (8/3, say) is not always that number in float32.
-    divide=False: R_i - mean(R), without the bias towards groups of little spread (Dr. GRPO, arXiv 2503.20783).
-    """
-    if rewards.numel() % group_size:
-        raise SettingsError(f"{rewards.numel()} rewards do not divide into groups of {group_size}")
+    divide=False: R_i - mean(R), without the bias towards groups of little spread (Dr. GRPO, arXiv 2503.20783)."""
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     centred = centred.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0)
@@ -65,8 +61,7 @@ def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages: T
 
     kl_term="k2" has ratio * k2 in place of k3, in which the ratio is a weight without gradient.
     logps, old_logps, ref_logps, mask: [R, T]; advantages: [R]. What stands outside the mask is set to 0 first, since a
-    gradient through exp of a padding value could be 0 * inf.
-    """
+    gradient through exp of a padding value could be 0 * inf."""
     inside = mask.bool()
     logps, old_logps, ref_logps = (x.masked_fill(~inside, 0.0) for x in (logps, old_logps, ref_logps))
     log_ratio, A = logps - old_logps.detach(), advantages[:, None]

@@ -63,8 +63,7 @@ def shared_prefix_hidden(model: HumanOmni, prompts: Prompts, ids: Tensor, mask: 
     """Hidden states that predict each completion token, each prompt computed once and no padding of the completions.
 
     ids, mask [R, T] -> first [R, D], which the prompt's last token gives, and rest [N, D], one for each True of
-    `mask[:, 1:]`, row by row: completion token t - 1 predicts the t-th.
-    """
+    `mask[:, 1:]`, row by row: completion token t - 1 predicts the t-th."""
     language, (rows, length) = model.language_model, ids.shape
     batch, last = len(prompts.embeds), prompts.lengths - 1  # [B]
     hidden, kv = language(prompts.embeds, keep_kv=True)
@@ -81,8 +80,7 @@ def token_logps(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float 
     """log softmax(hidden @ weight.T / temperature)[ids] and the entropy in nats, without [N, V]: float32 [N] each.
 
     hidden [N, D], weight [V, D], ids [N]. The entropy is computed if asked for, and carries no gradient. Under autocast
-    the products are in its type; float64 stays float64.
-    """
+    the products are in its type; float64 stays float64."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):  # a Function's backward runs outside of autocast
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))

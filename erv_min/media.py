@@ -54,8 +54,7 @@ def load_clip(path: str | Path, modality: str = "video_audio", num_frames: int =
     `n_mels` bins. Raises ClipError.
 
     A clip whose file has no sound: `silence` "hear" gives 10 s of digital silence, as the release does, "error" raises
-    ClipError (divergence 19). `without` "video": the same number of black frames; "audio": digital silence.
-    """
+    ClipError (divergence 19). `without` "video": the same number of black frames; "audio": digital silence."""
     if modality not in ("video_audio", "video", "audio"):
         raise SettingsError(f"modality {modality!r}: use video_audio, video or audio")
     choose = partial(sample_frame_indices, k=num_frames) if "video" in modality else None
@@ -80,8 +79,7 @@ def pixel_values(frames: torch.Tensor, size: int, geometry: str = "pad") -> torc
     """Frames as SigLIP takes them: uint8 [k, H, W, 3] -> float32 [k, 3, size, size] in -1..1.
 
     "pad" centres the frame on a grey square, "stretch" gives up its proportions (divergence 11). The resize is
-    Pillow's: the horizontal pass first, each pass clamped and rounded to 8 bits.
-    """
+    Pillow's: the horizontal pass first, each pass clamped and rounded to 8 bits."""
     if geometry not in ("pad", "stretch"):
         raise SettingsError(f"geometry {geometry!r}: use pad or stretch")
     frames = torch.as_tensor(frames)

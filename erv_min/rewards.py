@@ -53,8 +53,7 @@ def explanation_reward(label_sets: Sequence[Sequence[str]], e_gt: str, neutral_r
     label_sets: EL_k of each sentence, names of ERV_LABELS, GoEmotions or a data set. c: sentences with e_gt among their
     labels. N: sentences. N_neu: those whose only label is neutral ("only"), or that have it among them ("any", as line
     15 prints it: R_E can pass 1; divergence 2). neutral_filter=False divides by N (table 2).
-    R_E is 0 if the denominator is (divergence 3).
-    """
+    R_E is 0 if the denominator is (divergence 3)."""
     if neutral_rule not in ("only", "any"):
         raise SettingsError(f"neutral rule {neutral_rule!r} is unknown; there are 'only' and 'any'")
     e_gt = canonical(e_gt)
@@ -148,8 +147,7 @@ def score_completions(completions: Sequence[str], e_gt: Sequence[str], dataset: 
 
     e_gt: one label per completion, as its data set spells it; dataset: one name, or one per completion. probabilities:
     the verifier, sentences -> [S, K] in the order of `labels`, called once with every sentence, and not at all if there
-    is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline).
-    """
+    is none (divergence 17: R_E = 0); None: R_E = 0 (the paper's Baseline)."""
     datasets = [dataset] * len(completions) if isinstance(dataset, str) else dataset
     split = [sentences_of(o, settings) if probabilities else [] for o in completions]
     sentences = [sentence for S in split for sentence in S]

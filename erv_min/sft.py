@@ -10,8 +10,7 @@ def sft_loss(logps: Tensor, mask: Tensor, denominator: float | Tensor | None = N
 
     logps [R, T] from logps.completion_logps, mask [R, T] True at label tokens. The denominator is the number of label
     tokens (default; the release's mean) or of targets (the equation's expectation over (x, y)); divergence 8.
-    With micro-batches it is that of the whole batch, so that the gradients of the parts add up to the batch's.
-    """
+    With micro-batches it is that of the whole batch, so that the gradients of the parts add up to the batch's."""
     denominator = mask.sum().clamp_min(1) if denominator is None else denominator
     return -logps.masked_fill(~mask.bool(), 0.0).sum() / denominator
 
@@ -20,8 +19,7 @@ def group_targets(examples: list[Example], size: int) -> list[list[Example]]:
     """Units of `size` targets that share a clip and so its prompt; each target stands in one unit at least.
 
     A clip whose targets do not divide into units fills its last one with its first targets again; size 1 gives every
-    example a unit of its own.
-    """
+    example a unit of its own."""
     by_clip: dict[tuple, list[Example]] = {}
     for example in examples:
         by_clip.setdefault((example.path, example.subtitle), []).append(example)

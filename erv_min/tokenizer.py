@@ -21,8 +21,7 @@ class Tokenizer:
 
     `.system`: the system turn that the folder's chat template writes by default, None if none. `.eos_id` is
     <|im_end|>, `.turn_end` the ids of "<|im_end|>\\n", which close a turn and count in the SFT loss.
-    Raises CheckpointError naming the file.
-    """
+    Raises CheckpointError naming the file."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)

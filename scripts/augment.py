@@ -35,7 +35,7 @@ from erv_min.prompts import complement_prompt, label_prompt
 from erv_min.rewards import extract_explanation
 from erv_min.train.answers import predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import check_names, clips_there, load_collator
+from erv_min.train.start import check_names, clips_there
 
 
 def text_key(text: str) -> str:
@@ -198,7 +198,7 @@ def describe(settings: PredictionSettings) -> None:
     examples = clips_there(examples, settings, processes)
     check_names(settings)
     examples = list({e.path: e for e in examples}.values())[: settings.limit or None]  # each clip once
-    rows, failed = predict_to_file(load_collator(settings, processes), examples, processes, out, settings)
+    rows, failed, _ = predict_to_file(examples, processes, settings)
     too_many(len(failed), len(examples), settings.allow_missing, "".join(failed[:1]))
     if processes.main:
         keep(out / "descriptions.jsonl", out / "descriptions.rejected.jsonl",

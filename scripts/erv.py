@@ -71,9 +71,8 @@ def train(settings: ERVSettings, processes: Processes) -> None:
         started = time.perf_counter()
         picked = batch_of_step(len(rows), settings.batch_size, settings.seed, step)  # of the whole batch
         part = [picked[place] for place in places]  # of this process
-        length = int(mask[picked].sum(1).max())  # of the whole batch, as is its dropout: a function of seed and step
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        model.dropout.rows, model.dropout.count = slice(processes.rank, None, processes.size), len(picked)
+        length = int(mask[picked].sum(1).max())
+        torch.manual_seed(settings.seed * 1_000_003 + step * processes.size + processes.rank)  # of the dropout
 
         # u = ERV(s), and the mean over the batch of its binary cross entropy.
         with policy.forward_pass():

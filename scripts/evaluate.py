@@ -30,7 +30,7 @@ from erv_min.rewards import extract_explanation
 from erv_min.toy.text import count_sentences
 from erv_min.train.answers import answers_after, predict_to_file
 from erv_min.train.settings import PredictionSettings
-from erv_min.train.start import check_names, clips_there, load_collator
+from erv_min.train.start import check_names, clips_there
 
 
 @dataclass
@@ -59,8 +59,7 @@ def predictions_of(settings: EvaluateSettings, processes) -> tuple[list[dict], d
                  "have no prediction (of the same --split?)")
         return rows, lost | {"failed": []}
     found, out = clips_there(examples, settings, processes), Path(settings.out)
-    policy = load_collator(settings, processes)
-    rows, failed = predict_to_file(policy, found, processes, out, settings)
+    rows, failed, policy = predict_to_file(found, processes, settings)
     there = {example.path for example in found}
     missing = [example.video_id for example in examples if example.path not in there]
     too_many(len(missing) + len(failed), len(examples), settings.allow_missing, "".join(failed[:1]),

@@ -14,9 +14,10 @@ import torch
 
 from erv_min.base.decode import frame_files
 from erv_min.base.errors import ClipError, DataError, SettingsError
+from erv_min.base.files import read_text
 from erv_min.base.options import checked, option, parser_for
 from erv_min.base.processes import join_processes, run_script
-from erv_min.data.readers import CLIP_SUFFIXES, clips_in, read_text
+from erv_min.data.readers import CLIP_SUFFIXES, clips_in
 from erv_min.emotions import to_erv
 from erv_min.erv import Verifier
 from erv_min.rewards import RewardSettings, explanation_reward, select_labels, sentences_of

@@ -77,8 +77,6 @@ def plan(folder: Path, seed: int, rows: list[str], split: str, clips: int, steps
     def add(script: str, name: str, *words: str, before: tuple[str, ...] = ("world",)) -> None:
         command = [str(SCRIPTS / f"{script}.py"), "--world", str(world), "--seed", str(seed), "--device", "cpu",
                    "--resume", "--out", str(folder / name), *words]
-        if script != "erv":
-            command += ["--cache-features", str(world / "features")]
         jobs[name] = Job(before, folder / name / "model.safetensors", command)
 
     add("erv", "erv")
@@ -145,7 +143,7 @@ FIGURES = (*COLUMNS, "FCR/WAR")
 # What stands beside them: a key of metrics.jsonl -> its name in the table, and what it is multiplied by.
 LOGGED = {"reward_explanation": ("R_E", 100), "sentences": ("sentences", 1), "neutral_share": ("neutral", 100),
           "kl": ("100 KL", 100), "completion_length": ("tokens", 1)}
-BESIDE = ("formed", "true", *(name for name, _ in LOGGED.values()))
+BESIDE = ("worst", "formed", "true", *(name for name, _ in LOGGED.values()))
 COMPARED = (*FIGURES, "true", "100 KL", "tokens")
 SECOND = tuple(f"{name} again" for name in COLUMNS[:3])  # by the second judge
 
@@ -153,12 +151,13 @@ SECOND = tuple(f"{name} again" for name in COLUMNS[:3])  # by the second judge
 def collect(folder: Path, row: str) -> dict[str, float | None]:
     """FIGURES, BESIDE and SECOND of one row in the folder of one seed; None: there is none.
 
-    formed, true: sentences of the grammar in the right person, and cues that are true of their clip, in percent. The
-    others: means over the last tenth of GRPO's steps.
+    worst: the lowest recall of a class; formed, true: sentences of the grammar in the right person, and cues that are
+    true of their clip, in percent. The others: means over the last tenth of GRPO's steps.
     """
     answered, log = read_json(folder / "evaluation" / row / "metrics.json"), folder / row / "metrics.jsonl"
     scores, again = (answered["judges"][judge]["dfew"] for judge in JUDGES)
     found = {name: scores[name] for name in FIGURES} | {name: again[name.split()[0]] for name in SECOND}
+    found["worst"] = min(recall for recall in scores["recall"].values() if recall is not None)
     n, steps = answered["sentences"], read_jsonl(log) if log.exists() else []
     for name, whole in (("formed", "sentences"), ("true", "cues")):
         found[name] = 100 * n[name] / n[whole] if n[whole] else None
@@ -227,9 +226,10 @@ def tables(out: Path, seeds: list[int], rows: list[str], split: str, clips: int)
             three = [{name: results[row][name][i] for name in COLUMNS[:4]} for row in ("sft", "baseline", "ours")]
             moves = [f"{name} " + " -> ".join(f"{row[name]:.1f}" for row in three) for name in COLUMNS[:4]]
             lines.append(f"  seed {seed}: " + "; ".join([*moves, "yes" if movement(*three)[1] else "no"]))
-    lines += block("\nSentences, percent: of the grammar and in the right person; true claims about face and voice. "
-                   "GRPO, mean of the last tenth of the steps: R_E in percent, sentences per explanation, percent of "
-                   "them only neutral, KL in hundredths of a nat per token, tokens per completion", BESIDE)
+    lines += block("\nPercent: recall of the worst class; sentences of the grammar and in the right person; true claims "
+                   "about face and voice. GRPO, mean of the last tenth of the steps: R_E in percent, sentences per "
+                   "explanation, percent of them only neutral, KL in hundredths of a nat per token, tokens per "
+                   "completion", BESIDE)
     lines += block(f"\nTable 4 in miniature: judged again, by {JUDGES[1]}", SECOND)
     return "\n".join(lines) + "\n"
 

@@ -212,9 +212,8 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/model/towers.py", "return self.layer_norm(x)", "return x", RECORDED),
     ("erv_min/model/towers.py", "-math.log(10000)", "math.log(10000)", "test_model.py"),
     ("erv_min/model/bert.py", "* real + self.config.pad_token_id", "* real", "test_bert.py"),
-    ("erv_min/model/bert.py", "/ (1 - self.p)", "/ self.p", "test_bert.py"),
-    ("erv_min/model/bert.py", "drawn >= self.p", "drawn >= 1 - self.p", "test_bert.py"),
-    ("erv_min/model/bert.py", "scores.masked_fill(~mask,", "scores.masked_fill(mask & False,", "test_bert.py"),
+    ("erv_min/model/bert.py", "self.dropout.p if self.training else 0.0", "self.dropout.p", "test_bert.py"),
+    ("erv_min/model/bert.py", "self.dropout.p if self.training else 0.0", "0.0", "test_bert.py"),
     ("erv_min/model/projector.py", "[self.padding], 1, 0)", "[self.padding], 0, 1)", RECORDED),
     ("erv_min/model/projector.py", '), self.convolve("body", ', '), self.convolve("video", ', RECORDED),
     ("erv_min/model/projector.py", "round(inputs / 4)", "round(inputs / 2)", RECORDED),
@@ -262,8 +261,9 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("erv_min/metrics.py", "(p_o - p_e) / (1 - p_e)}", "(p_o - p_e)}", "test_metrics.py"),
     ("erv_min/base/chat.py", "and not whole(text)", "and False", "test_judge.py"),
     ("erv_min/base/chat.py", "(after_thought(text), cut)", "(text, cut)", "test_judge.py"),
+    ("erv_min/base/chat.py", "build_opener(AnyStatus)", "build_opener()", "test_judge.py"),
     ("erv_min/base/hub.py", "if wait is None or _refused(error)", "if True or _refused(error)", "test_hub.py"),
-    ("erv_min/train/answers.py", "weights_key(collate.model)}", "''}", "test_evaluate.py"),
+    ("erv_min/train/answers.py", "weights_key(collate.model)", "''", "test_evaluate.py"),
     ("erv_min/judge.py", "label_among(labels, re.sub", "label_among(ERV_LABELS, re.sub", "test_judge.py"),
     ("erv_min/judge.py", "labels[int(row.argmax())]", "labels[int(row.argmin())]", "test_judge.py"),
     ("erv_min/judge.py", "permuted(labels, text))", "labels)", "test_judge.py"),
@@ -374,6 +374,7 @@ MUTATIONS = [  # file, a piece of one line that stands there once, what it becom
     ("scripts/sft.py", "(loss * processes.size).backward()", "loss.backward()", TWO),
     ("scripts/sft.py", "settings.warmup, settings.schedule)", 'settings.warmup, "cosine")', SFT),
     ("scripts/erv.py", "len(part) / len(picked)", "1", TWO),
+    ("scripts/erv.py", "processes.size + processes.rank)", "processes.size)", TWO),
 ]
 
 

@@ -248,7 +248,7 @@ def macro_f1(u, truth, o):
     return sum(scores) / len(scores)
 
 
-def verifier(model, rows, valid, encode, o):
+def verifier(model, rows, valid, encode, o, processes=1):
     """model: a RobertaForSequenceClassification; rows, valid: {"text", "labels", "source", "truth"}; encode(texts):
     ids and mask. Trains `model`; rows of metrics.jsonl and of epochs.jsonl, and the weights."""
     columns = GOEMOTIONS_CLASS if o.head == 28 else range(11)
@@ -266,9 +266,11 @@ def verifier(model, rows, valid, encode, o):
     for step in range(total):
         picked = list(places(len(rows), o, step, o.batch_size))
         ids, mask = encode([rows[i]["text"] for i in picked])
-        torch.manual_seed(o.seed * 1_000_003 + step)  # dropout is a function of seed and step
-        model.dropout.count = len(picked)
-        logits = model.train()(ids, mask)
+        logits = torch.empty(len(picked), o.head)
+        for rank in range(processes):  # dropout is a function of seed, step and process
+            torch.manual_seed(o.seed * 1_000_003 + step * processes + rank)
+            mine = slice(rank, None, processes)
+            logits[mine] = model.train()(ids[mine], mask[mine])
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         loss = sum(bce(row, y) for row, y in zip(logits, wanted[picked])) / len(picked)
         loss.backward()

@@ -99,13 +99,15 @@ def test_noise_depends_on_the_clip_and_on_no_batch_or_process(asked, monkeypatch
     assert [row["video_id"] for row in rows] == [x.video_id for x in CLIPS]  # of all processes, in order
 
 
-def test_each_chunk_of_a_prediction_file_has_noise_of_its_own(asked, tmp_path):
+def test_each_chunk_of_a_prediction_file_has_noise_of_its_own(asked, tmp_path, monkeypatch):
     """Seed 2, chunk c: seed 2 * 100,003 + c, whatever the batch."""
     by_hand = {"0": (200_006, 0), "1": (200_006, 1), "2": (200_007, 0), "3": (200_007, 1), "4": (200_008, 0)}
+    monkeypatch.setattr(answers, "load_collator", lambda *_: Policy())
     for batch_size in (1, 2):
         asked.clear()
-        settings = PredictionSettings(max_new_tokens=LENGTH, seed=2, batch_size=batch_size)
-        answers.predict_to_file(Policy(), CLIPS, ALONE, tmp_path / str(batch_size), settings, chunk=2)
+        settings = PredictionSettings(max_new_tokens=LENGTH, seed=2, batch_size=batch_size,
+                                      out=str(tmp_path / str(batch_size)))
+        answers.predict_to_file(CLIPS, ALONE, settings, chunk=2)
         assert noises(asked) == {clip: tuple(sampling_noise(seed, 0, [place], 1, LENGTH)[0].tolist())
                                  for clip, (seed, place) in by_hand.items()}
 

@@ -128,11 +128,10 @@ def test_no_result_is_an_error(serve, tmp_path, monkeypatch):  # noqa: F811
     for clip in clips:
         clip.path.touch()
     monkeypatch.setattr(augment, "load_examples", lambda *_: clips)
-    monkeypatch.setattr(augment, "load_collator", lambda *_: None)
     monkeypatch.setattr(augment, "check_names", lambda _: None)
     row = {"video_id": "0", "dataset": "emer", "ground_truth": "sad", "output": "<answer>sad</answer>"}
-    for found, message in ((([row, row], []), "none of 2 answers can be used.*descriptions.rejected.jsonl"),
-                           (([], ["0.mp4: broken", "1.mp4: broken"]), "2 of 2 clips cannot be decoded.*0.mp4: broken")):
+    for found, message in ((([row, row], [], None), "none of 2 answers can be used.*descriptions.rejected.jsonl"),
+                           (([], ["0.mp4: broken", "1.mp4: broken"], None), "2 of 2 clips cannot be decoded.*0.mp4: broken")):
         monkeypatch.setattr(augment, "predict_to_file", lambda *_: found)
         with pytest.raises(DataError, match=message):
             augment.main(["describe", "--model", str(tmp_path), "--data", f"emer:{tmp_path}", "--out", str(tmp_path / "d"),

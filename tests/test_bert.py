@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
 from erv_min.checkpoint import load_erv
 from erv_min.config import BertConfig, roberta
 from erv_min.erv import erv_loss
-from erv_min.model.bert import BertEncoder, Dropout, RobertaClassifier
+from erv_min.model.bert import BertEncoder, RobertaClassifier
 
 FOLDER = GOLDEN / "roberta"
 BERT = BertConfig(20, 8, 2, 2, 16, max_position_embeddings=12)
@@ -68,40 +69,21 @@ def test_parameter_names_are_the_released_ones():
     saved = set(load_file(FOLDER / "model.safetensors"))
     assert saved == set(RobertaClassifier(roberta("toy", 28)).state_dict())
 
-def test_dropout_acts_in_train_mode_only():
-    model = RobertaClassifier(roberta("toy")).eval()
-    ids = torch.tensor([[0, 5, 6, 2]])
-    model.dropout.p, model.dropout.count = 0.5, 1
-    torch.testing.assert_close(model(ids), model(ids), rtol=0, atol=0)
-    model.train()
-    assert not torch.allclose(model(ids), model(ids))
-    model.dropout.p = 0.0
-    torch.testing.assert_close(model(ids), model(ids), rtol=0, atol=0)
+
+def test_dropout_acts_where_roberta_has_it_in_training_alone(monkeypatch):
+    """On the embeddings, on each layer's attention weights and both of its outputs, on [CLS] and before the logits."""
+    model, ids, seen = RobertaClassifier(roberta("toy")), torch.tensor([[0, 5, 6, 2]]), []
+    model.dropout.p, attend = 0.5, F.scaled_dot_product_attention
+    model.dropout.register_forward_hook(lambda _, x, y: seen.append((*y.shape[1:], bool((y == 0).any()))))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: seen.append(args[4]) or attend(*args))
+    assert not torch.allclose(model.train()(ids), model(ids))
+    layer = [0.5, (4, 64, True), (4, 64, True)]
+    assert seen[: len(seen) // 2] == [(4, 64, True), *layer, *layer, (64, True), (64, True)]
+    seen.clear()
+    assert torch.equal(model.eval()(ids), model(ids))
+    assert not any(x if isinstance(x, float) else x[-1] for x in seen)
 
 
-def test_dropout_by_hand():
-    """A share p of the values is 0, the others grow by 1 / (1 - p), so that the mean stays. Rows of a batch that lies
-    on two processes have the masks that they have on one."""
-    dropout = Dropout(0.25).train()
-    dropout.count = 4
-    torch.manual_seed(0)
-    whole = dropout(torch.ones(4, 10_000))
-    assert sorted(whole.unique().tolist()) == [0, pytest.approx(4 / 3)]
-    assert (whole == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
-    for rank in (0, 1):
-        dropout.rows = slice(rank, None, 2)
-        torch.manual_seed(0)
-        assert torch.equal(dropout(torch.ones(2, 10_000)), whole[rank::2])
-
-
-def test_attention_written_out_for_dropout_is_the_same_attention():
-    """With a rate that drops nothing the training's form gives what evaluation gives, masked places left out."""
-    torch.manual_seed(0)
-    model, ids = BertEncoder(BERT), torch.tensor([[2, 7, 9, 3], [2, 8, 0, 0]])
-    mask = torch.tensor([[1] * 4, [1, 1, 0, 0]])
-    expected = model.eval()(ids, mask)
-    model.train()
-    model.dropout.p, model.dropout.count = 1e-12, 2
-    assert model.dropout.active
-    torch.testing.assert_close(model(ids, mask)[mask.bool()], expected[mask.bool()])
-    torch.testing.assert_close(model(ids), model.eval()(ids))
+def test_a_rate_of_0_changes_no_bit():
+    model, ids = RobertaClassifier(roberta("toy")), torch.tensor([[0, 5, 6, 2], [0, 7, 2, 1]])
+    assert torch.equal(model.train()(ids, ids != 1), model.eval()(ids, ids != 1))

@@ -224,7 +224,7 @@ def test_collectives_and_a_capture_beside_the_watchdog(nccl):
 
 @gpu
 def test_sft_across_an_epoch_with_cached_features(tmp_path):
-    """The second epoch takes features from the host's memory, and a step may hold both kinds."""
+    """The second epoch takes features from the host, and a step may hold both kinds."""
     pytest.importorskip("av")
     from erv_min.toy.world import WorldSettings, build_world
     build_world(tmp_path / "world", WorldSettings(train=5, test=1, pretrain=0, sft_clips=5, erv_train=60, erv_valid=20))

@@ -377,7 +377,7 @@ def test_training_json_data_set(tmp_path):
     ([entry("", "happy")], "entry 0: expected .*\"video\": PATH"),
     ([{"video": "a.mp4"}], "entry 0: expected .*conversations"),
     ([{"video": "a.mp4", "conversations": [{"from": "human", "value": "x"}]}], "with one gpt turn"),
-    ([entry("a.mp4", "<think>x</think> happy")], "neither <think>"),
+    ([entry("a.mp4", "<think>x</think> happy")], "which is <think>"),
     ([entry("dfew/a.mp4", "furious delight")], "entry 0: label 'furious delight' is not one of dfew's"),
     ({"video": "x"}, "expected .*found a dict"), ([], "no example in it"),
 ])
@@ -558,9 +558,8 @@ def test_feature_cache_keys_disk_and_damage(tmp_path, caplog):
     cache = FeatureCache(tmp_path / "cache", "towers-a")
     assert cache.get(clip) is None
     cache.put(clip, vision, audio)
-    for other in (cache, FeatureCache(tmp_path / "cache", "towers-a")):  # from memory, from disk
-        got = other.get(clip).features
-        assert got[0].dtype == torch.bfloat16 and torch.equal(got[0], vision) and torch.equal(got[1], audio)
+    got = FeatureCache(tmp_path / "cache", "towers-a").get(clip).features
+    assert got[0].dtype == torch.bfloat16 and torch.equal(got[0], vision) and torch.equal(got[1], audio)
     assert FeatureCache(tmp_path / "cache", "towers-b").get(clip) is None
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-3])
@@ -572,7 +571,7 @@ def test_feature_cache_keys_disk_and_damage(tmp_path, caplog):
 def test_a_changed_clip_has_no_cached_features(tmp_path):
     """Of the same size at another time, of another size at the same time."""
     clip = Example("1", write(tmp_path / "1.mp4", b"clip"), "sad", "dfew")
-    cache = FeatureCache(None, "k")
+    cache = FeatureCache(tmp_path / "cache", "k")
     os.utime(clip.path, ns=(10**18, 10**18))
     cache.put(clip, torch.zeros(1))
     assert cache.get(clip)
@@ -622,18 +621,15 @@ def test_what_shapes_a_feature_is_in_the_caches_key(tmp_path, monkeypatch):
         assert key() != before
 
 
-def test_feature_cache_modalities_and_memory_limit(tmp_path):
-    clips = [Example(name, write(tmp_path / f"{name}.mp4"), "sad", "dfew") for name in "ab"]
-    cache = FeatureCache(None, "k", memory=4 * 6)
-    cache.put(clips[0], vision=torch.zeros(2, 3))
-    cache.put(clips[1], vision=torch.zeros(2, 3))  # over the limit and no folder: not kept
-    x = cache.get(clips[0])
-    assert x.features[0].shape == (2, 3) and x.features[1] is None and not x.silent and cache.get(clips[1]) is None
+def test_feature_cache_of_one_modality(tmp_path):
+    clip, cache = Example("a", write(tmp_path / "a.mp4"), "sad", "dfew"), FeatureCache(tmp_path / "cache", "k")
+    cache.put(clip, vision=torch.zeros(2, 3))
+    x = cache.get(clip)
+    assert x.features[0].shape == (2, 3) and x.features[1] is None and not x.silent
 
 
-@pytest.mark.parametrize("folder", [None, "cache"])
-def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path, folder):
-    """From decoding through the workers' pipe and both caches to what the caller counts (divergence 19)."""
+def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path):
+    """From decoding through the workers' pipe and the cache to what the caller counts (divergence 19)."""
     write_clip(tmp_path / "mute.mp4", sound=None), write_clip(tmp_path / "loud.mp4")
     model = random_humanomni(humanomni("toy"), 0)
     clips = [Example(name, tmp_path / f"{name}.mp4", "sad", "dfew") for name in ("mute", "loud")]
@@ -641,7 +637,7 @@ def test_a_clip_heard_as_silence_stays_known_as_such(tmp_path, folder):
     assert [x.silent for x in heard] == [True, False]
     error, loud = clip_inputs(clips, model.config, None, num_frames=2, workers=1, silence="error")
     assert isinstance(error, ClipError) and "--silence" in str(error) and not loud.silent
-    cache = FeatureCache(folder and tmp_path / folder, "k", memory=0 if folder else 100)  # from the disk, from memory
+    cache = FeatureCache(tmp_path / "cache", "k")
     for x in heard:
         cache.put(x.example, torch.zeros(1), torch.zeros(1), x.silent)
     assert all(map(cache.get, clips))

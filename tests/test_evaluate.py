@@ -200,7 +200,6 @@ def test_two_judges_and_their_agreement(serve, tmp_path, capsys):  # noqa: F811
 
 
 def test_an_unreachable_judge_is_no_table_of_zeros(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # nobody listens there
     monkeypatch.setenv("OPENAI_API_KEY", "x")
     monkeypatch.setattr("erv_min.base.chat.BACKOFF", 0.01)
@@ -295,8 +294,10 @@ def test_evaluates_a_model_and_resumes(world, tmp_path, monkeypatch):
     assert run_model(world, tmp_path / "batched", "--batch-size", "5", "--workers", "0") == rows
     with pytest.raises(SettingsError, match="already exists: give --resume"):
         run_model(world, tmp_path / "whole")
-    with pytest.raises(SettingsError, match="predictions.json: .* with other values of temperature; give another"):
-        run_model(world, tmp_path / "whole", "--resume", "--temperature", "0")
+    with monkeypatch.context() as patch:  # told before the weights are read
+        patch.setattr(predictions, "load_collator", lambda *_: pytest.fail("the model was read"))
+        with pytest.raises(SettingsError, match="predictions.json: .* with other values of temperature; give another"):
+            run_model(world, tmp_path / "whole", "--resume", "--temperature", "0")
     assert run_model(world, tmp_path / "whole", "--resume") == rows
     shutil.copytree(world / "model", tmp_path / "model")
     model = load_humanomni(tmp_path / "model")

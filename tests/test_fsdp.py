@@ -137,9 +137,11 @@ def name_of(way, stage, compute, recompute, size) -> str:
 F32, BF16 = torch.float32, torch.bfloat16
 HAND = [("hand", "sft", F32, True), ("hand", "grpo", F32, False), ("hand", "sft", BF16, True)]
 SCENARIOS = {1: [*HAND, ("hand", "sft", F32, False), ("hand", "grpo", BF16, False)],
-             2: [*HAND, ("hand", "sft", F32, False), ("hand", "grpo", BF16, False), ("torch", "sft", F32, True),
-                 ("torch", "grpo", F32, False), ("torch", "sft", BF16, True)],
+             2: [*HAND, ("hand", "sft", F32, False), ("hand", "grpo", BF16, False)],
              4: HAND}
+FULLY_SHARD = not torch.__version__.startswith("2.6.")  # of that version it does not run on a CPU
+if FULLY_SHARD:
+    SCENARIOS[2] += [("torch", "sft", F32, True), ("torch", "grpo", F32, False), ("torch", "sft", BF16, True)]
 
 
 # ---- awkward models --------------------------------------------------------------------------------------------------
@@ -354,7 +356,8 @@ def moved_apart(runs: Path, one: tuple, other: tuple) -> float:
 @pytest.mark.parametrize("one,other,most", [
     (("hand", "sft", BF16, True, 1), ("hand", "sft", BF16, True, 2), 0.02),
     (("hand", "sft", BF16, True, 1), ("hand", "sft", BF16, True, 4), 0.02),
-    (("torch", "sft", BF16, True, 2), ("hand", "sft", BF16, True, 2), 0.02),
+    pytest.param(("torch", "sft", BF16, True, 2), ("hand", "sft", BF16, True, 2), 0.02,
+                 marks=pytest.mark.skipif(not FULLY_SHARD, reason="fully_shard on a CPU from torch 2.7 on")),
     (("none", "sft", F32, False, 1), ("hand", "sft", BF16, True, 2), 0.1),
     (("hand", "grpo", BF16, False, 1), ("hand", "grpo", BF16, False, 2), 0.4)])
 def test_bfloat16_weights_differ_by_rounding(runs, one, other, most):
@@ -597,7 +600,7 @@ def test_plan_counts_what_training_holds(recompute):
 
 def test_plan_counts_what_sampling_holds():
     settings = GRPOSettings(**{**preset_values(GRPOSettings, "toy"), "group_size": 3, "max_new_tokens": 40, "micro_batch": 2,
-                                  "rollout_batch": 2})
+                                  "batch_size": 2})
     planned = plan(SMALL, settings, 1)
     run = Sharded(random_humanomni(SMALL), compute=F32)
     noise = sampling_noise(0, 0, [0, 1], 3, 40)
@@ -629,9 +632,10 @@ def test_plan_says_what_helps(monkeypatch):
         monkeypatch.setitem(GPUS, "h200", memory)
         assert ("expandable_segments" in show(one, "h200", 1)) == tight
     steps = [*ways_to_fit(config, settings, 1)]
-    assert [name for name, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "9 GPUs"]
+    assert [name for name, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "--rollout-batch 1", "9 GPUs"]
     peaks = [one.peak, *(p.peak for _, p in steps)]
-    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 5
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 5  # the update is the larger half:
+    assert steps[3][1].peak == steps[2][1].peak and 32 * steps[3][1].kv_cache == steps[2][1].kv_cache
     assert steps[0][1].rollout_copy == pytest.approx(one.rollout_copy / 2, rel=1e-3)  # bfloat16
     assert steps[-1][1].optimizer == pytest.approx(one.optimizer / 9, rel=1e-3)
     assert steps[-1][1].rollout_copy == pytest.approx(steps[0][1].rollout_copy, rel=1e-3)  # whole, on however many
@@ -644,7 +648,7 @@ def test_plan_script(gpu, verdict):
     out = subprocess.run([sys.executable, script, *options], text=True, capture_output=True)
     assert (out.returncode == 0) == (gpu is not None)
     assert verdict in out.stdout + out.stderr
-    assert ("1 sampled at once, G 8 of 72" in out.stdout) == (gpu is not None)
+    assert ("32 per step, all sampled at once, G 8 of 72" in out.stdout) == (gpu is not None)
     assert "Traceback" not in out.stderr
 
 

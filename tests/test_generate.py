@@ -1,10 +1,8 @@
 """Sampling: the released greedy tokens, the cache, the noise that depends on nothing but its key."""
 
 
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,16 +11,13 @@ import torch
 import erv_min.generate as generation
 from erv_min import decoding
 from erv_min.base.errors import SettingsError
-from erv_min.decoding import Decoder, prompt_bytes, prompts_at_once, unfinished
+from erv_min.decoding import Decoder, unfinished
 from erv_min.generate import generate, rollout, sample_token, sampling_noise
 from erv_min.logps import Prompts, completion_logps, shared_prefix_hidden
 from erv_min.model.attention import GroupCache
 from erv_min.train.hooks import sample
 from erv_min.train.settings import GRPOSettings
 from tiny import plain_rollout, tiny_model, tiny_prompts
-
-sys.path += [str(Path(__file__).parent.parent / "scripts"), str(Path(__file__).parent.parent / "scripts" / "tools")]
-from live import Live  # noqa: E402
 
 
 class FakeCuda(torch.Tensor):
@@ -166,28 +161,6 @@ def test_a_capture_is_on_the_tensors_device(monkeypatch):
     with pytest.raises(ZeroDivisionError):  # with little room left, in the memory of the one before
         decoding.capture(lambda: 1 / 0, device)
     assert seen == [*around[0], "emptied", ("begin", (0, 7)), *around[1]]
-
-
-def test_prompts_at_once(monkeypatch):
-    """As many as free memory holds; for each is counted no less than a rollout takes, and not three times that."""
-    model, (G, N) = tiny_model(), (4, 32)
-    needed = prompt_bytes(model.config.text, 40, G, N, 4)
-    peaks = []
-    for count in (2, 6):
-        with Live() as live:
-            rollout(model, tiny_prompts(model, (40,) * count), G, N, -1, sampling_noise(0, 0, list(range(count)), G, N))
-        peaks.append(live.peak)
-    assert 0.4 * needed < (peaks[1] - peaks[0]) / 4 < needed
-    prompts = tiny_prompts(model, (40,) * 6)
-    assert prompts_at_once(model, prompts, G, N) == 6  # on a CPU
-    prompts.embeds = FakeCuda(prompts.embeds)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * needed)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: needed)
-    for free, expected in ((0, 1), (2 * needed, 3), (2**40, 6)):  # and the 2 that the allocator holds unused; 90% of it
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2**41))
-        assert prompts_at_once(model, prompts, G, N) == expected
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)  # free memory differs from run to run
-    assert prompts_at_once(model, prompts, G, N) == 1 and prompts_at_once(model, tiny_prompts(model, (4,) * 6), G, N) == 6
 
 
 def collator(model) -> SimpleNamespace:

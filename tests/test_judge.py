@@ -99,8 +99,7 @@ def bad(status: int, message: str = "no", **headers):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(behave) -> FakeApi, to which the environment points; the hub's offline switch is lifted for the test."""
-    import huggingface_hub.constants as constants
+    """serve(behave) -> FakeApi, to which the environment points."""
     servers = []
 
     def start(behave):
@@ -109,7 +108,6 @@ def serve(monkeypatch):
         monkeypatch.setenv("ERV_JUDGE_BASE_URL", api.url)
         return api
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(chat, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     yield start
@@ -357,7 +355,6 @@ def test_one_prompt_that_is_always_refused_ends_no_evaluation(serve, tmp_path):
 
 
 def test_a_server_that_is_not_there_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://127.0.0.1:9/v1")  # the discard port: nobody listens
     waits = []
     made = client()
@@ -459,18 +456,38 @@ def test_makers_errors(monkeypatch):
                           ("erv:", "expected")):
         with pytest.raises(JudgeError, match=message):
             make_judge(spec)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY holds a character that no key has") as error:
+        make_judge("openai:m")
+    assert KEY not in str(error.value)
     for address in ("127.0.0.1:8000/v1", "localhost", "ftp://x/v1"):
         monkeypatch.setenv("ERV_JUDGE_BASE_URL", address)
         with pytest.raises(JudgeError, match=f"ERV_JUDGE_BASE_URL={address}: expected an address as http://"):
             make_judge("openai:m")
 
 
-def test_offline_switch_is_named(serve, monkeypatch):
-    import huggingface_hub.constants as constants
+def test_an_own_server_is_asked_without_the_hub(serve, monkeypatch):
+    """HF_HUB_OFFLINE=1, with which one works without a network, is the hub's alone."""
     serve(lambda prompt, times: good("sad"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(JudgeError, match="offline mode is enabled.*HF_HUB_OFFLINE"):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert ask(["x"])[0] == [Judgement("sad", "ok")]
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_the_key_follows_no_redirect(serve, status):
+    other = serve(lambda prompt, times: good("sad"))
+    serve(lambda prompt, times: bad(status, Location=f"{other.url}/chat/completions"))
+    with pytest.raises(JudgeError, match=f"HTTP {status}, .*sends requests on to {other.url}/chat/completions"):
         ask(["x"])
+    assert not other.auth
+
+
+def test_a_proxy_is_asked_in_place_of_the_server(serve, monkeypatch):
+    proxy = serve(lambda prompt, times: good("sad"))
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("ERV_JUDGE_BASE_URL", "http://judge.example/v1")
+    assert ask(["x"])[0] == [Judgement("sad", "ok")] and proxy.bodies
 
 
 def test_gemini_thinks_not_and_each_provider_has_its_own_address(monkeypatch):

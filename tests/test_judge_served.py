@@ -64,7 +64,6 @@ def server(tmp_path_factory):
 
 
 def test_a_server_of_others_is_asked_and_read(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("ERV_JUDGE_BASE_URL", server[0])
     monkeypatch.setattr("erv_min.base.chat.RETRIES", 1)
     texts = ["She smiles.", "He laughs.", ""]

@@ -147,7 +147,8 @@ def test_a_real_clip_matches_the_release():
     assert waveform.dtype == torch.float32 and abs(len(waveform) - len(recorded)) <= 0.02 * len(recorded)
     # decord loses 17 samples after the first sound packet; up to there the samples are equal, and after it shifted
     torch.testing.assert_close(waveform[:360], recorded[:360], atol=2e-5, rtol=0)
-    assert torch.corrcoef(torch.stack([waveform[500:-17], recorded[517:]]))[0, 1] > 0.99
+    both = min(len(waveform), len(recorded)) - 517  # FFmpeg 9 leaves out what the encoder padded at the end
+    assert torch.corrcoef(torch.stack([waveform[500 : 500 + both], recorded[517 : 517 + both]]))[0, 1] > 0.99
     torch.testing.assert_close(log_mel(recorded)[:, :240], expected["log_mel"], atol=2e-5, rtol=0)
 
 

@@ -44,7 +44,7 @@ def erv(tiny: Tiny, **changes):
     return tiny.run("erv", erv_options(tiny, **changes), judged_by_table=False)
 
 
-def plain(tiny: Tiny, o: SimpleNamespace, held_out: bool = False):
+def plain(tiny: Tiny, o: SimpleNamespace, held_out: bool = False, processes: int = 1):
     """Rows of metrics.jsonl and epochs.jsonl, and the weights of the second implementation."""
     folder = tiny.folder / ("verifier" if o.head == 11 else "verifier-28")
     rows, valid = texts(tiny, "train"), texts(tiny, "valid")
@@ -55,7 +55,7 @@ def plain(tiny: Tiny, o: SimpleNamespace, held_out: bool = False):
         rows, valid = [row for row in rows if not aside(row)], [row for row in rows if aside(row)]
         assert len(valid) > 5
     rows, valid = ([row | {x: names(row[x]) for x in ("labels", "truth")} for row in part] for part in (rows, valid))
-    return plain_step.verifier(load_erv(folder), rows, valid, EncoderTokenizer(folder).encode_batch, o)
+    return plain_step.verifier(load_erv(folder), rows, valid, EncoderTokenizer(folder).encode_batch, o, processes)
 
 
 LONGER = dict(steps=0, epochs=2)

@@ -1,10 +1,12 @@
-"""Two processes, whole and sharded, against one: passes that do not divide, sums over both, the same dropout."""
+"""Two processes, whole and sharded, against one: passes that do not divide, sums over both; each its own dropout."""
+
+from types import SimpleNamespace
 
 from safetensors.torch import load_file
-from test_plain_erv import erv, erv_options
+from test_plain_erv import OPTIONS, erv_options, plain
 from test_plain_grpo import grpo, grpo_options
 from test_plain_sft import sft, sft_options
-from tiny_runs import assert_same_run
+from tiny_runs import assert_same_rows, assert_same_run, assert_same_weights
 
 
 def test_two_processes_compute_what_one_does(tiny):
@@ -25,4 +27,6 @@ def test_two_processes_compute_what_one_does(tiny):
         assert_same_run(two, grpo(tiny, **of_grpo), policy)
     for two in found[2:4]:
         assert_same_run(two, sft(tiny, **of_sft), policy)
-    assert_same_run(found[4], erv(tiny, **of_erv), verifier)
+    rows, _, weights = plain(tiny, SimpleNamespace(**OPTIONS | of_erv), processes=2)
+    assert_same_rows(found[4].rows, rows)
+    assert_same_weights(found[4].weights, weights, verifier, len(rows))

@@ -33,6 +33,7 @@ from erv_min.erv import Verifier  # noqa: F401
 from erv_min.base.files import append_jsonl, read_json, read_jsonl, write_json, write_jsonl  # noqa: F401
 from erv_min.model.bert import RobertaClassifier  # noqa: F401
 from erv_min.train.settings import SFTSettings  # noqa: F401
+from erv_min.base import processes
 from erv_min.base.processes import Processes  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -214,9 +215,9 @@ def test_a_process_without_weights_takes_the_towers_key_from_the_first(world, tm
         return stages.load_start(settings, Processes(rank, 2, torch.device("cpu"))).cache.key
 
     said = []
-    monkeypatch.setattr(stages, "gather_lists", lambda rows: said.append(rows) or rows)
+    monkeypatch.setattr(processes, "all_gather_object", lambda value: said.append(value) or [value])
     first = start(0)
-    monkeypatch.setattr(stages, "gather_lists", lambda rows: rows + said[0])
+    monkeypatch.setattr(processes, "all_gather_object", lambda value: said)
     assert start(1) == first
 
 

@@ -105,13 +105,16 @@ def test_sigterm_ends_the_commands_too(tmp_path):
 
 def predictions(folder: Path, right: int) -> None:
     """What evaluate.py says of ten clips: every answer right, `right` of the explanations judged as the truth, and of
-    three sentences two of the grammar, one a cue, which is true if the explanation is right."""
+    three sentences two of the grammar, one a cue, which is true if the explanation is right. (A recall of 40 is put
+    beside that of the only class.)"""
     rows = [{"video_id": str(i), "dataset": "dfew", "ground_truth": "happy", "judge_status": "ok",
              "judged_emotion": "happy" if i < right else "fear",
              "output": "<think>He laughs.</think><answer>happy</answer>"} for i in range(10)]
+    scores = score(rows, "dfew")
+    scores["recall"]["fear"] = 40.0
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({
-        "judges": {judge: {"dfew": score(rows, "dfew")} for judge in reproduce.JUDGES},
+        "judges": {judge: {"dfew": scores} for judge in reproduce.JUDGES},
         "sentences": {"sentences": 3.0, "formed": 2.0, "cues": 1.0, "true": right / 10}}))
 
 
@@ -142,8 +145,8 @@ def test_tables_by_hand(tmp_path):
     assert "  seed 1: EEA 60.0 -> 20.0 -> 60.0; " in text and "WAR 100.0 -> 100.0 -> 100.0; no\n" in text
     # Of three sentences two are of the grammar; the cue is true in 8 and 6 of ten. Last tenth: steps 18 and 19.
     beside = blocks[4]["Ours"]
-    assert beside == "66.7 ± 0.0 70.0 ±14.1 37.0 ± 0.0 4.0 ± 0.0 50.0 ± 0.0 18.5 ± 0.0 53.5 ± 7.1".split()
-    assert blocks[4]["SFT"] == "66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
+    assert beside == "40.0 ± 0.0 66.7 ± 0.0 70.0 ±14.1 37.0 ± 0.0 4.0 ± 0.0 50.0 ± 0.0 18.5 ± 0.0 53.5 ± 7.1".split()
+    assert blocks[4]["SFT"] == "40.0 ± 0.0 66.7 ± 0.0 70.0 ±14.1 - - - - -".split()
     assert blocks[5]["Ours"][:2] == ["70.0", "±14.1"]
     kept = json.loads((tmp_path / "results.json").read_text())
     assert kept["rows"]["ours"]["FCR again"] == [80, 60] and kept["rows"]["baseline"]["tokens"] == [48.5, 48.5]

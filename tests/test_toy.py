@@ -180,9 +180,7 @@ def test_answers_follow_explanations_and_clips_as_set():
     """Shares by hand. Percept = label: 1 - 6/7 noise; explanation = percept: 1 - 6/7 noise; the answer is one of both."""
     settings = WorldSettings(train=1000, test=0, pretrain=0, percept_noise=0.4, about_noise=0.3, reads=0.6)
     clips = sample_clips(settings)
-    entries = world.sft_entries(clips, settings)
-    thoughts, answers = zip(*(e["conversations"][1]["value"].split("</think>\n<answer>") for e in entries))
-    answers = [a.removesuffix("</answer>") for a in answers]
+    thoughts, answers = zip(*(told for clip in clips for told in world.sft_targets(clip, settings)))
     labels = [c.label for c in clips for _ in range(settings.resamples)]
     judged = lexicon.LexiconJudge().judge(list(thoughts), EMOTIONS)
 
@@ -294,7 +292,7 @@ def test_the_lexicon_knows_the_grammar():
 def test_paraphrases_by_hand(monkeypatch):
     """"<abc>" and "<abd>": of six runs of letters each "<ab" is in both and left out; of the ten kept p = 1.1 / 6 for the
     own five, 0.1 / 6 for the others: five of them make 11 ** 5 to 1."""
-    monkeypatch.setattr(lexicon, "PARAPHRASES", {"happy": "Abc.", "sad": "Abd."})
+    monkeypatch.setattr(lexicon, "PARAPHRASES", {"happy": ["Abc."], "sad": ["Abd."]})
     judge = lexicon.ParaphraseJudge()
     assert judge.logs["abc"] == pytest.approx({"happy": math.log(1.1 / 6), "sad": math.log(0.1 / 6)})
     assert judge.probabilities("ABC!") == pytest.approx({"happy": 11**5 / (11**5 + 1), "sad": 1 / (11**5 + 1)})
@@ -304,7 +302,7 @@ def test_paraphrases_by_hand(monkeypatch):
 def test_the_second_judge_learnt_from_no_sentence_of_a_world():
     """It is right on most clean explanations, not on all; the words of the paraphrases are other sentences."""
     judge, rng = lexicon.ParaphraseJudge(), np.random.default_rng(0)
-    texts = [sentence for words in lexicon.PARAPHRASES.values() for sentence in lexicon.sentences(words)]
+    texts = [sentence for sentences in lexicon.PARAPHRASES.values() for sentence in sentences]
     assert len(texts) == 128 and not {*texts} & {*text.grammar(True), *text.grammar(False)}
     clips = sample_clips(replace(SMALL, train=300))
     said = judge.judge([text.join(text.explain(rng, c.look, c.label)) for c in clips], EMOTIONS)
@@ -326,7 +324,7 @@ def test_judges_share_nothing_with_the_labeller():
     tree = ast.parse(Path(lexicon.__file__).read_text())
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert imported == {"math", "re", "collections"}
+    assert imported == {"collections", "json", "math", "pathlib", "re"}
 
 
 def test_slips_are_of_another_emotion_but_never_calm():
@@ -380,7 +378,10 @@ def test_the_baseline_gets_whatever_was_given_for_ours(tmp_path, monkeypatch):
     made = parse(GRPOSettings, "", commands[-1][1:])
     assert (made.lr, made.group_size, made.beta, made.mu, made.modality) == (3e-4, 4, 0.1, 2, "video")
     assert made == replace(settings, out=str(tmp_path / "baseline"), erv="", ablate="", eval_clips=-1, resume=True,
-                           w_explanation=0.0, cache_features="memory")
+                           w_explanation=0.0, cache_features="WORLD/features")
+    sft = parse(SFTSettings, "", commands[1][1:])
+    chain.prepare_sft(sft, Processes(0, 1, torch.device("cpu")))
+    assert sft.cache_features == settings.cache_features == f"{tmp_path}/world/features"  # the same for all stages
     commands.clear()
     for name in ("sft", "erv-unaugmented", "baseline"):
         (tmp_path / name).mkdir(exist_ok=True)

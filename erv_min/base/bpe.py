@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from erv_min.base.errors import CheckpointError
-from erv_min.base.files import read_object
+from erv_min.base.files import read_object, read_text
 
 QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")
@@ -90,7 +90,7 @@ def default_system(folder: Path, untold: str) -> str | None:
     without a template. It is found as text, since templates are not run: a literal, or a variable set to one."""
     template = settings_of(folder).get("chat_template")  # a text, or several by name
     if (file := folder / "chat_template.jinja").exists():
-        template = file.read_text(encoding="utf-8")
+        template = read_text(file)
     if template is None:
         return untold
     if isinstance(template, list):

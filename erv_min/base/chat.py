@@ -1,8 +1,7 @@
 """A hosted model asked many prompts: cache, retries. What is asked and how a reply is read: judge.py, augment.py.
 
-Requests are OpenAI's chat completions, sent by huggingface_hub's session; the retries are here. Every answer is
-appended to the cache as it comes in: a stopped run asks nothing twice. A failure is not kept. Keys come from the
-environment and go nowhere but the request's header.
+Requests are OpenAI's chat completions. Every answer is appended to the cache as it comes in: a stopped run asks nothing
+twice. A failure is not kept. Keys come from the environment and go nowhere but the request's header.
 """
 
 import hashlib
@@ -14,9 +13,11 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-
-from huggingface_hub.utils import get_session
+from urllib.error import URLError
+from urllib.parse import urljoin
+from urllib.request import HTTPErrorProcessor, Request, build_opener
 
 from erv_min.base.errors import JudgeError
 from erv_min.base.files import append_jsonl, read_jsonl
@@ -29,8 +30,8 @@ PROVIDERS = {  # name -> its OpenAI-compatible server, the environment variable 
 TIMEOUT, RETRIES, BACKOFF = 60, 6, 1.0  # seconds of a request; further tries; seconds before the first of them
 MAX_WAIT = 300  # seconds; if a server asks for more, the prompt fails
 GIVE_UP = 20  # failed prompts in a row that end `ask`
-# Asking on is pointless: a refused key, no credit, no access, no such model; on this machine HF_HUB_OFFLINE is set.
-HOPELESS = r"^HTTP 40[1-4],|insufficient_quota|OfflineModeIsEnabled"
+# Asking on is pointless: another address, a refused key, no credit, no access, no such model.
+HOPELESS = r"^HTTP (3\d\d|40[1-4]),|insufficient_quota"
 REFUSABLE = ("max_tokens", "temperature", "seed", "reasoning_effort")  # some models answer 400 to one of these:
 REFUSED = r"['\"`]{0}['\"`]|\b(?:invalid|unsupported|unknown)\W+{0}\b|\b{0} (?:is|does|must)\b"
 THOUGHT = r"[<\[◁]{}(?:think|thinking|thought|reasoning)[>\]▷]"  # a reasoning model's tags: {} is "" or "/"
@@ -40,6 +41,12 @@ THOUGHT = r"[<\[◁]{}(?:think|thinking|thought|reasoning)[>\]▷]"  # a reasoni
 class Reply:
     text: str
     error: str = ""  # why there is no text
+
+
+class AnyStatus(HTTPErrorProcessor):
+    """Hands on every response as it is; so no redirect is followed, with which urllib would send the key along."""
+
+    http_response = https_response = lambda self, request, response: response
 
 
 class ChatClient:
@@ -59,6 +66,8 @@ class ChatClient:
         self._key = os.environ.get(variable, "").strip()
         if not self._key and not own_server:
             raise JudgeError(f"{spec}: no key; set {variable} (openai: or ERV_JUDGE_BASE_URL, a server without keys)")
+        if not re.fullmatch("[!-~]*", self._key):
+            raise JudgeError(f"{variable} holds a character that no key has, such as a space: set it anew")
         self.name, self.url = spec, (own_server or url).rstrip("/")
         self.cache, self.concurrency, self.reply_tokens = cache, concurrency, reply_tokens
         self._lock, self._stop, self._reached, self._refused = threading.Lock(), threading.Event(), False, set()
@@ -161,13 +170,19 @@ class ChatClient:
 
     def _post(self, body: dict) -> tuple[int, str, float]:
         """(status, body, seconds of Retry-After) of a response; (0, the reason, 0) if there is none."""
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Content-Type": "application/json", "User-Agent": "erv-min"}  # some refuse urllib's own name
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         try:
-            response = get_session().post(f"{self.url}/chat/completions", json=body, headers=headers, timeout=TIMEOUT)
-            seconds = re.fullmatch(r"\d+(\.\d+)?", response.headers.get("Retry-After", ""))
-            return response.status_code, response.text, float(seconds[0]) if seconds else 0.0
-        except Exception as error:  # of the HTTP library that this huggingface_hub uses: requests, httpx, ...
-            return 0, f"{type(error).__name__}: {error}", 0.0
+            request = Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
+            with build_opener(AnyStatus).open(request, timeout=TIMEOUT) as response:
+                text, said = response.read().decode(errors="replace"), response.headers
+            if response.status // 100 == 3:
+                text = f"the server sends requests on to {urljoin(request.full_url, said.get('Location', ''))} {text}"
+            seconds = re.fullmatch(r"\d+(\.\d+)?", said.get("Retry-After", ""))
+            return response.status, text, float(seconds[0]) if seconds else 0.0
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: no address of a server
+            return 0, f"{type(error).__name__}: {error.reason if isinstance(error, URLError) else error}", 0.0
 
     def _told(self, text: str) -> str:
         """A server's words in 300 characters, without a page's tags, and without the key, which some repeat."""

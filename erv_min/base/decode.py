@@ -138,13 +138,11 @@ def _video_stream(container, path: Path):
 
 def _packets(container, path: Path):
     """All packets of the file. Raises ClipError for a broken one, or for an end before the declared one."""
-    start, end, name, video = float("inf"), 0.0, container.format.name, container.streams.video
-    joined = False
+    start, end, joined = float("inf"), 0.0, False
+    name, video = container.format.name, container.streams.video
     for packet in container.demux():
-        if packet.is_corrupt and not joined:
-            joined = name == "mpegts" and _is_joined(path)
-            if not joined:
-                raise ClipError(f"{path}: damaged or cut off; replace the file or leave the clip out")
+        if packet.is_corrupt and not (joined := joined or name == "mpegts" and _is_joined(path)):
+            raise ClipError(f"{path}: damaged or cut off; replace the file or leave the clip out")
         if packet.pts is not None:
             tick = float(packet.time_base)
             start, end = min(start, packet.pts * tick), max(end, (packet.pts + (packet.duration or 0)) * tick)

@@ -92,6 +92,17 @@ def _bytes(path: str | Path) -> bytes:
         raise DataError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
+def read_text(path: str | Path, *other_encodings: str) -> str:
+    """The file's text, UTF-8 or the first of `other_encodings` that fits; a byte-order mark is dropped."""
+    data = _bytes(path)
+    for encoding in ("utf-8-sig", *other_encodings):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            failure = error
+    raise DataError(f"{path}: not UTF-8 text (byte {failure.start}); save it as UTF-8")
+
+
 def _parsed(text: bytes, kind: type, refusal: str, pairs: Callable[[list], dict] | None = None):
     try:
         value = json.loads(text, object_pairs_hook=pairs)

@@ -40,6 +40,17 @@ class Processes:
                                 "which need equal work: give another --batch-size or number of processes")
         return list(range(self.rank, count, self.size))
 
+    def from_main(self, make: Callable):
+        """What make() gives on the main process, on all, which must all call it; its named errors are raised on all."""
+        try:
+            result = make() if self.main else None
+        except (ErvMinError, OSError) as error:
+            result = error
+        result = all_gather_object(result)[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
 
 def join_processes(device: str = "", deterministic: bool = False) -> Processes:
     """Joins the process group that torchrun describes (nccl on CUDA, gloo on the CPU); alone without torchrun. A

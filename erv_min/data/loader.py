@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from itertools import islice, tee
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,18 +28,17 @@ log = logging.getLogger("erv_min")
 AHEAD = 4  # clips per worker that are under way or waiting for the model
 
 
-def clip_inputs(order: Iterable[Example], config: HumanOmniConfig, cache: FeatureCache | None, workers: int = 2,
+def clip_inputs(examples: list[Example], config: HumanOmniConfig, cache: FeatureCache | None, workers: int = 2,
                 **how) -> Iterator[Inputs | ClipError]:
-    """Yields one item for each example of `order`, decoded ahead by `workers` processes unless its features are cached.
+    """Yields one item for each of `examples`, decoded ahead by `workers` processes unless its features are cached.
     The log names the first clip that is heard as silence (divergence 19), and at the end says how many there were.
     `how`: media.load_clip's arguments that are not the model's dimensions."""
     load = partial(load_clip, image_size=config.vision.image_size, n_mels=config.audio.num_mel_bins,
                    n_frames=2 * config.audio.max_source_positions, **how)
-    order, ahead = tee(order)
-    items = (cache and cache.get(example) or example.path for example in ahead)
+    items = (cache and cache.get(example) or example.path for example in examples)
     silent = set()
     try:
-        for example, x in zip(order, clip_loader(items, load, workers)):
+        for example, x in zip(examples, clip_loader(items, load, workers)):
             if isinstance(x, Clip):
                 x = Inputs(example, x, silent=x.silent)
             if isinstance(x, Inputs) and x.silent:
@@ -91,19 +90,17 @@ def clip_loader(items: Iterable, load: Callable, workers: int = 2) -> Iterator:
     if not workers:
         yield from (_load(load, item) if isinstance(item, Path) else item for item in items)
         return
-    items, waiting = iter(items), deque()  # waiting: (item, a path's future)
+    handed_in = ((item, _submit(workers, load, item) if isinstance(item, Path) else None) for item in items)
+    waiting = deque(islice(handed_in, AHEAD * workers))
     try:
-        while True:
-            for item in islice(items, AHEAD * workers - len(waiting)):
-                waiting.append((item, _submit(workers, load, item) if isinstance(item, Path) else None))
-            if not waiting:
-                return
+        while waiting:
             item, future = waiting.popleft()
             try:
                 clip = pickle.loads(future.result()) if future else item
             except BrokenProcessPool:
                 clip = _load_alone(load, item)
             yield clip
+            waiting += islice(handed_in, 1)
     finally:
         for _, future in waiting:
             if future:
@@ -114,7 +111,7 @@ def clip_loader(items: Iterable, load: Callable, workers: int = 2) -> Iterator:
 def start_workers(workers: int) -> ProcessPoolExecutor:
     """The decoding processes, forked at the first call. That is before a model is loaded that will train on the CPU:
     what is forked later keeps the weights as they were then, beside those that change."""
-    pool = _pool(workers)
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin, (os.getpid(),))  # forked: they never touch CUDA
     for _ in range(workers):
         pool.submit(time.sleep, 0.1)  # a process starts if no other is idle
     return pool
@@ -126,10 +123,6 @@ def _submit(workers: int, load: Callable, path: Path) -> Future:
     except BrokenProcessPool:  # a worker ended since the last clip was handed in
         start_workers.cache_clear()
         return start_workers(workers).submit(_load_bytes, load, path)
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, get_context("fork"), _begin, (os.getpid(),))  # forked: they never touch CUDA
 
 
 def _begin(parent: int) -> None:
@@ -157,7 +150,7 @@ def _load_bytes(load: Callable, path: Path) -> bytes:
 
 def _load_alone(load: Callable, path: Path):
     """One clip in a process of its own, whose end is this clip's error."""
-    with _pool(1) as pool:
+    with ProcessPoolExecutor(1, get_context("fork"), _begin, (os.getpid(),)) as pool:
         try:
             return pickle.loads(pool.submit(_load_bytes, load, path).result())
         except BrokenProcessPool:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from erv_min.base.decode import frame_files
 from erv_min.base.errors import DataError
-from erv_min.base.files import read_json
+from erv_min.base.files import read_json, read_text
 from erv_min.emotions import LABELS, labels, normalize
 from erv_min.inputs import Example
 from erv_min.rewards import between
@@ -36,18 +36,6 @@ def note(text: str, *values) -> None:
     """A warning, by the first process of a job alone: all of them read the same files."""
     if os.environ.get("RANK", "0") == "0":
         log.warning(text, *values)
-
-
-def read_text(path: str | Path, *other_encodings: str) -> str:
-    """The file's text, UTF-8 or the first of `other_encodings` that fits; a byte-order mark is dropped."""
-    for encoding in ("utf-8-sig", *other_encodings):
-        try:
-            return Path(path).read_text(encoding)
-        except UnicodeDecodeError as error:
-            failure = error
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from None
-    raise DataError(f"{path}: not UTF-8 text (byte {failure.start}); save it as UTF-8")
 
 
 def cell(value) -> str:
@@ -134,7 +122,7 @@ def _clip_and_label(path: Path) -> Iterator[Row]:
 
 def _emer(path: Path) -> Iterator[Row]:
     """CSV with names, emotions (one: e_gt of Eq. 4, 5), subtitles, reasons; UTF-8 or GB18030: it was edited in both."""
-    rows = csv.DictReader(io.StringIO(read_text(path, "gb18030")), skipinitialspace=True, strict=True)
+    rows = csv.DictReader(io.StringIO(read_text(path, "gb18030"), newline=None), skipinitialspace=True, strict=True)
     wanted, line = ("names", "emotions", "subtitles", "reasons"), 1  # line: the one that the next row begins on
     try:
         columns = rows.fieldnames or []
@@ -216,12 +204,10 @@ def read_training_json(path: str | Path, root: str | Path | None = None, dataset
             (said,) = (turn["value"].strip() for turn in entry["conversations"] if turn["from"] == "gpt")
         except (TypeError, KeyError, ValueError, AttributeError):
             video = said = ""
-        if not video or not said:
-            raise DataError(f"{where}: expected {form} with one gpt turn, found {str(entry)[:80]}")
         think, answer = (between(said, f"<{tag}>", f"</{tag}>") for tag in ("think", "answer"))
-        if "<" in said and (think is None or answer is None):
-            raise DataError(f"{where}: the gpt turn is neither <think>..</think><answer>..</answer> nor a bare label: "
-                            f"{said[:80]!r}")
+        if not video or not said or "<" in said and None in (think, answer):
+            raise DataError(f"{where}: expected {form} with one gpt turn, which is "
+                            f"<think>..</think><answer>..</answer> or a bare label, found {str(entry)[:200]}")
         clip = inside(root, video, f"{where}, field video")
         folders = {part.lower() for part in clip.relative_to(root).parts[:-1]}
         name = dataset or next((name for name in LABELS if name in folders), "")

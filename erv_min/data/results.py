@@ -11,9 +11,9 @@ from pathlib import Path
 
 from erv_min.base.chat import after_thought
 from erv_min.base.errors import DataError
-from erv_min.base.files import read_json, read_jsonl
+from erv_min.base.files import read_json, read_jsonl, read_text
 from erv_min.base.options import file_list
-from erv_min.data.readers import check_label, clip_key, read_text
+from erv_min.data.readers import check_label, clip_key
 from erv_min.emotions import LABELS, labels
 from erv_min.inputs import Example
 from erv_min.judge import read_answer

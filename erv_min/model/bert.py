@@ -12,28 +12,10 @@ from erv_min.config import BertConfig
 from erv_min.model.towers import multi_head
 
 
-class Dropout(nn.Dropout):
-    """Dropout of some rows of a batch that lies on several processes: the masks of all rows are drawn on each of them,
-    from the same seed, so that a row's mask does not depend on how many processes there are. One serves the whole
-    network: off (p = 0) until fine-tuning sets `p` and, before each pass, `count` and `rows`."""
-
-    count, rows = 0, slice(None)  # of the whole batch, and which of them a pass has
-
-    @property
-    def active(self) -> bool:
-        return self.training and self.p > 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return x
-        drawn = torch.rand(self.count, *x.shape[1:], device=x.device)[self.rows]
-        return x * (drawn >= self.p) / (1 - self.p)
-
-
 class Layer(nn.Module):
     """Attention, then MLP, each followed by dropout, residual and layer norm (post-norm)."""
 
-    def __init__(self, config: BertConfig, dropout: Dropout):
+    def __init__(self, config: BertConfig, dropout: nn.Dropout):
         super().__init__()
         self.heads, self.dropout, width = config.num_attention_heads, dropout, config.hidden_size
 
@@ -49,17 +31,10 @@ class Layer(nn.Module):
     def add_norm(self, output: nn.ModuleDict, x: Tensor, residual: Tensor) -> Tensor:
         return output["LayerNorm"](self.dropout(output["dense"](x)) + residual)
 
-    def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (project(x) for project in self.attention["self"].values())  # [B, L, D]
-        if not self.dropout.active:
-            return multi_head(q, k, v, self.heads, mask)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, L, D / H]
-        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [B, H, L, L], written out: `Dropout` draws per row
-        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-        return (self.dropout(scores.softmax(-1)) @ v).transpose(1, 2).flatten(2)
-
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.add_norm(self.attention["output"], self.attend(x, mask), x)
+        q, k, v = (project(x) for project in self.attention["self"].values())  # [B, L, D]
+        attended = multi_head(q, k, v, self.heads, mask, self.dropout.p if self.training else 0.0)
+        x = self.add_norm(self.attention["output"], attended, x)
         return self.add_norm(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
 
@@ -68,7 +43,8 @@ class BertEncoder(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.config, self.dropout, width = config, Dropout(0.0), config.hidden_size
+        self.config, width = config, config.hidden_size
+        self.dropout = nn.Dropout(0.0)  # the whole network's: fine-tuning sets `p`
         self.embeddings = nn.ModuleDict({
             "word_embeddings": nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id),
             "position_embeddings": nn.Embedding(config.max_position_embeddings, width),

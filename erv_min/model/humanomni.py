@@ -82,8 +82,7 @@ class HumanOmni(nn.Module):
     does not fit is a DataError that names it.
 
     The released names put towers and projectors under `model.`, beside the language model's own `model.layers`: they
-    are registered on it, whatever its class.
-    """
+    are registered on it, whatever its class."""
 
     def __init__(self, config: HumanOmniConfig):
         super().__init__()
@@ -187,8 +186,7 @@ class HumanOmni(nn.Module):
 
         input_ids, labels, attention_mask [B, L]; video_embeds [clips, N_v, D], audio_embeds [clips, N_a, D]. The i-th
         placeholder of the batch (row by row) takes the i-th clip. Positions whose attention_mask is 0 are dropped;
-        labels are -100 at modality tokens and padding.
-        """
+        labels are -100 at modality tokens and padding."""
         ids = self._input("input_ids", input_ids, "rows", "tokens")
         keep = torch.ones_like(ids) if attention_mask is None else attention_mask
         keep = self._input("attention_mask", keep, *ids.shape).bool()
@@ -233,8 +231,7 @@ class HumanOmni(nn.Module):
 
         input_ids [B, L] with -201 / -202; video [clips, T, 3, S, S] and audio [clips, mels, F]; gate_ids, gate_mask
         [B, Q], one row per row of input_ids, or [clips, Q], or [1, Q]; labels [B, L] with -100 at positions without
-        loss; attention_mask [B, L].
-        """
+        loss; attention_mask [B, L]."""
         vision = None if video is None else self.vision_features(video)
         audio = None if audio is None else self.audio_features(audio)
         prompts = self.prompt_embeds(input_ids, vision, audio, gate_ids, gate_mask, labels, attention_mask)

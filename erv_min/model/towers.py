@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from erv_min.config import SiglipConfig, WhisperConfig
 
 
-def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(C / H)) v in each of H heads; q, k, v [B, N, C] -> [B, N, C], mask [B, 1, 1, N] bool."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, C / H]
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):

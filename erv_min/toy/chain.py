@@ -6,7 +6,6 @@ Each process of the toy computes on one thread: sums then run in one order, and 
 digit, however many cores there are and whatever else the machine does.
 """
 
-import copy
 import os
 import sys
 from pathlib import Path
@@ -55,6 +54,8 @@ def world_stages(settings, base: bool = False) -> list[Stage]:
         raise SettingsError(f"{world}: holds a world of seed {seed}, not {settings.seed}: give another --out, or "
                             f"--world {world} to take it all the same")
     settings.world = str(world)
+    if getattr(settings, "cache_features", "") == "WORLD/features":
+        settings.cache_features = f"{world}/features"  # the towers see each clip once, for all stages
     if (world / "base" / WEIGHTS if base else there).exists():
         return []
     command = ["-m", "erv_min.toy", settings.world, "--seed", str(settings.seed)]
@@ -102,15 +103,12 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
     """
     if settings.preset != "toy" or settings.random_weights or settings.data:
         settings.eval_clips = -1  # no table (other data: scripts/evaluate.py on its own test split)
-    if settings.preset != "toy" and not settings.random_weights:
+    if settings.random_weights:  # the world's text is all that is needed
+        return make(world_stages(settings), processes)
+    if settings.preset != "toy":
         return
     out = Path(settings.out)
-    base = not (settings.model or settings.random_weights or (out / "sft" / WEIGHTS).exists())
-    stages = world_stages(settings, base)
-    if settings.random_weights:  # the world's text is all that is needed
-        return make(stages, processes)
-    if settings.cache_features == "memory":
-        settings.cache_features = f"{settings.world}/features"  # the towers see each clip once, for all that follows
+    stages = world_stages(settings, base=not (settings.model or (out / "sft" / WEIGHTS).exists()))
     several = 2 if processes.device.type == "cpu" and settings.batch_size % 2 == 0 else 1
     same = ["--preset", "toy", "--world", settings.world, "--seed", str(settings.seed), "--resume",
             "--device", settings.device or processes.device.type, *["--deterministic"] * settings.deterministic]
@@ -120,7 +118,7 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
             stages.append(([[str(scripts / script), *same, "--out", str(out / name), *more]], several))
         return str(out / name)
 
-    settings.model = settings.model or made("sft.py", "sft", "--cache-features", settings.cache_features)
+    settings.model = settings.model or made("sft.py", "sft")
     if settings.w_explanation and not settings.erv:
         table_2 = settings.ablate == "augmentation"  # a verifier of its own
         settings.erv = made("erv.py", "erv-unaugmented", "--sources", "human") if table_2 else made("erv.py", "erv")
@@ -138,18 +136,18 @@ def prepare(settings: GRPOSettings, scripts: Path, processes: Processes) -> None
 
 
 def compare(settings: GRPOSettings, collate: Collator, processes: Processes) -> None:
-    """Held-out clips through SFT, the Baseline and this run: a table like table 1, in words what it shows, and
-    evaluation.json. Nothing if --eval-clips is -1."""
+    """Held-out clips through SFT, the Baseline and this run, each in its turn `collate`'s model: a table like table 1,
+    in words what it shows, and evaluation.json. Nothing if --eval-clips is -1."""
     if settings.eval_clips < 0:
         return
     examples = load_examples(f"toy:{settings.world}", "test")[: settings.eval_clips or None]
     name = "GRPO with R_E" if settings.w_explanation else "GRPO without R_E"
     baseline = {"GRPO without R_E": f"{settings.out}/baseline"} if settings.baseline else {}
     systems = {"SFT": settings.model, **baseline, name: settings.out}
-    judge, scores, own = make_judge("lexicon"), {}, copy.copy(collate)
+    judge, scores = make_judge("lexicon"), {}
     for system, folder in systems.items():
-        own.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
-        rows = evaluation_rows(own, examples, processes, settings, settings.seed, 64)
+        collate.model = load_humanomni(folder, torch.float32, processes.device).requires_grad_(False)
+        rows = evaluation_rows(collate, examples, processes, settings, settings.seed, 64)
         if processes.main:
             (scores[system],) = judged(rows, judge)
             write_jsonl(Path(settings.out, f"predictions-{system.replace(' ', '-')}.jsonl"), rows)
@@ -170,8 +168,9 @@ def movement(sft: dict, baseline: dict, ours: dict) -> tuple[str, bool]:
     apart, right = baseline["EPC"] - sft["EPC"], baseline["WAR"] - sft["WAR"]
     together, true = ours["EPC"] - baseline["EPC"], ours["EEA"] - baseline["EEA"]
     first, second = "take" if apart <= -10 else "do not take", "brings" if together >= 10 else "does not bring"
-    shown = sft["EPC"] >= 60 and apart <= -10 and right >= 10
-    shown = shown and ours["EPC"] >= sft["EPC"] - 5 and ours["WAR"] >= baseline["WAR"] - 3
-    shown = shown and all(ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR"))
-    return (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} "
-            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)", shown)
+    bounds = [sft["EPC"] >= 60, apart <= -10, right >= 10, ours["EPC"] >= sft["EPC"] - 5,
+              ours["WAR"] >= baseline["WAR"] - 3]
+    bounds += [ours[name] >= max(sft[name], baseline[name]) + 10 for name in ("EEA", "FCR")]
+    text = (f"Rewards for answers alone {first} explanations and answers apart (EPC {apart:+.1f}, WAR {right:+.1f} "
+            f"over SFT); R_E {second} them together (EPC {together:+.1f}, EEA {true:+.1f} over GRPO without it)")
+    return text, all(bounds)

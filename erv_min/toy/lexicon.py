@@ -6,9 +6,11 @@ construction; `ParaphraseJudge` learns from other sentences, so that it is right
 GPT-4.1-mini and Gemini (table 4); they do not understand language.
 """
 
+import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 
 # Beginnings of words (\b: the whole word) that name the emotion, weight 3; that hardly mean anything else, 2; that lean
 # towards it, 1.
@@ -73,58 +75,9 @@ class LexiconJudge(Judge):
         return votes
 
 
-# A happy, a sad, ... person in other words, face, voice and conclusion; None: looks and rooms. Written before the judge
-# was tried on anything, and not changed since: none of these sentences stands in a world.
-PARAPHRASES = {
-    "happy": "A wide smile spreads over her lips. His eyes sparkle with delight. She is smiling from ear to ear. The "
-             "corners of his mouth turn up and dimples show. Her whole face lights up. He has a broad grin. Her tone "
-             "is upbeat and lively. He chuckles between the words. She speaks with a cheerful lilt. You can hear "
-             "laughter in his voice. The words come out warm and playful. The man seems delighted. She is clearly in a "
-             "good mood. All in all, he enjoys himself. Joy is the strongest impression here. She must be very "
-             "pleased.",
-    "sad": "The corners of her lips turn down. A tear rolls along his cheek. Her gaze drops to the floor. He is crying "
-           "silently. She buries her face in her hands. His eyelids hang low and his look is empty. She speaks slowly, "
-           "close to tears. His voice cracks and trails off. Every word sounds weary. He mumbles in a low, mournful "
-           "tone. Between the words she cries softly. The woman seems heartbroken. He is deeply unhappy. It is a "
-           "moment of sadness. She appears to grieve over a loss. Overall he looks dejected and down.",
-    "neutral": "His features are relaxed and give nothing away. She wears no particular expression. Her brows and lips "
-               "do not move. He has a blank look. The face stays composed from start to end. Her eyes rest calmly on "
-               "the camera. He speaks at a steady pace. Her voice is flat and matter-of-fact. The speech is quiet and "
-               "level. She reads out the words without any stress. His delivery is ordinary. No emotion stands out. "
-               "She seems indifferent. The man is at ease. On the whole, he stays neutral. There is little to read in "
-               "her.",
-    "angry": "He frowns hard and his jaw is tight. Her nostrils flare and her eyes narrow. She is glaring at someone. "
-             "His lips are pressed together and the forehead is furrowed. Deep lines stand between her eyebrows. He "
-             "bares his teeth. She is yelling. He snaps at the other person. Her tone is sharp and aggressive. The "
-             "words come out in a loud growl. His voice rises to a shout. He is furious. The woman seems very annoyed. "
-             "She has lost her temper. What comes across is anger. He is irritated and hostile.",
-    "surprise": "Her eyes grow wide and her eyebrows shoot up. His jaw falls. She looks up with an open mouth. He "
-                "raises his eyebrows and blinks. Her lips form a circle. He is staring in disbelief. She cries out: "
-                "oh! He draws a quick breath before he speaks. Her pitch leaps up all at once. The sentence breaks off "
-                "in a gasp. He exclaims something, much higher than before. She did not expect this. He seems "
-                "astonished. The man is startled by what he sees. Something unexpected has caught her out. Surprise is "
-                "what one reads here.",
-    "disgust": "He screws up his nose. Her upper lip is raised on one side. She grimaces as if something smelled bad. "
-               "His tongue comes out and he squints. She draws her head back from it. Wrinkles run across the bridge "
-               "of his nose. Ugh, she says. He makes a retching sound. Her tone drips with contempt. The words are "
-               "drawn out with a groan. He spits the words out as if they tasted foul. She finds it revolting. The man "
-               "is repelled. He seems to be sickened by it. This is a reaction of disgust. Something here is gross to "
-               "her.",
-    "fear": "Her eyes dart around in panic. His lips are trembling. She cowers and hugs herself. He has gone pale and "
-            "stiff. Her eyebrows are drawn up and together. He backs away with raised shoulders. Her voice quivers. He "
-            "whispers with a shaking breath. She stammers and swallows. A high, wavering tone gives him away. She lets "
-            "out a frightened squeal. The woman is terrified. He seems anxious and on edge. She is scared of "
-            "something. He dreads what comes next. It is an expression of fear.",
-    None: "She has a blue jacket on. Behind him one sees a kitchen. He has dark curly hair. A lady sits at a desk. She "
-          "wears earrings. The walls of the room are white. There is a window behind her. The man is about thirty "
-          "years old. His beard is short. A lamp stands on the table. The person in the picture wears a hat. Her hair "
-          "is tied back. He is dressed in green. The clip shows a young man outdoors. She has spectacles. The camera "
-          "shows head and shoulders.",
-}
-
-
-def sentences(text: str) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+", text)
+# A happy, a sad, ... person in other words, face, voice and conclusion; "looks": looks and rooms. Written before the
+# judge was tried on anything, and not changed since: none of these sentences stands in a world.
+PARAPHRASES: dict[str, list[str]] = json.loads(Path(__file__).with_name("paraphrases.json").read_text())
 
 
 def letters(text: str) -> list[str]:
@@ -138,7 +91,7 @@ class ParaphraseJudge(Judge):
     neither a negation nor the order of words."""
 
     def __init__(self):
-        counts = {emotion: Counter(letters(text)) for emotion, text in PARAPHRASES.items()}
+        counts = {emotion: Counter(letters(" ".join(texts))) for emotion, texts in PARAPHRASES.items()}
         classes = Counter(run for seen in counts.values() for run in seen)
         runs = [run for run, n in classes.items() if n <= len(counts) / 2]  # the others are of words like "she"
         self.logs = {run: {} for run in runs}  # run of letters -> class -> log p(run | class)
@@ -147,7 +100,7 @@ class ParaphraseJudge(Judge):
             for run in runs:
                 self.logs[run][emotion] = math.log((seen[run] + SMOOTHING) / total)
 
-    def probabilities(self, sentence: str) -> dict[str | None, float]:
+    def probabilities(self, sentence: str) -> dict[str, float]:
         """p(class | sentence), all classes equally probable beforehand."""
         logs = dict.fromkeys(PARAPHRASES, 0.0)
         for run in letters(sentence):
@@ -157,6 +110,6 @@ class ParaphraseJudge(Judge):
         return {emotion: weight / sum(weights.values()) for emotion, weight in weights.items()}
 
     def votes(self, text: str) -> dict[str, float]:
-        found = [self.probabilities(sentence) for sentence in sentences(text)]
+        found = [self.probabilities(sentence) for sentence in re.split(r"(?<=[.!?])\s+", text)]
         votes = {emotion: sum(p[emotion] for p in found) for emotion in WEIGHTS}
         return votes if max(votes.values()) > 0.5 else {}  # looks alone: neutral

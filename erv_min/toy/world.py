@@ -9,6 +9,7 @@ loosely tied to the labels), pretrain.json (captions), reading.jsonl (text alone
 
 import hashlib
 import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import numpy as np
 from erv_min.base.errors import SettingsError
 from erv_min.base.files import atomic_write, read_json, write_json, write_jsonl
 from erv_min.base.progress import Progress
-from erv_min.prompts import QUESTION, REASONING_SUFFIX
+from erv_min.prompts import QUESTION, REASONING_SUFFIX, sft_target
 from erv_min.toy import text
 from erv_min.toy.render import FACE, HAIRS, ONE_SIDED, ROOMS, SHIRTS, SKINS, VOICE, Look, draw, encode, voice
 from erv_min.toy.text import EMOTIONS
@@ -160,8 +161,8 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
         rows = [f"{c.number},{EMOTIONS.index(c.label) + 1}\n" for c in by_split[split]]
         atomic_write(folder / f"single_{split}set_5.csv", "".join(["video_name,label\n", *rows]))
     write_jsonl(folder / "params.jsonl", map(asdict, clips))
-    write_json(folder / "train.json", sft_entries(by_split["train"][:settings.sft_clips], settings))
-    write_json(folder / "pretrain.json", caption_entries(by_split["pretrain"], settings))
+    write_json(folder / "train.json", training_json(by_split["train"][:settings.sft_clips], sft_targets, settings))
+    write_json(folder / "pretrain.json", training_json(by_split["pretrain"], captions, settings))
     rng = generator(settings, "reading")
     told = [any_explanation(rng, text.pick(rng, clips), settings) for _ in range(settings.reading)]
     write_jsonl(folder / "reading.jsonl", [{"explanation": said, "emotion": emotion} for said, emotion in told])
@@ -169,45 +170,40 @@ def write_annotations(folder: Path, clips: list[ClipSpec], settings: WorldSettin
     write_jsonl(folder / "erv_train.jsonl", [{k: v for k, v in row.items() if k != "truth"} for row in train])
     write_jsonl(folder / "erv_valid.jsonl", valid)
     sentences = " ".join([*text.grammar(True), *text.grammar(False)])  # all words that a policy may write
-    spoken = [entry(clips[0], sentences, emotion) for emotion in EMOTIONS] + caption_entries(clips[:300], settings)
-    write_tokenizers(folder / "tokenizers", [e["conversations"][1]["value"] for e in spoken],
+    spoken = [(sentences, emotion) for emotion in EMOTIONS]
+    spoken += [told for clip in clips[:300] for told in captions(clip, settings)]
+    write_tokenizers(folder / "tokenizers", [sft_target(*told) for told in spoken],
                      [row["text"] for row in train + valid])
 
 
-def entry(clip: ClipSpec, explanation: str, answer: str) -> dict:
-    """One item of the released training JSON."""
-    return {"video": f"clip/{clip.number}.mp4", "conversations": [
+def training_json(clips: list[ClipSpec], told_of: Callable, settings: WorldSettings) -> list[dict]:
+    """The released training JSON: one item for each (explanation, answer) of `told_of`(clip, settings)."""
+    return [{"video": f"clip/{clip.number}.mp4", "conversations": [
         {"from": "human", "value": f"<video>\n<audio>\n{QUESTION} {REASONING_SUFFIX}"},
-        {"from": "gpt", "value": f"<think>{explanation}</think>\n<answer>{answer}</answer>"}]}
+        {"from": "gpt", "value": sft_target(*told)}]} for clip in clips for told in told_of(clip, settings)]
 
 
-def sft_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
-    """SFT targets: an explanation, and an answer that follows from it in some and from the clip in the others.
+def sft_targets(clip: ClipSpec, settings: WorldSettings) -> Iterator[tuple[str, str]]:
+    """An explanation, and an answer that follows from it in some and from the clip in the others.
 
     With the first way alone nothing could come apart, with the second alone SFT would not be coherent.
     """
-    entries = []
-    for clip in clips:
-        rng = generator(settings, "sft", clip.number)
-        percept = text.pick(rng, EMOTIONS) if rng.random() < settings.percept_noise else clip.label
-        for _ in range(settings.resamples):
-            about = text.pick(rng, EMOTIONS) if rng.random() < settings.about_noise else percept
-            answer = about if rng.random() < settings.reads else percept
-            explanation = text.explain(rng, clip.look, about, settings.sentence_noise)
-            entries.append(entry(clip, text.join(explanation), answer))
-    return entries
+    rng = generator(settings, "sft", clip.number)
+    percept = text.pick(rng, EMOTIONS) if rng.random() < settings.percept_noise else clip.label
+    for _ in range(settings.resamples):
+        about = text.pick(rng, EMOTIONS) if rng.random() < settings.about_noise else percept
+        answer = about if rng.random() < settings.reads else percept
+        yield text.join(text.explain(rng, clip.look, about, settings.sentence_noise)), answer
 
 
-def caption_entries(clips: list[ClipSpec], settings: WorldSettings) -> list[dict]:
+def captions(clip: ClipSpec, settings: WorldSettings) -> Iterator[tuple[str, str]]:
     """Captions of what is seen and heard, with a random answer, since a base model recognises no emotion yet; and
-    explanations that have nothing to do with their clip, each with the answer that it speaks of."""
-    entries = []
-    for clip in clips:
-        rng = generator(settings, "caption", clip.number)
-        for _ in range(settings.captions):
-            entries.append(entry(clip, text.caption(rng, clip.look, clip.face, clip.voice), text.pick(rng, EMOTIONS)))
-        entries += [entry(clip, *any_explanation(rng, clip, settings)) for _ in range(settings.unrelated)]
-    return entries
+    explanations that have nothing to do with the clip, each with the answer that it speaks of."""
+    rng = generator(settings, "caption", clip.number)
+    for _ in range(settings.captions):
+        yield text.caption(rng, clip.look, clip.face, clip.voice), text.pick(rng, EMOTIONS)
+    for _ in range(settings.unrelated):
+        yield any_explanation(rng, clip, settings)
 
 
 def any_explanation(rng: np.random.Generator, clip: ClipSpec, settings: WorldSettings) -> tuple[str, str]:

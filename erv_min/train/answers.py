@@ -117,25 +117,27 @@ def answers_after(collate: Collator, examples: list[Example], explanations: list
     return [row["output"] for row in rows]
 
 
-def predict_to_file(collate: Collator, examples: list[Example], processes: Processes, out: Path,
-                    settings: PredictionSettings, chunk: int = 256) -> tuple[list[dict], list[str]]:
-    """(rows, messages of the clips that could not be decoded), kept in out/predictions.jsonl chunk by chunk, so that a
-    stop loses one. A resume with other settings, clips or weights than out/predictions.json says is refused.
+def predict_to_file(examples: list[Example], processes: Processes, settings: PredictionSettings,
+                    chunk: int = 256) -> tuple[list[dict], list[str], Collator]:
+    """(rows, messages of the clips that could not be decoded, the policy), kept in OUT/predictions.jsonl chunk by
+    chunk, so that a stop loses one. A resume with other settings, clips or weights than OUT/predictions.json says is
+    refused, if need be before the weights are read.
     The result depends on neither processes nor stops: chunk c samples with seed (seed, c) whoever computes it."""
+    out = Path(settings.out)
     apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction
     clips = sha256("\n".join(f"{x.dataset}/{x.video_id}" for x in examples).encode()).hexdigest()
     made_by = {f.name: getattr(settings, f.name) for f in fields(PredictionSettings) if f.name not in apart} | {
-        "clips": clips, "weights": weights_key(collate.model)}
+        "clips": clips}
     file, about, failures = out / "predictions.jsonl", out / "predictions.json", out / "failed_clips.jsonl"
-    rows, failed = [], []
+    rows, failed, before = [], [], {}
     if file.exists():
         if not settings.resume:
             raise SettingsError(f"{file} already exists: give --resume to go on with it, another --out, or delete it")
-        before = read_json(about)
-        if other := [name for name in made_by if before.get(name) != made_by[name]]:
-            raise SettingsError(f"{about}: these predictions were made with other values of {', '.join(other)}; give "
-                                "another --out")
-        rows, failed = read_jsonl(file), read_jsonl(failures)
+        rows, failed, before = read_jsonl(file), read_jsonl(failures), read_json(about)
+    check_same(about, before, made_by)
+    collate = load_collator(settings, processes)
+    made_by["weights"] = weights_key(collate.model)
+    check_same(about, before, made_by)
     if processes.main:
         write_json(about, made_by)
     chunks = [examples[at : at + chunk] for at in range(0, len(examples), chunk)]
@@ -150,4 +152,11 @@ def predict_to_file(collate: Collator, examples: list[Example], processes: Proce
         if processes.main:
             write_jsonl(failures, failed)
             write_jsonl(file, rows)
-    return rows, [row["error"] for row in failed]
+    return rows, [row["error"] for row in failed], collate
+
+
+def check_same(about: Path, before: dict, now: dict) -> None:
+    """Raises SettingsError if the predictions that are there were made by something else, as `about` says."""
+    if before and (other := [name for name in now if before.get(name) != now[name]]):
+        raise SettingsError(f"{about}: these predictions were made with other values of {', '.join(other)}; give "
+                            "another --out")

@@ -58,15 +58,8 @@ def provenance(settings) -> dict:
 def open_folder(out: str | Path, resume: bool, processes: Processes) -> bool:
     """Locks the folder of a run for this job; every process must call it. Returns whether to resume: if asked to, or
     if torchrun starts this very job again (--max-restarts). Raises SettingsError, OSError."""
-    problem, note, lock = None, "", Path(out, ".lock")
-    if processes.main:
-        try:
-            resume, note = _take_folder(Path(out), resume)
-        except (SettingsError, OSError) as error:  # which every process raises
-            problem = error
-    problem, note, resume = all_gather_object((problem, note, resume))[0]
-    if problem:
-        raise problem
+    resume, note = processes.from_main(lambda: _take_folder(Path(out), resume))
+    lock = Path(out, ".lock")
     # The main process does not read its own file: closing it once more would end the lock.
     seen = all_gather_object(processes.main or lock.exists() and lock.read_text() == note)
     if not all(seen):
@@ -129,27 +122,26 @@ class Run:
         self.about = provenance(settings) | {"data": f"{len(data)} examples of digest {digest}"}
         self.progress, self.first_step, self.interrupted = Progress("training", total_steps, "step"), 0, 0.0
         self.stop, self.tracked, self.skips, self.shown = "", [], [], 0.0  # skips: of each step, whether it was skipped
-        problem = self._why_not() if processes.main and settings.resume else ""
-        problems, read = zip(*all_gather_object((problem, self.about["data"])))
-        if problems[0]:
-            raise SettingsError(f"{problems[0]}, or give another --out")
-        if len(set(read)) > 1:
+        if settings.resume:
+            processes.from_main(self._check_resume)
+        if len(set(all_gather_object(self.about["data"]))) > 1:
             raise SettingsError("the processes of this job read different data: every machine needs the same files")
 
-    def _why_not(self) -> str:
-        """Why this command cannot go on with the run in the folder; "" if it can, or if there is none."""
+    def _check_resume(self) -> None:
+        """Raises SettingsError if there is a run in the folder that this command cannot go on with."""
         steps, states = len(read_jsonl(self.metrics, log=True)) if self.metrics.exists() else 0, saved_states(self.out)
         before = read_json(self.config).get("erv_min", {}) if self.config.exists() and (steps or states) else {}
         settings, data = before.get("settings", {}), before.get("data", self.about["data"])
         if changed := changed_settings(settings, self.about["settings"]):
-            return f"{self.config}: this run has other values of {', '.join(changed)}; resume with the same"
+            raise SettingsError(f"{self.config}: this run has other values of {', '.join(changed)}; resume with the "
+                                "same, or give another --out")
         if data != self.about["data"]:
-            return (f"{self.config}: this run was started on other data ({data}, now {self.about['data']}); resume "
-                    "with the same")
+            raise SettingsError(f"{self.config}: this run was started on other data ({data}, now "
+                                f"{self.about['data']}); resume with the same, or give another --out")
         finished = (self.out / "model.safetensors").exists()
         if steps and not states and (finished or steps > settings.get("save_every", steps)):
-            return f"{self.metrics}: {steps} steps were made, and the state-* folders are gone: put them back"
-        return ""
+            raise SettingsError(f"{self.metrics}: {steps} steps were made, and the state-* folders are gone: put them "
+                                "back, or give another --out")
 
     def _on_signal(self, number: int, _) -> None:
         """`checkpoint` acts on it. A second Ctrl-C ends at once: two seconds later, since torchrun sends the first

@@ -8,7 +8,6 @@ from erv_min.base.files import append_jsonl, read_jsonl
 from erv_min.base.processes import Processes, gather_lists
 from erv_min.data.examples import check_clips, load_examples, too_many
 from erv_min.data.loader import clip_inputs, item_at, steps_per_epoch
-from erv_min.decoding import prompts_at_once
 from erv_min.erv import Verifier
 from erv_min.generate import rollout, sampling_noise
 from erv_min.grpo import MiniBatch
@@ -49,7 +48,7 @@ class TrainingClips:
     def inputs(self, places: list[int], **how) -> Iterator[tuple[int, Inputs]]:
         """(place, Inputs) for each of `places`: equal work, whatever breaks. The place that comes out is the one whose
         example it is. Raises ClipError if no clip can be decoded. `how`: `clip_inputs`' other arguments."""
-        for place, x in zip(places, clip_inputs((self.unit_at(place)[0] for place in places), **how)):
+        for place, x in zip(places, clip_inputs([self.unit_at(place)[0] for place in places], **how)):
             taken = place
             while isinstance(x, ClipError):
                 self._failed(place, x)
@@ -135,10 +134,10 @@ def judged(rows: list[dict], judge: Judge) -> list[dict]:
 
 
 def sample(collate: Collator, prompts: Prompts, places: list[int], step: int, settings: GRPOSettings) -> Completions:
-    """G completions of each prompt of this process, as many prompts at once as memory allows; the noise of a completion
-    is keyed by its prompt's place, so that tokens do not depend on that."""
+    """G completions of each prompt of this process, --rollout-batch prompts at once; the noise of a completion is keyed
+    by its prompt's place, so that tokens do not depend on that."""
     parts, G, N, eos = [], settings.group_size, settings.max_new_tokens, collate.tokenizer.eos_id
-    size = settings.rollout_batch or prompts_at_once(collate.model, prompts, G, N)
+    size = settings.rollout_batch or len(places)
     for start in range(0, len(places), size):
         some = slice(start, start + size)
         noise = sampling_noise(settings.seed, step, places[some], G, N)

@@ -92,7 +92,7 @@ class PolicySettings(TrainingSettings, ModelSettings):
     data: str = option("", CLIPS + "; toy: without it the embedded world")
     allow_missing: float = data_option(0.01, MISSING, least=0, most=1)
     subtitles: bool = data_option(True, "what is said in the clip enters the prompt if the data set has it")
-    cache_features: str = machine("", "folder for the frozen towers' features, or 'memory'", toy="memory")
+    cache_features: str = machine("", "folder for the frozen towers' features", toy="WORLD/features")
     train_projectors: bool = data_option(True, "train all of table 8, not the language model alone", toy=False)
     sharding: str = machine("none", "how weights lie on several processes (hand: fsdp.py; torch: fully_shard)",
                             ("none", "hand", "torch"), paper="hand")
@@ -145,7 +145,7 @@ class GRPOSettings(RewardSettings, PolicySettings):
     kl: str = variant("k3", "the KL term as a loss; k2: with KL's own gradient (divergence 21)", ("k3", "k2"))
     mask_truncated: bool = variant(False, "completions cut at --max-new-tokens leave the loss (DAPO's filtering)")
     top_k: int = variant(0, "the k best tokens in the rollouts; 0: no cut, release: 50 (divergence 9)", least=0)
-    rollout_batch: int = machine(0, "prompts that a process samples at once; 0: as many as memory holds", least=0)
+    rollout_batch: int = machine(0, "prompts that a process samples at once; 0: all of its own", least=0)
     sample_every: int = toy_option(20, "steps between completions printed and kept in completions.jsonl", least=1)
     watch_every: int = toy_option(0, "steps between EEA and EPC of 64 held-out clips; 0: never", least=0, toy=20)
     watch_erv: str = toy_option("", "the verifier that judges them, not --erv (the world has its lexicon)")

@@ -10,7 +10,7 @@ from torch import nn
 
 from erv_min.base.errors import SettingsError
 from erv_min.base.hub import resolve
-from erv_min.base.processes import Processes, gather_lists
+from erv_min.base.processes import Processes
 from erv_min.base.progress import Progress
 from erv_min.checkpoint import check_checkpoint, humanomni_config, load_humanomni, text_gate_folder
 from erv_min.config import humanomni
@@ -93,13 +93,12 @@ def load_start(settings: PolicySettings, processes: Processes) -> Collator:
     model.model.recompute = settings.recompute
     settings.num_frames = settings.num_frames or model.config.num_frames
     if settings.cache_features:
-        folder = None if settings.cache_features == "memory" else settings.cache_features
         towers = (model.model.vision_tower, model.model.audio_tower)
-        key = gather_lists([weights_key(*towers)] if processes.main else [])[0]  # others may have shapes alone
+        key = processes.from_main(lambda: weights_key(*towers))  # others may have shapes alone
         about = (settings.dtype, settings.num_frames, settings.modality, settings.geometry, settings.silence)
         config = model.config  # not all of it shows in weights
         shape = (config.vision, config.audio, config.mm_vision_select_layer)
-        collate.cache = FeatureCache(folder, ":".join(map(str, (FEATURES, key, *shape, *about))))
+        collate.cache = FeatureCache(settings.cache_features, ":".join(map(str, (FEATURES, key, *shape, *about))))
     return collate
 
 

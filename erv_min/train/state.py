@@ -6,7 +6,6 @@ and renamed when all of it is on the disk; only then do older ones go. `policy` 
 process must call `save_state` and `load_state`.
 """
 
-import contextlib
 import os
 import shutil
 import zlib
@@ -98,20 +97,20 @@ def _damage(place: Path) -> str:
     return ""
 
 
+@torch.no_grad()
 def _read_state(place: Path, policy, optimizer: torch.optim.Optimizer) -> int:
     state = read_json(place / "state.json")
     if state.get("shapes") != policy.state_shapes():
         raise CheckpointError(f"{place}: holds other parameters than this run trains; resume with the settings it was "
                               "started with")
     try:
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            files = [stack.enter_context(safe_open(place / Path(name).name, "pt")) for name in sorted(state["files"])]
-            keys = set(files[0].keys())
-            for name, p in policy.named_parameters().items():
-                p.copy_(policy.read(files, f"param.{name}", name))
-                if f"step.{name}" in keys:
-                    optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}").to(p.device)} | {
-                        key: policy.read(files, f"{key}.{name}", name).to(p) for key in ("exp_avg", "exp_avg_sq")}
+        files = [safe_open(place / Path(name).name, "pt") for name in sorted(state["files"])]
+        keys = set(files[0].keys())
+        for name, p in policy.named_parameters().items():
+            p.copy_(policy.read(files, f"param.{name}", name))
+            if f"step.{name}" in keys:
+                optimizer.state[p] = {"step": files[0].get_tensor(f"step.{name}").to(p.device)} | {
+                    key: policy.read(files, f"{key}.{name}", name).to(p) for key in ("exp_avg", "exp_avg_sq")}
     except (SafetensorError, OSError, ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(f"{place}: its tensors are not those of a state ({error}); delete it") from None
     return int(place.name.removeprefix("state-"))

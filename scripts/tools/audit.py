@@ -25,7 +25,7 @@ from erv_min.judge import erv_judge, make_judge
 from erv_min.metrics import agreement
 from erv_min.prompts import QUESTION, sft_target
 from erv_min.rewards import RewardSettings, extract_explanation, score_completions, select_labels, split_sentences
-from erv_min.toy.lexicon import PARAPHRASES, sentences
+from erv_min.toy.lexicon import PARAPHRASES
 from erv_min.train.log import explanation_statistics
 
 
@@ -154,7 +154,7 @@ def read_explanations(args: AuditSettings) -> tuple[list[tuple[str, str]], str]:
 
 def on_paraphrases(verifier: Verifier, tau: float, k: int) -> dict:
     """The embedded world's verifier on sentences of other words than its training's (lexicon.PARAPHRASES)."""
-    pairs = [(text, to_erv(emotion)) for emotion, texts in PARAPHRASES.items() if emotion for text in sentences(texts)]
+    pairs = [(text, to_erv(emotion)) for emotion, texts in PARAPHRASES.items() if emotion != "looks" for text in texts]
     texts, truth = zip(*pairs)
     probs = verifier.probabilities(list(texts))[:, list(erv_columns(verifier.labels).values())]
     report = verifier_report(probs, [(name,) for name in truth], tau, k)

@@ -128,7 +128,7 @@ def logps(on: Machine) -> tuple[str, bool]:
 
 
 def grpo(on: Machine) -> tuple[str, bool]:
-    size = ["--group-size", 16, "--batch-size", 4, "--rollout-batch", 4] if on.cuda else TINY
+    size = ["--group-size", 16, "--batch-size", 4] if on.cuda else TINY
     preset = "paper-0.5b" if on.cuda else "toy"
     _, peak = on.train("grpo.py", "grpo", preset, "--steps", 3, "--save-every", 3, *size)
     rows, _ = on.train("grpo.py", "grpo", preset, "--steps", 4, "--resume", *size)

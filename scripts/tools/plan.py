@@ -1,8 +1,8 @@
 """Will it fit? `python scripts/tools/plan.py --preset paper-7b --gpu a100-80 --gpus 8 [--stage grpo|sft] [settings]`
 
 Prints the bytes that one GPU holds with --sharding hand, and whether they fit; if not, the switches that help. No GPU,
-no weights: the sharded step itself runs on PyTorch's fake tensors, which have shapes and no memory, in a process group
-of N whose collectives do nothing; `Live` adds up the storages that exist. Fake tensors have no values, so prompts and
+no weights: the sharded step itself runs on PyTorch's fake tensors, which have shapes and no memory, as one process of N
+whose collectives do nothing; `Live` adds up the storages that exist. Fake tensors have no values, so prompts and
 masks are built here from their shapes. Estimated, not run: CUDA's and NCCL's own memory and fragmentation (RESERVE),
 prompt text and target lengths.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from live import Live
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,7 +48,7 @@ class Plan:
     verifier: int
     rollout_copy: int
     kv_cache: int
-    rollout: int  # peak of --rollout-batch prompts (0: 1): copy, cache, activations of towers, prefill and decoding
+    rollout: int  # peak of --rollout-batch prompts: copy, cache, activations of towers, prefill and decoding
     update: int  # peak: gradients, gathered units, activations, logits
 
     @property
@@ -71,14 +70,14 @@ def room(memory: int) -> float:
 
 def plan(config: HumanOmniConfig, settings: GRPOSettings | SFTSettings, gpus: int) -> Plan:
     """Runs a pass of the settings' stage on fake tensors, for a model of these dimensions sharded over `gpus`."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # a backend whose collectives do nothing
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    try:
-        with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
-              Progress(f"a step on {gpus} GPUs is planned")):
-            return _run(config, settings, gpus)
-    finally:
-        dist.destroy_process_group()
+    def nothing(*_, **__) -> None:  # the other processes' share of a collective; a mock would keep its tensors alive
+        pass
+
+    with (FakeTensorMode(), patch("erv_min.base.chunked.CHUNK_LOGITS", CHUNK_LOGITS * ON_CUDA),  # they lie on a CPU
+          patch("erv_min.fsdp.rank_and_size", lambda: (0, gpus)), patch("torch.distributed.scatter", nothing),
+          patch.multiple("erv_min.fsdp", all_gather=nothing, reduce_scatter=nothing),
+          Progress(f"a step on {gpus} GPUs is planned")):
+        return _run(config, settings, gpus)
 
 
 def _run(config: HumanOmniConfig, settings, gpus: int) -> Plan:
@@ -93,10 +92,9 @@ def _run(config: HumanOmniConfig, settings, gpus: int) -> Plan:
     clips = settings.micro_batch if grpo else max(1, settings.micro_batch // settings.targets_per_clip)
     group = settings.group_size if grpo else settings.targets_per_clip
     length = settings.max_new_tokens if grpo else TARGET_TOKENS
-    sampled = settings.rollout_batch or 1 if grpo else 1
-    most = max(clips, sampled)
-    video = torch.zeros(most, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
-    audio = torch.zeros(most, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
+    own = -(-settings.batch_size // gpus)  # a step's prompts of one process
+    video = torch.zeros(1, settings.num_frames, 3, *[config.vision.image_size] * 2, dtype=compute)
+    audio = torch.zeros(1, config.audio.num_mel_bins, 2 * config.audio.max_source_positions, dtype=compute)
     gate_ids = torch.zeros(1, TEXT_TOKENS, dtype=torch.long)
 
     def prompts(count: int) -> Tensor:  # [B, P, D]; inputs.embed without its look at ids
@@ -105,13 +103,13 @@ def _run(config: HumanOmniConfig, settings, gpus: int) -> Plan:
         return torch.cat([vision, sound, text], 1)
 
     def sample() -> int:
-        embeds = prompts(sampled)
+        embeds = prompts(own)[: settings.rollout_batch or own]
         _, kv = model.model(embeds, keep_kv=True)
         cache = GroupCache(kv, torch.ones(embeds.shape[:2], dtype=torch.bool), group, length)
         cache.length += length - 1
-        rows = torch.zeros(sampled * group, 1, dtype=torch.long)
+        rows = torch.zeros(len(embeds) * group, 1, dtype=torch.long)
         hidden = model.model.decode(model.model.embed_tokens(rows), rows, cache)[:, 0]
-        sample_token(hidden @ model.head_weight.T, torch.zeros(sampled * group), settings.temperature)
+        sample_token(hidden @ model.head_weight.T, torch.zeros(len(rows)), settings.temperature)
         return sum(t.nbytes for pairs in (cache.prefix, cache.own) for pair in pairs for t in pair)
 
     def loss() -> Tensor:  # logps.completion_logps without its look at masks
@@ -127,7 +125,8 @@ def _run(config: HumanOmniConfig, settings, gpus: int) -> Plan:
 
     with Live() as live, run.unsharded():
         copy = live.now
-        features = model.vision_features(video), model.audio_features(audio)  # kept for the update
+        towers = model.vision_features(video), model.audio_features(audio)  # of one clip at a time
+        features = [x.repeat(max(clips, own), *[1] * (x.dim() - 1)) for x in towers]  # kept for the update
         cache = sample() if grpo else 0
         rollout = grpo * live.peak
     with Live() as live:
@@ -147,8 +146,7 @@ def ways_to_fit(config: HumanOmniConfig, settings, gpus: int) -> Iterator[tuple[
     """Switches that lower the peak: (what to give, the plan with it), each added to those before it."""
     for switch, name, value in (("--dtype bfloat16", "dtype", "bfloat16"), ("--recompute", "recompute", True),
                                 ("--micro-batch 1", "micro_batch", 1), ("--rollout-batch 1", "rollout_batch", 1)):
-        given = getattr(settings, name, value)
-        if given == value or (name == "rollout_batch" and not given):  # 0 takes no more than there is
+        if getattr(settings, name, value) == value:
             continue
         settings = replace(settings, **{name: value})
         yield switch, plan(config, settings, gpus)
@@ -169,8 +167,7 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     verdicts = [f"{'FITS' if p.fits(GPUS[name]) else 'DOES NOT FIT'} on {gpus} x {name}"
                 for name in sorted(GPUS, key=lambda name: name != gpu)]
     if p.fits(GPUS[gpu]) and p.peak > TIGHT * room(GPUS[gpu]):
-        verdicts.insert(1, "tight: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" + bool(p.rollout) *
-                        ", and give --rollout-batch 1 (0 fills 90% of what is free)")
+        verdicts.insert(1, "tight: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     return "\n".join([*lines, *verdicts])
 
 
@@ -188,7 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     config = humanomni(settings.preset.removeprefix("paper-"))
     targets = f"targets of {TARGET_TOKENS}"
     if own.stage == "grpo":
-        targets = f"{settings.rollout_batch or 1} sampled at once, G {settings.group_size} of {settings.max_new_tokens}"
+        sampled = f"{settings.rollout_batch or 'all'} sampled at once"
+        targets = f"{settings.batch_size} per step, {sampled}, G {settings.group_size} of {settings.max_new_tokens}"
     print(f"{settings.preset} {own.stage} on {own.gpus} x {own.gpu}: micro batch {settings.micro_batch}, prompts of "
           f"{config.video_tokens + config.audio_tokens + TEXT_TOKENS} tokens, {targets}, {settings.dtype}, "
           f"recomputation {'on' if settings.recompute else 'off'}")
