@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import faulthandler
 import importlib
 import json
 import math
@@ -22,7 +23,8 @@ import torch.multiprocessing as mp
 from erv_min.base.errors import ClipError, DataError, SettingsError
 from erv_min.base.files import read_jsonl
 from erv_min.base.options import check, file_list, parse, preset_values
-from erv_min.base.processes import Processes, all_reduce_sum, gather_lists, join_processes, leave
+from erv_min.base.processes import (Processes, all_gather_object, all_reduce_sum, gather_lists, join_processes, leave,
+                                    part)
 from erv_min.data.loader import batch_of_step
 from erv_min.inputs import Example
 from erv_min.rewards import RewardSettings
@@ -598,6 +600,20 @@ def test_gradients_and_sums_over_two_processes(tmp_path):
     mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
     (row,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert row["skipped_because"] == "not finite: log-probabilities or their gradient of clip 1"
+
+
+def _part_often(rank: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(60, exit=True)
+    for number in range(30):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=2)
+        all_gather_object(["text"] * 100)
+        part()
+    leave()
+
+
+def test_processes_part_without_a_deadlock(tmp_path):
+    """Under torch 2.6 one of about four used to wait for a thread of its own that waited for it."""
+    mp.spawn(_part_often, (str(tmp_path),), nprocs=2)
 
 
 def test_start_world_alone():

@@ -147,6 +147,7 @@ def part() -> None:
     """Ends the process group: one process may then go on alone for hours (a judge), and none is aborted for waiting."""
     if dist.is_initialized():
         barrier()
+        time.sleep(0.05)  # a gloo thread may want Python's lock, which torch 2.6 holds while it waits for that thread
         dist.destroy_process_group()
         PARTED.append(True)
 
