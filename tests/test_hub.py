@@ -120,7 +120,8 @@ def test_what_is_fetched_and_what_a_user_reads_if_not(fetch):
     whole, reset, old, gated, forbidden, misspelt, noconfig, empty, revision, config = json.loads(out)
     assert whole == reset == ["config.json", "model.safetensors", "text_gate/tokenizer.json"]
     assert old == ["config.json", "pytorch_model-00001-of-00001.bin"] and config == ["config.json"]
-    assert said.count("o/reset: model.safetensors: ReadError") == 2 and "asking again in 0.1 s, whole files are" in said
+    broken = re.findall("o/reset: model.safetensors: (?:ReadError|ChunkedEncodingError)", said)  # by httpx or requests
+    assert len(broken) == 2 and "asking again in 0.1 s, whole files are" in said
     for error, name in ((gated, "o/gated"), (forbidden, "o/forbidden")):  # the hub's own sentence and what to do
         assert f"Access to model {name} is restricted. Please log in." in error and "HF_TOKEN" in error
         assert "hf download" not in error  # it asks the same server

@@ -479,7 +479,7 @@ def test_cover_art_is_no_video(tmp_path):
     from av.stream import Disposition
     with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as out:
         cover = out.add_stream("mjpeg", rate=1)
-        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 64, "yuvj420p", Disposition.attached_pic
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 64, "yuvj420p", Disposition.attached_pic.value
         audio = out.add_stream("aac", rate=16000, layout="mono")
         out.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         out.mux(cover.encode(None))

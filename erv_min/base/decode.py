@@ -225,7 +225,7 @@ def _mono(frames: list, max_samples: int) -> torch.Tensor | None:
         part = list(part)
         try:
             new = resampled(part, "mono")
-        except av.ArgumentError:  # FFmpeg has no mix for these channels (9 without places; FL and FC): take their mean
+        except av.FFmpegError:  # it has no mix for these channels (9 without places; FL and FC): take their mean
             new = resampled(part, layout)
         chunks += [frame.to_ndarray().reshape(frame.samples, -1).mean(1) for frame in new]
     waveform = np.concatenate(chunks)[:max_samples]
