@@ -176,10 +176,13 @@ def main(argv: list[str] | None = None) -> None:
         specs = ["lexicon"]
     processes, out, judges = join_processes(settings.device), Path(settings.out), {}
     check_names(settings)
-    if processes.main:  # an unknown judge, or a missing key, is told before the predictions begin
+
+    def make_judges() -> None:
         cache = settings.judge_cache or out / "judge-cache.jsonl"
-        judges = {spec: make_judge(spec, cache, processes.device, concurrency=settings.concurrency,
-                                   reply_tokens=settings.reply_tokens) for spec in specs}
+        judges.update({spec: make_judge(spec, cache, processes.device, concurrency=settings.concurrency,
+                                        reply_tokens=settings.reply_tokens) for spec in specs})
+
+    processes.from_main(make_judges)  # an unknown judge, or a missing key, is told before the predictions begin
 
     rows, lost = predictions_of(settings, processes)
     part()  # a judge may take hours, in which nobody else waits
