@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from erv_min.base.errors import SettingsError
 from erv_min.base.processes import all_reduce_sum
 from erv_min.inputs import Batch
 from erv_min.logps import Completions
@@ -21,7 +22,10 @@ def group_advantages(rewards: Tensor, group_size: int, divide: bool = True) -> T
 
     The standard deviation is the unbiased one, as released. A group of equal rewards has advantage 0: that is tested
     as max = min, since the mean of G equal numbers (8/3, say) is not always that number in float32.
-    divide=False: R_i - mean(R), without the bias towards groups of little spread (Dr. GRPO, arXiv 2503.20783)."""
+    divide=False: R_i - mean(R), without the bias towards groups of little spread (Dr. GRPO, arXiv 2503.20783).
+    Raises SettingsError if the rewards do not divide into groups."""
+    if rewards.numel() % group_size:
+        raise SettingsError(f"{rewards.numel()} rewards do not divide into groups of {group_size}")
     groups = rewards.view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     centred = centred.masked_fill(groups.amax(1, keepdim=True) == groups.amin(1, keepdim=True), 0)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from erv_min.base.errors import SettingsError
 from erv_min.grpo import ended, group_advantages, grpo_loss, kl_k2, kl_k3, masked_mean, normaliser
 from erv_min.logps import Completions
 from erv_min.train.log import clipped
@@ -24,8 +25,10 @@ def test_equal_rewards_have_advantage_zero_whatever_their_mean_rounds_to(group_s
         assert group_advantages(torch.full((2 * group_size,), reward), group_size).eq(0).all()
 
 
-def test_group_of_one():
+def test_group_of_one_and_uneven_groups():
     assert group_advantages(torch.tensor([1.0, 2.0]), 1).tolist() == [0, 0]
+    with pytest.raises(SettingsError, match="3 rewards do not divide into groups of 2"):
+        group_advantages(torch.ones(3), 2)
 
 
 def test_advantages_without_division_by_hand():
