@@ -631,6 +631,8 @@ def test_plan_says_what_helps(monkeypatch):
     for memory, tight in ((needed + 10, True), (2 * needed, False)):
         monkeypatch.setitem(GPUS, "h200", memory)
         assert ("expandable_segments" in show(one, "h200", 1)) == tight
+        assert "--rollout-batch" not in show(one, "h200", 1)  # the update is the larger half
+        assert ("--rollout-batch 1" in show(replace(one, rollout=one.update, update=0), "h200", 1)) == tight
     steps = [*ways_to_fit(config, settings, 1)]
     assert [name for name, _ in steps] == ["--dtype bfloat16", "--recompute", "--micro-batch 1", "--rollout-batch 1", "9 GPUs"]
     peaks = [one.peak, *(p.peak for _, p in steps)]

@@ -120,8 +120,8 @@ def answers_after(collate: Collator, examples: list[Example], explanations: list
 def predict_to_file(examples: list[Example], processes: Processes, settings: PredictionSettings,
                     chunk: int = 256) -> tuple[list[dict], list[str], Collator]:
     """(rows, messages of the clips that could not be decoded, the policy), kept in OUT/predictions.jsonl chunk by
-    chunk, so that a stop loses one. A resume with other settings, clips or weights than OUT/predictions.json says is
-    refused, if need be before the weights are read.
+    chunk, so that a stop loses one. A resume with other settings or clips than OUT/predictions.json says is refused
+    before the weights are read, one with other weights after that.
     The result depends on neither processes nor stops: chunk c samples with seed (seed, c) whoever computes it."""
     out = Path(settings.out)
     apart = ("out", "resume", "device", "workers", "batch_size", "allow_missing")  # what changes no prediction

@@ -167,7 +167,8 @@ def show(p: Plan, gpu: str, gpus: int) -> str:
     verdicts = [f"{'FITS' if p.fits(GPUS[name]) else 'DOES NOT FIT'} on {gpus} x {name}"
                 for name in sorted(GPUS, key=lambda name: name != gpu)]
     if p.fits(GPUS[gpu]) and p.peak > TIGHT * room(GPUS[gpu]):
-        verdicts.insert(1, "tight: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+        verdicts.insert(1, "tight: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+                        + ", and give --rollout-batch 1" * (p.rollout > p.update))
     return "\n".join([*lines, *verdicts])
 
 
